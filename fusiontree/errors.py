@@ -1,0 +1,13 @@
+"""The two errors that reach a user as one line: no traceback, an exit code that says whose turn it is."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message says what, where and what to do; the command exits with 2."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """The run could not go on though the input was right (damage, a full disk); the command exits with 1."""
+
+    exit_code = 1
