@@ -1,0 +1,1 @@
+"""From raw text to packed shards: tokenizer training, the builder, verification, inspection; never torch."""

@@ -1,0 +1,65 @@
+"""Looking into a dataset: totals, and the documents of one row."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_tools.tokenizer import load_tokenizer
+from fusiontree.data.format import Dataset, Manifest
+
+_SHOWN_TOKENS = 32
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a dataset folder holds: format, tokenizer, skipped inputs, and per split shards, rows, tokens, padding.
+
+    Raises:
+        UserError: `folder` is no dataset.
+    """
+    manifest = Manifest.load(folder)
+    splits = {}
+    for split in manifest.splits:
+        totals = manifest.totals(split)
+        capacity = totals["rows"] * manifest.row_len
+        splits[split] = totals | {"padding": 1 - totals["tokens"] / capacity if capacity else 0.0}
+    return {
+        "row_len": manifest.row_len,
+        "dtype": manifest.dtype,
+        "source": manifest.source,
+        "tokenizer": asdict(manifest.tokenizer),
+        "splits": splits,
+        "skipped": manifest.skipped,
+    }
+
+
+def show_row(folder: Path, row: int, split: str = "train", tokenizer: Path | None = None) -> dict[str, Any]:
+    """A packed row: {split, row, shard, shard_row, valid_tokens, documents}.
+
+    Each document has id, start, length and offset (tokens) and `text`, its first tokens decoded: by the tokenizer
+    folder given, else by the dataset's own, else (it has none) None.
+
+    Raises:
+        UserError: no such dataset, split or row, or the tokenizer is not the one that made the shards.
+        RunError: the row is damaged.
+    """
+    dataset = Dataset(folder, split)
+    shard, shard_row = dataset.place(row)
+    tokens, _ = dataset.row(row)
+    own = folder / "tokenizer"
+    source = tokenizer or (own if own.is_dir() else None)
+    decoder = None
+    if source is not None:
+        decoder, info = load_tokenizer(source)
+        dataset.manifest.require_tokenizer(info.fingerprint, source)
+    documents = []
+    for span in dataset.spans(row):
+        shown = tokens[span.start : span.start + min(span.length, _SHOWN_TOKENS)].tolist()
+        documents.append(asdict(span) | {"text": decoder.decode(shown, skip_special_tokens=False) if decoder else None})
+    return {
+        "split": split,
+        "row": row,
+        "shard": shard.info.name,
+        "shard_row": shard_row,
+        "valid_tokens": sum(document["length"] for document in documents),
+        "documents": documents,
+    }

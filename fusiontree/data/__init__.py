@@ -1,0 +1,1 @@
+"""Packed token shards: their format, the order of training, and the batches; numpy only, never torch."""

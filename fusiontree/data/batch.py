@@ -1,0 +1,71 @@
+"""Rows to batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or a stretch of padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100  # the label that carries no loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of L tokens, with everything that keeps their documents apart."""
+
+    input_ids: np.ndarray  # int64 [B, L]
+    labels: np.ndarray  # int64 [B, L], the next token of the segment; IGNORE at its last token and on padding
+    position_ids: np.ndarray  # int64 [B, L], from 0 at each segment's start
+    seq_idx: np.ndarray  # int32 [B, L], the segment's number in its row, from 0, never falling along the row
+    cu_seqlens: np.ndarray  # int32 [segments + 1], bounds of all segments over the flattened B·L tokens
+    max_seqlen: int  # tokens of the longest segment
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens whose label carries loss."""
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+
+def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
+    """Segment ends of slice `part` of a packed row, counted from the slice's start.
+
+    Args:
+        ends: int32 [segments] of the whole row, as in the format.
+        seq_len: tokens per slice.
+        part: the slice covers tokens [part * seq_len, (part + 1) * seq_len).
+    """
+    start, stop = part * seq_len, (part + 1) * seq_len
+    bounds = np.abs(ends)
+    first, last = np.searchsorted(bounds, start, side="right"), np.searchsorted(bounds, stop, side="left")
+    inside = slice(first, last + 1)
+    return np.sign(ends[inside]) * (np.minimum(bounds[inside], stop) - start)
+
+
+def collate(tokens: np.ndarray, ends: Sequence[np.ndarray]) -> Batch:
+    """Build a batch.
+
+    Args:
+        tokens: any integer dtype [B, L].
+        ends: for each row int32 [segments], as in the format: exclusive ends, negative for padding, the last ±L.
+    """
+    B, L = tokens.shape
+    assert len(ends) == B, (len(ends), B)
+    assert all(abs(row[-1]) == L for row in ends), "segments do not cover their row"
+    segments = np.array([len(row) for row in ends])
+    signed = np.concatenate(ends)
+    stops = np.abs(signed).astype(np.int64) + np.repeat(np.arange(B) * L, segments)
+    cu_seqlens = np.concatenate([[0], stops])
+    lengths = np.diff(cu_seqlens)
+    number = np.arange(len(stops)) - np.repeat(np.cumsum(segments) - segments, segments)
+
+    flat = tokens.reshape(-1).astype(np.int64)
+    labels = np.append(flat[1:], IGNORE)
+    labels[stops - 1] = IGNORE
+    labels[np.repeat(signed < 0, lengths)] = IGNORE
+    return Batch(
+        input_ids=flat.reshape(B, L),
+        labels=labels.reshape(B, L),
+        position_ids=(np.arange(B * L) - np.repeat(cu_seqlens[:-1], lengths)).reshape(B, L),
+        seq_idx=np.repeat(number.astype(np.int32), lengths).reshape(B, L),
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        max_seqlen=int(lengths.max()),
+    )

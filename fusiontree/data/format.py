@@ -1,0 +1,422 @@
+"""The dataset on disk: WebDataset tar shards, an index beside each, and a manifest over all (docs/format.md).
+
+A folder holds ``manifest.json``, ``train/*.tar`` and ``validation/*.tar``; beside each ``NAME.tar`` lies ``NAME.idx``.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from fusiontree import __version__
+from fusiontree.data.packing import PACKER_VERSION, PackedRow, Span
+from fusiontree.errors import RunError, UserError
+from fusiontree.files import write_atomic
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+GROUP_ROWS = 32  # rows per WebDataset sample: megatoken members read an order of magnitude faster than single documents
+SHARD_ROWS = 512
+
+INDEX = np.dtype(
+    [
+        ("tokens", "<u8"),  # absolute offset of the row's tokens in the tar, bytes
+        ("ends", "<u8"),  # absolute offset of its segment ends, bytes
+        ("segments", "<u4"),  # segment ends of the row
+        ("valid", "<u4"),  # tokens that are no padding
+        ("crc", "<u4"),  # CRC32 of the token bytes followed by the bytes of the ends
+    ]
+)
+_ENDS = np.dtype("<i4")
+_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What the shards, and training on them, must know of a tokenizer."""
+
+    fingerprint: str  # sha256 of tokenizer.json in canonical form
+    vocab_size: int  # largest token id + 1
+    eos_id: int
+    pad_id: int
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 of a folder's tokenizer.json in canonical form.
+
+    Raises:
+        UserError: there is none, or it is no JSON.
+    """
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer folder {folder} cannot be read ({error}); restore or train it again") from None
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says of a shard."""
+
+    name: str  # path of the tar in the dataset folder, with forward slashes
+    sha256: str
+    bytes: int
+    rows: int
+    tokens: int  # padding not counted
+    documents: int  # that begin in it
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset says of itself."""
+
+    row_len: int
+    dtype: str  # of the tokens: uint16 or uint32
+    source: str
+    tokenizer: TokenizerInfo
+    splits: dict[str, list[ShardInfo]]
+    skipped: list[dict[str, str]] = field(default_factory=list)  # inputs left out: path and reason
+    packer_version: int = PACKER_VERSION
+    project_version: str = __version__
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id + 1."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """The fingerprint of the tokenizer that made the shards."""
+        return self.tokenizer.fingerprint
+
+    def require_tokenizer(self, fingerprint: str, where: Path | str) -> None:
+        """Raise UserError unless the tokenizer at `where`, with that fingerprint, is the one that made the shards."""
+        if fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"tokenizer {where} ({fingerprint[:12]}) is not the one that made the shards "
+                f"({self.tokenizer.fingerprint[:12]}); give that one, or build the dataset again"
+            )
+
+    def totals(self, split: str) -> dict[str, int]:
+        """Shards, bytes, rows, tokens and documents of a split."""
+        shards = self.splits[split]
+        names = ("bytes", "rows", "tokens", "documents")
+        return {"shards": len(shards)} | {name: sum(getattr(shard, name) for shard in shards) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        values = {"format": FORMAT_VERSION, **asdict(self)}
+        values["totals"] = {split: self.totals(split) for split in self.splits}
+        return values
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read FOLDER/manifest.json.
+
+        Raises:
+            UserError: there is none, or it is not one that this version reads.
+        """
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{folder} holds no manifest.json; give a folder that `fusiontree data build` made")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format")
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build it again")
+            del values["totals"]
+            values["tokenizer"] = _record(TokenizerInfo, values["tokenizer"])
+            values["splits"] = {
+                split: [_record(ShardInfo, shard) for shard in shards] for split, shards in values["splits"].items()
+            }
+            manifest = _record(cls, values)
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not a dataset's manifest ({error!r}); build the dataset again") from None
+        if manifest.dtype not in ("uint16", "uint32"):
+            raise UserError(f"{path}: dtype {manifest.dtype!r} is neither uint16 nor uint32; build the dataset again")
+        for split, shards in manifest.splits.items():
+            for shard in shards:
+                if not _SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{split}/"):
+                    raise UserError(f"{path}: {shard.name!r} names no shard in {split}/; build the dataset again")
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/manifest.json, whole or not at all."""
+        write_atomic(folder / "manifest.json", json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
+    """A dataclass from JSON; TypeError if a field is missing, unknown or of another type."""
+    record = kind(**values)
+    for spec in fields(kind):  # type: ignore[arg-type]
+        if type(getattr(record, spec.name)) is not getattr(spec.type, "__origin__", spec.type):
+            raise TypeError(f"{spec.name} is not of type {spec.type}")
+    return record
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest of the format's token types that holds every id below `vocab_size`."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class Dataset:
+    """One split of a dataset folder, its packed rows read by number and checked on every read.
+
+    Raises:
+        UserError: no dataset there, no such split, or a shard or index is missing or of another size.
+    """
+
+    def __init__(self, folder: Path | str, split: str = "train"):
+        self.folder, self.split = Path(folder), split
+        self.manifest = Manifest.load(self.folder)
+        if split not in self.manifest.splits:
+            raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
+        self.shards = [Shard(self.folder, info, self.manifest) for info in self.manifest.splits[split]]
+        self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
+
+    @property
+    def num_rows(self) -> int:
+        """Packed rows."""
+        return int(self._starts[-1])
+
+    @property
+    def valid_tokens(self) -> np.ndarray:
+        """Tokens of each row that are no padding: int64 [num_rows]."""
+        counts = [shard.index["valid"].astype(np.int64) for shard in self.shards]
+        return np.concatenate([np.zeros(0, np.int64), *counts])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any byte of the split's shards does."""
+        return hashlib.sha256("\n".join(shard.info.sha256 for shard in self.shards).encode()).hexdigest()
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [row_len], in the stored dtype, and segment ends, int32 [segments]; both read-only.
+
+        Raises:
+            RunError: the row is damaged.
+        """
+        shard, row = self.place(number)
+        return shard.read(row)
+
+    def spans(self, number: int) -> list[Span]:
+        """The documents of a row. Reads the shard from its beginning: for people, not for training."""
+        shard, row = self.place(number)
+        for group in read_groups(shard.path):
+            if row < len(group.tokens):
+                return group.spans[row]
+            row -= len(group.tokens)
+        raise RunError(f"{shard.path}: its tar ends before row {row}; restore the shard or build it again")
+
+    def place(self, number: int) -> tuple["Shard", int]:
+        """The shard that holds a row, and the row's number in it."""
+        if not 0 <= number < self.num_rows:
+            raise UserError(f"{self.folder}: no row {number} in split {self.split}, which has {self.num_rows}, from 0")
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.shards[shard], number - int(self._starts[shard])
+
+
+class Shard:
+    """A shard and its index, open for reading.
+
+    Raises:
+        UserError: the tar or its index is missing, or not of the size that the manifest says.
+    """
+
+    def __init__(self, folder: Path, info: ShardInfo, manifest: Manifest):
+        self.info, self.path = info, folder / info.name
+        self.row_len, self.dtype = manifest.row_len, np.dtype(manifest.dtype).newbyteorder("<")
+        if not self.path.is_file():
+            raise UserError(f"shard {self.path} is missing; restore it or build the dataset again")
+        if (size := self.path.stat().st_size) != info.bytes:
+            raise UserError(f"shard {self.path} has {size} bytes, not {info.bytes}; restore it or build again")
+        self.index = read_index(self.path)
+        if len(self.index) != info.rows:
+            rows = f"{len(self.index)} rows, not {info.rows}"
+            raise UserError(f"{index_path(self.path)} lists {rows}; restore it or build the dataset again")
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [row_len] and segment ends, int32 [segments], of a row.
+
+        Raises:
+            RunError: the bytes do not match the row's checksum.
+        """
+        entry = self.index[row]
+        # opened for each row: a few microseconds, and no descriptors to bound, to share with forks or to leak
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            tokens = os.pread(descriptor, self.row_len * self.dtype.itemsize, int(entry["tokens"]))
+            ends = os.pread(descriptor, int(entry["segments"]) * _ENDS.itemsize, int(entry["ends"]))
+        finally:
+            os.close(descriptor)
+        if zlib.crc32(ends, zlib.crc32(tokens)) != entry["crc"]:
+            raise RunError(f"{self.path}: row {row} is damaged (checksum differs); restore the shard or build it again")
+        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, _ENDS)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A WebDataset sample: up to 32 rows."""
+
+    tokens: np.ndarray  # [rows, row_len]
+    ends: np.ndarray  # int32 [rows, most segments], filled up with 0
+    spans: list[list[Span]]  # by row
+    tokens_offset: int  # of the first token in the tar, bytes
+    ends_offset: int  # of the first end in the tar, bytes
+
+
+def read_groups(path: Path) -> Iterator[Group]:
+    """The samples of a shard, in order.
+
+    Raises:
+        RunError: something in it cannot be read.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members: dict[str, tuple[bytes, int]] = {}
+            for member in tar:
+                stream = tar.extractfile(member)
+                if stream is None:
+                    raise ValueError(f"{member.name} is no file")
+                members[member.name.partition(".")[2]] = stream.read(), member.offset_data
+                if len(members) == 3:
+                    yield _group(members)
+                    members = {}
+    except (KeyError, TypeError, ValueError, tarfile.TarError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); restore the shard or build it again") from None
+
+
+def _group(members: dict[str, tuple[bytes, int]]) -> Group:
+    tokens, tokens_offset = _read_array(*members["tok.npy"])
+    ends, ends_offset = _read_array(*members["ends.npy"])
+    spans = [[_record(Span, span) for span in row] for row in json.loads(members["json"][0])["documents"]]
+    if not len(tokens) == len(ends) == len(spans):
+        raise ValueError("the members of a sample differ in their number of rows")
+    return Group(tokens, ends, spans, tokens_offset, ends_offset)
+
+
+def _read_array(content: bytes, offset: int) -> tuple[np.ndarray, int]:
+    """The array of an .npy member and the offset of its first element in the tar."""
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    return array, offset + len(content) - array.nbytes
+
+
+def index_shard(path: Path) -> tuple[np.ndarray, int]:
+    """The index, dtype INDEX [rows], that a shard's content calls for, and the documents that begin in it."""
+    rows: list[tuple[int, int, int, int, int]] = []
+    documents = 0
+    for group in read_groups(path):
+        for i, (tokens, padded) in enumerate(zip(group.tokens, group.ends, strict=True)):
+            ends = padded[padded != 0]
+            rows.append(
+                (
+                    group.tokens_offset + i * tokens.nbytes,
+                    group.ends_offset + i * padded.nbytes,
+                    len(ends),
+                    int(np.diff(np.abs(ends), prepend=0)[ends > 0].sum()),
+                    zlib.crc32(ends.tobytes(), zlib.crc32(tokens.tobytes())),
+                )
+            )
+            documents += sum(span.offset == 0 for span in group.spans[i])
+    return np.array(rows, dtype=INDEX), documents
+
+
+def index_path(shard: Path) -> Path:
+    """The index beside a shard."""
+    return shard.with_suffix(".idx")
+
+
+def read_index(shard: Path) -> np.ndarray:
+    """The stored index of a shard, dtype INDEX [rows].
+
+    Raises:
+        UserError: it is missing or no index.
+    """
+    path = index_path(shard)
+    if not path.is_file():
+        raise UserError(f"index {path} is missing; restore it or build the dataset again")
+    try:
+        index = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is no shard's index ({error}); restore it or build the dataset again") from None
+    if index.dtype != INDEX or index.ndim != 1:
+        raise UserError(f"{path} is no shard's index; restore it or build the dataset again")
+    return index
+
+
+def write_split(
+    folder: Path, split: str, rows: Iterable[PackedRow], source: str, shard_rows: int = SHARD_ROWS
+) -> list[ShardInfo]:
+    """Write the rows of a split as FOLDER/SPLIT/NNNNNN.tar, each with its index; the same rows give the same bytes.
+
+    Args:
+        folder: the dataset folder; the manifest is the caller's.
+        split: train or validation.
+        rows: in the order of the shards; one shard's rows are held at a time.
+        source: recorded in every sample.
+        shard_rows: rows per shard; the last may have fewer.
+    """
+    assert split in SPLITS, split
+    (folder / split).mkdir()
+    shards = []
+    for number, content in enumerate(_batched(rows, shard_rows)):
+        name = f"{split}/{number:06d}.tar"
+        path = folder / name
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "wb") as stream:
+            _write_tar(stream, content, number * shard_rows, source)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        index, documents = index_shard(path)
+        write_atomic(index_path(path), _encode_array(index))
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        tokens = int(index["valid"].sum(dtype=np.int64))
+        shards.append(ShardInfo(name, digest, path.stat().st_size, len(index), tokens, documents))
+    return shards
+
+
+def _write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, source: str) -> None:
+    from webdataset.writer import TarWriter  # slow to import, and readers never need it
+
+    # whatever could differ between two builds (time, user, umask) is fixed
+    with TarWriter(stream, user="fusiontree", group="fusiontree", mode=0o644, mtime=0, encoder=False) as tar:
+        for group in _batched(rows, GROUP_ROWS):
+            ends = np.zeros((len(group), max(len(row.ends) for row in group)), dtype=_ENDS)
+            for padded, row in zip(ends, group, strict=True):
+                padded[: len(row.ends)] = row.ends
+            tokens = np.stack([row.tokens for row in group])
+            about = {"source": source, "documents": [[asdict(span) for span in row.spans] for row in group]}
+            tar.write(
+                {
+                    "__key__": f"{first_row:09d}",
+                    "tok.npy": _encode_array(tokens.astype(tokens.dtype.newbyteorder("<"))),
+                    "ends.npy": _encode_array(ends),
+                    "json": json.dumps(about, separators=(",", ":")).encode(),
+                }
+            )
+            first_row += len(group)
+
+
+def _encode_array(array: np.ndarray) -> bytes:
+    encoded = io.BytesIO()
+    np.save(encoded, array)
+    return encoded.getvalue()
+
+
+def _batched(rows: Iterable[PackedRow], size: int) -> Iterator[list[PackedRow]]:
+    iterator = iter(rows)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,139 @@
+"""Batches keep documents apart, and the stream of them depends on neither ranks nor history."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusiontree.data.batch import IGNORE, Batch, collate, slice_ends
+from fusiontree.data.format import Dataset, Manifest, TokenizerInfo, write_split
+from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.errors import UserError
+
+ROW, PAD = 32, 1
+X = IGNORE
+
+
+def make_dataset(folder: Path, rows: list[PackedRow], split: str = "train") -> Dataset:
+    splits = {name: write_split(folder, name, rows if name == split else [], "s") for name in ("train", "validation")}
+    Manifest(ROW, "uint16", "s", TokenizerInfo("f", 60_000, 0, PAD), splits).save(folder)
+    return Dataset(folder, split)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """40 rows; every token tells its place: 32 * row + position + 2."""
+    rows = [
+        PackedRow(
+            tokens=np.arange(ROW * i + 2, ROW * (i + 1) + 2, dtype=np.uint16),
+            ends=np.array([20, ROW], dtype=np.int32),
+            spans=[Span(f"{i}a", 0, 20, 0), Span(f"{i}b", 20, 12, 0)],
+        )
+        for i in range(40)
+    ]
+    return make_dataset(tmp_path_factory.mktemp("dataset"), rows)
+
+
+def test_a_row_with_padding_in_its_middle() -> None:
+    tokens = np.array([[5, 6, 0, PAD, 7, 8, 9, 0], [3, 4, 5, 6, 7, 8, 9, 0]], dtype=np.uint16)
+    batch = collate(tokens, [np.array([3, -4, 8], np.int32), np.array([8], np.int32)])
+    assert batch.input_ids.tolist() == tokens.tolist()
+    assert batch.labels.tolist() == [[6, 0, X, X, 8, 9, 0, X], [4, 5, 6, 7, 8, 9, 0, X]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert batch.seq_idx.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2], [0] * 8]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 8, 16]
+    assert batch.max_seqlen == 8
+    assert batch.real_tokens == 12
+    assert [a.dtype.name for a in (batch.input_ids, batch.labels, batch.position_ids)] == ["int64"] * 3
+    assert [a.dtype.name for a in (batch.seq_idx, batch.cu_seqlens)] == ["int32"] * 2
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [(0, [3, -8]), (1, [-2, 8]), (2, [8]), (3, [4, -8])],  # a cut stretch of padding and a cut document stay such
+)
+def test_a_slice_keeps_the_bounds_inside_it(part: int, expected: list[int]) -> None:
+    ends = np.array([3, -10, 28, -32], dtype=np.int32)
+    assert slice_ends(ends, 8, part).tolist() == expected
+
+
+def test_a_bound_on_the_edge_of_a_slice_makes_no_empty_segment() -> None:
+    ends = np.array([8, 16, 32], dtype=np.int32)
+    assert [slice_ends(ends, 8, part).tolist() for part in range(4)] == [[8], [8], [8], [8]]
+
+
+def rows_of(stream_ranks: list[list[Batch]]) -> list[int]:
+    """First tokens of the rows of one step in global order, from each rank's micro-batches."""
+    return [int(t) for m in zip(*stream_ranks, strict=True) for batch in m for t in batch.input_ids[:, 0]]
+
+
+def test_the_global_sequence_is_the_same_for_any_number_of_ranks(dataset: Dataset) -> None:
+    def sequence(world: int, micro: int) -> list[list[int]]:
+        streams = [TrainStream(dataset, 8, 3, 16, rank, world, micro) for rank in range(world)]
+        return [rows_of([stream.micro_batches(step) for stream in streams]) for step in range(12)]
+
+    alone = sequence(1, 16)
+    assert sequence(2, 4) == alone
+    assert sequence(4, 1) == alone
+    assert sequence(1, 2) == alone
+
+
+def test_an_epoch_of_steps_holds_each_slice_once(dataset: Dataset) -> None:
+    stream = TrainStream(dataset, 8, 0, 16, 0, 1, 16)
+    seen = [token for step in range(10) for token in rows_of([stream.micro_batches(step)])]
+    assert sorted(seen) == list(range(2, 40 * ROW + 2, 8))
+
+
+def test_a_step_does_not_depend_on_the_steps_before(dataset: Dataset) -> None:
+    walked = TrainStream(dataset, 8, 0, 16, 0, 1, 4)
+    for step in range(25):
+        expected = walked.micro_batches(step)
+    fresh = TrainStream(dataset, 8, 0, 16, 0, 1, 4).micro_batches(24)
+    assert [b.input_ids.tolist() for b in fresh] == [b.input_ids.tolist() for b in expected]
+
+
+def test_a_cut_document_starts_again_in_the_next_slice(dataset: Dataset) -> None:
+    stream = TrainStream(dataset, 8, 0, 160, 0, 1, 160)
+    (batch,) = stream.micro_batches(0)
+    third = batch.input_ids[:, 0] % ROW == 16 + 2  # tokens 16 to 24 of a row: 4 of its first document, 4 of its second
+    assert third.sum() == 40
+    assert batch.position_ids[third].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 40
+    assert (batch.labels[third] == IGNORE).tolist() == [[False, False, False, True] * 2] * 40
+
+
+def padded_row(number: int) -> PackedRow:
+    """5 tokens of a document, the rest of the 32 padding."""
+    tokens = np.full(ROW, PAD, dtype=np.uint16)
+    tokens[:5] = np.arange(5) + 10 * number + 10
+    return PackedRow(tokens, np.array([5, -ROW], np.int32), [Span(str(number), 0, 5, 0)])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path, world: int) -> None:
+    held_out = make_dataset(tmp_path, [padded_row(i) for i in range(11)], "validation")
+    ranks = [list(validation_batches(held_out, 8, 2, rank, world)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {-(-11 // (2 * world))}
+    assert all(batch.input_ids.shape == (2, 8) for batches in ranks for batch in batches)
+    rows = sorted(row[0] for batches in ranks for batch in batches for row in batch.input_ids.tolist())
+    assert [row for row in rows if row != PAD] == [10 * i + 10 for i in range(11)]  # no slice of padding alone
+    assert sum(batch.real_tokens for batches in ranks for batch in batches) == 11 * 4
+
+
+def test_limited_validation_is_spread_over_the_split(dataset: Dataset, tmp_path: Path) -> None:
+    batches = list(validation_batches(dataset, 8, 1, 0, 1, limit_rows=4))
+    assert [int(batch.input_ids[0, 0] - 2) // ROW for batch in batches] == [0, 10, 20, 30]
+
+
+def test_what_does_not_divide_is_refused_with_what_would(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match=r"seq_len 12 .* 8 or 16"):
+        TrainStream(dataset, 12, 0, 8, 0, 1, 1)
+    with pytest.raises(UserError, match=r"10 rows .* 2 ranks of 4 .* 8 or 16"):
+        TrainStream(dataset, 8, 0, 10, 0, 2, 4)
+    with pytest.raises(UserError, match=r"seq_len 64 "):
+        validation_batches(dataset, 64, 1, 0, 1)
+
+
+def test_an_empty_split_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="validation is empty"):
+        validation_batches(Dataset(dataset.folder, "validation"), 8, 1, 0, 1)

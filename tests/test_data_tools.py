@@ -1,0 +1,418 @@
+"""From text to shards: nothing lost, nothing invented, the same bytes every time, and every mistake named."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from data_tools.build import build
+from data_tools.inspection import describe, show_row
+from data_tools.sources import find_documents
+from data_tools.tokenizer import load_tokenizer, train_tokenizer
+from data_tools.verify import verify
+from fusiontree.data.format import Dataset, Manifest, write_split
+from fusiontree.data.packing import PackedRow, Span
+from fusiontree.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+EXOTIC = "naïve — 東京 🌲\r\n\ttabs  and   spaces\0end <|endoftext|> <|pad|>\n"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 sources of this repository's kind, one with everything unusual, and files that are no documents."""
+    folder = tmp_path_factory.mktemp("inputs")
+    sources = sorted((ROOT / "fusiontree").rglob("*.py"))[:10]
+    for number in range(30):
+        text = sources[number % len(sources)].read_text(encoding="utf-8")
+        (folder / f"{number:02d}.txt").write_text(f"# {number}\n{text[: 200 * number + 1]}", encoding="utf-8")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "exotic.txt").write_bytes(EXOTIC.encode())
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "void.txt").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "tok"
+    train_tokenizer([inputs], 600, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(inputs: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "set"
+    build([inputs], tokenizer, folder, holdout=0.1, row_len=1024)
+    return folder
+
+
+@pytest.fixture
+def damaged(built: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(built, tmp_path / "set")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def documents_in(folder: Path, split: str) -> dict[str, list[int]]:
+    """Tokens of each document of a split, its pieces joined."""
+    dataset = Dataset(folder, split)
+    pieces: dict[str, list[tuple[int, list[int]]]] = {}
+    for number in range(dataset.num_rows):
+        tokens, _ = dataset.row(number)
+        for span in dataset.spans(number):
+            piece = tokens[span.start : span.start + span.length].tolist()
+            pieces.setdefault(span.id, []).append((span.offset, piece))
+    return {name: [token for _, piece in sorted(found) for token in piece] for name, found in pieces.items()}
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_text_is_skipped_and_named(inputs: Path) -> None:
+    documents, skipped = find_documents([inputs])
+    assert len(documents) == 31
+    assert [(s.path, s.reason) for s in skipped] == [("latin.txt", "not UTF-8 (byte 3)"), ("void.txt", "empty")]
+
+
+def test_ids_are_sorted_relative_paths_without_hidden_entries(tmp_path: Path) -> None:
+    hidden = [".git/x", "a/.hidden", "__pycache__/x", "lib/site-packages/x", "lib/dist-packages/x"]
+    for name in ["b/z", "b/a", "B", "a.b/c", "a/c", *hidden]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    documents, skipped = find_documents([tmp_path])
+    assert [document.id for document in documents] == ["B", "a.b/c", "a/c", "b/a", "b/z"]
+    assert skipped == []
+
+
+def test_patterns_choose_by_name_or_path(tmp_path: Path) -> None:
+    for name in ["a.py", "b.txt", "test/c.py", "lib/d.py"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    documents, _ = find_documents([tmp_path], include=["*.py"], exclude=["test/*"])
+    assert [document.id for document in documents] == ["a.py", "lib/d.py"]
+
+
+def test_links_neither_loop_nor_count_twice(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "text").write_text("x")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path / "a" / "text")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    documents, skipped = find_documents([tmp_path, tmp_path / "a" / "text"])
+    assert len(documents) == 1
+    assert [entry.path for entry in skipped] == ["broken"]
+
+
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("x")
+    assert [entry.path for entry in find_documents([tmp_path])[1]] == ["pipe"]
+
+
+def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        find_documents([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="no documents"):
+        find_documents([tmp_path])
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_training_repeats_to_the_byte(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+    figures = train_tokenizer([inputs], 600, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tokenizer)
+    assert figures["vocab_size"] == 600
+    assert figures["fingerprint"] == load_tokenizer(tokenizer)[1].fingerprint
+
+
+def test_every_text_comes_back(tokenizer: Path) -> None:
+    loaded, info = load_tokenizer(tokenizer)
+    for text in (EXOTIC, bytes(range(128)).decode(), "\u0800\uffff\U0010ffff"):
+        ids = loaded.encode(text).ids
+        assert loaded.decode(ids, skip_special_tokens=False) == text
+        assert info.eos_id not in ids  # a special token spelled out in a text is text
+        assert info.pad_id not in ids
+
+
+def test_transformers_loads_it_and_agrees(tokenizer: Path) -> None:
+    ours, info = load_tokenizer(tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tokenizer)
+    assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (info.eos_id, info.pad_id, info.vocab_size)
+    assert (info.eos_id, info.pad_id) == (0, 1)
+    for path in [*sorted((ROOT / "fusiontree").rglob("*.py")), ROOT / "pyproject.toml"]:
+        text = path.read_text(encoding="utf-8")
+        assert theirs(text)["input_ids"] == ours.encode(text).ids
+    assert theirs.decode(theirs("naïve 東京 , x .")["input_ids"]) == "naïve 東京 , x ."
+
+
+def test_the_fingerprint_is_of_the_content_not_of_its_layout(tokenizer: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tokenizer, tmp_path / "copy")
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("\n", "\n "))
+    assert load_tokenizer(copy)[1] == load_tokenizer(tokenizer)[1]
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    assert load_tokenizer(copy)[1].fingerprint != load_tokenizer(tokenizer)[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", None, "holds no tokenizer.json"),
+        ("tokenizer.json", "{}", "cannot be read"),
+        ("tokenizer_config.json", "[", "cannot be read"),
+        ("tokenizer_config.json", "{}", "names no eos_token"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused(tokenizer: Path, tmp_path: Path, name: str, content, message: str) -> None:
+    copy = shutil.copytree(tokenizer, tmp_path / "copy")
+    (copy / name).unlink() if content is None else (copy / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_without_all_bytes_is_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need 258"):
+        train_tokenizer([inputs], 257, tmp_path / "tok")
+
+
+# --- build -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shards_hold_every_document_in_tokens(built: Path, inputs: Path, tokenizer: Path) -> None:
+    loaded, info = load_tokenizer(tokenizer)
+    documents, _ = find_documents([inputs])
+    found = documents_in(built, "train") | documents_in(built, "validation")
+    assert found == {d.id: [*loaded.encode(d.text()).ids, info.eos_id] for d in documents}
+    assert any(len(tokens) > 1024 for tokens in found.values())  # one is cut over rows, too
+
+
+def test_the_last_documents_are_held_out(built: Path) -> None:
+    assert sorted(documents_in(built, "validation")) == ["28.txt", "29.txt", "sub/exotic.txt"]
+
+
+@pytest.mark.parametrize(("count", "holdout", "expected"), [(2, 0.001, 1), (1, 0.5, 0), (4, 0.0, 0), (3, 0.99, 2)])
+def test_the_holdout_is_at_least_one_document_and_never_all(
+    tokenizer: Path, tmp_path: Path, count: int, holdout: float, expected: int
+) -> None:
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text("text")
+    build([tmp_path], tokenizer, tmp_path / "set", holdout=holdout, row_len=64, include=["*.txt"])
+    assert describe(tmp_path / "set")["splits"]["validation"]["documents"] == expected
+
+
+def test_two_workers_build_the_same_bytes(
+    built: Path, inputs: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.build._CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
+    build([inputs], tokenizer, tmp_path / "set", holdout=0.1, row_len=1024, workers=2)
+    assert contents(tmp_path / "set") == contents(built)
+    assert not multiprocessing.active_children()
+
+
+def test_the_figures_are_those_of_the_shards(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+    figures = build([inputs], tokenizer, tmp_path / "set", row_len=1024)
+    found = documents_in(tmp_path / "set", "train") | documents_in(tmp_path / "set", "validation")
+    lengths = [len(tokens) for tokens in found.values()]
+    rows = sum(Dataset(tmp_path / "set", split).num_rows for split in ("train", "validation"))
+    assert figures["documents"] == 31
+    assert figures["tokens"] == sum(lengths)
+    assert figures["cut_documents"] == sum(length > 1024 for length in lengths)
+    assert figures["rows"] == rows
+    assert figures["padding"] == pytest.approx(1 - sum(lengths) / (rows * 1024))
+    assert [entry["path"] for entry in figures["skipped"]] == ["latin.txt", "void.txt"]
+    assert describe(tmp_path / "set")["skipped"] == figures["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"holdout": 1.0}, "holdout 1.0"),
+        ({"holdout": -0.1}, "holdout -0.1"),
+        ({"workers": 0}, "workers 0"),
+        ({"row_len": 5000}, "row length 5000"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(
+    inputs: Path, tokenizer: Path, tmp_path: Path, arguments: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build([inputs], tokenizer, tmp_path / "set", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_replaced_only_when_told(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine").write_text("x")
+    with pytest.raises(UserError, match="already holds something"):
+        build([inputs], tokenizer, tmp_path / "set")
+    assert (tmp_path / "set" / "mine").exists()
+    build([inputs], tokenizer, tmp_path / "set", overwrite=True)
+    assert verify(tmp_path / "set")["problems"] == []
+    assert not (tmp_path / "set" / "mine").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_leaves_no_process_and_no_output(tokenizer: Path, tmp_path: Path, how: int) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(400):
+        (tmp_path / "in" / f"{number}.txt").write_text("some words to encode " * 5000)
+    script = f"""
+import signal
+from pathlib import Path
+from data_tools.build import build
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
+    here = Path({str(tmp_path)!r})
+    build([here / "in"], Path({str(tokenizer)!r}), here / "set", workers=2)
+"""
+    (tmp_path / "script.py").write_text(script)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def group() -> int:
+        """Processes of the build's session that run."""
+        count = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            count += int(fields[3]) == process.pid and fields[0] != "Z"
+        return count
+
+    def wait_until(holds) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait_until(lambda: group() >= 3 and any(tmp_path.glob(".set.partial-*/train")))
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.kill()
+    process.wait(30)
+    wait_until(lambda: group() == 0)
+    assert process.returncode != 0
+    assert not (tmp_path / "set").exists()
+    assert how == signal.SIGKILL or not list(tmp_path.glob(".set*"))
+
+
+# --- verify and inspect ----------------------------------------------------------------------------------------------
+
+
+def test_a_sound_dataset_verifies(built: Path) -> None:
+    report = verify(built)
+    assert report["problems"] == []
+    assert report["rows"] == sum(Dataset(built, split).num_rows for split in ("train", "validation"))
+
+
+def test_a_flipped_bit_in_a_row_is_named(damaged: Path) -> None:
+    shard = Dataset(damaged).shards[0]
+    content = bytearray(shard.path.read_bytes())
+    content[int(shard.index["tokens"][2]) + 9] ^= 64
+    shard.path.write_bytes(content)
+    assert verify(damaged)["problems"] == [
+        "train/000000.tar: row 2: checksum differs",
+        "train/000000.tar: sha256 differs from the manifest's",
+    ]
+
+
+def test_a_flipped_bit_outside_the_rows_is_found(damaged: Path) -> None:
+    path = damaged / "train" / "000000.tar"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert verify(damaged)["problems"] == ["train/000000.tar: sha256 differs from the manifest's"]
+
+
+@pytest.mark.parametrize("field", ["tokens", "ends", "segments", "valid", "crc"])
+def test_a_wrong_index_entry_is_named(damaged: Path, field: str) -> None:
+    path = damaged / "train" / "000000.idx"
+    index = np.load(path).copy()
+    index[field][1] += 1
+    with open(path, "wb") as stream:
+        np.save(stream, index)
+    assert any("000000.tar: row 1: its index entry differs" in problem for problem in verify(damaged)["problems"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"vocab_size": 600', '"vocab_size": 300', "is not below the vocabulary size 300"),
+        ('"documents": ', '"documents": 1', "documents, the manifest says 1"),
+        (
+            '"totals": {\n  "train": {\n   "shards": 1',
+            '"totals": {\n  "train": {\n   "shards": 2',
+            "its totals are not",
+        ),
+        ('"fingerprint": "', '"fingerprint": "0', "is not the one that made the shards"),
+        ('"format": 1', '"format": [', "is not a dataset's manifest"),
+    ],
+)
+def test_a_manifest_that_disagrees_is_found(damaged: Path, old: str, new: str, message: str) -> None:
+    path = damaged / "manifest.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert any(message in problem for problem in verify(damaged)["problems"])
+
+
+@pytest.mark.parametrize("ends", [[9, 5, 1024], [9, 1000]])
+def test_segments_that_do_not_cover_their_row_are_named(damaged: Path, ends: list[int]) -> None:
+    manifest = Manifest.load(damaged)
+    shutil.rmtree(damaged / "train")
+    row = PackedRow(np.ones(1024, np.uint16), np.array(ends, np.int32), [Span("a", 0, 9, 0)])
+    splits = manifest.splits | {"train": write_split(damaged, "train", [row], "s")}
+    dataclasses.replace(manifest, splits=splits).save(damaged)
+    assert verify(damaged)["problems"] == [
+        "train/000000.tar: row 0: segment ends do not ascend to the row's length 1024"
+    ]
+
+
+def test_missing_and_unknown_files_are_named(damaged: Path) -> None:
+    (damaged / "train" / "000000.tar").rename(damaged / "train" / "000007.tar")
+    problems = verify(damaged)["problems"]
+    assert any("000000.tar is missing" in problem for problem in problems)
+    assert "train/000007.tar: not in the manifest" in problems
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+        verify(tmp_path)
+
+
+def test_a_row_shows_its_documents(built: Path, inputs: Path) -> None:
+    shown = show_row(built, 0, split="validation")
+    dataset = Dataset(built, "validation")
+    assert shown["valid_tokens"] == dataset.valid_tokens[0]
+    for document in shown["documents"]:
+        if document["offset"] == 0:
+            text = (inputs / document["id"]).read_bytes().decode()
+            assert len(document["text"]) > 20
+            assert text.startswith(document["text"].removesuffix("<|endoftext|>"))
+
+
+def test_a_row_is_not_shown_by_another_tokenizer(built: Path, inputs: Path, tmp_path: Path) -> None:
+    train_tokenizer([inputs], 300, tmp_path / "other")
+    with pytest.raises(UserError, match="is not the one that made the shards"):
+        show_row(built, 0, tokenizer=tmp_path / "other")
