@@ -1,0 +1,71 @@
+"""Where documents lie in packed rows. Axes: B rows, L tokens."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of B rows of L tokens; nothing of one ever reaches another.
+
+    A stretch of padding is a document of its own: so it needs no mask, and no row is without a valid key.
+    """
+
+    position_ids: Tensor  # int64 [B, L], from 0 at each document's start
+    seq_idx: Tensor  # int32 [B, L], the document's number in its row, never falling along the row
+    cu_seqlens: Tensor  # int32 [documents + 1], their bounds over the flattened B·L tokens; rows begin documents
+    max_seqlen: int  # tokens of the longest document
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """`cu_seqlens` on the host."""
+        return self.cu_seqlens.tolist()
+
+    @classmethod
+    def whole_rows(cls, rows: int, length: int, device: torch.device | str) -> "Documents":
+        """Every row is one document."""
+        return cls.from_seq_idx(torch.zeros(rows, length, dtype=torch.int32, device=device))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "Documents":
+        """Documents of rows padded on either side.
+
+        Args:
+            mask: [B, L], bool or integer; true where the token is real.
+        """
+        mask = mask.bool()
+        changed = torch.zeros_like(mask)
+        changed[:, 1:] = mask[:, 1:] != mask[:, :-1]
+        return cls.from_seq_idx(changed.cumsum(1).int())
+
+    @classmethod
+    def from_seq_idx(cls, seq_idx: Tensor) -> "Documents":
+        """Documents from each token's document number, int32 [B, L], never falling along a row."""
+        B, L = seq_idx.shape
+        starts = torch.ones_like(seq_idx, dtype=torch.bool)
+        starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        index = torch.arange(L, device=seq_idx.device).expand(B, L)
+        position_ids = index - torch.where(starts, index, 0).cummax(1).values
+        cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([B * L], device=seq_idx.device)])
+        return cls(position_ids, seq_idx, cu_seqlens.int(), int(cu_seqlens.diff().max()))
+
+    def last(self, tokens: int) -> "Documents":
+        """The same documents seen by the last `tokens` tokens of each row only; positions go on counting."""
+        if tokens == self.seq_idx.shape[1]:
+            return self
+        tail = Documents.from_seq_idx(self.seq_idx[:, -tokens:])
+        return Documents(self.position_ids[:, -tokens:], tail.seq_idx, tail.cu_seqlens, tail.max_seqlen)
+
+
+def to_device(batch: Any, device: torch.device | str) -> tuple[Tensor, Tensor, Documents]:
+    """A batch of numpy arrays (`input_ids`, `labels` and the fields of `Documents`) as tensors on `device`."""
+
+    def tensor(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    documents = Documents(tensor(batch.position_ids), tensor(batch.seq_idx), tensor(batch.cu_seqlens), batch.max_seqlen)
+    return tensor(batch.input_ids), tensor(batch.labels), documents

@@ -1,0 +1,146 @@
+"""The language model. Axes: B rows, L tokens, H width, V vocabulary."""
+
+import math
+import random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import rotary_embedding
+from .block import Branch, Context, HybridBlock
+from .cache import Cache
+from .config import ModelConfig
+from .documents import Documents
+from .layers import Linear, RMSNorm
+from .ops import Kernels, select
+from .reference import IGNORE
+from .srte import time_encoding
+
+
+class Output(NamedTuple):
+    """What a forward gives; None where it was not asked for."""
+
+    loss_sum: Tensor | None  # (), fp32: nats summed over the labelled tokens
+    logits: Tensor | None  # [B, kept L, V], fp32
+    gates: Tensor  # [layers, H], fp32: mean gate by channel over the real tokens; 1 is all Mamba
+
+
+class HybridLM(nn.Module):
+    """A stack of hybrid blocks between an embedding and a head.
+
+    Parameters are fp32 unless converted; activations are `compute_dtype`, or the embedding's dtype where that is None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels | None = None,
+        compute_dtype: torch.dtype | None = None,
+        checkpoint_blocks: bool = False,
+    ):
+        """`checkpoint_blocks`: keep only the blocks' inputs for the backward pass and compute the rest again."""
+        super().__init__()
+        self.config = config
+        self.kernels = kernels or select()
+        self.compute_dtype = compute_dtype
+        self.checkpoint_blocks = checkpoint_blocks
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.srte = time_encoding(config) if config.srte_shared else None
+        self.blocks = nn.ModuleList(HybridBlock(config, i, self.kernels) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the matrices: small enough that the first loss is near ln V and depth does not raise the scale."""
+        H = self.config.hidden_size
+        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
+        nn.init.normal_(self.embedding.weight, std=0.5 / math.sqrt(H))  # logits of deviation one half
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and not name.endswith("fusion.up"):
+                into_residual = name.endswith(("out_proj", "mlp.down"))
+                nn.init.normal_(module.weight, std=residual if into_residual else 0.02)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.5 / math.sqrt(H))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H], the embedding's own when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        return self.compute_dtype or self.embedding.weight.dtype
+
+    def new_cache(self, rows: int) -> Cache:
+        """An empty cache for `rows` rows."""
+        return Cache(self.config, rows, self.activation_dtype, self.embedding.weight.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        documents: Documents | None = None,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        keep_logits: int | None = None,
+        branch_drops: list[Branch | None] | None = None,
+    ) -> Output:
+        """One forward over packed rows, or over the next tokens of cached ones.
+
+        Args:
+            input_ids: int64 [B, L].
+            documents: where documents lie; None when each row is one document (with a cache: goes on with it).
+            labels: int64 [B, L], already shifted, `IGNORE` where there is none. Given, the loss is made and no logits.
+            cache: what came before; continued in place.
+            keep_logits: make logits of the last so many tokens only; None for all.
+            branch_drops: by layer, the branch to zero in this training step.
+        """
+        if documents is None:
+            documents = self._continue(input_ids, cache)
+        context = self._context(documents, None if labels is None else labels != IGNORE, cache)
+        x = self.embedding(input_ids).to(self.activation_dtype)
+        gates = []
+        for block, dropped in zip(self.blocks, branch_drops or [None] * len(self.blocks), strict=True):
+            x, gate = self._run(block, x, context, dropped)
+            gates.append(gate)
+        if cache is not None:
+            cache.advance(documents)
+        x = self.norm(x)
+        if labels is not None:
+            loss_sum = self.kernels.loss(x.flatten(0, 1), self.head_weight, labels.flatten())
+            return Output(loss_sum, None, torch.stack(gates))
+        kept = x if keep_logits is None else x[:, -keep_logits:]
+        return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), torch.stack(gates))
+
+    def _run(self, block: nn.Module, x: Tensor, context: Context, dropped: Branch | None) -> tuple[Tensor, Tensor]:
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
+            return checkpoint(block, x, context, dropped, use_reentrant=True, preserve_rng_state=False)
+        return block(x, context, dropped)
+
+    def _context(self, documents: Documents, real: Tensor | None, cache: Cache | None) -> Context:
+        time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
+        rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
+        return Context(documents, rotary, time, real, cache)
+
+    def _continue(self, input_ids: Tensor, cache: Cache | None) -> Documents:
+        """Documents of new tokens that go on with the cached document of their row."""
+        B, L = input_ids.shape
+        if cache is None or cache.length == 0:
+            return Documents.whole_rows(B, L, input_ids.device)
+        new = cache.last_document()[:, None].expand(B, L)
+        return Documents.from_seq_idx(torch.cat([cache.seq_idx, new], 1)).last(L)
+
+
+def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:
+    """By layer, the branch that `step` trains without, if any: a pure function, the same on every rank and resume."""
+    drops: list[Branch | None] = []
+    for layer in range(config.num_layers):
+        draw = random.Random(f"branch drop {seed} {step} {layer}")
+        hit = draw.random() < config.branch_drop
+        drops.append(draw.choice(("mamba", "attention")) if hit else None)
+    return drops

@@ -1,0 +1,306 @@
+"""Pure-torch kernels: the specification that every other back-end is held to.
+
+Axes: B rows, L tokens, N query heads, K key-value heads, D head size, H SSM heads, P SSM head size, G groups,
+S state size, C chunks, Q tokens per chunk. All are exact at document bounds: a token of another document enters no
+sum but as an exact zero, so that changing it changes no bit.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # label of a token that has no loss
+
+
+# --- state-space scan ------------------------------------------------------------------------------------------------
+
+
+def scan_step(
+    x: Tensor, dt: Tensor, A: Tensor, B_in: Tensor, C_out: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of the Mamba-2 recurrence, ``h ← exp(dt·A)·h + dt·x⊗B``, ``y = h·C + D·x`` (arXiv 2405.21060, eq. 1).
+
+    Args:
+        x: [B, H, P]. dt: [B, H], positive, fp32. A: [H], negative, fp32. B_in, C_out: [B, G, S]. D: [H], fp32.
+        state: [B, H, P, S], fp32.
+
+    Returns:
+        y [B, H, P] in the dtype of x, and the new state [B, H, P, S] in fp32.
+    """
+    heads_per_group = x.shape[1] // B_in.shape[1]
+    B_heads = B_in.float().repeat_interleave(heads_per_group, 1)
+    C_heads = C_out.float().repeat_interleave(heads_per_group, 1)
+    xf = x.float()
+    decay = torch.exp(dt * A)[..., None, None]
+    state = state * decay + (dt[..., None] * xf)[..., None] * B_heads[:, :, None, :]
+    y = (state * C_heads[:, :, None, :]).sum(-1) + D[:, None] * xf
+    return y.to(x.dtype), state
+
+
+def scan_sequential(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B_in: Tensor,
+    C_out: Tensor,
+    D: Tensor,
+    seq_idx: Tensor,
+    initial_state: Tensor | None = None,
+    initial_seq: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The scan token by token: slow, plain, and the truth that `scan_chunked` is tested against. Same signature."""
+    state, previous = _initial(x, B_in, initial_state, initial_seq)
+    outputs = []
+    for t in range(x.shape[1]):
+        same = (seq_idx[:, t] == previous)[:, None, None, None]
+        state = torch.where(same, state, torch.zeros_like(state))
+        y, state = scan_step(x[:, t], dt[:, t], A, B_in[:, t], C_out[:, t], D, state)
+        outputs.append(y)
+        previous = seq_idx[:, t]
+    return torch.stack(outputs, 1), state
+
+
+def scan_chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B_in: Tensor,
+    C_out: Tensor,
+    D: Tensor,
+    seq_idx: Tensor,
+    initial_state: Tensor | None = None,
+    initial_seq: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The Mamba-2 scan by matrix products over chunks (state-space duality, arXiv 2405.21060, section 6).
+
+    Args:
+        x: [B, L, H, P]. dt: [B, L, H], positive, fp32. A: [H], negative, fp32. B_in, C_out: [B, L, G, S].
+        D: [H], fp32. seq_idx: int [B, L], document of each token; the state is zero at each document's start.
+        initial_state: [B, H, P, S], fp32, of the document `initial_seq` [B]; tokens of other documents do not see it.
+        chunk_size: tokens per chunk, Q.
+
+    Returns:
+        y [B, L, H, P] in the dtype of x, and the state after the last token, [B, H, P, S] in fp32.
+    """
+    B, L, H, P = x.shape
+    G, S = B_in.shape[2:]
+    Q = min(chunk_size, L)
+    pad = -L % Q
+    C = (L + pad) // Q
+    initial_state, initial_seq = _initial(x, B_in, initial_state, initial_seq)
+
+    xf, dt = x.float(), dt.float()
+    seq = torch.cat([seq_idx, seq_idx[:, -1:].expand(B, pad)], 1).view(B, C, Q)
+    drive = _chunks(xf * dt[..., None], pad, C)  # dt·x, [B, C, Q, H, P]
+    log_decay = _chunks(dt * A, pad, C)  # [B, C, Q, H]
+    B_chunks, C_chunks = _chunks(B_in.float(), pad, C), _chunks(C_out.float(), pad, C)  # [B, C, Q, G, S]
+
+    # decay from token j to token i of one chunk, zero across documents: [B, C, H, Q, Q]. The prefix sums run over the
+    # tokens of one document only, by a masked product: a difference of plain prefix sums would let others' rounding in
+    visible = (seq[..., :, None] == seq[..., None, :]).tril()
+    cumulative = (visible.to(log_decay.dtype) @ log_decay).transpose(2, 3)  # [B, C, H, Q]
+    exponent = cumulative[..., :, None] - cumulative[..., None, :]
+    decay = exponent.masked_fill(~visible[:, :, None], -torch.inf).exp()
+
+    # within the chunk
+    scores = torch.einsum("bcigs,bcjgs->bcgij", C_chunks, B_chunks)
+    weights = (scores[:, :, :, None] * decay.view(B, C, G, H // G, Q, Q)).view(B, C, H, Q, Q)
+    y = weights @ drive.transpose(2, 3)  # [B, C, H, Q, P]
+
+    # what each chunk adds to the state at its end, and what reaches the end of each chunk from all before it
+    to_end = (drive.transpose(2, 3) * decay[:, :, :, -1, :, None]).view(B, C, G, H // G, Q, P)
+    added = torch.einsum("bcghqp,bcqgs->bcghps", to_end, B_chunks).reshape(B, C, H, P * S)
+    added = torch.cat([initial_state.view(B, 1, H, P * S), added], 1).transpose(1, 2)  # [B, H, C+1, P·S]
+    last_seq = torch.cat([initial_seq[:, None], seq[..., -1]], 1)  # [B, C+1]
+    chunk_decay = torch.cat([cumulative.new_zeros(B, 1, H), cumulative[..., -1]], 1)  # [B, C+1, H]
+    carried = (last_seq[:, :, None] == last_seq[:, None, :]).tril()
+    across = (carried.to(chunk_decay.dtype) @ chunk_decay).transpose(1, 2)  # [B, H, C+1]
+    exponent = across[..., :, None] - across[..., None, :]
+    states = exponent.masked_fill(~carried[:, None], -torch.inf).exp() @ added  # [B, H, C+1, P·S]
+
+    # the state at a chunk's start is seen by the tokens that continue the document of the chunk before
+    continues = (seq == last_seq[:, :-1, None])[:, :, None]
+    from_start = cumulative.masked_fill(~continues, -torch.inf).exp()  # [B, C, H, Q]
+    entering = states[:, :, :-1].transpose(1, 2).reshape(B, C, G, H // G, P, S)
+    read = torch.einsum("bcqgs,bcghps->bcghqp", C_chunks, entering).reshape(B, C, H, Q, P)
+    y = (y + read * from_start[..., None]).transpose(2, 3).reshape(B, C * Q, H, P)[:, :L]
+    y = y + D[:, None] * xf
+    return y.to(x.dtype), states[:, :, -1].reshape(B, H, P, S)
+
+
+def _chunks(value: Tensor, pad: int, chunks: int) -> Tensor:
+    """[B, L, ...] padded with zeros at the end and cut: [B, C, Q, ...]."""
+    if pad:
+        value = torch.cat([value, value.new_zeros(value.shape[0], pad, *value.shape[2:])], 1)
+    return value.unflatten(1, (chunks, -1))
+
+
+def _initial(x: Tensor, B_in: Tensor, state: Tensor | None, seq: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The state before the first token and its document: zeros of no document (-1) unless given."""
+    if state is None:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B_in.shape[-1], dtype=torch.float32)
+    if seq is None:
+        seq = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
+    return state, seq
+
+
+# --- convolution -----------------------------------------------------------------------------------------------------
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
+    """Causal depthwise convolution with SiLU; a tap that falls into another document, or before the row, is zero.
+
+    Args:
+        x: [B, L, channels]. weight: [channels, taps], the last tap on the token itself. bias: [channels].
+        seq_idx: int [B, L].
+
+    Returns:
+        [B, L, channels] in the dtype of x.
+    """
+    taps = weight.shape[1]
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    y = x * weight[:, -1] + bias
+    for back in range(1, min(taps, x.shape[1])):
+        same = (seq_idx[:, back:] == seq_idx[:, :-back]).unsqueeze(-1)
+        shifted = x[:, :-back].masked_fill(~same, 0) * weight[:, -1 - back]
+        y = y + F.pad(shifted, (0, 0, back, 0))
+    return F.silu(y)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, bounds: list[int], window: int | None) -> Tensor:
+    """Causal grouped-query attention inside documents; no L×L matrix is ever made.
+
+    Args:
+        q: [B, L, N, D]. k, v: [B, L, K, D]. seq_idx: int [B, L]. bounds: of the documents over the B·L tokens.
+        window: tokens a query sees, itself included; None for the whole document.
+
+    Returns:
+        [B, L, N, D].
+    """
+    if window is None or window >= max(end - start for start, end in itertools.pairwise(bounds)):
+        return _attention_per_document(q, k, v, bounds)
+    return _attention_blockwise(q, k, v, seq_idx, window)
+
+
+def _attention_per_document(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    q_flat, k_flat, v_flat = (t.flatten(0, 1).transpose(0, 1) for t in (q, k, v))
+    outputs = [
+        F.scaled_dot_product_attention(
+            q_flat[None, :, start:end],
+            k_flat[None, :, start:end],
+            v_flat[None, :, start:end],
+            is_causal=True,
+            enable_gqa=True,
+        )
+        for start, end in itertools.pairwise(bounds)
+    ]
+    return torch.cat(outputs, 2)[0].transpose(0, 1).view_as(q)
+
+
+def _attention_blockwise(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, window: int) -> Tensor:
+    """Blocks of `window` queries, each against its own and the block before: [B·blocks, heads, window, 2·window]."""
+    B, L = seq_idx.shape
+    pad = -L % window
+    blocks = (L + pad) // window
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, k, v))
+    seq = F.pad(seq_idx, (0, pad), value=-1)
+
+    def with_previous(t: Tensor) -> Tensor:
+        """[B, L, ...] to [B, blocks, 2·window, ...]; the first block's predecessor is nothing (-2, no document)."""
+        cut = t.view(B, blocks, window, *t.shape[2:])
+        before = torch.cat([torch.full_like(cut[:, :1], -2 if t is seq else 0), cut[:, :-1]], 1)
+        return torch.cat([before, cut], 2)
+
+    index = torch.arange(window, device=q.device)
+    distance = index[:, None] + window - torch.arange(2 * window, device=q.device)[None]
+    same = seq.view(B, blocks, window)[..., None] == with_previous(seq)[..., None, :]
+    mask = same & (distance >= 0) & (distance < window)
+    y = F.scaled_dot_product_attention(
+        q.view(B * blocks, window, *q.shape[2:]).transpose(1, 2),
+        with_previous(k).flatten(0, 1).transpose(1, 2),
+        with_previous(v).flatten(0, 1).transpose(1, 2),
+        attn_mask=mask.flatten(0, 1)[:, None],
+        enable_gqa=True,
+    )
+    return y.transpose(1, 2).reshape(B, L + pad, *q.shape[2:])[:, :L]
+
+
+def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of new queries to cached keys.
+
+    Args:
+        q: [B, L, N, D]. k, v: [B, T, K, D]. mask: bool [B, L, T], true where the query sees the key.
+
+    Returns:
+        [B, L, N, D].
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
+
+
+# --- loss head -------------------------------------------------------------------------------------------------------
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made beside the loss, chunk by chunk, so that one chunk of logits is all that ever exists."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        cast = weight.to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            part, target = hidden[rows], labels[rows]
+            logits = (part @ cast.T).float()
+            real = target != IGNORE
+            index = target.masked_fill(~real, 0)[:, None]
+            log_sum = logits.logsumexp(-1)
+            total += ((log_sum - logits.gather(1, index)[:, 0]) * real).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            gradient = logits.sub_(log_sum[:, None]).exp_()
+            gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+            gradient = gradient.mul_(real[:, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(gradient, cast, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += gradient.T @ part  # fp32 += product in the dtype of hidden
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else (grad_hidden * scale).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 2048) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T``, summed over the labelled tokens, never holding all logits.
+
+    Args:
+        hidden: [T, width]. weight: [vocabulary, width]. labels: int64 [T], `IGNORE` where there is none.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        The sum in nats, fp32, shape ().
+    """
+    if not torch.is_grad_enabled():  # else the gradients are made even so
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)

@@ -1,0 +1,73 @@
+"""The Mamba branch. Axes: B rows, L tokens, H SSM heads, P SSM head size, G groups, S state size."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import Cache
+from .config import ModelConfig
+from .documents import Documents
+from .layers import Linear, RMSNorm
+from .ops import Kernels
+
+
+class MambaBranch(nn.Module):
+    """Mamba-2 (arXiv 2405.21060) up to and with its own norm and output projection.
+
+    `A_log`, `D` and `dt_bias` are stored and used in fp32 whatever the dtype of the activations.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
+        super().__init__()
+        self.config, self.layer, self.kernels = config, layer, kernels
+        self.in_proj = Linear(config.hidden_size, config.ssm_projection_size)
+        self.conv_weight = nn.Parameter(torch.empty(config.conv_size, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(config.conv_size))
+        self.A_log = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
+        self.norm = RMSNorm(config.ssm_size, config.norm_eps)
+        self.out_proj = Linear(config.ssm_size, config.hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Decay rates in [1, 16], time steps log-uniform in [0.001, 0.1], as Mamba-2's authors start them."""
+        bound = 1 / math.sqrt(self.config.conv_kernel)
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        nn.init.uniform_(self.conv_bias, -bound, bound)
+        nn.init.ones_(self.D)
+        with torch.no_grad():
+            self.A_log.uniform_(1, 16).log_()
+            dt = self.dt_bias.uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def forward(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
+        """[B, L, hidden_size] to [B, L, hidden_size]; continues and updates `cache` when there is one."""
+        c = self.config
+        z, xBC, dt = self.in_proj(x).split([c.ssm_size, c.conv_size, c.ssm_heads], -1)
+        xBC = self._convolve(xBC, documents, cache)
+        values, B_in, C_out = xBC.split([c.ssm_size, *[c.ssm_groups * c.ssm_state_size] * 2], -1)
+        y, state = self.kernels.scan(
+            values.unflatten(-1, (c.ssm_heads, c.ssm_head_dim)),
+            F.softplus(dt.float() + self.dt_bias),
+            -torch.exp(self.A_log),
+            B_in.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
+            C_out.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
+            self.D,
+            documents.seq_idx,
+            initial_state=None if cache is None else cache.layers[self.layer].state,
+            initial_seq=None if cache is None else cache.last_document(),
+            chunk_size=c.chunk_size,
+        )
+        if cache is not None:
+            cache.layers[self.layer].state = state
+        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+
+    def _convolve(self, xBC: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.kernels.convolution(xBC, self.conv_weight, self.conv_bias, documents.seq_idx)
+        joined = cache.layers[self.layer].append_conv(xBC)
+        y = self.kernels.convolution(joined, self.conv_weight, self.conv_bias, cache.conv_documents(documents))
+        return y[:, -xBC.shape[1] :]

@@ -1,0 +1,87 @@
+"""Prefill and decoding with the cache give the full forward's logits."""
+
+import pytest
+import torch
+from conftest import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusiontree.model.documents import Documents
+from fusiontree.model.lm import HybridLM
+
+
+def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    """Logits of the pieces of `ids` between `cuts`, each a forward that continues the cache."""
+    cache = model.new_cache(ids.shape[0])
+    pieces = []
+    for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
+        documents = Documents.from_mask(mask[:, :end]).last(end - start)
+        pieces.append(model(ids[:, start:end], documents, cache=cache).logits)
+    assert cache.length == ids.shape[1]
+    return torch.cat(pieces, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    padding=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    cuts=st.sets(st.integers(1, 69), max_size=6),
+    kind=st.sampled_from([{}, {"srte": "learned"}, {"window_schedule": "pyramid"}, {"global_heads": 4}]),
+)
+def test_pieces_of_any_size_equal_the_whole(seed: int, padding: list[int], cuts: set[int], kind: dict) -> None:
+    torch.set_num_threads(1)
+    model = build(seed % 7, **kind)
+    ids = torch.randint(96, (len(padding), 70), generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(70) >= torch.tensor(padding)[:, None]
+    whole = model(ids, Documents.from_mask(mask)).logits
+    torch.testing.assert_close(with_cache(model, ids, mask, sorted(cuts)), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_token_by_token_equals_the_whole_far_past_the_window() -> None:
+    model = build()
+    ids = torch.randint(96, (2, 70), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    stepped = with_cache(model, ids, mask, list(range(1, 70)))
+    torch.testing.assert_close(stepped, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_without_documents_new_tokens_go_on_with_their_row() -> None:
+    model = build()
+    ids = torch.randint(96, (2, 50), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(2)
+    pieces = [model(ids[:, start : start + 10], cache=cache).logits for start in range(0, 50, 10)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_on_the_left_changes_no_real_logit_and_a_padded_row_is_finite() -> None:
+    model = build()
+    ids = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(40) >= torch.tensor([0, 25, 40])[:, None]
+    logits = model(ids, Documents.from_mask(mask.int())).logits
+    alone = model(ids[1:2, 25:]).logits
+    torch.testing.assert_close(logits[1, 25:], alone[0], rtol=1e-4, atol=1e-5)
+    assert logits.isfinite().all()
+
+
+def test_selected_rows_go_on_as_they_were() -> None:
+    model = build()
+    ids = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(3)
+    model(ids[:, :30], cache=cache)
+    order = torch.tensor([2, 0, 0, 1])
+    cache.select(order)
+    continued = model(ids[order, 30:], cache=cache).logits
+    torch.testing.assert_close(continued, model(ids).logits[order, 30:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("global_heads", [0, 2])
+def test_memory_grows_with_the_global_heads_only(global_heads: int) -> None:
+    model = build(global_heads=global_heads)
+
+    def numbers(tokens: int) -> int:
+        cache = model.new_cache(1)
+        model(torch.zeros(1, tokens, dtype=torch.int64), cache=cache)
+        return sum(t.numel() for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
+
+    growth = numbers(60) - numbers(40)
+    assert growth == 20 * 3 * 2 * (global_heads // 2) * 8  # tokens, layers, keys and values, heads, head size

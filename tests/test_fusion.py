@@ -1,0 +1,83 @@
+"""The gate starts as an exact no-op, its kinds are what they say, and its statistics count real tokens only."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import SMALL, build, documents_of
+
+from fusiontree.model.block import Fusion
+from fusiontree.model.lm import branch_drops
+from fusiontree.model.reference import IGNORE
+
+
+@pytest.mark.parametrize("kind", ["channel", "token", "static", "sum"])
+def test_every_gate_starts_as_the_plain_sum(kind: str) -> None:
+    m, a = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    fused, gate = Fusion(dataclasses.replace(SMALL, fusion=kind))(m, a)
+    torch.testing.assert_close(fused, m + a, rtol=0, atol=1e-6)
+    assert (gate == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "varies"), [("channel", (True, True)), ("token", (True, False)), ("static", (False, True))]
+)
+def test_a_gate_varies_by_token_or_channel_as_its_kind_says(kind: str, varies: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    fusion = Fusion(dataclasses.replace(SMALL, fusion=kind))
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter)
+    m, a = torch.randn(1, 5, 32), torch.randn(1, 5, 32)
+    fused, gate = fusion(m, a)
+    gate = gate.expand(1, 5, 32)
+    torch.testing.assert_close(fused, 2 * (gate * m + (1 - gate) * a), rtol=1e-5, atol=1e-5)
+    by_token, by_channel = bool((gate.std(1) > 1e-3).any()), bool((gate.std(2) > 1e-3).any())
+    assert (by_token, by_channel) == varies
+
+
+def test_gate_statistics_leave_padding_out() -> None:
+    model = build()
+    ids = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, 25:] = IGNORE
+    documents = documents_of([[25, 15]])
+    gates = model(ids, documents, labels=labels).gates
+    short = model(ids[:, :25], labels=ids[:, :25]).gates
+    torch.testing.assert_close(gates, short, rtol=1e-4, atol=1e-5)
+    assert gates.shape == (3, 32)
+
+
+def test_dropped_branches_are_gone_and_repeat_with_seed_and_step() -> None:
+    config = dataclasses.replace(SMALL, branch_drop=0.5, num_layers=200)
+    drops = branch_drops(config, seed=1, step=7)
+    assert drops == branch_drops(config, seed=1, step=7)
+    assert drops != branch_drops(config, seed=1, step=8)
+    assert drops != branch_drops(config, seed=2, step=7)
+    assert 60 < sum(drop is not None for drop in drops) < 140
+    assert {"mamba", "attention", None} == set(drops)
+    assert branch_drops(SMALL, 0, 0) == [None, None, None]
+
+
+@pytest.mark.parametrize("dropped", ["mamba", "attention"])
+def test_a_dropped_branch_has_no_say(dropped: str) -> None:
+    model = build()
+    ids = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids, branch_drops=[dropped] * 3).logits
+        for block in model.blocks:
+            getattr(block, dropped).out_proj.weight.normal_()
+        assert torch.equal(model(ids, branch_drops=[dropped] * 3).logits, before)
+        assert not torch.equal(model(ids).logits, before)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    model = build()
+    ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        model.checkpoint_blocks = recompute
+        model.zero_grad()
+        model(ids, labels=ids).loss_sum.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-6, atol=1e-6)
