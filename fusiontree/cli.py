@@ -1,0 +1,474 @@
+"""The command line. Handlers parse, call and print; what they call is imported when needed, so that --help is quick."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusiontree.errors import RunError, UserError
+
+# what a file system answers when the user's disk, rights or paths are at fault, not this program
+_FILE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+}
+_NAMED = 10  # inputs left out that are named, unless --json is given
+_INTERRUPTED = "interrupted; nothing half-written was left under a final name"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for the user's mistakes, 1 for what went wrong on the way.
+
+    Any other exception is this program's own mistake and keeps its traceback.
+    """
+    args = _parse(argv)
+    code, message, told = 1, None, False
+    try:
+        code, message = _outcome(args)
+    finally:
+        if args.handler is _train:
+            from launcher import local
+
+            told = local.report(code, message)
+    if message and not told:
+        rank = os.environ.get("RANK", "0")
+        kind = "" if message == _INTERRUPTED else "error: "
+        print(f"fusiontree: {kind}{'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr)
+    return code
+
+
+def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
+    """The exit code of the command and the line that explains it."""
+    try:
+        code: int = args.handler(args)
+        sys.stdout.flush()
+        return code, None
+    except KeyboardInterrupt:
+        return 1, _INTERRUPTED
+    except (UserError, RunError) as error:
+        return error.exit_code, str(error)
+    except BrokenPipeError:
+        # the reader has left (`| head`): give what is still buffered nowhere to go, so that the exit stays silent
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, None
+    except OSError as error:
+        if error.errno not in _FILE_ERRORS:
+            raise
+        place = error.filename or getattr(args, "output", None) or "the output"
+        return 1, f"{place}: {error.strerror}"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _data_tokenizer(args: argparse.Namespace) -> int:
+    from data_tools.tokenizer import train_tokenizer
+
+    figures = train_tokenizer(
+        args.input,
+        args.vocab_size,
+        args.output,
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        overwrite=args.overwrite,
+    )
+    return _show(figures, args.json)
+
+
+def _data_build(args: argparse.Namespace) -> int:
+    from data_tools.build import build
+
+    figures = build(
+        args.input,
+        args.tokenizer,
+        args.output,
+        holdout=args.holdout,
+        workers=args.workers,
+        row_len=args.row_len,
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        overwrite=args.overwrite,
+    )
+    return _show(figures, args.json)
+
+
+def _data_verify(args: argparse.Namespace) -> int:
+    from data_tools.verify import verify
+
+    figures = verify(args.folder)
+    _show(figures, args.json)
+    return 1 if figures["problems"] else 0
+
+
+def _data_inspect(args: argparse.Namespace) -> int:
+    from data_tools.inspection import describe, show_row
+
+    if args.row is None:
+        return _show(describe(args.folder), args.json)
+    return _show(show_row(args.folder, args.row, split=args.split, tokenizer=args.tokenizer), args.json)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from launcher import local
+
+    local.join_launcher()
+    from fusiontree.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    args.output = config.run_dir
+    from fusiontree.training.engine import train
+
+    summary = train(config)
+    return _show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from launcher import local
+    from launcher.plan import plan_local
+
+    config = load_config(args.config, args.overrides)
+    plan = plan_local(config, args.config, args.overrides, args.local)
+    if args.dry_run:
+        print(local.command_line(plan))
+        return 0
+    return local.run(plan)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from fusiontree.export import export
+
+    return _show(export(args.source, args.output, dtype=args.dtype, overwrite=args.overwrite), args.json)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from fusiontree.generate import generate_text
+
+    figures = generate_text(
+        args.folder,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        on_text=None if args.json else _stream,
+    )
+    if args.json:
+        return _show(figures, as_json=True)
+    print()
+    return 0
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from fusiontree.evaluate import evaluate
+
+    return _show(evaluate(args.folder, args.tasks, args.data, args.seq_len, args.limit), args.json)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from fusiontree.doctor import diagnose
+
+    if args.overrides and args.config is None:
+        raise UserError("doctor: overrides need a CONFIG before them")
+    config = None if args.config is None else load_config(args.config, args.overrides)
+    findings = diagnose(config, ranks=args.ranks)
+    _show(findings, args.json)
+    return 1 if findings["problems"] else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from fusiontree.demo import run_demo
+
+    return run_demo(args.root)
+
+
+# --- printing --------------------------------------------------------------------------------------------------------
+
+
+_UNITS = {"seconds": "s", "loss": "nats per token", "tokens_per_s": "tokens/s"}  # by the end of a figure's key
+
+
+def _show(figures: dict[str, Any], as_json: bool) -> int:
+    """Print a command's figures, as JSON or as aligned lines; returns 0."""
+    if as_json:
+        print(json.dumps(figures, indent=2, default=str))
+        return 0
+    lines = list(_lines(figures))
+    width = max((len(label) for label, _ in lines), default=0)
+    for label, value in lines:
+        print(f"{label:<{width}}  {value}".rstrip())
+    return 0
+
+
+def _skipped(entries: Sequence[Mapping[str, str]]) -> list[str]:
+    """How many inputs were left out and the names of some, with the reason: empty files, which are common, last."""
+    if not entries:
+        return ["none"]
+    names = [f"{entry['path']}: {entry['reason']}" for entry in sorted(entries, key=lambda e: e["reason"] == "empty")]
+    rest = [f"and {len(names) - _NAMED} more; --json names all"] if len(names) > _NAMED else []
+    return [f"{len(names)} files", *names[:_NAMED], *rest]
+
+
+def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
+    """Label and text of each figure; what is nested stands indented below its name."""
+    lines: list[tuple[str, str]] = []
+    for key, value in figures.items():
+        label = indent + str(key).removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+        if isinstance(value, dict):
+            lines += [(label, "" if value else "none"), *_lines(value, indent + "  ")]
+        elif isinstance(value, (list, tuple)):
+            texts = _skipped(value) if key == "skipped" else [_text(str(key), item) for item in value] or ["none"]
+            lines += [(label if i == 0 else "", text) for i, text in enumerate(texts)]
+        else:
+            lines.append((label, _text(str(key), value)))
+    return lines
+
+
+def _text(key: str, value: Any) -> str:
+    """A figure with its unit, which the end of its key names."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "-"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if key.endswith("bytes"):
+        return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.2f} MiB"
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    unit = next((unit for ending, unit in _UNITS.items() if key.endswith(ending)), "")
+    return f"{number} {unit}".rstrip()
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------
+
+
+_FORMAT = argparse.RawDescriptionHelpFormatter  # keeps an example on one line
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand on either side of the options, which argparse alone does not take."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not ("overrides" in args and all("=" in text and not text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fusiontree",
+        description="Pretrain hybrid language models: a Mamba and an attention branch, fused by a learned gate.",
+        epilog="Example: fusiontree demo",
+        formatter_class=_FORMAT,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_data(commands)
+    _add_training(commands)
+    _add_model(commands)
+    _add_machine(commands)
+    return parser
+
+
+def _command(
+    commands: Any,
+    name: str,
+    handler: Callable[[argparse.Namespace], int],
+    summary: str,
+    example: str,
+    figures: bool = True,
+) -> argparse.ArgumentParser:
+    """A subcommand; with `figures` it takes --json."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"Example: fusiontree {example}", formatter_class=_FORMAT
+    )
+    parser.set_defaults(handler=handler)
+    if figures:
+        parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+def _add_data(commands: Any) -> None:
+    summary = "Make, check and look at datasets."
+    data = commands.add_parser(
+        "data",
+        help=summary,
+        description=summary,
+        epilog="Example: fusiontree data verify data/books",
+        formatter_class=_FORMAT,
+    )
+    data_commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    tokenizer = _command(
+        data_commands,
+        "tokenizer",
+        _data_tokenizer,
+        "Train a byte-level BPE tokenizer on text.",
+        "data tokenizer --input books/ --vocab-size 8192 --output data/tokenizer",
+    )
+    _add_inputs(tokenizer)
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
+
+    build = _command(
+        data_commands,
+        "build",
+        _data_build,
+        "Tokenise text and pack it into WebDataset shards.",
+        "data build --input books/ --tokenizer data/tokenizer --output data/books",
+    )
+    _add_inputs(build)
+    build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
+    build.add_argument(
+        "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+    )
+    build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
+    build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
+
+    verify = _command(
+        data_commands,
+        "verify",
+        _data_verify,
+        "Check every byte of a dataset against its checksums; exit 1 if any is wrong.",
+        "data verify data/books",
+    )
+    verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+
+    inspect = _command(
+        data_commands,
+        "inspect",
+        _data_inspect,
+        "Describe a dataset, or show one of its rows.",
+        "data inspect data/books --row 7",
+    )
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    inspect.add_argument("--row", type=int, metavar="N", help="show stored row N, from 0")
+    inspect.add_argument("--split", choices=("train", "validation"), default="train", help="the row's split")
+    inspect.add_argument("--tokenizer", type=Path, metavar="DIR", help="decode the row with this tokenizer")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="only files that match; repeatable"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="no files that match; repeatable"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds something")
+
+
+def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    nargs = "?" if optional else None
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a YAML file or a preset, e.g. tiny")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the configuration's")
+
+
+def _add_training(commands: Any) -> None:
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "Train on one rank; also what each rank of a launch runs.",
+        "train tiny data.path=data/books optimizer.lr=1e-3",
+    )
+    _add_config(train)
+
+    launch = _command(
+        commands,
+        "launch",
+        _launch,
+        "Train on several ranks, started by DeepSpeed's launcher.",
+        "launch tiny --local 2 data.path=data/books",
+        figures=False,
+    )
+    _add_config(launch)
+    launch.add_argument("--local", type=int, required=True, metavar="N", help="ranks on this machine")
+    launch.add_argument("--dry-run", action="store_true", help="print the command that would run")
+
+
+def _add_model(commands: Any) -> None:
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "Turn a run or a checkpoint into a Hugging Face folder.",
+        "export runs/demo runs/demo/export --dtype bf16",
+    )
+    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
+    export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    _add_overwrite(export)
+
+    generate = _command(
+        commands,
+        "generate",
+        _generate,
+        "Continue a prompt with an exported model.",
+        "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
+    )
+    generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
+    generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold P together"
+    )
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest"
+    )
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 = none (default 1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="(default 0)")
+
+    evaluate = _command(
+        commands,
+        "eval",
+        _eval,
+        "Measure an exported model.",
+        "eval runs/demo/export --tasks perplexity --data data/books",
+    )
+    evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="perplexity")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
+    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: as trained)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
+
+
+def _add_machine(commands: Any) -> None:
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "Report versions, devices and kernels; with CONFIG, exit 1 if it cannot run here.",
+        "doctor tiny --ranks 2 data.path=data/books",
+    )
+    _add_config(doctor, optional=True)
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on (default 1)")
+
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "Run the whole product on this machine: text in, a trained and exported model out.",
+        "demo --root /tmp/fusiontree-demo",
+        figures=False,
+    )
+    demo.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)")

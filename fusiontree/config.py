@@ -1,0 +1,474 @@
+"""A run's whole configuration: YAML in, one frozen and fully checked object out. Free of torch.
+
+Every mistake a user can make here ends in one UserError line that says what, where and what to do.
+"""
+
+import difflib
+import importlib.resources
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from fusiontree.errors import UserError
+from fusiontree.model.config import ModelConfig
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Where the tokens come from."""
+
+    path: Path | None = None  # dataset folder, with manifest.json and the splits train and validation; needed to train
+    seq_len: Count  # tokens per training row
+
+
+class BatchConfig(_Section):
+    """How many tokens an optimizer step takes."""
+
+    tokens: Count  # global batch per optimizer step, in tokens, over all ranks and accumulation steps
+    micro_rows: Count = 1  # rows of data.seq_len tokens per rank and forward pass; only memory and speed depend on it
+
+
+class OptimizerConfig(_Section):
+    """AdamW."""
+
+    lr: float = Field(gt=0.0)  # peak learning rate, reached at the end of the warm-up
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)  # matrices only: norms, biases, gates and scan state are exempt
+    grad_clip: float = Field(default=1.0, ge=0.0)  # largest norm of the whole gradient; 0 = never clip
+
+
+class ScheduleConfig(_Section):
+    """Learning rate by step."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    steps: Count  # optimizer steps of the whole run
+    warmup_steps: int = Field(default=0, ge=0)  # optimizer steps of linear warm-up, the first of `steps`
+    min_lr_ratio: Fraction = 0.1  # learning rate at the end of the cosine, as a share of the peak
+
+
+class CheckpointConfig(_Section):
+    """When checkpoints are written and how many stay."""
+
+    every: Count = 1000  # optimizer steps; the last step always writes one
+    keep_last: Count = 3  # checkpoints that stay, the newest
+
+
+class ValidationConfig(_Section):
+    """When the held-out loss is measured."""
+
+    every: int = Field(default=500, ge=0)  # optimizer steps; 0 = never
+    rows: Count | None = None  # rows of data.seq_len tokens; null = all
+
+
+class LoggingConfig(_Section):
+    """What is reported while the run goes on."""
+
+    every: Count = 10  # optimizer steps between two lines of metrics
+    wandb: bool = False
+
+
+class KernelsConfig(_Section):
+    """Back-end of each operation; `auto` is the best that runs here."""
+
+    scan: str = "auto"
+    convolution: str = "auto"
+    attention: str = "auto"
+    loss: str = "auto"
+
+
+class RunConfig(_Section):
+    """Everything that decides a run.
+
+    Raises:
+        pydantic.ValidationError: a value is of the wrong kind or two values disagree. `load_config` turns it into one
+            UserError line.
+    """
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
+    output: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    kernels: KernelsConfig = KernelsConfig()
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> "RunConfig":
+        schedule, row_tokens = self.schedule, self.data.seq_len * self.batch.micro_rows
+        _require(
+            schedule.warmup_steps < schedule.steps,
+            f"schedule.warmup_steps {schedule.warmup_steps} is not below schedule.steps {schedule.steps}: the schedule "
+            "would end before it has warmed up; lower warmup_steps or raise steps",
+        )
+        _require(
+            self.batch.tokens % row_tokens == 0,
+            f"batch.tokens {self.batch.tokens} is not a multiple of data.seq_len {self.data.seq_len} x "
+            f"batch.micro_rows {self.batch.micro_rows} = {row_tokens}; nearest batch.tokens that are: "
+            f"{_either(_multiples_around(self.batch.tokens, row_tokens))}",
+        )
+        _require(
+            self.model.srte != "learned" or self.model.max_positions >= self.data.seq_len,
+            f"model.max_positions {self.model.max_positions} is below data.seq_len {self.data.seq_len}: srte learned "
+            "has no encoding for the last tokens of a row; raise max_positions or lower seq_len",
+        )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run: configuration, metrics, checkpoints and logs."""
+        return self.output / self.name
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes that each of `world_size` ranks makes per optimizer step.
+
+        Raises:
+            UserError: the batch does not divide; the message names the nearest batches and rank counts that do.
+        """
+        per_rank = self.data.seq_len * self.batch.micro_rows
+        if self.batch.tokens % (per_rank * world_size) == 0:
+            return self.batch.tokens // (per_rank * world_size)
+        passes = self.batch.tokens // per_rank
+        counts = [ranks for ranks in range(1, passes + 1) if passes % ranks == 0]
+        around = [max(c for c in counts if c < world_size), *[c for c in counts if c > world_size][:1]]
+        raise UserError(
+            f"batch.tokens {self.batch.tokens} does not divide among {world_size} ranks of batch.micro_rows "
+            f"{self.batch.micro_rows} x data.seq_len {self.data.seq_len} = {per_rank} tokens; nearest batch.tokens for "
+            f"{world_size} ranks: {_either(_multiples_around(self.batch.tokens, per_rank * world_size))}; nearest rank "
+            f"counts for this batch: {_either(around)}"
+        )
+
+
+def _keys_by_section() -> dict[str, tuple[str, ...]]:
+    sections = {}
+    for name, info in RunConfig.model_fields.items():
+        kind = info.annotation
+        if kind is ModelConfig:
+            sections[name] = tuple(field.name for field in fields(kind))
+        elif kind in _Section.__subclasses__():
+            sections[name] = tuple(kind.model_fields)
+    return sections
+
+
+SECTIONS = _keys_by_section()
+KEYS = tuple(
+    f"{name}.{key}" if key else name for name in RunConfig.model_fields for key in SECTIONS.get(name, (None,))
+)  # every dotted key, in order
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration and check all of it.
+
+    Args:
+        source: a preset's name (`tiny`) or a YAML file's path. A file may start from another: ``base: 1b`` (a preset,
+            or a path relative to the file), whose values its own replace, key by key.
+        overrides: ``key=value`` with a dotted key and a YAML value; later ones win.
+
+    Raises:
+        UserError: any mistake, in one line.
+    """
+    layers = [*_file_layers(source, ()), *[(f"override '{text}'", _parse_override(text)) for text in overrides]]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for where, tree in layers:
+        leaves = dict(_leaves(tree, where))
+        values |= leaves
+        origins |= dict.fromkeys(leaves, where)
+    try:
+        # through JSON, where pydantic's strict mode takes a string for a path and a mapping for a dataclass
+        return RunConfig.model_validate_json(json.dumps(_nested(values)))
+    except ValidationError as error:
+        whole = " ".join([source, *overrides])
+        raise UserError(_one_line(error.errors(), origins, whole)) from None
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml"))
+
+
+def _presets() -> Traversable:
+    return importlib.resources.files("fusiontree") / "presets"
+
+
+def _file_layers(source: str, seen: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """The trees of `source` and of all it starts from, the farthest first, each with its name for messages."""
+    if source in seen:
+        raise UserError(f"{source}: `base` leads back to itself ({' -> '.join([*seen, source])}); remove one")
+    tree = _parse(_read(source, seen), source)
+    base = tree.pop("base", None)
+    if base is None:
+        return [(source, tree)]
+    if not isinstance(base, str):
+        raise UserError(f"{source}: base is {base!r}; it must be a preset's name or the path of a YAML file")
+    if base not in preset_names():
+        base = str(Path(source).parent / base)
+    return [*_file_layers(base, (*seen, source)), (source, tree)]
+
+
+def _read(source: str, seen: tuple[str, ...]) -> str:
+    if source in preset_names():
+        return (_presets() / f"{source}.yaml").read_text(encoding="utf-8")
+    needed_by = f"{seen[-1]}: base " if seen else "configuration "
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        near = difflib.get_close_matches(source, preset_names(), 1)
+        hint = f"; did you mean the preset '{near[0]}'?" if near else ""
+        presets = ", ".join(preset_names())
+        raise UserError(f"{needed_by}{source} is neither a file nor a preset ({presets}){hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{needed_by}{source} is a folder; name a YAML file or a preset") from None
+    except PermissionError:
+        raise UserError(f"{needed_by}{source} cannot be read; change its permissions") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{needed_by}{source} is not UTF-8 text; save it as UTF-8") from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    tree = _load_yaml(text, where)
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: holds {type(tree).__name__} {_short(tree)}; a configuration is `key: value` lines")
+    return tree
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{text}' is not of the form key=value, e.g. optimizer.lr=3e-4")
+    return {key: _load_yaml(value, f"override '{text}'")}
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _leaves(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of `tree` and their values; each key must be one of KEYS."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and (value or key in SECTIONS):
+            yield from _leaves(value, where, f"{key}.")
+        elif key in SECTIONS:
+            raise UserError(f"{where}: '{key}' is a section, not a value; its keys are {', '.join(SECTIONS[key])}")
+        elif key not in KEYS:
+            raise UserError(f"{where}: unknown key '{key}'; {_suggestion(key)}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {key} is {value}; it must be finite")
+        else:
+            yield key, _plain(value, key, where)
+
+
+def _plain(value: Any, key: str, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(f"{where}: {key} is {_short(value)}; it must be a single value")
+
+
+def _suggestion(key: str) -> str:
+    """The valid key nearest to `key`; one with the same last name wins, so that `lr` finds `optimizer.lr`."""
+    same_name = [k for k in KEYS if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = difflib.get_close_matches(key, same_name or [*KEYS, *SECTIONS], 1, 0.0 if same_name else 0.6)
+    return f"did you mean '{near[0]}'?" if near else f"top-level keys are {', '.join(RunConfig.model_fields)}"
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def _one_line(errors: list[ErrorDetails], origins: Mapping[str, str], whole: str) -> str:
+    """The first of pydantic's errors in one line, and how many follow."""
+    error = errors[0]
+    key = ".".join(part for part in map(str, error["loc"]) if part)
+    where = origins.get(key, whole)
+    if error["type"] == "missing":
+        message = f"{where}: {key} is missing; give it, or start from a preset with `base: tiny`"
+    elif error["type"] == "value_error":
+        message = f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
+    elif error["type"] == "string_pattern_mismatch":
+        message = f"{where}: {key} is {_short(error['input'])}; use letters, digits, '_', '-' and, not first, '.'"
+    else:
+        message = f"{where}: {key} is {_short(error['input'])}; {error['msg'].replace('Input should', 'it must', 1)}"
+    rest = len(errors) - 1
+    return message + (f" (and {rest} more to mend)" if rest else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: ``1e-4`` is a number, ``no`` a string; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"key '{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either version of YAML would not read back as the same string."""
+
+
+_Loader.yaml_implicit_resolvers = {}  # in place of YAML 1.1's
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+for _tag, _pattern, _first in (
+    ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+# --- writing and comparing -------------------------------------------------------------------------------------------
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML; `load_config` reads it back as the same object."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+# what may change when a run is resumed: it moves neither the data nor the mathematics
+_FREE_ON_RESUME = ("name", "output", "data.path", "activation_checkpointing", "deepspeed", "batch.micro_rows")
+_FREE_SECTIONS = ("logging.", "validation.", "checkpoint.", "kernels.")
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted keys whose values differ and must not when a run is resumed."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"), "config")) for config in (old, new))
+    return [
+        key
+        for key in KEYS
+        if before[key] != after[key] and key not in _FREE_ON_RESUME and not key.startswith(_FREE_SECTIONS)
+    ]
+
+
+# --- what the configuration points at --------------------------------------------------------------------------------
+
+# settings with an owner in the run's configuration: a second value in the JSON could only contradict it
+_OWNED = {
+    "train_batch_size": "batch.tokens",
+    "train_micro_batch_size_per_gpu": "batch.micro_rows",
+    "gradient_accumulation_steps": "batch.tokens and batch.micro_rows",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer.*",
+    "scheduler": "schedule.*",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "activation_checkpointing",
+    "steps_per_print": "logging.every",
+    "wandb": "logging.wandb",
+}
+
+
+def deepspeed_json(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings, from ds_configs/ by name or from a file by path.
+
+    Raises:
+        UserError: missing, not JSON, or it sets what the run's configuration owns.
+    """
+    folder = importlib.resources.files("ds_configs")
+    names = sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
+    source: Traversable = folder / f"{config.deepspeed}.json" if config.deepspeed in names else Path(config.deepspeed)
+    if not source.is_file():
+        raise UserError(f"deepspeed '{config.deepspeed}' is neither one of {', '.join(names)} nor a JSON file")
+    try:
+        settings = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"deepspeed {config.deepspeed}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed {config.deepspeed}: holds {_short(settings)}; DeepSpeed's settings are an object")
+    for key, owner in _OWNED.items():
+        if key in settings:
+            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+    return settings
+
+
+def dataset_manifest(config: RunConfig) -> dict[str, Any]:
+    """The manifest of the run's dataset, checked against the model.
+
+    Raises:
+        UserError: no dataset given, none there, or its tokens do not fit the model's vocabulary.
+    """
+    folder = config.data.path
+    if folder is None:
+        raise UserError("data.path is missing; add data.path=DIR, a folder made by `fusiontree data build`")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"data.path {folder}: no manifest.json there; build it with `fusiontree data build`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        vocab_size = int(manifest["tokenizer"]["vocab_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a dataset's manifest ({error!r}); build the dataset again") from None
+    if vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.path {folder}: its tokenizer has {vocab_size} tokens, more than model.vocab_size "
+            f"{config.model.vocab_size}; raise model.vocab_size or build the data with a smaller tokenizer"
+        )
+    return manifest
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _multiples_around(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value`, from below and from above, 0 excepted."""
+    below = value // unit * unit
+    return [below, below + unit] if below else [unit]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

@@ -1,0 +1,301 @@
+"""The command line: what it calls, what it prints, and how it ends."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from fusiontree import cli
+from fusiontree.errors import RunError, UserError
+
+COMMANDS = [
+    *("data tokenizer", "data build", "data verify", "data inspect"),
+    *("train", "launch", "export", "generate", "eval", "doctor", "demo"),
+]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a function in the place of one the command line calls, and records its calls."""
+    monkeypatch.delenv("FUSIONTREE_LAUNCH", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+
+    def install(module: str, function: str, answer):
+        calls = []
+
+        def call(*args, **kwargs):
+            calls.append((args, kwargs))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        stand = types.ModuleType(module)
+        setattr(stand, function, call)
+        monkeypatch.setitem(sys.modules, module, stand)
+        return calls
+
+    return install
+
+
+def words(command: str, *more: str) -> list[str]:
+    return [*command.split(), *more]
+
+
+@pytest.mark.parametrize("command", ["", "data", *COMMANDS])
+def test_help_shows_a_one_line_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words(command, "--help"))
+    assert caught.value.code == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"Example: fusiontree {command or 'demo'}")
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, contextlib\nfrom fusiontree.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print({'torch', 'deepspeed', 'pydantic', 'yaml', 'numpy', 'rich', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+def test_it_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "fusiontree", "train", "tinny"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("fusiontree: error: configuration tinny is neither a file nor a preset")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("wrong input"), 2, "fusiontree: error: wrong input\n"),
+        (RunError("damaged"), 1, "fusiontree: error: damaged\n"),
+        (KeyboardInterrupt(), 1, "fusiontree: interrupted; nothing half-written was left under a final name\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            1,
+            "fusiontree: error: a/b: No space left on device\n",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "fusiontree: error: out: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "c"), 1, "fusiontree: error: c: Permission denied\n"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, line, stand_in, capsys):
+    stand_in("fusiontree.export", "export", error)
+    assert cli.main(["export", "run", "out"]) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", line)
+
+
+@pytest.mark.parametrize("error", [KeyError("ours"), ValueError("ours"), OSError(errno.ECHILD, "ours")])
+def test_our_own_mistakes_keep_their_traceback(error, stand_in):
+    stand_in("fusiontree.export", "export", error)
+    with pytest.raises(type(error), match="ours"):
+        cli.main(["export", "run", "out"])
+
+
+def test_another_rank_than_the_first_names_itself(stand_in, monkeypatch, capsys):
+    stand_in("fusiontree.training.engine", "train", RunError("damaged"))
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err == "fusiontree: error: rank 3: damaged\n"
+
+
+def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch, tmp_path, capsys):
+    stand_in("fusiontree.training.engine", "train", UserError("wrong input"))
+    monkeypatch.setattr("launcher.local.join_launcher", lambda: None)
+    monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "tiny"]) == 2
+    assert capsys.readouterr().err == ""
+    report = json.loads((tmp_path / "rank-1.json").read_text())
+    assert (report["rank"], report["code"], report["message"]) == (1, 2, "wrong input")
+
+
+def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, monkeypatch, tmp_path):
+    stand_in("fusiontree.training.engine", "train", KeyError("ours"))
+    monkeypatch.setattr("launcher.local.join_launcher", lambda: None)
+    monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
+    with pytest.raises(KeyError):
+        cli.main(["train", "tiny"])
+    report = json.loads((tmp_path / "rank-0.json").read_text())
+    assert (report["code"], report["message"]) == (1, None)
+
+
+def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
+    calls = stand_in("data_tools.tokenizer", "train_tokenizer", {"vocab_size": 8192, "seconds": 1.5})
+    argv = "data tokenizer --input a b --vocab-size 8192 --output t --include *.py --exclude x* --exclude y*"
+    assert cli.main(argv.split()) == 0
+    arguments = (([Path("a"), Path("b")], 8192, Path("t")), {"include": ("*.py",), "exclude": ("x*", "y*")})
+    assert calls == [(arguments[0], arguments[1] | {"overwrite": False})]
+    assert capsys.readouterr().out == "vocab size  8,192\nseconds     1.5 s\n"
+
+
+def test_data_build_hands_on_its_arguments(stand_in, capsys):
+    calls = stand_in("data_tools.build", "build", {"tokens": 5})
+    argv = ["data", "build", "--input", "a", "--tokenizer", "t", "--output", "d", "--workers", "2", "--overwrite"]
+    assert cli.main([*argv, "--json"]) == 0
+    options = {"holdout": 0.02, "workers": 2, "row_len": 32768, "include": (), "exclude": (), "overwrite": True}
+    assert calls == [(([Path("a")], Path("t"), Path("d")), options)]
+    assert json.loads(capsys.readouterr().out) == {"tokens": 5}
+
+
+@pytest.mark.parametrize(("problems", "code"), [([], 0), (["train-0: row 3 is damaged"], 1)])
+def test_data_verify_ends_with_one_when_there_are_problems(problems, code, stand_in, capsys):
+    stand_in("data_tools.verify", "verify", {"rows": 12, "problems": problems})
+    assert cli.main(["data", "verify", "d"]) == code
+    assert capsys.readouterr().out == f"rows      12\nproblems  {problems[0] if problems else 'none'}\n"
+
+
+def test_data_inspect_describes_or_shows_a_row(monkeypatch, capsys):
+    stand = types.ModuleType("data_tools.inspection")
+    stand.describe = lambda folder: {"folder": folder}
+    stand.show_row = lambda folder, row, split, tokenizer: {"row": row, "split": split, "tokenizer": tokenizer}
+    monkeypatch.setitem(sys.modules, "data_tools.inspection", stand)
+    assert cli.main(["data", "inspect", "d"]) == 0
+    assert capsys.readouterr().out == "folder  d\n"
+    assert cli.main(["data", "inspect", "d", "--row", "0", "--split", "validation", "--tokenizer", "t", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"row": 0, "split": "validation", "tokenizer": "t"}
+
+
+@pytest.mark.parametrize("argv", ["train tiny seed=3 name=x --json", "train tiny --json seed=3 name=x"])
+def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, capsys):
+    calls = stand_in("fusiontree.training.engine", "train", {"steps": 200})
+    assert cli.main(argv.split()) == 0
+    (((config,), _),) = calls
+    assert (config.seed, config.name) == (3, "x")
+    assert json.loads(capsys.readouterr().out) == {"steps": 200}
+
+
+def test_only_the_first_rank_shows_the_summary(stand_in, monkeypatch, capsys):
+    stand_in("fusiontree.training.engine", "train", {"steps": 200})
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "tiny"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("argv", ["train tiny --bogus", "doctor --ranks 2 --x=3", "data verify a b=c"])
+def test_words_that_belong_nowhere_are_a_usage_error(argv):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv.split())
+    assert caught.value.code == 2
+
+
+def test_a_full_disk_without_a_name_names_the_runs_folder(stand_in, capsys):
+    stand_in("fusiontree.training.engine", "train", OSError(errno.ENOSPC, "No space left on device"))
+    assert cli.main(["train", "tiny", "output=there", "name=mine"]) == 1
+    assert capsys.readouterr().err == "fusiontree: error: there/mine: No space left on device\n"
+
+
+def test_export_hands_on_its_arguments(stand_in, capsys):
+    calls = stand_in("fusiontree.export", "export", {"model_bytes": 3 * 2**20, "proved": True})
+    assert cli.main(["export", "runs/a", "out", "--dtype", "bf16"]) == 0
+    assert calls == [((Path("runs/a"), Path("out")), {"dtype": "bf16", "overwrite": False})]
+    assert capsys.readouterr().out == "model   3.00 MiB\nproved  yes\n"
+
+
+def test_generate_streams_its_text(monkeypatch, capsys):
+    def generate_text(folder, prompt, on_text, **options):
+        seen.update(options, folder=folder, prompt=prompt)
+        if on_text:
+            on_text("def ")
+            on_text("main")
+        return {"text": "def main"}
+
+    seen: dict = {}
+    stand = types.ModuleType("fusiontree.generate")
+    stand.generate_text = generate_text
+    monkeypatch.setitem(sys.modules, "fusiontree.generate", stand)
+    assert cli.main(["generate", "out", "a prompt", "--top-k", "5", "--max-new-tokens", "7", "--seed", "9"]) == 0
+    assert capsys.readouterr().out == "def main\n"
+    assert (seen["folder"], seen["prompt"], seen["top_k"], seen["max_new_tokens"]) == (Path("out"), "a prompt", 5, 7)
+    assert (seen["seed"], seen["top_p"], seen["min_p"], seen["repetition_penalty"]) == (9, 1.0, 0.0, 1.0)
+    assert cli.main(["generate", "out", "p", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"text": "def main"}
+
+
+def test_eval_hands_on_its_arguments(stand_in, capsys):
+    calls = stand_in("fusiontree.evaluate", "evaluate", {"loss": 2.5, "tokens": 4096})
+    assert cli.main(["eval", "out", "--tasks", "perplexity", "--data", "d", "--limit", "4"]) == 0
+    assert calls == [((Path("out"), ["perplexity"], Path("d"), None, 4), {})]
+    assert capsys.readouterr().out == "loss    2.5 nats per token\ntokens  4,096\n"
+
+
+def test_demo_hands_on_its_folder_and_exit_code(stand_in):
+    calls = stand_in("fusiontree.demo", "run_demo", 1)
+    assert cli.main(["demo", "--root", "here"]) == 1
+    assert calls == [((Path("here"),), {})]
+
+
+def test_doctor_reports_this_machine(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert report["versions"]["python"] == sys.version.split()[0]
+    assert set(report["kernels"]) == {"scan", "convolution", "attention", "loss"}
+    assert report["machine"]["memory_bytes"] > 2**28
+
+
+def test_doctor_refuses_a_run_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 9000}}))
+    argv = ["doctor", "tiny", "--json", "--ranks", "3", f"data.path={tmp_path}", "kernels.scan=warp"]
+    assert cli.main([*argv, "deepspeed=zero9"]) == 1
+    problems = "\n".join(json.loads(capsys.readouterr().out)["problems"])
+    assert "does not divide among 3 ranks" in problems
+    assert "its tokenizer has 9000 tokens, more than model.vocab_size 8192" in problems
+    assert "kernels.scan 'warp' is unknown" in problems
+    assert "deepspeed 'zero9' is neither" in problems
+
+
+def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypatch):
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
+    monkeypatch.setattr("fusiontree.doctor._memory", lambda: 2**30)
+    assert cli.main(["doctor", "tiny", "--json", f"data.path={tmp_path}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", "tiny", "--json", "--ranks", "4", f"data.path={tmp_path}"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert re.fullmatch(r"about \d\.\d GiB needed by 4 ranks on this machine, 1\.0 GiB there; lower .*", problem)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "bytes_per_parameter"), [(0, 4, 16), (1, 4, 10), (2, 4, 7), (3, 4, 4), (3, 1, 16)]
+)
+def test_zero_shares_out_moments_then_gradients_then_weights(stage, ranks, bytes_per_parameter):
+    from fusiontree.doctor import _state_bytes
+
+    assert _state_bytes(1000, {"zero_optimization": {"stage": stage}}, ranks) == 1000 * bytes_per_parameter
+
+
+def test_doctor_shows_what_a_broken_package_raised(monkeypatch):
+    from fusiontree import doctor
+
+    def broken(module):
+        raise RuntimeError("libcuda.so\nis missing")
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.2")
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    assert doctor._try_import("flash-attn", "flash_attn") == (
+        "1.2, broken: RuntimeError: libcuda.so is missing",
+        False,
+    )
+    problems: list[str] = []
+    doctor._versions(problems)
+    assert problems[0].startswith("torch is 1.2, broken: RuntimeError: libcuda.so is missing; install it")
+
+
+def test_a_reader_that_leaves_gets_no_traceback(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, "-m", "fusiontree", "launch", "tiny", "--local", "1", "--dry-run", f"data.path={tmp_path}"]
+    result = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, "")

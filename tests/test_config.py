@@ -1,0 +1,287 @@
+"""A configuration is right as a whole, or it is one line that says what, where and what to do."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fusiontree.config import (
+    KEYS,
+    RunConfig,
+    config_differences,
+    dataset_manifest,
+    deepspeed_json,
+    load_config,
+    preset_names,
+    to_yaml,
+)
+from fusiontree.errors import UserError
+
+
+def refusal(source, *overrides) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(str(source), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "config.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_builds_on_a_preset_and_overrides_win(write):
+    path = write("base: tiny\nname: mine\nmodel: {num_layers: 2}\noptimizer:\n  lr: 1e-4\n")
+    config = load_config(str(path), ["model.mlp_size=128", "data.path=some/where", "model.mlp_size=256"])
+    assert (config.name, config.model.num_layers, config.model.hidden_size) == ("mine", 2, 256)
+    assert config.model.mlp_size == 256
+    assert config.optimizer.lr == 0.0001
+    assert str(config.data.path) == "some/where"
+    assert str(config.run_dir) == "runs/mine"
+
+
+def test_a_base_is_found_beside_the_file_that_names_it(write, tmp_path):
+    (tmp_path / "deep").mkdir()
+    write("base: tiny\nseed: 5\nname: parent\n", "deep/parent.yaml")
+    child = write("base: deep/parent.yaml\nname: child\n")
+    assert (load_config(str(child)).seed, load_config(str(child)).name) == (5, "child")
+
+
+def test_bases_that_lead_back_are_refused(write):
+    write("base: a.yaml\n", "b.yaml")
+    assert "leads back to itself" in refusal(write("base: b.yaml\n", "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1E3", 1000.0), ("2.5e+1", 25.0), (".5", 0.5), ("3", 3.0), ("5.", 5.0)]
+)
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    assert load_config("tiny", [f"optimizer.lr={text}"]).optimizer.lr == value
+
+
+def test_words_that_yaml_1_1_made_booleans_stay_words():
+    assert load_config("tiny", ["name=no"]).name == "no"
+    assert load_config("tiny", ["name=2026-01-02"]).name == "2026-01-02"
+    assert load_config("tiny", ["logging.wandb=true"]).logging.wandb is True
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("modle.hiden_size=3", "model.hidden_size"),
+        ("lr=3", "optimizer.lr"),
+        ("hidden_size=3", "model.hidden_size"),
+        ("seeed=3", "seed"),
+        ("seed.a=3", "seed"),
+        ("optimizer.learning_rate.x=3", None),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_one(override, suggestion):
+    key = override.partition("=")[0]
+    message = refusal("tiny", override)
+    assert message.startswith(f"override '{override}': unknown key '{key}'; ")
+    if suggestion:
+        assert message.endswith(f"did you mean '{suggestion}'?")
+
+
+def test_unknown_keys_in_a_file_name_the_file(write):
+    path = write("base: tiny\nmodle:\n  hiden_size: 3\n")
+    assert refusal(path) == f"{path}: unknown key 'modle.hiden_size'; did you mean 'model.hidden_size'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.tokens=many", "override 'batch.tokens=many': batch.tokens is 'many'; it must be a valid integer"),
+        ("seed=1.5", "override 'seed=1.5': seed is 1.5; it must be a valid integer"),
+        ("name=12", "override 'name=12': name is 12; it must be a valid string"),
+        ("optimizer.lr=.inf", "override 'optimizer.lr=.inf': optimizer.lr is inf; it must be finite"),
+        ("optimizer.lr=0", "override 'optimizer.lr=0': optimizer.lr is 0; it must be greater than 0"),
+        ("precision=fp8", "override 'precision=fp8': precision is 'fp8'; it must be 'bf16' or 'fp32'"),
+        ("data.path=[1]", "override 'data.path=[1]': data.path is [1]; it must be a single value"),
+        ("seed={}", "override 'seed={}': seed is {}; it must be a single value"),
+        ("name=../x", "override 'name=../x': name is '../x'; use letters, digits, '_', '-' and, not first, '.'"),
+        ("name", "override 'name' is not of the form key=value, e.g. optimizer.lr=3e-4"),
+        ("batch=3", "override 'batch=3': 'batch' is a section, not a value; its keys are tokens, micro_rows"),
+        ("model.num_heads=3", "num_heads 3 is not a multiple of num_kv_heads 2; change one of them"),
+    ],
+)
+def test_wrong_values_say_what_where_and_what_to_do(override, message):
+    assert refusal("tiny", override).endswith(message)
+
+
+def test_several_mistakes_are_one_line_that_counts_them():
+    assert refusal("tiny", "seed=x", "precision=fp8").endswith("(and 1 more to mend)")
+
+
+def test_yaml_mistakes_name_file_and_line(write):
+    path = write("base: tiny\nmodel: [1\n")
+    assert refusal(path).startswith(f"{path}, line 3: not valid YAML: ")
+    path = write("base: tiny\nseed: 1\nseed: 2\n")
+    assert refusal(path) == f"{path}, line 3: not valid YAML: key 'seed' is given twice"
+    assert refusal(write("just words\n")).endswith("a configuration is `key: value` lines")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, write):
+    assert refusal("tinny").endswith("did you mean the preset 'tiny'?")
+    assert refusal(tmp_path) == f"configuration {tmp_path} is a folder; name a YAML file or a preset"
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "is not UTF-8 text" in refusal(tmp_path / "latin.yaml")
+    path = write("base: nowhere.yaml\n")
+    assert refusal(path).startswith(f"{path}: base {tmp_path / 'nowhere.yaml'} is neither a file nor a preset")
+
+
+def test_what_is_missing_is_named(write):
+    path = write("base: tiny\nmodel:\n  vocab_size: null\n")
+    assert "model.vocab_size is None" in refusal(path)
+    assert refusal(write("name: x\n")).startswith(f"{path}: model is missing; give it, or start from a preset")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "both"),
+    [
+        (["schedule.warmup_steps=120"], ["schedule.warmup_steps 120", "schedule.steps 120", "lower warmup_steps"]),
+        (["batch.tokens=5000"], ["batch.tokens 5000", "data.seq_len 1024 x batch.micro_rows 1 = 1024", "4096 or 5120"]),
+        (
+            ["model.srte=learned", "model.max_positions=512"],
+            ["model.max_positions 512", "data.seq_len 1024", "raise max_positions or lower seq_len"],
+        ),
+    ],
+)
+def test_values_that_disagree_are_both_named(overrides, both):
+    message = refusal("tiny", *overrides)
+    assert all(part in message for part in both), message
+
+
+def test_limits_of_the_cross_checks_are_allowed():
+    assert load_config("tiny", ["schedule.warmup_steps=119"]).schedule.warmup_steps == 119
+    assert load_config("tiny", ["model.srte=learned", "model.max_positions=1024"]).model.max_positions == 1024
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config("tiny").seed = 3
+
+
+BATCH = ["batch.tokens=8192", "batch.micro_rows=2"]
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1)])
+def test_accumulation_fills_the_batch(ranks, steps):
+    assert load_config("tiny", BATCH).accumulation_steps(ranks) == steps
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batches", "counts"), [(3, "6144 or 12288", "2 or 4"), (8, "16384", "4"), (5, "10240", "4")]
+)
+def test_a_batch_that_does_not_divide_names_what_would(ranks, batches, counts):
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", BATCH).accumulation_steps(ranks)
+    assert f"nearest batch.tokens for {ranks} ranks: {batches};" in str(caught.value)
+    assert str(caught.value).endswith(f"nearest rank counts for this batch: {counts}")
+
+
+@pytest.mark.parametrize("overrides", [[], ["name='1e4'"], ["name=no", "data.path=a b/ü", "optimizer.eps=1e-20"]])
+@pytest.mark.parametrize("preset", preset_names())
+def test_yaml_reads_back_as_the_same_configuration(preset, overrides, write):
+    config = load_config(preset, overrides)
+    assert load_config(str(write(to_yaml(config)))) == config
+
+
+def test_every_key_is_written():
+    text = to_yaml(load_config("tiny"))
+    assert all(f"{key.rpartition('.')[2]}:" in text for key in KEYS)
+    assert len(KEYS) == len(set(KEYS))
+
+
+def test_differences_name_what_may_not_change_on_resume():
+    old = load_config("tiny")
+    new = load_config("tiny", ["optimizer.lr=1e-4", "schedule.steps=300", "model.window=64", "seed=1"])
+    assert config_differences(old, new) == ["seed", "model.window", "optimizer.lr", "schedule.steps"]
+
+
+def test_differences_leave_free_what_moves_neither_data_nor_mathematics():
+    free = [
+        *(
+            "name=other",
+            "output=elsewhere",
+            "data.path=moved",
+            "activation_checkpointing=none",
+            "deepspeed=zero1",
+            "batch.micro_rows=1",
+        ),
+        *("logging.every=1", "validation.rows=3", "checkpoint.every=7", "kernels.scan=reference"),
+    ]
+    new = load_config("tiny", free)
+    assert new != load_config("tiny")
+    assert config_differences(load_config("tiny"), new) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("zero0", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)]
+)
+def test_the_shipped_deepspeed_settings_hold_only_deepspeeds_own(name, stage):
+    settings = deepspeed_json(load_config("tiny", [f"deepspeed={name}"]))
+    assert settings["zero_optimization"]["stage"] == stage
+    assert set(settings) <= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "owner"),
+    [
+        ({"train_batch_size": 8}, "batch.tokens"),
+        ({"train_micro_batch_size_per_gpu": 1}, "batch.micro_rows"),
+        ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
+        ({"bf16": {"enabled": True}}, "precision"),
+        ({"scheduler": {}}, "schedule.*"),
+    ],
+)
+def test_deepspeed_settings_with_an_owner_are_refused(settings, owner, write):
+    path = write(json.dumps(settings), "ds.json")
+    with pytest.raises(UserError, match=f"sets '{next(iter(settings))}'; remove it there and set {owner}"):
+        deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
+
+
+def test_deepspeed_settings_that_are_not_there_or_not_json(write):
+    with pytest.raises(UserError, match="neither one of zero0, zero1, zero2, zero3, zero3_offload nor a JSON file"):
+        deepspeed_json(load_config("tiny", ["deepspeed=zero9"]))
+    with pytest.raises(UserError, match="not valid JSON"):
+        deepspeed_json(load_config("tiny", [f"deepspeed={write('{', 'ds.json')}"]))
+
+
+def manifest_of(folder) -> dict:
+    return dataset_manifest(load_config("tiny", [] if folder is None else [f"data.path={folder}"]))
+
+
+def test_the_dataset_must_be_there_and_fit_the_model(tmp_path, write):
+    with pytest.raises(UserError, match=r"data.path is missing; add data.path=DIR"):
+        manifest_of(None)
+    with pytest.raises(UserError, match=r"no manifest.json there"):
+        manifest_of(tmp_path)
+    write("[]", "manifest.json")
+    with pytest.raises(UserError, match="not a dataset's manifest"):
+        manifest_of(tmp_path)
+    write(json.dumps({"tokenizer": {"vocab_size": 8193}}), "manifest.json")
+    with pytest.raises(UserError, match=r"8193 tokens, more than model.vocab_size 8192"):
+        manifest_of(tmp_path)
+    write(json.dumps({"tokenizer": {"vocab_size": 8192}}), "manifest.json")
+    assert manifest_of(tmp_path) == {"tokenizer": {"vocab_size": 8192}}
+
+
+def test_reading_a_configuration_needs_no_torch():
+    code = "import sys; from fusiontree.config import load_config; load_config('tiny'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_sections_keep_their_names():
+    assert list(RunConfig.model_fields) == [
+        *("name", "output", "seed", "model", "data", "batch", "optimizer", "schedule", "precision"),
+        *("activation_checkpointing", "deepspeed", "checkpoint", "validation", "logging", "kernels"),
+    ]

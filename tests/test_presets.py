@@ -1,0 +1,67 @@
+"""The presets are whole, have the sizes they are named for, and the formula counts what the modules hold."""
+
+import pytest
+import torch
+
+from fusiontree.config import deepspeed_json, load_config, preset_names
+from fusiontree.model.lm import HybridLM
+
+PARAMETERS = {
+    "tiny": 5_489_968,
+    "125m": 129_739_984,
+    "350m": 343_958_016,
+    "1b": 1_408_598_400,
+    "3b": 3_027_975_776,
+    "7b": 7_065_879_552,
+    "13b": 12_706_508_928,
+}
+NAMED = {"tiny": 5.5e6, "125m": 125e6, "350m": 350e6, "1b": 1.41e9, "3b": 3e9, "7b": 7e9, "13b": 13e9}
+
+
+def test_these_presets_come_with_the_package():
+    assert preset_names() == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    count = load_config(name).model.parameter_count()
+    assert count == PARAMETERS[name]
+    assert abs(count / NAMED[name] - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_modules_hold_as_many_parameters_as_the_formula_says(name):
+    with torch.device("cpu" if name == "tiny" else "meta"):
+        model = HybridLM(load_config(name).model)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_only_the_dataset_is_left_to_give(name):
+    config = load_config(name)
+    assert config.name == name
+    assert config.data.path is None
+    assert "zero_optimization" in deepspeed_json(config)
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "tiny"])
+def test_large_presets_train_in_bf16_on_long_rows_and_spread_over_ranks(name):
+    config = load_config(name)
+    assert (config.precision, config.data.seq_len, config.model.vocab_size) == ("bf16", 32_768, 50_432)
+    assert config.accumulation_steps(1) == config.accumulation_steps(8) * 8
+
+
+def test_the_one_billion_preset_has_the_published_shape():
+    model = load_config("1b").model
+    shape = (model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim)
+    assert shape == (18, 2048, 16, 4, 128)
+    assert (model.global_heads, model.window, model.mlp_size, model.gate_rank) == (4, 1024, 5632, 256)
+    assert (model.ssm_heads, model.ssm_head_dim, model.ssm_state_size) == (64, 64, 128)
+    assert model.tie_embeddings
+
+
+def test_the_tiny_preset_is_the_demos():
+    config = load_config("tiny")
+    assert (config.data.seq_len, config.precision, config.deepspeed) == (1024, "fp32", "zero2")
+    assert config.activation_checkpointing == "full"
+    assert config.accumulation_steps(2) > 1
