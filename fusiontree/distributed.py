@@ -1,0 +1,80 @@
+"""Ranks and what they do together: start, sum, wait, leave."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once: metrics, manifests, the console."""
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the ranks that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); alone without them.
+
+    NCCL joins CUDA devices, gloo joins CPUs.
+    """
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # its shared-memory all-reduce needs a compiler, leaks /dev/shm, and training never calls it
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks, in place, on the device."""
+    dist.all_reduce(value)
+    return value
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's `value` (anything that pickles), on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def leave() -> None:
+    """Part in good order: wait for the others, then take the process group down."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,344 @@
+"""Training: DeepSpeed drives the ranks, this file the loop."""
+
+import contextlib
+import logging
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree import checkpoint, distributed
+from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
+from fusiontree.console import console
+from fusiontree.data.batch import Batch
+from fusiontree.data.format import Dataset, tokenizer_fingerprint
+from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.distributed import World
+from fusiontree.errors import UserError
+from fusiontree.files import write_atomic
+from fusiontree.model.block import Branch
+from fusiontree.model.documents import to_device
+from fusiontree.model.lm import HybridLM, branch_drops
+from fusiontree.model.ops import select
+from fusiontree.training.gates import GateStatistics
+from fusiontree.training.metrics import Metrics, read_metrics
+from fusiontree.training.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
+
+    Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
+
+    Returns:
+        The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
+
+    Raises:
+        UserError: the data, the batch or the run's folder do not fit the configuration.
+        RunError: a checkpoint could not be written or read.
+    """
+    dataset_manifest(config)
+    deepspeed_json(config)
+    assert config.data.path is not None
+    data = Dataset(config.data.path, "train")
+    world = distributed.start()
+    stream = TrainStream(
+        data,
+        seq_len=config.data.seq_len,
+        seed=config.seed,
+        batch_rows=config.batch.tokens // config.data.seq_len,
+        rank=world.rank,
+        world_size=world.size,
+        micro_rows=config.batch.micro_rows,
+    )
+    with log_to_file(config, world):
+        trainer = Trainer(config, world, data, stream)
+        trainer.run()
+        summary = summarise(trainer)
+    distributed.leave()
+    return summary
+
+
+class Trainer:
+    """One rank's run: the engine, where the data stands, and the update that joins them."""
+
+    def __init__(self, config: RunConfig, world: World, data: Dataset, stream: TrainStream):
+        self.config, self.world, self.data, self.stream = config, world, data, stream
+        self.step = 0  # updates done
+        resume_from = self._find_checkpoint()
+        self.engine = build_engine(config, world)
+        self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world.device)
+        self.wandb_id: str | None = None
+        self.metrics: Metrics | None = None  # the main rank's, while the loop runs
+        self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
+        self.step_seconds: list[float] = []  # of each timed stretch, per update
+        if resume_from is not None:
+            self._resume(resume_from)
+
+    def run(self) -> None:
+        """Fetch, update, record, validate, save, until the schedule ends."""
+        steps, every = self.config.schedule.steps, self.config.checkpoint.every
+        with self._recording():
+            if self.step == 0:
+                self._validate()
+            self._start_lap()
+            while self.step < steps:
+                batches = self.stream.micro_batches(self.step)
+                loss, norm, gates = self._update(batches)
+                self.step += 1
+                if self._due(self.config.logging.every):
+                    self._record(loss, norm, gates)
+                if self._due(self.config.validation.every):
+                    self._validate()
+                if self._due(every):
+                    self._save()
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens `every` steps (0: never), and at the end, happens now."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
+
+    def _update(self, batches: list[Batch]) -> tuple[Tensor, Tensor | float, Tensor]:
+        """One optimizer update; this rank's part of the global loss (nats per token), gradient norm and mean gates."""
+        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        drops = branch_drops(self.config.model, self.config.seed, self.step)
+        real = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
+        tokens = distributed.sum_over_ranks(real).clamp(min=1)
+        loss = torch.zeros((), device=self.world.device)
+        gates = torch.zeros_like(self.gates.mean)
+        self.engine.train()
+        for batch in batches:
+            loss_sum, batch_gates = self._forward(batch, drops)
+            # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
+            self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
+            if self.engine.zero_optimization_stage() == 0:
+                norm = total_norm(self.engine.module)  # without ZeRO the engine clips but does not tell the norm
+            self.engine.step()
+            loss += loss_sum.detach() / tokens
+            gates += batch_gates.detach() / len(batches)
+        self.gates.update(gates)
+        if self.engine.zero_optimization_stage() > 0:
+            norm = self.engine.get_global_grad_norm()
+        return loss, norm, gates
+
+    def _forward(self, batch: Batch, drops: list[Branch | None] | None = None) -> tuple[Tensor, Tensor]:
+        """The batch's summed loss in nats and its mean gates."""
+        input_ids, labels, documents = to_device(batch, self.world.device)
+        output = self.engine(input_ids, documents, labels=labels, branch_drops=drops)
+        return output.loss_sum, output.gates
+
+    def _start_lap(self) -> None:
+        """Time updates from here: validation and checkpoints are no part of tokens/s."""
+        self.lap_start = (time.perf_counter(), self.step)
+
+    def _record(self, loss: Tensor, norm: Tensor | float, gates: Tensor) -> None:
+        """Write the update's figures; only here does training wait for the device."""
+        figures = torch.stack([loss, gates.mean() / self.world.size])
+        loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
+        since, step = self.lap_start
+        seconds = (time.perf_counter() - since) / (self.step - step)
+        self.step_seconds.append(seconds)
+        self._start_lap()
+        if self.metrics is None:
+            return
+        self.metrics.record(
+            {
+                "step": self.step,
+                "tokens": self.step * self.config.batch.tokens,
+                "loss": loss_value,
+                "lr": self.engine.optimizer.param_groups[0]["lr"],
+                "grad_norm": float(norm),
+                "gate_mean": gate_value,
+                "tokens_per_s": self.config.batch.tokens / seconds,
+            },
+            eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Mean loss over the held-out tokens, the same for any number of ranks."""
+        if self.config.validation.every == 0:
+            return
+        self.engine.eval()
+        total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
+        held_out = Dataset(self.data.folder, "validation")
+        micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
+        for batch in validation_batches(
+            held_out, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
+        ):
+            total[0] += self._forward(batch)[0]
+            total[1] += batch.real_tokens
+        loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
+        if self.metrics is not None:
+            self.metrics.record(
+                {"step": self.step, "tokens": self.step * self.config.batch.tokens, "val_loss": loss_sum / tokens}
+            )
+        self._start_lap()
+
+    def _save(self) -> None:
+        # every rank goes on with the mean over all ranks, as a resumed run will
+        self.gates.mean = distributed.sum_over_ranks(self.gates.mean) / self.world.size
+        state = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch.tokens,
+            "rows_consumed": self.step * self.stream.batch_rows,
+            "world_size": self.world.size,
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "data_fingerprint": self.data.fingerprint,
+            "tokenizer_fingerprint": self.data.manifest.tokenizer_fingerprint,
+            "eos_id": self.data.manifest.tokenizer.eos_id,
+            "pad_id": self.data.manifest.tokenizer.pad_id,
+            "wandb_id": self.metrics.wandb_id if self.metrics else None,
+        }
+        folder = self.config.run_dir / "checkpoints"
+        texts = {checkpoint.CONFIG: to_yaml(self.config)}
+        keep_last = self.config.checkpoint.keep_last
+        path = checkpoint.save(self.engine, self.world, folder, state, texts, self.gates.mean, keep_last)
+        log.info("saved %s", path)
+        self._start_lap()
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, found and checked by the main rank for all; None for a new run."""
+        found: Any = None
+        if self.world.is_main:
+            try:
+                found, damaged = checkpoint.newest(self.config.run_dir / "checkpoints")
+                for line in damaged:
+                    console.print(line)
+                if found is not None:
+                    check_resumable(self.config, self.world, self.data, found)
+                write_atomic(self.config.run_dir / checkpoint.CONFIG, to_yaml(self.config))
+                tokenizer = self.data.folder / "tokenizer"
+                self.data.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+                shutil.copytree(tokenizer, self.config.run_dir / "tokenizer", dirs_exist_ok=True)
+            except (ValueError, RuntimeError, OSError) as error:
+                found = error
+        found = distributed.from_main(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _resume(self, path: Path) -> None:
+        checkpoint.load(self.engine, path)
+        state = checkpoint.read_state(path)
+        self.step, self.wandb_id = state["step"], state["wandb_id"]
+        self.gates.mean.copy_(checkpoint.read_gates(path))
+        if self.world.is_main:
+            console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        if not self.world.is_main:
+            yield
+            return
+        with Metrics(self.config, self.step, self.wandb_id) as self.metrics:
+            yield
+        self.metrics = None
+
+
+def build_engine(config: RunConfig, world: World) -> Any:
+    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
+    import deepspeed
+
+    try:
+        kernels = select(config.kernels.model_dump(), world.device.type)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    torch.manual_seed(config.seed)
+    model = HybridLM(
+        config.model,
+        kernels,
+        compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        checkpoint_blocks=config.activation_checkpointing == "full",
+    ).to(world.device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer.weight_decay),
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+        fused=True,
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "gradient_accumulation_steps": config.accumulation_steps(world.size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+        **deepspeed_json(config),
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, the scan's state parameters and the gate do not."""
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        spare = parameter.ndim < 2 or ".fusion." in name
+        (spared if spare else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def check_resumable(config: RunConfig, world: World, data: Dataset, path: Path) -> None:
+    """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
+    state = checkpoint.read_state(path)
+    where = f"{config.run_dir} was trained"
+    differing = config_differences(load_config(str(path / checkpoint.CONFIG)), config)
+    if differing:
+        raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
+    if state["data_fingerprint"] != data.fingerprint:
+        raise UserError(f"{where} on other shards than {data.folder} holds; restore them or set another name")
+    if state["world_size"] != world.size:
+        raise UserError(f"{where} on {state['world_size']} ranks, not {world.size}; start it on as many")
+
+
+def total_norm(model: torch.nn.Module) -> Tensor:
+    """Euclidean norm of the whole gradient, ()."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@contextlib.contextmanager
+def log_to_file(config: RunConfig, world: World) -> Iterator[None]:
+    """Send this rank's log, DeepSpeed's and Python's warnings to ``logs/rank-N.log``: the console is for progress."""
+    folder = config.run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{world.rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
+    root, engine_log = logging.getLogger(), logging.getLogger("DeepSpeed")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    engine_log.handlers = [handler]
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def summarise(trainer: Trainer) -> dict[str, Any]:
+    """What the run came to, from its metrics."""
+    config = trainer.config
+    lines = read_metrics(config.run_dir)
+    validation = [line["val_loss"] for line in lines if "val_loss" in line]
+    rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+    return {
+        "run": str(config.run_dir),
+        "steps": trainer.step,
+        "tokens": trainer.step * config.batch.tokens,
+        "first_val_loss": validation[0] if validation else None,
+        "last_val_loss": validation[-1] if validation else None,
+        "tokens_per_s": statistics.median(rates) if rates else None,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

@@ -1,0 +1,183 @@
+"""Training with real ranks: the loss is that of a plain loop, whatever the ranks, and a resume continues it exactly."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cli, metrics, settings
+
+from fusiontree import checkpoint
+from fusiontree.config import RunConfig, load_config
+from fusiontree.data.format import Dataset
+from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.model.documents import to_device
+from fusiontree.model.lm import HybridLM
+from fusiontree.training.engine import parameter_groups
+from fusiontree.training.schedule import learning_rate
+
+
+@pytest.fixture(scope="module")
+def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: 2 ranks, ZeRO-2, 2 accumulation steps, clipping, activation checkpointing."""
+    output = tmp_path_factory.mktemp("runs")
+    cli("launch", "tiny", "--local", 2, *settings(shards, output, name="two"))
+    return output / "two"
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of every update."""
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
+    """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss."""
+    assert config.data.path is not None
+    rows = config.batch.tokens // config.data.seq_len
+    stream = TrainStream(Dataset(config.data.path, "train"), config.data.seq_len, config.seed, rows, 0, 1, rows)
+    torch.manual_seed(config.seed)
+    model = HybridLM(config.model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer.weight_decay), betas=(config.optimizer.beta1, config.optimizer.beta2)
+    )
+    curve, norms = [], []
+    for step in range(config.schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step)
+        (batch,) = stream.micro_batches(step)
+        ids, labels, documents = to_device(batch, "cpu")
+        loss = torch.nn.functional.cross_entropy(model(ids, documents).logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    validation = Dataset(config.data.path, "validation")
+    with torch.no_grad():
+        total = tokens = 0.0
+        for batch in validation_batches(validation, config.data.seq_len, 1, 0, 1, config.validation.rows):
+            ids, labels, documents = to_device(batch, "cpu")
+            total += model(ids, documents, labels=labels).loss_sum.item()
+            tokens += batch.real_tokens
+    return curve, norms, total / tokens
+
+
+def test_two_ranks_follow_the_curve_of_a_plain_loop(two_ranks: Path) -> None:
+    expected, norms, last_validation = plain_losses(load_config(str(two_ranks / "config.yaml")))
+    assert losses(two_ranks) == pytest.approx(expected, rel=1e-5)
+    assert [line["grad_norm"] for line in metrics(two_ranks) if "loss" in line] == pytest.approx(norms, rel=1e-4)
+    validation = [line["val_loss"] for line in metrics(two_ranks) if "val_loss" in line]
+    assert validation[-1] == pytest.approx(last_validation, rel=1e-5)
+    assert validation[-1] < validation[0] - 0.5
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
+def test_other_zero_stages_follow_the_same_curve(stage: str, two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="other", deepspeed=stage))
+    assert losses(tmp_path / "other") == pytest.approx(losses(two_ranks), rel=1e-5)
+    weights = checkpoint.read_weights(tmp_path / "other" / "checkpoints" / "step-8")
+    reference = checkpoint.read_weights(two_ranks / "checkpoints" / "step-8")
+    assert set(weights) == set(reference)
+    for name, value in reference.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
+    lines = [json.loads(line) for line in (two_ranks / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    for line in training:
+        assert set(line) == {"step", "tokens", "loss", "lr", "grad_norm", "gate_mean", "tokens_per_s"}
+        assert line["tokens"] == line["step"] * 1024
+        assert 0 < line["gate_mean"] < 1
+    assert [line["lr"] for line in training[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+    assert training[-1]["lr"] == pytest.approx(3e-4)
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 4, 8]
+
+
+def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
+    assert {path.name for path in two_ranks.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "logs",
+        "tokenizer",
+    }
+    assert [path.name for path in checkpoint.list_checkpoints(two_ranks / "checkpoints")] == ["step-4", "step-8"]
+    assert (two_ranks / "checkpoints" / "latest").read_text() == "step-8\n"
+    assert {path.name for path in (two_ranks / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+
+
+def interrupted_copy(run: Path, output: Path) -> Path:
+    """The run as it was when its first checkpoint had been written and a few more steps were done."""
+    copy = output / run.name
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-8")
+    (copy / "checkpoints" / "latest").write_text("step-4\n")
+    return copy
+
+
+def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    resumed = interrupted_copy(two_ranks, tmp_path)
+    done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
+    assert "from step 4" in done.stderr
+    assert metrics(resumed) == metrics(two_ranks)
+    before, after = (checkpoint.read_weights(run / "checkpoints" / "step-8") for run in (two_ranks, resumed))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(*(checkpoint.read_gates(run / "checkpoints" / "step-8") for run in (two_ranks, resumed)))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "two"
+    shutil.copytree(two_ranks, copy)
+    victim = next((copy / "checkpoints" / "step-8").glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
+    assert "step-8 is damaged and passed over" in done.stderr
+    assert metrics(copy) == metrics(two_ranks)
+
+
+def test_a_finished_run_is_left_as_it_is(two_ranks: Path, shards: Path) -> None:
+    before = (two_ranks / "metrics.jsonl").read_text()
+    done = cli("launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two"))
+    assert "8" in done.stdout
+    assert (two_ranks / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"optimizer__lr": 1e-3}, "optimizer.lr"), ({"model__window": 16}, "model.window"), ({"seed": 1}, "seed")],
+)
+def test_another_configuration_is_refused_by_name(changes: dict, words: str, two_ranks: Path, shards: Path) -> None:
+    done = cli("launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two", **changes), code=2)
+    assert f"other values of {words};" in done.stderr
+    assert load_config(str(two_ranks / "config.yaml")).optimizer.lr == 3e-3
+
+
+def test_another_number_of_ranks_is_refused(two_ranks: Path, shards: Path) -> None:
+    done = cli("train", "tiny", *settings(shards, two_ranks.parent, name="two"), code=2)
+    assert "on 2 ranks, not 1" in done.stderr
+
+
+def test_scan_parameters_stay_fp32_in_bf16_and_the_loss_is_near(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    cli("train", "tiny", *settings(shards, tmp_path, name="half", precision="bf16"))
+    weights = checkpoint.read_weights(tmp_path / "half" / "checkpoints" / "step-8")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert losses(tmp_path / "half") != losses(two_ranks)
+    assert losses(tmp_path / "half") == pytest.approx(losses(two_ranks), rel=0.02)
+
+
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    cli("train", "tiny", *settings(shards, tmp_path, name="w", logging__wandb="true", validation__every=0))
+    saved = checkpoint.list_checkpoints(tmp_path / "w" / "checkpoints")
+    ids = {checkpoint.read_state(path)["wandb_id"] for path in saved}
+    assert len(saved) == 2
+    (run_id,) = ids
+    assert any(run_id in path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*"))
