@@ -1,0 +1,178 @@
+"""Text from an exported folder: loading it, sampling, and decoding with the cache."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fusiontree.errors import UserError
+from fusiontree.model.config import ModelConfig
+from fusiontree.model.documents import Documents
+from fusiontree.model.lm import HybridLM
+
+FACTS = "fusiontree.json"  # in an exported folder: what the run was
+PREFILL_TOKENS = 2048  # longest piece of a prompt that one forward takes: bounds the memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    temperature: float = 1.0  # 0: the likeliest token, always
+    top_k: int = 0  # keep the k likeliest; 0: all
+    top_p: float = 1.0  # keep the smallest set of the likeliest whose probability reaches p
+    min_p: float = 0.0  # drop what is less likely than this share of the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely (arXiv 1909.05858)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds, rule in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top-k", self.top_k >= 0, "at least 0 (0: all)"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition-penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not holds:
+                raise UserError(f"--{name} is {getattr(self, name.replace('-', '_'))}; it must be {rule}")
+
+
+def generate_text(
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Continue `prompt` with the model exported to `folder`.
+
+    Args:
+        on_text: called with each new piece of text as it comes.
+        Others: see `Sampling`.
+
+    Returns:
+        The text that was added, its tokens and the prompt's.
+
+    Raises:
+        UserError: the folder is no export, or the prompt has no token.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    model, tokenizer = load_export(folder)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not prompt_ids:
+        raise UserError("the prompt is empty; give at least one character")
+    stop = read_facts(folder)["eos_id"]
+    ids: list[int] = []
+    shown = ""
+    for (token,) in stream_tokens(model, [prompt_ids], max_new_tokens, sampling, stop):
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if on_text is not None and not text.endswith("\ufffd"):  # half a character waits for its other half
+            on_text(text[len(shown) :])
+            shown = text
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if on_text is not None:
+        on_text(text[len(shown) :])
+    return {"prompt": prompt, "text": text, "prompt_tokens": len(prompt_ids), "new_tokens": len(ids)}
+
+
+@torch.inference_mode()
+def stream_tokens(
+    model: HybridLM, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop: int | None
+) -> Any:
+    """Yield, step by step, the next token of every row (`stop` for rows that have ended) until all have ended.
+
+    Prompts of different lengths are padded on the left; a row's tokens do not depend on its neighbours.
+    """
+    device, longest = model.embedding.weight.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
+    generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
+    documents = Documents.from_mask(mask)
+    cache = model.new_cache(len(prompts))
+    for start in range(0, longest, PREFILL_TOKENS):
+        end = min(start + PREFILL_TOKENS, longest)
+        piece = Documents.from_mask(mask[:, :end]).last(end - start)
+        logits = model(ids[:, start:end], piece, cache=cache, keep_logits=1).logits[:, -1]
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    position = documents.position_ids[:, -1:] + 1
+    for step in range(max_new_tokens):
+        token = torch.stack([draw(row, ids[i][mask[i]], sampling, generators[i]) for i, row in enumerate(logits)])
+        if stop is not None:
+            token = token.masked_fill(ended, stop)
+            ended |= token == stop
+        if ended.all():
+            return
+        yield token.tolist()
+        if step + 1 == max_new_tokens:
+            return
+        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        following = Documents.from_seq_idx(cache.last_document()[:, None])
+        following = Documents(position, following.seq_idx, following.cu_seqlens, 1)
+        logits = model(token[:, None], following, cache=cache).logits[:, -1]
+        position = position + 1
+
+
+def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token from `logits` [V] by `sampling`; `seen` are the row's tokens so far. int64 ()."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        scores = logits[seen]
+        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
+        logits = logits.index_put((seen,), penalised)
+    if sampling.temperature == 0:
+        return logits.argmax()
+    ordered, order = (logits / sampling.temperature).sort(descending=True, stable=True)
+    probabilities = ordered.softmax(0)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if sampling.top_k:
+        keep[sampling.top_k :] = False
+    if sampling.top_p < 1:
+        keep &= probabilities.cumsum(0) - probabilities < sampling.top_p
+    keep &= probabilities >= sampling.min_p * probabilities[0]
+    keep[0] = True
+    choice = torch.multinomial(probabilities * keep, 1, generator=generator)
+    return order[choice[0]]
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the run left in the exported folder: `seq_len`, `step`, `tokenizer_fingerprint`, `eos_id`."""
+    path = folder / FACTS
+    if not path.is_file():
+        raise UserError(f"{folder} is not an exported model; make one with 'fusiontree export RUN {folder}'")
+    return json.loads(path.read_text())
+
+
+def load_export(folder: Path) -> tuple[HybridLM, Tokenizer]:
+    """The model and the tokenizer of an exported folder, on the best device here.
+
+    Raises:
+        UserError: `folder` is not an export of this project.
+    """
+    read_facts(folder)
+    config = json.loads((folder / "config.json").read_text())
+    shape = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt", device=str(device)) as tensors:
+            weights |= {name.removeprefix("model."): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        model = HybridLM(shape)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,0 +1,240 @@
+"""Every mistake ends in one line that says what, where and what to do; exit code 2 for the user's, 1 for the run's."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import cli, settings
+
+from data_tools.build import build
+from data_tools.tokenizer import train_tokenizer
+from fusiontree.files import staged_folder
+
+
+def said(*arguments: object, code: int = 2) -> str:
+    """The one line of an error."""
+    done = cli(*arguments, code=code)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fusiontree: error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run and its export, `run/export`."""
+    output = tmp_path_factory.mktemp("runs")
+    cli("train", "tiny", *settings(shards, output, name="run"))
+    cli("export", output / "run", output / "run" / "export")
+    return output / "run"
+
+
+def test_inputs_that_are_missing_or_hold_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for command in (
+        ["data", "tokenizer", "--vocab-size", 300],
+        ["data", "build", "--tokenizer", tokenizer_folder],
+    ):
+        missing = said(*command, "--input", tmp_path / "nowhere", "--output", tmp_path / "out")
+        assert "nowhere does not exist" in missing
+        assert "no documents" in said(*command, "--input", tmp_path / "empty", "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_utf8_is_skipped_counted_and_named(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.txt").write_text("tree gate branch")
+    (tmp_path / "in" / "also.txt").write_text("tree gate branch")
+    (tmp_path / "in" / "bad.txt").write_bytes(b"tree \xff gate")
+    command = [
+        "data",
+        "build",
+        "--input",
+        tmp_path / "in",
+        "--tokenizer",
+        tokenizer_folder,
+        "--output",
+        tmp_path / "out",
+    ]
+    figures = json.loads(cli(*command, "--json").stdout)
+    assert figures["documents"] == 2
+    assert figures["skipped"] == [{"path": "bad.txt", "reason": "not UTF-8 (byte 5)"}]
+    assert "bad.txt: not UTF-8 (byte 5)" in cli(*command, "--overwrite").stdout
+
+
+def test_an_output_that_holds_something_is_refused_without_overwrite(
+    corpus: Path, tokenizer_folder: Path, shards: Path, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    for command in (
+        ["data", "tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path],
+        ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", tmp_path],
+        ["export", run, tmp_path],
+    ):
+        assert "already holds something; name another or pass --overwrite" in said(*command)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_tokenizer_folder_that_is_none(corpus: Path, tmp_path: Path) -> None:
+    assert "holds no tokenizer.json" in said(
+        "data", "build", "--input", corpus, "--tokenizer", tmp_path, "--output", tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize("command", [["train", "tiny"], ["launch", "tiny", "--local", 2]])
+def test_a_run_that_cannot_start_starts_nothing(command: list, shards: Path, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"data__path": tmp_path / "nowhere"}, "no manifest.json there"),
+        ({"model__vocab_size": 256}, "more than model.vocab_size 256"),
+        ({"model__widow": 3}, "did you mean 'model.window'?"),
+        ({"batch__tokens": 1000}, "batch.tokens 1000 is not a multiple"),
+        ({"schedule__warmup_steps": 8}, "schedule.warmup_steps 8 is not below schedule.steps 8"),
+        ({"deepspeed": "zero9"}, "deepspeed 'zero9'"),
+        ({"optimizer__lr": "fast"}, "optimizer.lr"),
+    ):
+        assert words in said(*command, *settings(shards, tmp_path / "runs", **changes))
+    assert not (tmp_path / "runs").exists()
+    assert "did you mean the preset 'tiny'" in said(command[0], "tiney", *command[2:])
+
+
+def test_a_row_length_that_the_shards_do_not_have(shards: Path, tmp_path: Path) -> None:
+    line = said("train", "tiny", *settings(shards, tmp_path, data__seq_len=96, batch__tokens=960))
+    assert "96" in line
+    assert "512" in line
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks(shards: Path, tmp_path: Path) -> None:
+    line = said("launch", "tiny", "--local", 3, *settings(shards, tmp_path))
+    assert "batch.tokens 1024 does not divide among 3 ranks" in line
+    assert "nearest rank counts for this batch: 2 or 4" in line
+
+
+def test_an_unknown_kernel(shards: Path, tmp_path: Path) -> None:
+    line = said("train", "tiny", *settings(shards, tmp_path, kernels__scan="warp"))
+    assert "kernels.scan 'warp' is unknown; choose auto or one of reference" in line
+
+
+def test_checkpoints_that_are_missing_or_damaged(run: Path, tmp_path: Path) -> None:
+    assert "no run or checkpoint at" in said("export", tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoint" in said("export", tmp_path / "empty", tmp_path / "out")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for states in (copy / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):
+        states.write_bytes(states.read_bytes()[:-1])
+    assert "verifies" in said("export", copy, tmp_path / "out", code=1)
+    assert "does not verify" in said("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_are_damaged_or_gone(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    tar = next((copy / "train").glob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    tar.write_bytes(content)
+    assert tar.name in cli("data", "verify", copy, code=1).stdout
+    assert tar.name in said("train", "tiny", *settings(copy, tmp_path / "runs", schedule__steps=30), code=1)
+    tar.unlink()
+    assert "train" in said("train", "tiny", *settings(copy, tmp_path / "runs"), code=2)
+
+
+def test_an_export_that_is_none_and_a_prompt_that_is_empty(run: Path, tmp_path: Path) -> None:
+    assert "is not an exported model" in said("generate", tmp_path, "tree")
+    assert "is not an exported model" in said("eval", tmp_path, "--tasks", "perplexity", "--data", tmp_path)
+    assert "the prompt is empty" in said("generate", run / "export", "")
+    assert "--temperature is -1" in said("generate", run / "export", "tree", "--temperature", -1)
+
+
+def test_shards_of_another_tokenizer(run: Path, corpus: Path, shards: Path, tmp_path: Path) -> None:
+    train_tokenizer([corpus], 280, tmp_path / "other")
+    build([corpus], tmp_path / "other", tmp_path / "shards", holdout=0.1, row_len=512)
+    line = said("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
+    assert "is not the one that made the shards" in line
+    assert "unknown task 'magic'" in said("eval", run / "export", "--tasks", "magic", "--data", shards)
+    line = said("train", "tiny", *settings(tmp_path / "shards", run.parent, name="run"))
+    assert "on other shards than" in line
+    copy = tmp_path / "swapped"
+    shutil.copytree(shards, copy)
+    shutil.copyfile(tmp_path / "other" / "tokenizer.json", copy / "tokenizer" / "tokenizer.json")
+    assert "tokenizer" in said("train", "tiny", *settings(copy, tmp_path / "runs"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a full disk needs root and the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    small_disk: Path, corpus: Path, tokenizer_folder: Path, shards: Path, run: Path
+) -> None:
+    command = ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", small_disk / "out"]
+    assert "No space left on device" in said(*command, "--row-len", 1 << 19, code=1)
+    assert "could not be written" in said("train", "tiny", *settings(shards, small_disk, name="r"), code=1)
+    assert not list((small_disk / "r" / "checkpoints").glob("step-*"))
+    shutil.rmtree(small_disk / "r")
+    assert "space" in said("export", run, small_disk / "export", code=1).lower()
+    assert not list(small_disk.iterdir())
+
+
+def interrupted(arguments: list, folder: Path, started: str) -> subprocess.CompletedProcess[str]:
+    """Run a command and press Ctrl-C as soon as something in `folder` matches the pattern `started`."""
+    command = [sys.executable, "-m", "fusiontree", *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(started)):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def test_ctrl_c_in_a_build_and_in_training(corpus: Path, tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    for number in range(40):
+        shutil.copytree(corpus, many / str(number))
+        (many / str(number) / "own.txt").write_text(f"tree {number}\n" * 20_000)
+    command = ["data", "build", "--input", many, "--tokenizer", tokenizer_folder, "--output", tmp_path / "out"]
+    done = interrupted([*command, "--workers", 2], tmp_path, ".out.partial-*")
+    assert done.returncode == 1, done.stderr
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+
+    train = ["launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="run", schedule__steps=100_000)]
+    done = interrupted(train, tmp_path, "run/metrics.jsonl")
+    assert done.returncode == 1, done.stderr
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_was_being_written_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").touch()
+
+    def interrupt() -> None:
+        with staged_folder(tmp_path / "kept", overwrite=True) as folder:
+            (folder / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "old"]

@@ -1,0 +1,131 @@
+"""An exported folder loads where this project is not installed, and is the trained model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cli, settings
+
+from fusiontree import checkpoint
+from fusiontree.config import load_config
+from fusiontree.errors import RunError
+from fusiontree.export import prove
+from fusiontree.model.lm import HybridLM
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps in one process."""
+    output = tmp_path_factory.mktemp("runs")
+    cli("train", "tiny", *settings(shards, output, name="run"))
+    return output / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    """Its export."""
+    cli("export", run, run / "export")
+    return run / "export"
+
+
+def trained(run: Path) -> HybridLM:
+    model = HybridLM(load_config(str(run / "config.yaml")).model)
+    model.load_state_dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    return model.eval()
+
+
+def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "hf.py", "lm.py", "tokenizer.json"} <= names
+    assert {"tokenizer_config.json", "README.md", "parity.json", "fusiontree.json"} <= names
+    assert json.loads((exported / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "hf.FusionTreeConfig",
+        "AutoModelForCausalLM": "hf.FusionTreeForCausalLM",
+    }
+    parity = json.loads((exported / "parity.json").read_text())
+    assert parity["logits"] == parity["left_padding"] == 0
+    assert parity["cached_decoding"] < 1e-4
+
+
+WITHOUT_US = """
+import sys
+for name in ("fusiontree", "deepspeed", "mamba_ssm", "webdataset", "launcher", "data_tools"):
+    sys.modules[name] = None  # importing it raises
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+folder, saved = sys.argv[1:]
+AutoConfig.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer.padding_side = "left"
+batch = tokenizer(["tree gate", "scan window state token shard row"], return_tensors="pt", padding=True)
+batch.pop("token_type_ids", None)
+texts = {}
+for name, options in {"greedy": {}, "beams": {"num_beams": 3}, "slow": {"use_cache": False}}.items():
+    texts[name] = model.generate(**batch, max_new_tokens=12, do_sample=False, **options)
+alone = tokenizer("tree gate", return_tensors="pt")["input_ids"]
+texts["alone"] = model.generate(alone, max_new_tokens=12, do_sample=False)
+output = model(alone, labels=alone)
+output.loss.backward()
+ids = torch.arange(2, 202)[None]
+torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
+model.save_pretrained(folder + "-again")
+"""
+
+
+def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.pt"
+    command = [sys.executable, "-c", WITHOUT_US, str(exported), str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    given = torch.load(saved)
+    model = trained(run)
+    with torch.no_grad():
+        assert torch.equal(given["logits"], model(torch.arange(2, 202)[None]).logits)
+        logits = model(given["prompt"]).logits[0, :-1]
+    assert given["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, given["prompt"][0, 1:]).item())
+    assert torch.equal(given["greedy"], given["slow"])
+    assert torch.equal(given["greedy"][0, -12:], given["alone"][0, -12:])
+    assert given["beams"].shape[0] == 2
+
+
+def test_bf16_keeps_the_scan_parameters_in_fp32(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    figures = json.loads(cli("export", run, tmp_path / "half", "--dtype", "bf16", "--json").stdout)
+    assert figures["dtype"] == "bf16"
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    kept = {name for name, value in weights.items() if value.dtype == torch.float32}
+    assert {name.rsplit(".", 1)[1] for name in kept} == {"A_log", "D", "dt_bias"}
+    assert {value.dtype for value in weights.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_weights_that_differ_fail_the_proof(exported: Path, run: Path) -> None:
+    model = trained(run)
+    with torch.no_grad():
+        model.blocks[1].fusion.bias += 0.1
+    with pytest.raises(RunError, match="export fails its proof: logits differs"):
+        prove(exported, model, "fp32")
+
+
+def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Path) -> None:
+    options = ["--max-new-tokens", 24, "--temperature", 0.9, "--top-p", 0.95, "--seed", 4]
+    figures = json.loads(cli("generate", exported, "tree gate", *options, "--json").stdout)
+    assert figures["new_tokens"] <= 24
+    assert figures["text"]
+    assert figures["text"] in cli("generate", exported, "tree gate", *options).stdout
+    other = json.loads(cli("generate", exported, "tree gate", *options[:-1], 5, "--json").stdout)
+    assert other["text"] != figures["text"]
+
+
+def test_perplexity_is_the_validation_loss_of_training(exported: Path, run: Path, shards: Path) -> None:
+    options = ["--tasks", "perplexity", "--data", shards, "--limit", 6, "--json"]
+    figures = json.loads(cli("eval", exported, *options).stdout)["perplexity"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    assert figures["loss"] == pytest.approx(last, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(2.718281828**last, rel=1e-4)
+    assert figures["seq_len"] == 128

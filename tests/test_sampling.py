@@ -1,0 +1,84 @@
+"""Sampling: the kept sets are exact, a seed repeats, a row does not depend on its neighbours."""
+
+import pytest
+import torch
+from conftest import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusiontree.errors import UserError
+from fusiontree.generate import Sampling, draw, stream_tokens
+
+
+def drawn(logits: torch.Tensor, sampling: Sampling, times: int = 400) -> set[int]:
+    """The tokens that ever come up."""
+    generator = torch.Generator().manual_seed(0)
+    return {int(draw(logits, torch.tensor([], dtype=torch.int64), sampling, generator)) for _ in range(times)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), p=st.floats(0.05, 0.999))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float) -> None:
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+    probabilities = logits.softmax(0).tolist()
+    kept: set[int] = set()
+    for token in sorted(range(6), key=lambda t: -probabilities[t]):
+        if sum(probabilities[t] for t in kept) >= p:
+            break
+        kept.add(token)
+    seen = drawn(logits, Sampling(top_p=p), times=150)
+    assert seen <= kept
+    likely = {t for t in kept if probabilities[t] > 0.08}
+    assert likely <= seen
+
+
+def test_top_k_min_p_and_temperature_keep_what_they_say() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
+    assert drawn(logits, Sampling()) == {0, 1, 2, 3, 4}
+    assert drawn(logits, Sampling(top_k=2)) == {0, 1}
+    assert drawn(logits, Sampling(min_p=0.15)) == {0, 1, 2}
+    assert drawn(logits, Sampling(temperature=0)) == {0}
+    assert drawn(logits, Sampling(temperature=1e-4)) == {0}
+
+
+def test_repetition_penalty_divides_positive_scores_and_multiplies_negative_ones() -> None:
+    logits, seen = torch.tensor([2.0, 1.5, -1.0]), torch.tensor([0, 0, 2])
+    greedy = Sampling(temperature=0, repetition_penalty=2.0)
+    assert draw(logits, seen, greedy, torch.Generator()) == 1
+    assert draw(torch.tensor([-1.0, -1.5]), torch.tensor([0]), greedy, torch.Generator()) == 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_p=0.9, repetition_penalty=1.3, seed=3)])
+def test_a_row_is_the_same_alone_and_among_others(sampling: Sampling) -> None:
+    model = build()
+    prompts = [[5, 6, 7], list(range(40)), [9]]
+    together = list(stream_tokens(model, prompts, 12, sampling, stop=None))
+    for row, prompt in enumerate(prompts):
+        alone = [token for (token,) in stream_tokens(model, [prompt], 12, sampling, stop=None)]
+        assert alone == [tokens[row] for tokens in together]
+
+
+def test_a_row_that_has_stopped_gives_stop_until_all_have() -> None:
+    model = build()
+    prompts = [[5, 6, 7], list(range(40)), [9]]
+    free = list(stream_tokens(model, prompts, 12, Sampling(temperature=0), stop=None))
+    stop = free[3][0]
+    rows = list(zip(*stream_tokens(model, prompts, 12, Sampling(temperature=0), stop=stop), strict=True))
+    assert rows[0].index(stop) == [tokens[0] for tokens in free].index(stop)
+    assert set(rows[0][rows[0].index(stop) :]) == {stop}
+
+
+def test_other_seeds_give_other_text_and_the_same_seed_the_same() -> None:
+    model = build()
+    texts = [list(stream_tokens(model, [[1, 2]], 20, Sampling(seed=seed), None)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"temperature": -1}, "--temperature is -1"), ({"top_p": 0}, "--top-p is 0"), ({"top_k": -2}, "--top-k is -2"),
+     ({"min_p": 2}, "--min-p is 2"), ({"repetition_penalty": 0}, "--repetition-penalty is 0")],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(values: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Sampling(**values)
