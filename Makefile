@@ -31,3 +31,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) data/demo runs/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@if [ -d data ]; then rmdir --ignore-fail-on-non-empty data; fi; if [ -d runs ]; then rmdir --ignore-fail-on-non-empty runs; fi
