@@ -62,7 +62,7 @@ def generate_text(
     """Continue `prompt` with the model exported to `folder`.
 
     Args:
-        on_text: called with each new piece of text as it comes.
+        on_text: called with the prompt, then with each new piece of text as it comes.
         Others: see `Sampling`.
 
     Returns:
@@ -77,6 +77,8 @@ def generate_text(
     if not prompt_ids:
         raise UserError("the prompt is empty; give at least one character")
     stop = read_facts(folder)["eos_id"]
+    if on_text is not None:
+        on_text(prompt)
     ids: list[int] = []
     shown = ""
     for (token,) in stream_tokens(model, [prompt_ids], max_new_tokens, sampling, stop):

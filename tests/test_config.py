@@ -147,7 +147,7 @@ def test_what_is_missing_is_named(write):
 @pytest.mark.parametrize(
     ("overrides", "both"),
     [
-        (["schedule.warmup_steps=120"], ["schedule.warmup_steps 120", "schedule.steps 120", "lower warmup_steps"]),
+        (["schedule.warmup_steps=100"], ["schedule.warmup_steps 100", "schedule.steps 100", "lower warmup_steps"]),
         (["batch.tokens=5000"], ["batch.tokens 5000", "data.seq_len 1024 x batch.micro_rows 1 = 1024", "4096 or 5120"]),
         (
             ["model.srte=learned", "model.max_positions=512"],
@@ -161,7 +161,7 @@ def test_values_that_disagree_are_both_named(overrides, both):
 
 
 def test_limits_of_the_cross_checks_are_allowed():
-    assert load_config("tiny", ["schedule.warmup_steps=119"]).schedule.warmup_steps == 119
+    assert load_config("tiny", ["schedule.warmup_steps=99"]).schedule.warmup_steps == 99
     assert load_config("tiny", ["model.srte=learned", "model.max_positions=1024"]).model.max_positions == 1024
 
 

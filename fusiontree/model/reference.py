@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORE = -100  # label of a token that has no loss
 
@@ -192,13 +193,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, bounds: list[int
 def _attention_per_document(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
     q_flat, k_flat, v_flat = (t.flatten(0, 1).transpose(0, 1) for t in (q, k, v))
     outputs = [
-        F.scaled_dot_product_attention(
-            q_flat[None, :, start:end],
-            k_flat[None, :, start:end],
-            v_flat[None, :, start:end],
-            is_causal=True,
-            enable_gqa=True,
-        )
+        _sdpa(q_flat[None, :, start:end], k_flat[None, :, start:end], v_flat[None, :, start:end])
         for start, end in itertools.pairwise(bounds)
     ]
     return torch.cat(outputs, 2)[0].transpose(0, 1).view_as(q)
@@ -222,12 +217,11 @@ def _attention_blockwise(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, windo
     distance = index[:, None] + window - torch.arange(2 * window, device=q.device)[None]
     same = seq.view(B, blocks, window)[..., None] == with_previous(seq)[..., None, :]
     mask = same & (distance >= 0) & (distance < window)
-    y = F.scaled_dot_product_attention(
+    y = _sdpa(
         q.view(B * blocks, window, *q.shape[2:]).transpose(1, 2),
         with_previous(k).flatten(0, 1).transpose(1, 2),
         with_previous(v).flatten(0, 1).transpose(1, 2),
-        attn_mask=mask.flatten(0, 1)[:, None],
-        enable_gqa=True,
+        mask.flatten(0, 1)[:, None],
     )
     return y.transpose(1, 2).reshape(B, L + pad, *q.shape[2:])[:, :L]
 
@@ -242,7 +236,23 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         [B, L, N, D].
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
+    return _sdpa(q, k, v, mask[:, None]).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of [B, N, L, D] to [B, K, T, D] by torch's kernels, causal unless there is a mask.
+
+    Only kernels that hold no L×T matrix may run where nothing bounds it; cuDNN's, which plans anew for every length
+    of document, never.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if mask is not None:
+        allowed.append(SDPBackend.MATH)
+    with sdpa_kernel(allowed):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 # --- loss head -------------------------------------------------------------------------------------------------------
