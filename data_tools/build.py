@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from data_tools.sources import Document, find_documents
 from data_tools.tokenizer import TOKENIZER_FILES, load_tokenizer
 from fusiontree.console import progress_bar
-from fusiontree.data.format import SPLITS, Manifest, TokenizerInfo, token_dtype, write_split
+from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype, write_split
 from fusiontree.data.packing import check_row_len, pack
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, staged_folder
@@ -69,7 +69,7 @@ def build(
     if workers < 1:
         raise UserError(f"workers {workers} is too few; give at least 1")
     check_row_len(row_len)
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, marker=MANIFEST)
     _, info = load_tokenizer(tokenizer)
     documents, skipped = find_documents(inputs, include, exclude)
     held_out = min(max(1, round(len(documents) * holdout)), len(documents) - 1) if holdout else 0
@@ -79,7 +79,7 @@ def build(
     cut = 0
 
     with (
-        staged_folder(output, overwrite) as folder,
+        staged_folder(output, overwrite, marker=MANIFEST) as folder,
         _encoder(tokenizer, workers) as encode,
         progress_bar() as bar,
     ):

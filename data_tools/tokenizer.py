@@ -39,7 +39,7 @@ def train_tokenizer(
     started = time.perf_counter()
     if vocab_size < _SMALLEST:
         raise UserError(f"vocab size {vocab_size} is too small: 256 bytes and 2 special tokens need {_SMALLEST}")
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, marker="tokenizer.json")
     documents, skipped = find_documents(inputs, include, exclude)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,7 +67,7 @@ def train_tokenizer(
         "model_max_length": int(1e30),  # Hugging Face's "no limit": context is the model's affair
         "clean_up_tokenization_spaces": False,
     }
-    with staged_folder(output, overwrite) as folder:
+    with staged_folder(output, overwrite, marker="tokenizer.json") as folder:
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _, info = load_tokenizer(folder)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusiontree import distributed
@@ -45,30 +47,33 @@ def save(
     """
     final = folder / f"step-{state['step']}"
     partial = folder / f".{final.name}.partial"
-    failure = None
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-        if world.is_main:
-            _write_gates(partial, gates)
-            for name, text in {STATE: json.dumps(state, indent=1), **texts}.items():
-                write_atomic(partial / name, text)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in RuntimeError
-        failure = error
-    _fail_together(world, partial, failure)
+        # this rank's end is what tells the others, who wait inside DeepSpeed
+        raise _failure(folder, error) from None
+    failure = None
     if world.is_main:
-        _seal(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        fsync_folder(folder)
-        write_atomic(folder / "latest", final.name + "\n")
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    distributed.barrier()
+        try:
+            _write_rest(partial, {STATE: json.dumps(state, indent=1), **texts}, gates)
+            _put_in_place(partial, final)
+        except (OSError, SafetensorError) as error:
+            failure = error
+    failed = distributed.sum_over_ranks(torch.tensor(int(failure is not None), device=world.device)).item()
+    if failed:
+        raise _failure(folder, failure or RuntimeError("the main rank could not write its part"))
+    if world.is_main:
+        _retain(folder, final, keep_last)
     return final
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what saves that never ended have left under `folder`."""
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial)
 
 
 def load(engine: Any, checkpoint: Path) -> None:
@@ -107,6 +112,7 @@ def resolve(source: Path) -> Path:
     Raises:
         UserError: there is none. RunError: it does not verify.
     """
+    source = source.resolve()
     if (source / MANIFEST).exists() and (source / STATE).exists():
         if problems := verify(source):
             raise RunError(f"checkpoint {source} does not verify: {problems[0]}; use another one")
@@ -123,7 +129,7 @@ def verify(checkpoint: Path) -> list[str]:
     """What is wrong with the files of `checkpoint`, a line each; nothing if it is whole."""
     try:
         files: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} is missing or unreadable ({error})"]
     problems = []
     for name, expected in files.items():
@@ -144,8 +150,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_gates(checkpoint: Path) -> Tensor:
     """Running mean of the gates, fp32 [layers, H]."""
-    from safetensors.torch import load_file
-
     return load_file(checkpoint / GATES)["mean"]
 
 
@@ -160,31 +164,37 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return states["module"]
 
 
-def _write_gates(folder: Path, gates: Tensor) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"mean": gates.cpu()}, folder / GATES)
-
-
-def _fail_together(world: World, partial: Path, failure: Exception | None) -> None:
-    """Raise on every rank if any rank failed; the main rank removes what was written."""
-    failed = distributed.sum_over_ranks(torch.tensor(int(failure is not None), device=world.device)).item()
-    if not failed:
-        return
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    reason = str(failure).splitlines()[0] if failure else "another rank could not write its part"
-    raise RunError(f"checkpoint {partial.parent} could not be written: {reason}; free disk space and start again")
-
-
-def _seal(partial: Path) -> None:
-    """Sync every file and write the manifest that makes the folder a checkpoint."""
+def _write_rest(partial: Path, texts: Mapping[str, str], gates: Tensor) -> None:
+    """Write what is not DeepSpeed's, sync every file and seal the folder with the manifest."""
+    save_file({"mean": gates.cpu()}, partial / GATES)
+    for name, text in texts.items():
+        write_atomic(partial / name, text)
     hashes = {}
     for path in sorted(partial.iterdir()):
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
         hashes[path.name] = _sha256(path)
     write_atomic(partial / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    shutil.rmtree(final, ignore_errors=True)  # one that did not verify: training has come to its step again
+    os.replace(partial, final)
+    fsync_folder(final.parent)
+    write_atomic(final.parent / "latest", final.name + "\n")
+
+
+def _retain(folder: Path, newest: Path, keep_last: int) -> None:
+    """Remove the checkpoints that are too old, and those of later steps: damaged ones that training fell back from."""
+    found = list_checkpoints(folder)
+    place = found.index(newest)
+    for path in [*found[: max(0, place + 1 - keep_last)], *found[place + 1 :]]:
+        shutil.rmtree(path)
+
+
+def _failure(folder: Path, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0]
+    return RunError(f"checkpoint in {folder} could not be written: {reason}; free disk space and start again")
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from fusiontree.errors import RunError, UserError
 _FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+    *(errno.EBUSY, errno.EXDEV, errno.ELOOP, errno.ESTALE, errno.EFBIG),
 }
 _NAMED = 10  # inputs left out that are named, unless --json is given
 _INTERRUPTED = "interrupted; nothing half-written was left under a final name"
@@ -132,7 +133,8 @@ def _launch(args: argparse.Namespace) -> int:
     from launcher.plan import plan_local
 
     config = load_config(args.config, args.overrides)
-    plan = plan_local(config, args.config, args.overrides, args.local)
+    words = [*args.overrides, *(["--json"] if args.json else [])]
+    plan = plan_local(config, args.config, words, args.local)
     if args.dry_run:
         print(local.command_line(plan))
         return 0
@@ -397,7 +399,6 @@ def _add_training(commands: Any) -> None:
         _launch,
         "Train on several ranks, started by DeepSpeed's launcher.",
         "launch tiny --local 2 data.path=data/books",
-        figures=False,
     )
     _add_config(launch)
     launch.add_argument("--local", type=int, required=True, metavar="N", help="ranks on this machine")

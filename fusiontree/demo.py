@@ -14,7 +14,7 @@ from rich.table import Table
 from fusiontree import checkpoint
 from fusiontree.config import load_config
 from fusiontree.console import console
-from fusiontree.training.metrics import read_metrics
+from fusiontree.training.metrics import summarise
 
 RANKS = 2
 PROMPT = "def main("
@@ -75,13 +75,22 @@ def run_demo(root: Path) -> int:
         command = [sys.executable, "-m", "fusiontree", *stage.arguments]
         console.print("$ fusiontree " + shlex.join(stage.arguments), style="dim")
         started = time.perf_counter()
-        code = subprocess.run(command, check=False).returncode
+        code = _wait(subprocess.Popen(command))
         seconds.append(time.perf_counter() - started)
         if code:
             console.print(f"the demo stopped: stage '{stage.title}' ended with code {code}; run it again to go on")
             return code
     _sum_up(stages, seconds, run, exported)
     return 0
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a stage. Ctrl-C reaches the stage too, which is left the time to clean up."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def _exported_step(exported: Path) -> int | None:
@@ -97,12 +106,15 @@ def _sum_up(stages: list[Stage], seconds: list[float | None], run: Path, exporte
         table.add_row(stage.title, "reused" if duration is None else f"{duration:.0f} s", stage.result)
     console.rule("summary", align="left")
     console.print(table)
-    lines = read_metrics(run)
-    losses = [line["val_loss"] for line in lines if "val_loss" in line]
-    rates = sorted(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+    figures = summarise(run)
+    first, last, rate = figures["first_val_loss"], figures["last_val_loss"], figures["tokens_per_s"]
+    if first is not None and last is not None and rate is not None:
+        console.print(
+            f"\nvalidation loss  {first:.3f} -> {last:.3f} nats per token (down {first - last:.3f}), "
+            f"{rate:,.0f} tokens/s on {RANKS} CPU ranks"
+        )
     console.print(
-        f"\nvalidation loss  {losses[0]:.3f} -> {losses[-1]:.3f} nats per token "
-        f"(down {losses[0] - losses[-1]:.3f}), {rates[len(rates) // 2]:,.0f} tokens/s on {RANKS} CPU ranks\n\n"
+        "\n"
         "try next:\n"
         f'  fusiontree generate {exported} "class Stack:" --temperature 0.8\n'
         f"  fusiontree eval {exported} --tasks perplexity --data {stages[1].result}\n"

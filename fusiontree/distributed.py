@@ -68,6 +68,12 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone: a consequence, not the cause."""
+    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in gloo)
+
+
 def leave() -> None:
     """Part in good order: wait for the others, then take the process group down."""
     dist.barrier()

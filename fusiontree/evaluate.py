@@ -10,7 +10,7 @@ from fusiontree.console import progress_bar
 from fusiontree.data.format import Dataset
 from fusiontree.data.stream import validation_batches
 from fusiontree.errors import UserError
-from fusiontree.generate import load_export, read_facts
+from fusiontree.generate import check_positions, load_export, read_facts
 from fusiontree.model.documents import to_device
 
 ROWS_PER_FORWARD = 4
@@ -30,6 +30,9 @@ def evaluate(
     Raises:
         UserError: an unknown task, or shards made with another tokenizer.
     """
+    for name, value in (("--seq-len", seq_len), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
@@ -43,6 +46,7 @@ def perplexity(folder: Path, data: Path, seq_len: int | None, limit: int | None)
     facts, dataset = read_facts(folder), Dataset(data, "validation")
     dataset.manifest.require_tokenizer(facts["tokenizer_fingerprint"], folder)
     length = seq_len or facts["seq_len"]
+    check_positions(model.config, length)
     device = model.embedding.weight.device
     loss, tokens = 0.0, 0
     with progress_bar() as bar:
@@ -52,6 +56,8 @@ def perplexity(folder: Path, data: Path, seq_len: int | None, limit: int | None)
             loss += model(ids, documents, labels=labels).loss_sum.item()
             tokens += batch.real_tokens
             bar.update(task, advance=1, note=f"{loss / max(1, tokens):.4f} nats")
+    if tokens == 0:
+        raise UserError(f"{data} has no held-out token to predict; build it with a larger --holdout")
     mean = loss / tokens
     return {
         "loss": mean,

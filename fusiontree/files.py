@@ -33,22 +33,38 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     fsync_folder(path.parent)
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise UserError if `target` is a file, or a folder with something in it and `overwrite` is not given."""
+def refuse_existing(target: Path, overwrite: bool, marker: str) -> None:
+    """Refuse an output folder that holds something else.
+
+    Args:
+        target: the folder that is to be made.
+        overwrite: whether one that holds a file named `marker`, so one of the same kind, may be replaced.
+        marker: as above.
+
+    Raises:
+        UserError: it may not be made.
+    """
     if target.is_file():
         raise UserError(f"output {target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if target.resolve() == Path.cwd():
+        raise UserError(f"output {target} is the current folder; name one inside it")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / marker).is_file():
+        raise UserError(f"output folder {target} already holds something else (no {marker} there); name another")
+    if not overwrite:
         raise UserError(f"output folder {target} already holds something; name another or pass --overwrite")
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its name when the block ends well and is removed otherwise.
 
     Raises:
-        UserError: `target` already holds something and `overwrite` is false.
+        UserError: see `refuse_existing`.
     """
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, marker)
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -59,11 +75,21 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             if path.is_file():
                 with open(path, "rb") as stream:
                     os.fsync(stream.fileno())
-        retired = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-        if target.exists():
-            os.replace(target, retired)
-        os.replace(partial, target)
-        shutil.rmtree(retired, ignore_errors=True)
+        _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     fsync_folder(target.parent)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give `partial` the name `target`; what had it goes last, and comes back if that fails."""
+    retired = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    try:
+        if target.exists():
+            os.replace(target, retired)
+        os.replace(partial, target)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            os.replace(retired, target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

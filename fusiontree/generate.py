@@ -1,17 +1,18 @@
 """Text from an exported folder: loading it, sampling, and decoding with the cache."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fusiontree.errors import UserError
+from fusiontree.errors import RunError, UserError
+from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
@@ -72,10 +73,15 @@ def generate_text(
         UserError: the folder is no export, or the prompt has no token.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
+    if not prompt:
+        raise UserError("the prompt is empty; give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("the prompt is not UTF-8; give text that is")
     model, tokenizer = load_export(folder)
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if not prompt_ids:
-        raise UserError("the prompt is empty; give at least one character")
+    check_positions(model.config, len(prompt_ids) + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
     if on_text is not None:
         on_text(prompt)
@@ -96,7 +102,7 @@ def generate_text(
 @torch.inference_mode()
 def stream_tokens(
     model: HybridLM, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop: int | None
-) -> Any:
+) -> Iterator[list[int]]:
     """Yield, step by step, the next token of every row (`stop` for rows that have ended) until all have ended.
 
     Prompts of different lengths are padded on the left; a row's tokens do not depend on its neighbours.
@@ -160,21 +166,35 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def check_positions(config: ModelConfig, tokens: int) -> None:
+    """Raise UserError if documents of `tokens` tokens are longer than the time encoding's table."""
+    if config.srte == "learned" and tokens > config.max_positions:
+        raise UserError(f"{tokens:,} tokens are more than the learned time encoding has: {config.max_positions:,}")
+
+
 def load_export(folder: Path) -> tuple[HybridLM, Tokenizer]:
     """The model and the tokenizer of an exported folder, on the best device here.
 
+    As in the training data, a special token spelt out in a text is text.
+
     Raises:
-        UserError: `folder` is not an export of this project.
+        UserError: `folder` is not an export of this project. RunError: it is damaged.
     """
     read_facts(folder)
-    config = json.loads((folder / "config.json").read_text())
-    shape = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt", device=str(device)) as tensors:
-            weights |= {name.removeprefix("model."): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    with torch.device("meta"):
-        model = HybridLM(shape)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    kernels = choose_kernels(device.type)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        shape = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+        weights: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= {name.removeprefix("model."): value for name, value in load_file(path, str(device)).items()}
+        with torch.device("meta"):
+            model = HybridLM(shape, kernels)
+        model.load_state_dict(weights, strict=True, assign=True)
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{folder} is a damaged export ({reason}); export it again") from None
+    tokenizer.encode_special_tokens = True
+    return model.eval(), tokenizer

@@ -128,7 +128,7 @@ def _verdict(reports: list[dict[str, Any]], ranks: int, returned: int, stopped_b
         raise RunError(f"stopped by {signal.Signals(stopped_by).name}; the last checkpoint is where it goes on from")
     if 0 < returned < 128:
         return returned  # the rank has written why before it could report
-    raise RunError(f"{_cause(returned)}; free some memory or lower batch.micro_rows, then start again")
+    raise RunError(f"{_cause(returned)}, then start again")
 
 
 def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
@@ -142,10 +142,11 @@ def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
 
 
 def _cause(returned: int) -> str:
-    if returned > 128:
-        name = signal.Signals(256 - returned).name
-        return f"a rank was killed by {name}" + (" (often: no memory left)" if name == "SIGKILL" else "")
-    return "DeepSpeed's launcher was killed, and its ranks with it"
+    if 256 - returned == signal.SIGKILL:
+        return "a rank was killed by SIGKILL, often for want of memory; free some or lower batch.micro_rows"
+    if 256 - returned in set(signal.Signals):
+        return f"a rank was killed by {signal.Signals(256 - returned).name}; see the logs in the run's folder"
+    return f"DeepSpeed's launcher was killed (code {returned}), and its ranks with it; see the logs in the run's folder"
 
 
 # --- the rank's side -------------------------------------------------------------------------------------------------

@@ -93,10 +93,12 @@ MICRO = {  # a model and a schedule that two ranks finish in seconds
 }
 
 
-def cli(*arguments: object, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def cli(
+    *arguments: object, code: int = 0, timeout: float = 240, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command as a user would and check its exit code; no traceback may ever show."""
     command = [sys.executable, "-m", "fusiontree", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd)
     assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done

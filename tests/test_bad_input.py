@@ -73,12 +73,26 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(
 ) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     for command in (
-        ["data", "tokenizer", "--input", corpus, "--vocab-size", 300, "--output", tmp_path],
-        ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", tmp_path],
-        ["export", run, tmp_path],
+        ["data", "tokenizer", "--input", corpus, "--vocab-size", 300, "--output"],
+        ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output"],
+        ["export", run],
     ):
-        assert "already holds something; name another or pass --overwrite" in said(*command)
+        assert "already holds something else" in said(*command, tmp_path, "--overwrite")
+    foreign = settings(shards, tmp_path.parent, name=tmp_path.name)
+    assert "already holds something else" in said("train", "tiny", *foreign)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert "name another or pass --overwrite" in said("export", run, run / "export")
+    assert "already holds something else" in said("export", run, run, "--overwrite")
+    assert "lie in each other" in said("train", "tiny", *settings(shards, shards.parent, name=shards.name))
+
+
+def test_a_corpus_of_one_document_has_nothing_to_hold_out(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "one.txt").write_text("tree gate branch scan. " * 400)
+    build([tmp_path / "one.txt"], tokenizer_folder, tmp_path / "shards", row_len=512)
+    assert "train without validation: validation.every=0" in said(
+        "train", "tiny", *settings(tmp_path / "shards", tmp_path / "runs")
+    )
+    cli("train", "tiny", *settings(tmp_path / "shards", tmp_path / "runs", validation__every=0))
 
 
 def test_a_tokenizer_folder_that_is_none(corpus: Path, tmp_path: Path) -> None:
@@ -141,7 +155,8 @@ def test_shards_that_are_damaged_or_gone(shards: Path, tmp_path: Path) -> None:
     content[len(content) * 3 // 4] ^= 1
     tar.write_bytes(content)
     assert tar.name in cli("data", "verify", copy, code=1).stdout
-    assert tar.name in said("train", "tiny", *settings(copy, tmp_path / "runs", schedule__steps=30), code=1)
+    damaged = settings(copy, tmp_path / "runs", schedule__steps=30)
+    assert tar.name in said("launch", "tiny", "--local", 2, *damaged, code=1)
     tar.unlink()
     assert "train" in said("train", "tiny", *settings(copy, tmp_path / "runs"), code=2)
 
@@ -151,6 +166,20 @@ def test_an_export_that_is_none_and_a_prompt_that_is_empty(run: Path, tmp_path: 
     assert "is not an exported model" in said("eval", tmp_path, "--tasks", "perplexity", "--data", tmp_path)
     assert "the prompt is empty" in said("generate", run / "export", "")
     assert "--temperature is -1" in said("generate", run / "export", "tree", "--temperature", -1)
+    assert "--max-new-tokens is -3" in said("generate", run / "export", "tree", "--max-new-tokens", -3)
+    assert "the prompt is not UTF-8" in said("generate", run / "export", b"\xff".decode(errors="surrogateescape"))
+
+
+def test_an_export_that_is_damaged(run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        copy = tmp_path / name
+        shutil.copytree(run / "export", copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[:-20])
+        assert "is a damaged export" in said("generate", copy, "tree", code=1)
+    options = ["eval", run / "export", "--tasks", "perplexity", "--data", shards]
+    assert "--limit is 0" in said(*options, "--limit", 0)
+    monkeypatch.setenv("FUSIONTREE_SCAN", "warp")
+    assert "kernels.scan 'warp' is unknown" in said(*options)
 
 
 def test_shards_of_another_tokenizer(run: Path, corpus: Path, shards: Path, tmp_path: Path) -> None:
@@ -184,7 +213,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 ) -> None:
     command = ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", small_disk / "out"]
     assert "No space left on device" in said(*command, "--row-len", 1 << 19, code=1)
-    assert "could not be written" in said("train", "tiny", *settings(shards, small_disk, name="r"), code=1)
+    assert "free disk space" in said("launch", "tiny", "--local", 2, *settings(shards, small_disk, name="r"), code=1)
     assert not list((small_disk / "r" / "checkpoints").glob("step-*"))
     shutil.rmtree(small_disk / "r")
     assert "space" in said("export", run, small_disk / "export", code=1).lower()
@@ -231,7 +260,7 @@ def test_a_folder_that_was_being_written_is_gone(tmp_path: Path) -> None:
     (tmp_path / "kept" / "old").touch()
 
     def interrupt() -> None:
-        with staged_folder(tmp_path / "kept", overwrite=True) as folder:
+        with staged_folder(tmp_path / "kept", overwrite=True, marker="old") as folder:
             (folder / "new").touch()
             raise KeyboardInterrupt
 

@@ -70,3 +70,19 @@ def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
     (path / "weights.pt").unlink()
     with pytest.raises(RunError, match="does not verify"):
         checkpoint.resolve(path)
+
+
+def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        make(tmp_path, step)
+    checkpoint._retain(tmp_path, tmp_path / "step-15", keep_last=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10", "step-15"]
+    checkpoint._retain(tmp_path, tmp_path / "step-10", keep_last=1)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10"]
+
+
+def test_what_a_save_left_that_never_ended_is_cleared(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    (tmp_path / ".step-2.partial").mkdir()
+    checkpoint.clear_partials(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]

@@ -37,7 +37,7 @@ def trained(run: Path) -> HybridLM:
     return model.eval()
 
 
-def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path) -> None:
+def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: Path) -> None:
     names = {path.name for path in exported.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "hf.py", "lm.py", "tokenizer.json"} <= names
     assert {"tokenizer_config.json", "README.md", "parity.json", "fusiontree.json"} <= names
@@ -45,6 +45,7 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path) -> No
         "AutoConfig": "hf.FusionTreeConfig",
         "AutoModelForCausalLM": "hf.FusionTreeForCausalLM",
     }
+    assert cli("export", "step-8", run / "other", cwd=run / "checkpoints")
     parity = json.loads((exported / "parity.json").read_text())
     assert parity["logits"] == parity["left_padding"] == 0
     assert parity["cached_decoding"] < 1e-4

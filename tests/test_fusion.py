@@ -70,8 +70,11 @@ def test_a_dropped_branch_has_no_say(dropped: str) -> None:
         assert not torch.equal(model(ids).logits, before)
 
 
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    model = build()
+@pytest.mark.parametrize(
+    "change", [{}, {"srte": "learned"}, {"srte": "learned", "srte_shared": False}, {"srte": "none"}]
+)
+def test_recomputed_activations_give_the_same_gradients(change: dict) -> None:
+    model = build(**change)
     ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
 
     def gradients(recompute: bool) -> list[torch.Tensor]:

@@ -16,18 +16,20 @@ ARROWS = {
     "fusiontree.model": set(),
     "fusiontree.config": {"fusiontree.model.config"},
     "fusiontree.distributed": set(),
+    "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
     "fusiontree.checkpoint": {"fusiontree.distributed"},
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.distributed", "fusiontree.prune"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
+        "fusiontree.kernels",
         "fusiontree.generate",  # the reader of an exported folder owns what it looks for there
     },
-    "fusiontree.generate": {"fusiontree.config", "fusiontree.model"},
+    "fusiontree.generate": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model"},
     "fusiontree.evaluate": {"fusiontree.generate", "fusiontree.model", "fusiontree.data"},
     "fusiontree.doctor": {"fusiontree.config", "fusiontree.model", "fusiontree.data"},
     "launcher": {"fusiontree.config"},

@@ -162,6 +162,29 @@ def test_another_number_of_ranks_is_refused(two_ranks: Path, shards: Path) -> No
     assert "on 2 ranks, not 1" in done.stderr
 
 
+def test_another_zero_stage_is_refused(two_ranks: Path, shards: Path) -> None:
+    done = cli(
+        "launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two", deepspeed="zero3"), code=2
+    )
+    assert "at ZeRO stage 2, not 3; set deepspeed as it was" in done.stderr
+
+
+def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    resumed = interrupted_copy(two_ranks, tmp_path)
+    free = {"batch__micro_rows": 4, "activation_checkpointing": "none", "logging__every": 2}
+    cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two", **free))
+    assert losses(resumed)[-1] == pytest.approx(losses(two_ranks)[-1], rel=1e-5)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").touch()
+    (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "val_loss": 1.0}\n{"step": 1, "lo')
+    cli("train", "tiny", *settings(shards, tmp_path, name="r", schedule__steps=3))
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [0, 1, 2, 3, 3]
+    assert metrics(tmp_path / "r")[0]["val_loss"] > 5
+
+
 def test_scan_parameters_stay_fp32_in_bf16_and_the_loss_is_near(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     cli("train", "tiny", *settings(shards, tmp_path, name="half", precision="bf16"))
     weights = checkpoint.read_weights(tmp_path / "half" / "checkpoints" / "step-8")

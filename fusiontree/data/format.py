@@ -24,6 +24,7 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 GROUP_ROWS = 32  # rows per WebDataset sample: megatoken members read an order of magnitude faster than single documents
 SHARD_ROWS = 512
@@ -127,7 +128,7 @@ class Manifest:
         Raises:
             UserError: there is none, or it is not one that this version reads.
         """
-        path = folder / "manifest.json"
+        path = folder / MANIFEST
         if not path.is_file():
             raise UserError(f"{folder} holds no manifest.json; give a folder that `fusiontree data build` made")
         try:
@@ -153,7 +154,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write FOLDER/manifest.json, whole or not at all."""
-        write_atomic(folder / "manifest.json", json.dumps(self.to_json(), indent=1) + "\n")
+        write_atomic(folder / MANIFEST, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:

@@ -56,7 +56,6 @@ class Context(NamedTuple):
 
     documents: Documents
     rotary: tuple[Tensor, Tensor]  # of `rotary_embedding`
-    time: Tensor | None  # [B, L, H], the shared time encoding, if shared
     real: Tensor | None  # bool [B, L], tokens that count in the gate's statistics; None: all
     cache: Cache | None
 
@@ -74,16 +73,20 @@ class HybridBlock(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor, context: Context, dropped: Branch | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, time: Tensor | None, context: Context, dropped: Branch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """[B, L, H] to [B, L, H], and the gate's mean over the real tokens by channel, fp32 [H].
 
         Args:
             x: the residual stream.
+            time: [B, L, H], the time encoding, if all blocks share one.
             context: what the blocks share.
             dropped: the branch whose output is zero in this forward, if any.
         """
         h = self.norm(x)
-        time = context.time if self.srte is None else self.srte(context.documents.position_ids, h.dtype)
+        if self.srte is not None:
+            time = self.srte(context.documents.position_ids, h.dtype)
         m = self.mamba(h if time is None else h + time, context.documents, context.cache)
         a = self.attention(h, context.rotary, context.documents, context.cache)
         if dropped is not None:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,11 +101,13 @@ class HybridLM(nn.Module):
         """
         if documents is None:
             documents = self._continue(input_ids, cache)
-        context = self._context(documents, None if labels is None else labels != IGNORE, cache)
+        rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
+        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache)
+        time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
         x = self.embedding(input_ids).to(self.activation_dtype)
         gates = []
         for block, dropped in zip(self.blocks, branch_drops or [None] * len(self.blocks), strict=True):
-            x, gate = self._run(block, x, context, dropped)
+            x, gate = self._run(block, x, time, context, dropped)
             gates.append(gate)
         if cache is not None:
             cache.advance(documents)
@@ -116,16 +118,12 @@ class HybridLM(nn.Module):
         kept = x if keep_logits is None else x[:, -keep_logits:]
         return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), torch.stack(gates))
 
-    def _run(self, block: nn.Module, x: Tensor, context: Context, dropped: Branch | None) -> tuple[Tensor, Tensor]:
+    def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The block's outputs; what has a gradient must be an argument of its own for the recomputation to see it."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
-            return checkpoint(block, x, context, dropped, use_reentrant=True, preserve_rng_state=False)
-        return block(x, context, dropped)
-
-    def _context(self, documents: Documents, real: Tensor | None, cache: Cache | None) -> Context:
-        time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
-        rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
-        return Context(documents, rotary, time, real, cache)
+            return checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
+        return block(*arguments)
 
     def _continue(self, input_ids: Tensor, cache: Cache | None) -> Documents:
         """Documents of new tokens that go on with the cached document of their row."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from fusiontree.data.batch import Batch
 from fusiontree.data.format import Dataset, tokenizer_fingerprint
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import UserError
-from fusiontree.files import write_atomic
+from fusiontree.errors import RunError, UserError
+from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.kernels import choose_kernels
 from fusiontree.model.block import Branch
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, branch_drops
-from fusiontree.model.ops import select
 from fusiontree.training.gates import GateStatistics
-from fusiontree.training.metrics import Metrics, read_metrics
+from fusiontree.training.metrics import Metrics, summarise
 from fusiontree.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -48,41 +48,65 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     dataset_manifest(config)
     deepspeed_json(config)
-    assert config.data.path is not None
-    data = Dataset(config.data.path, "train")
+    data = open_data(config)
     world = distributed.start()
-    stream = TrainStream(
-        data,
-        seq_len=config.data.seq_len,
-        seed=config.seed,
-        batch_rows=config.batch.tokens // config.data.seq_len,
-        rank=world.rank,
-        world_size=world.size,
-        micro_rows=config.batch.micro_rows,
-    )
-    with log_to_file(config, world):
-        trainer = Trainer(config, world, data, stream)
-        trainer.run()
-        summary = summarise(trainer)
-    distributed.leave()
-    return summary
+    try:
+        stream = TrainStream(
+            data.train,
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+            batch_rows=config.batch.tokens // config.data.seq_len,
+            rank=world.rank,
+            world_size=world.size,
+            micro_rows=config.batch.micro_rows,
+        )
+        resume_from = prepare_folder(config, world, data.train)
+        with log_to_file(config, world):
+            trainer = Trainer(config, world, data, stream, resume_from)
+            trainer.run()
+        distributed.leave()
+    except torch.OutOfMemoryError as error:
+        hint = "lower batch.micro_rows or set activation_checkpointing=full"
+        raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
+    except RuntimeError as error:
+        if distributed.is_lost_peer(error):
+            raise RunError("another rank has ended; its own line says why") from None
+        raise
+    return {
+        "run": str(config.run_dir),
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        **summarise(config.run_dir),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+class Data(NamedTuple):
+    """The splits of the run's dataset; nothing held out if validation is off."""
+
+    train: Dataset
+    validation: Dataset | None
 
 
 class Trainer:
     """One rank's run: the engine, where the data stands, and the update that joins them."""
 
-    def __init__(self, config: RunConfig, world: World, data: Dataset, stream: TrainStream):
-        self.config, self.world, self.data, self.stream = config, world, data, stream
+    def __init__(self, config: RunConfig, world: World, data: Data, stream: TrainStream, resume_from: Path | None):
+        self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
-        resume_from = self._find_checkpoint()
         self.engine = build_engine(config, world)
-        self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world.device)
+        self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
             self._resume(resume_from)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, padding included."""
+        return self.step * self.config.batch.tokens
 
     def run(self) -> None:
         """Fetch, update, record, validate, save, until the schedule ends."""
@@ -107,7 +131,7 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
 
     def _update(self, batches: list[Batch]) -> tuple[Tensor, Tensor | float, Tensor]:
-        """One optimizer update; this rank's part of the global loss (nats per token), gradient norm and mean gates."""
+        """One optimizer update: its share of the loss (nats per token), the gradient norm, its share of the gates."""
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -115,17 +139,17 @@ class Trainer:
         real = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
         tokens = distributed.sum_over_ranks(real).clamp(min=1)
         loss = torch.zeros((), device=self.world.device)
-        gates = torch.zeros_like(self.gates.mean)
+        gates = torch.zeros_like(self.gates.share)
         self.engine.train()
         for batch in batches:
             loss_sum, batch_gates = self._forward(batch, drops)
             # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
             self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
-            if self.engine.zero_optimization_stage() == 0:
+            if self.engine.zero_optimization_stage() == 0 and self.engine.is_gradient_accumulation_boundary():
                 norm = total_norm(self.engine.module)  # without ZeRO the engine clips but does not tell the norm
             self.engine.step()
             loss += loss_sum.detach() / tokens
-            gates += batch_gates.detach() / len(batches)
+            gates += batch_gates.detach() * (batch.real_tokens / tokens)
         self.gates.update(gates)
         if self.engine.zero_optimization_stage() > 0:
             norm = self.engine.get_global_grad_norm()
@@ -143,7 +167,7 @@ class Trainer:
 
     def _record(self, loss: Tensor, norm: Tensor | float, gates: Tensor) -> None:
         """Write the update's figures; only here does training wait for the device."""
-        figures = torch.stack([loss, gates.mean() / self.world.size])
+        figures = torch.stack([loss, gates.mean()])
         loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
         since, step = self.lap_start
         seconds = (time.perf_counter() - since) / (self.step - step)
@@ -154,7 +178,7 @@ class Trainer:
         self.metrics.record(
             {
                 "step": self.step,
-                "tokens": self.step * self.config.batch.tokens,
+                "tokens": self.tokens,
                 "loss": loss_value,
                 "lr": self.engine.optimizer.param_groups[0]["lr"],
                 "grad_norm": float(norm),
@@ -167,72 +191,47 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> None:
         """Mean loss over the held-out tokens, the same for any number of ranks."""
-        if self.config.validation.every == 0:
+        if self.data.validation is None:
             return
         self.engine.eval()
         total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
-        held_out = Dataset(self.data.folder, "validation")
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
-            held_out, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
+            self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
             total[0] += self._forward(batch)[0]
             total[1] += batch.real_tokens
         loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
         if self.metrics is not None:
-            self.metrics.record(
-                {"step": self.step, "tokens": self.step * self.config.batch.tokens, "val_loss": loss_sum / tokens}
-            )
+            self.metrics.record({"step": self.step, "tokens": self.tokens, "val_loss": loss_sum / tokens})
         self._start_lap()
 
     def _save(self) -> None:
-        # every rank goes on with the mean over all ranks, as a resumed run will
-        self.gates.mean = distributed.sum_over_ranks(self.gates.mean) / self.world.size
+        manifest = self.data.train.manifest
         state = {
             "step": self.step,
-            "tokens": self.step * self.config.batch.tokens,
+            "tokens": self.tokens,
             "rows_consumed": self.step * self.stream.batch_rows,
             "world_size": self.world.size,
             "zero_stage": self.engine.zero_optimization_stage(),
-            "data_fingerprint": self.data.fingerprint,
-            "tokenizer_fingerprint": self.data.manifest.tokenizer_fingerprint,
-            "eos_id": self.data.manifest.tokenizer.eos_id,
-            "pad_id": self.data.manifest.tokenizer.pad_id,
+            "data_fingerprint": self.data.train.fingerprint,
+            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+            "eos_id": manifest.tokenizer.eos_id,
+            "pad_id": manifest.tokenizer.pad_id,
             "wandb_id": self.metrics.wandb_id if self.metrics else None,
         }
         folder = self.config.run_dir / "checkpoints"
         texts = {checkpoint.CONFIG: to_yaml(self.config)}
         keep_last = self.config.checkpoint.keep_last
-        path = checkpoint.save(self.engine, self.world, folder, state, texts, self.gates.mean, keep_last)
+        path = checkpoint.save(self.engine, self.world, folder, state, texts, self.gates.mean(), keep_last)
         log.info("saved %s", path)
         self._start_lap()
-
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, found and checked by the main rank for all; None for a new run."""
-        found: Any = None
-        if self.world.is_main:
-            try:
-                found, damaged = checkpoint.newest(self.config.run_dir / "checkpoints")
-                for line in damaged:
-                    console.print(line)
-                if found is not None:
-                    check_resumable(self.config, self.world, self.data, found)
-                write_atomic(self.config.run_dir / checkpoint.CONFIG, to_yaml(self.config))
-                tokenizer = self.data.folder / "tokenizer"
-                self.data.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
-                shutil.copytree(tokenizer, self.config.run_dir / "tokenizer", dirs_exist_ok=True)
-            except (ValueError, RuntimeError, OSError) as error:
-                found = error
-        found = distributed.from_main(found)
-        if isinstance(found, Exception):
-            raise found
-        return found
 
     def _resume(self, path: Path) -> None:
         checkpoint.load(self.engine, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.gates.mean.copy_(checkpoint.read_gates(path))
+        self.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
             console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
 
@@ -241,7 +240,8 @@ class Trainer:
         if not self.world.is_main:
             yield
             return
-        with Metrics(self.config, self.step, self.wandb_id) as self.metrics:
+        behind = None if self.resume_from is None else self.step
+        with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
 
@@ -250,14 +250,10 @@ def build_engine(config: RunConfig, world: World) -> Any:
     """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
     import deepspeed
 
-    try:
-        kernels = select(config.kernels.model_dump(), world.device.type)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     torch.manual_seed(config.seed)
     model = HybridLM(
         config.model,
-        kernels,
+        choose_kernels(world.device.type, config.kernels.model_dump()),
         compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
         checkpoint_blocks=config.activation_checkpointing == "full",
     ).to(world.device)
@@ -290,6 +286,62 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
+def open_data(config: RunConfig) -> Data:
+    """The run's dataset.
+
+    Raises:
+        UserError: it is missing, or has nothing held out though validation is on.
+    """
+    assert config.data.path is not None
+    train = Dataset(config.data.path, "train")
+    if config.validation.every == 0:
+        return Data(train, None)
+    validation = Dataset(config.data.path, "validation")
+    if validation.num_rows == 0:
+        raise UserError(
+            f"{config.data.path} has nothing held out; build it with --holdout from two documents or more, or train "
+            "without validation: validation.every=0"
+        )
+    return Data(train, validation)
+
+
+def prepare_folder(config: RunConfig, world: World, data: Dataset) -> Path | None:
+    """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
+
+    Raises:
+        UserError: the folder holds something else, or another run than `config` describes.
+    """
+    found: Any = None
+    if world.is_main:
+        try:
+            found = _prepare_folder(config, world, data)
+        except (UserError, RunError, OSError) as error:
+            found = error
+    found = distributed.from_main(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _prepare_folder(config: RunConfig, world: World, data: Dataset) -> Path | None:
+    run = config.run_dir
+    if run.resolve().is_relative_to(data.folder.resolve()) or data.folder.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"run folder {run} and data.path {data.folder} lie in each other; set another output or name")
+    refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
+    checkpoint.clear_partials(run / "checkpoints")
+    found, damaged = checkpoint.newest(run / "checkpoints")
+    for line in damaged:
+        console.print(line)
+    if found is not None:
+        check_resumable(config, world, data, found)
+    tokenizer = data.folder / "tokenizer"
+    data.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(run / checkpoint.CONFIG, to_yaml(config))
+    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    return found
+
+
 def check_resumable(config: RunConfig, world: World, data: Dataset, path: Path) -> None:
     """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
     state = checkpoint.read_state(path)
@@ -299,6 +351,9 @@ def check_resumable(config: RunConfig, world: World, data: Dataset, path: Path) 
         raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
     if state["data_fingerprint"] != data.fingerprint:
         raise UserError(f"{where} on other shards than {data.folder} holds; restore them or set another name")
+    stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
+    if state["zero_stage"] != stage:
+        raise UserError(f"{where} at ZeRO stage {state['zero_stage']}, not {stage}; set deepspeed as it was")
     if state["world_size"] != world.size:
         raise UserError(f"{where} on {state['world_size']} ranks, not {world.size}; start it on as many")
 
@@ -325,20 +380,3 @@ def log_to_file(config: RunConfig, world: World) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
-
-
-def summarise(trainer: Trainer) -> dict[str, Any]:
-    """What the run came to, from its metrics."""
-    config = trainer.config
-    lines = read_metrics(config.run_dir)
-    validation = [line["val_loss"] for line in lines if "val_loss" in line]
-    rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
-    return {
-        "run": str(config.run_dir),
-        "steps": trainer.step,
-        "tokens": trainer.step * config.batch.tokens,
-        "first_val_loss": validation[0] if validation else None,
-        "last_val_loss": validation[-1] if validation else None,
-        "tokens_per_s": statistics.median(rates) if rates else None,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }

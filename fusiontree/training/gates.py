@@ -3,18 +3,33 @@
 import torch
 from torch import Tensor
 
+from fusiontree import distributed
+from fusiontree.distributed import World
+
 DECAY = 0.99  # weight of the past in the running mean: it remembers about a hundred updates
 
 
 class GateStatistics:
-    """Running mean of every layer's gate by channel, fp32 [layers, H]; 1 is all Mamba, 0 all attention.
+    """Running mean of every layer's gate by channel, over the real tokens of all ranks; 1 is all Mamba.
 
-    It lives on the device: updating it never waits for the host.
+    Each rank keeps its share, fp32 [layers, H] on the device; the shares add up to the mean. So updating waits neither
+    for the host nor for other ranks.
     """
 
-    def __init__(self, layers: int, channels: int, device: torch.device):
-        self.mean = torch.full((layers, channels), 0.5, device=device)  # where every gate starts
+    def __init__(self, layers: int, channels: int, world: World):
+        self.world = world
+        self.restore(torch.full((layers, channels), 0.5))  # where every gate starts
 
-    def update(self, gates: Tensor) -> None:
-        """Take in one update's mean gate, [layers, H]."""
-        self.mean.lerp_(gates.detach(), 1 - DECAY)
+    def update(self, share: Tensor) -> None:
+        """Take in this rank's share of one update's mean gate, [layers, H]."""
+        self.share.lerp_(share, 1 - DECAY)
+
+    def mean(self) -> Tensor:
+        """The mean over all ranks, [layers, H]; all call it together, and go on as a resumed run would."""
+        mean = distributed.sum_over_ranks(self.share)
+        self.restore(mean)
+        return mean
+
+    def restore(self, mean: Tensor) -> None:
+        """Go on from `mean`, [layers, H]."""
+        self.share = mean.to(self.world.device) / self.world.size

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +20,11 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where the console is no 
 class Metrics:
     """The main rank's record of a run. Use as a context manager."""
 
-    def __init__(self, config: RunConfig, step: int, wandb_id: str | None):
-        """Continue the record behind `step` updates; later lines, of updates that were lost, are dropped."""
+    def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
+        """Continue the record behind `step` updates, or begin it (None); lines of lost updates are dropped."""
         self.path = config.run_dir / "metrics.jsonl"
         self.steps = config.schedule.steps
-        _keep_until(self.path, step)
+        _keep_until(self.path, -1 if step is None else step)
         self.wandb = _start_wandb(config, wandb_id)
         self.last_plain = 0.0
         self.val_loss: float | None = None
@@ -33,7 +34,7 @@ class Metrics:
             TextColumn("{task.fields[line]}"),
             console=console,
         )
-        self.task = self.bar.add_task("train", total=self.steps, completed=step, line="")
+        self.task = self.bar.add_task("train", total=self.steps, completed=step or 0, line="")
 
     def __enter__(self) -> "Metrics":
         self.file = open(self.path, "a", buffering=1)
@@ -80,6 +81,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``, oldest first; empty if there are none."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def summarise(run_dir: Path) -> dict[str, float | None]:
+    """First and last validation loss (nats per token) and median tokens/s of a run; None where it has none."""
+    lines = read_metrics(run_dir)
+    validation = [line["val_loss"] for line in lines if "val_loss" in line]
+    rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+    return {
+        "first_val_loss": validation[0] if validation else None,
+        "last_val_loss": validation[-1] if validation else None,
+        "tokens_per_s": statistics.median(rates) if rates else None,
+    }
 
 
 def _keep_until(path: Path, step: int) -> None:
