@@ -244,6 +244,8 @@ def _text(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if value is None:
         return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v!r}" if isinstance(v, str) else f"{k} {_text(k, v)}" for k, v in value.items())
     if not isinstance(value, (int, float)):
         return str(value)
     if key.endswith("bytes"):

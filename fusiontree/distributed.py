@@ -1,13 +1,14 @@
 """Ranks and what they do together: start, sum, wait, leave."""
 
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fusiontree.network import free_port
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def start() -> World:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
 
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -78,9 +79,3 @@ def leave() -> None:
     """Part in good order: wait for the others, then take the process group down."""
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,13 +1,13 @@
 """The plan of a job: which ranks run what, with which environment and meeting where. Made before any process starts."""
 
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusiontree.config import RunConfig, dataset_manifest, deepspeed_json
 from fusiontree.errors import UserError
+from fusiontree.network import free_port
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def plan_local(config: RunConfig, source: str, overrides: Sequence[str], ranks: 
         program=("fusiontree", "train", source, *overrides),
         environment={"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": _threads(ranks)},
         master_address="127.0.0.1",
-        master_port=_free_port(),
+        master_port=free_port(),
         devices=_devices(gpus, ranks) if accelerator == "cuda" else None,
     )
 
@@ -83,10 +83,3 @@ def _devices(gpus: list[str], ranks: int) -> tuple[int, ...] | None:
 def _threads(ranks: int) -> str:
     """Threads per rank: the caller's OMP_NUM_THREADS, else the cores shared out."""
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -15,6 +15,7 @@ import pytest
 from fusiontree import cli
 from fusiontree.config import load_config
 from fusiontree.errors import RunError, UserError
+from fusiontree.network import free_port
 from launcher import local, plan
 from launcher.plan import Plan, plan_local, visible_gpus
 
@@ -96,7 +97,7 @@ def job(tmp_path, monkeypatch):
             program=("rank_stand_in", str(tmp_path), *todo),
             environment={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             master_address="127.0.0.1",
-            master_port=plan._free_port(),
+            master_port=free_port(),
         )
 
     return plan_job

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusiontree.config import RunConfig
 from fusiontree.console import console
 from fusiontree.files import write_atomic
 
+LINE_WIDTH = 80  # characters that a progress line is made to fit
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where the console is no terminal
 
 
@@ -28,13 +30,9 @@ class Metrics:
         self.wandb = _start_wandb(config, wandb_id)
         self.last_plain = 0.0
         self.val_loss: float | None = None
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
-            console=console,
-        )
-        self.task = self.bar.add_task("train", total=self.steps, completed=step or 0, line="")
+        bar = [BarColumn(bar_width=20)] if console.width >= LINE_WIDTH + 22 else []  # the figures come first
+        self.bar = Progress(*bar, TextColumn("{task.fields[line]}"), console=console)
+        self.task = self.bar.add_task("train", total=self.steps, completed=step or 0, line="starting")
 
     def __enter__(self) -> "Metrics":
         self.file = open(self.path, "a", buffering=1)
@@ -66,11 +64,11 @@ class Metrics:
 
     def _show(self, figures: Mapping[str, float], eta_s: float | None) -> None:
         line = (
-            f"step {figures['step']:,}/{self.steps:,}  loss {figures['loss']:.3f}  lr {figures['lr']:.2e}  "
-            f"gate {figures['gate_mean']:.3f}  |g| {figures['grad_norm']:.2f}  {figures['tokens_per_s']:,.0f} tokens/s"
+            f"step {figures['step']:,}/{self.steps:,}  loss {figures['loss']:.3f}  lr {figures['lr']:.1e}  "
+            f"gate {figures['gate_mean']:.3f}  {figures['tokens_per_s']:,.0f} tokens/s"
         )
         if eta_s is not None:
-            line += f"  ETA {int(eta_s) // 60}:{int(eta_s) % 60:02d}"
+            line += f"  ETA {timedelta(seconds=int(eta_s))}"
         self.bar.update(self.task, completed=figures["step"], line=line)
         if not console.is_terminal and time.monotonic() - self.last_plain > PLAIN_INTERVAL:
             self.last_plain = time.monotonic()
