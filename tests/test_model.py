@@ -8,6 +8,7 @@ import torch
 from conftest import SMALL, build
 
 from fusiontree.model import ops
+from fusiontree.model.attention import rotary_embedding, rotate
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 
@@ -142,3 +143,15 @@ def test_kernels_are_chosen_by_name_and_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FUSIONTREE_ATTENTION", "warp")
     with pytest.raises(ValueError, match="kernels.attention 'warp' is unknown"):
         ops.select()
+
+
+def test_rotary_positions_keep_lengths_and_make_products_relative() -> None:
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        return rotate(x, rotary_embedding(torch.tensor([[position]]), 8, 100.0)).flatten()
+
+    torch.testing.assert_close(turned(q, 50).norm(), q.norm())
+    product = turned(q, 13) @ turned(k, 5)
+    torch.testing.assert_close(turned(q, 108) @ turned(k, 100), product, rtol=1e-4, atol=1e-4)
+    assert abs(turned(q, 14) @ turned(k, 5) - product) > 1e-3

@@ -58,6 +58,20 @@ def test_a_row_is_the_same_alone_and_among_others(sampling: Sampling) -> None:
         assert alone == [tokens[row] for tokens in together]
 
 
+@pytest.mark.parametrize("kind", [{"tie_embeddings": False}, {"tie_embeddings": False, "srte": "learned"}])
+def test_greedy_tokens_are_those_of_full_forwards(kind: dict) -> None:
+    model = build(**kind)
+    prompts = [[5, 6, 7], list(range(40)), [9]]
+    rows = list(zip(*stream_tokens(model, prompts, 30, Sampling(temperature=0), stop=None), strict=True))
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = [*prompt]
+        for token in row:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            assert logits.max() - logits[token] < 1e-4  # the likeliest, or its equal but for rounding
+            ids.append(token)
+
+
 def test_a_row_that_has_stopped_gives_stop_until_all_have() -> None:
     model = build()
     prompts = [[5, 6, 7], list(range(40)), [9]]
