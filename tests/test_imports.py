@@ -15,6 +15,7 @@ LEAVES = {"fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.con
 ARROWS = {
     "fusiontree.model": set(),
     "fusiontree.config": {"fusiontree.model.config"},
+    "fusiontree.flops": {"fusiontree.model.config"},
     "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
@@ -44,6 +45,7 @@ TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
+    "fusiontree.flops",
 )
 
 

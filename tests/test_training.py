@@ -14,8 +14,8 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM
-from fusiontree.training.engine import parameter_groups
 from fusiontree.training.schedule import learning_rate
+from fusiontree.training.step import parameter_groups
 
 
 @pytest.fixture(scope="module")

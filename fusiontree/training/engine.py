@@ -5,31 +5,23 @@ import logging
 import resource
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fusiontree import checkpoint, distributed
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
-from fusiontree.data.batch import Batch
 from fusiontree.data.format import Dataset, tokenizer_fingerprint
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, write_atomic
-from fusiontree.kernels import choose_kernels
-from fusiontree.model.block import Branch
-from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, branch_drops
-from fusiontree.training.gates import GateStatistics
 from fusiontree.training.metrics import Metrics, summarise
-from fusiontree.training.schedule import learning_rate
+from fusiontree.training.step import TrainingStep, Update
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +81,12 @@ class Data(NamedTuple):
 
 
 class Trainer:
-    """One rank's run: the engine, where the data stands, and the update that joins them."""
+    """One rank's run: the training step, where the data stands, and the loop that joins them."""
 
     def __init__(self, config: RunConfig, world: World, data: Data, stream: TrainStream, resume_from: Path | None):
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
-        self.engine = build_engine(config, world)
-        self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
+        self.training = TrainingStep(config, world)
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
@@ -117,10 +108,10 @@ class Trainer:
             self._start_lap()
             while self.step < steps:
                 batches = self.stream.micro_batches(self.step)
-                loss, norm, gates = self._update(batches)
+                update = self.training.update(batches, self.step)
                 self.step += 1
                 if self._due(self.config.logging.every):
-                    self._record(loss, norm, gates)
+                    self._record(update)
                 if self._due(self.config.validation.every):
                     self._validate()
                 if self._due(every):
@@ -130,44 +121,13 @@ class Trainer:
         """Whether something that happens `every` steps (0: never), and at the end, happens now."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
 
-    def _update(self, batches: list[Batch]) -> tuple[Tensor, Tensor | float, Tensor]:
-        """One optimizer update: its share of the loss (nats per token), the gradient norm, its share of the gates."""
-        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        drops = branch_drops(self.config.model, self.config.seed, self.step)
-        real = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
-        tokens = distributed.sum_over_ranks(real).clamp(min=1)
-        loss = torch.zeros((), device=self.world.device)
-        gates = torch.zeros_like(self.gates.share)
-        self.engine.train()
-        for batch in batches:
-            loss_sum, batch_gates = self._forward(batch, drops)
-            # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
-            self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
-            if self.engine.zero_optimization_stage() == 0 and self.engine.is_gradient_accumulation_boundary():
-                norm = total_norm(self.engine.module)  # without ZeRO the engine clips but does not tell the norm
-            self.engine.step()
-            loss += loss_sum.detach() / tokens
-            gates += batch_gates.detach() * (batch.real_tokens / tokens)
-        self.gates.update(gates)
-        if self.engine.zero_optimization_stage() > 0:
-            norm = self.engine.get_global_grad_norm()
-        return loss, norm, gates
-
-    def _forward(self, batch: Batch, drops: list[Branch | None] | None = None) -> tuple[Tensor, Tensor]:
-        """The batch's summed loss in nats and its mean gates."""
-        input_ids, labels, documents = to_device(batch, self.world.device)
-        output = self.engine(input_ids, documents, labels=labels, branch_drops=drops)
-        return output.loss_sum, output.gates
-
     def _start_lap(self) -> None:
         """Time updates from here: validation and checkpoints are no part of tokens/s."""
         self.lap_start = (time.perf_counter(), self.step)
 
-    def _record(self, loss: Tensor, norm: Tensor | float, gates: Tensor) -> None:
+    def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
-        figures = torch.stack([loss, gates.mean()])
+        figures = torch.stack([update.loss, update.gates.mean()])
         loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
         since, step = self.lap_start
         seconds = (time.perf_counter() - since) / (self.step - step)
@@ -180,8 +140,8 @@ class Trainer:
                 "step": self.step,
                 "tokens": self.tokens,
                 "loss": loss_value,
-                "lr": self.engine.optimizer.param_groups[0]["lr"],
-                "grad_norm": float(norm),
+                "lr": self.training.lr,
+                "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
             },
@@ -193,13 +153,13 @@ class Trainer:
         """Mean loss over the held-out tokens, the same for any number of ranks."""
         if self.data.validation is None:
             return
-        self.engine.eval()
+        self.training.engine.eval()
         total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
-            total[0] += self._forward(batch)[0]
+            total[0] += self.training.forward(batch)[0]
             total[1] += batch.real_tokens
         loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
         if self.metrics is not None:
@@ -213,7 +173,7 @@ class Trainer:
             "tokens": self.tokens,
             "rows_consumed": self.step * self.stream.batch_rows,
             "world_size": self.world.size,
-            "zero_stage": self.engine.zero_optimization_stage(),
+            "zero_stage": self.training.engine.zero_optimization_stage(),
             "data_fingerprint": self.data.train.fingerprint,
             "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
             "eos_id": manifest.tokenizer.eos_id,
@@ -223,15 +183,16 @@ class Trainer:
         folder = self.config.run_dir / "checkpoints"
         texts = {checkpoint.CONFIG: to_yaml(self.config)}
         keep_last = self.config.checkpoint.keep_last
-        path = checkpoint.save(self.engine, self.world, folder, state, texts, self.gates.mean(), keep_last)
+        gates = self.training.gates.mean()
+        path = checkpoint.save(self.training.engine, self.world, folder, state, texts, gates, keep_last)
         log.info("saved %s", path)
         self._start_lap()
 
     def _resume(self, path: Path) -> None:
-        checkpoint.load(self.engine, path)
+        checkpoint.load(self.training.engine, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.gates.restore(checkpoint.read_gates(path))
+        self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
             console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
 
@@ -244,46 +205,6 @@ class Trainer:
         with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
-
-
-def build_engine(config: RunConfig, world: World) -> Any:
-    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
-    import deepspeed
-
-    torch.manual_seed(config.seed)
-    model = HybridLM(
-        config.model,
-        choose_kernels(world.device.type, config.kernels.model_dump()),
-        compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
-        checkpoint_blocks=config.activation_checkpointing == "full",
-    ).to(world.device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.eps,
-        fused=True,
-    )
-    settings = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
-        "gradient_accumulation_steps": config.accumulation_steps(world.size),
-        "gradient_clipping": config.optimizer.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": sys.maxsize,
-        **deepspeed_json(config),
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, the scan's state parameters and the gate do not."""
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        spare = parameter.ndim < 2 or ".fusion." in name
-        (spared if spare else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 def open_data(config: RunConfig) -> Data:
@@ -356,11 +277,6 @@ def check_resumable(config: RunConfig, world: World, data: Dataset, path: Path) 
         raise UserError(f"{where} at ZeRO stage {state['zero_stage']}, not {stage}; set deepspeed as it was")
     if state["world_size"] != world.size:
         raise UserError(f"{where} on {state['world_size']} ranks, not {world.size}; start it on as many")
-
-
-def total_norm(model: torch.nn.Module) -> Tensor:
-    """Euclidean norm of the whole gradient, ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,130 @@
+"""One optimizer update under DeepSpeed: all that training and its benchmark must do alike."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusiontree import distributed
+from fusiontree.config import RunConfig, deepspeed_json
+from fusiontree.data.batch import Batch
+from fusiontree.distributed import World
+from fusiontree.kernels import choose_kernels
+from fusiontree.model.block import Branch
+from fusiontree.model.documents import to_device
+from fusiontree.model.lm import HybridLM, branch_drops
+from fusiontree.training.gates import GateStatistics
+from fusiontree.training.schedule import learning_rate
+
+
+class Update(NamedTuple):
+    """What an update leaves on the device; a share is this rank's, and the shares of all ranks add up to the mean."""
+
+    loss: Tensor  # (), fp32: share of the mean loss, nats per token
+    grad_norm: Tensor | float  # of the whole gradient before clipping, the same on every rank
+    gates: Tensor  # [layers, H], fp32: share of the mean gates
+
+
+class TrainingStep:
+    """The model under DeepSpeed, its optimizer and its gate statistics; all ranks make one and call it together."""
+
+    def __init__(self, config: RunConfig, world: World):
+        self.config, self.world = config, world
+        self.engine = _build_engine(config, world)
+        self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update."""
+        return self.engine.optimizer.param_groups[0]["lr"]
+
+    def update(self, batches: Sequence[Batch], step: int) -> Update:
+        """Make update `step` (from 0) from this rank's share of its batch.
+
+        Args:
+            batches: one for each accumulation step.
+            step: decides the learning rate and the branches that are dropped.
+        """
+        self._set_learning_rate(step)
+        drops = branch_drops(self.config.model, self.config.seed, step)
+        real = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
+        tokens = distributed.sum_over_ranks(real).clamp(min=1)
+        loss = torch.zeros((), device=self.world.device)
+        gates = torch.zeros_like(self.gates.share)
+        self.engine.train()
+        for batch in batches:
+            loss_sum, batch_gates = self.forward(batch, drops)
+            # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
+            self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
+            if self.engine.zero_optimization_stage() == 0 and self.engine.is_gradient_accumulation_boundary():
+                norm = _total_norm(self.engine.module)  # without ZeRO the engine clips but does not tell the norm
+            self.engine.step()
+            loss += loss_sum.detach() / tokens
+            gates += batch_gates.detach() * (batch.real_tokens / tokens)
+        self.gates.update(gates)
+        if self.engine.zero_optimization_stage() > 0:
+            norm = self.engine.get_global_grad_norm()
+        return Update(loss, norm, gates)
+
+    def forward(self, batch: Batch, drops: list[Branch | None] | None = None) -> tuple[Tensor, Tensor]:
+        """The batch's summed loss in nats, (), and its mean gates, [layers, H]; both fp32.
+
+        Args:
+            batch: rows on the host.
+            drops: by layer, the branch to zero.
+        """
+        input_ids, labels, documents = to_device(batch, self.world.device)
+        output = self.engine(input_ids, documents, labels=labels, branch_drops=drops)
+        return output.loss_sum, output.gates
+
+    def _set_learning_rate(self, step: int) -> None:
+        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+
+def _build_engine(config: RunConfig, world: World) -> Any:
+    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
+    import deepspeed
+
+    torch.manual_seed(config.seed)
+    model = HybridLM(
+        config.model,
+        choose_kernels(world.device.type, config.kernels.model_dump()),
+        compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        checkpoint_blocks=config.activation_checkpointing == "full",
+    ).to(world.device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer.weight_decay),
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+        fused=True,
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "gradient_accumulation_steps": config.accumulation_steps(world.size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+        **deepspeed_json(config),
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, the scan's state parameters and the gate do not."""
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        spare = parameter.ndim < 2 or ".fusion." in name
+        (spared if spare else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def _total_norm(model: torch.nn.Module) -> Tensor:
+    """Euclidean norm of the whole gradient, ()."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
