@@ -32,7 +32,7 @@ ARROWS = {
     },
     "fusiontree.generate": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model"},
     "fusiontree.evaluate": {"fusiontree.generate", "fusiontree.model", "fusiontree.data"},
-    "fusiontree.doctor": {"fusiontree.config", "fusiontree.model", "fusiontree.data"},
+    "fusiontree.doctor": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model", "fusiontree.data"},
     "launcher": {"fusiontree.config"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
