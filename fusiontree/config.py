@@ -90,7 +90,9 @@ class KernelsConfig(_Section):
     scan: str = "auto"
     convolution: str = "auto"
     attention: str = "auto"
+    decode: str = "auto"  # attention of one new token to the cache
     loss: str = "auto"
+    pointwise: str = "auto"  # norms, rotations and gates between the rest: compiled or not
 
 
 class RunConfig(_Section):

@@ -19,8 +19,7 @@ _REQUIRED = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transf
 _OPTIONAL = {
     "triton": "triton",
     "mamba-ssm": "mamba_ssm",
-    "causal-conv1d": "causal_conv1d",
-    "flash-linear-attention": "fla",
+    "flash-attn-4": "flash_attn.cute",
     "flash-attn": "flash_attn",
     "liger-kernel": "liger_kernel",
     "wandb": "wandb",
@@ -103,23 +102,27 @@ def _memory() -> int:
 
 def _kernels(config: RunConfig | None, device_type: str, problems: list[str]) -> dict[str, dict[str, str]]:
     """By operation: the back-end that will be used and, for the others, why they cannot be."""
+    from fusiontree.kernels import DTYPES
     from fusiontree.model import ops
 
     requested = {} if config is None else config.kernels.model_dump()
+    fit = () if config is None else (config.model, DTYPES[config.precision])
     chosen = {}
     for op in ops.OPS:
         try:
-            uses = ops.select({op: requested.get(op, "auto")}, device_type).names[op]
+            uses = ops.select({op: requested.get(op, "auto")}, device_type, *fit).names[op]
         except ValueError as error:
             problems.append(str(error))
             uses = "none"
-        others = {name: reason or "can run" for name, reason in ops.available(op, device_type).items() if name != uses}
-        chosen[op] = {"uses": uses, **others}
+        reasons = ops.available(op, device_type, *fit)
+        chosen[op] = {"uses": uses, **{name: reason or "can run" for name, reason in reasons.items() if name != uses}}
     return chosen
 
 
 def _advice(versions: dict[str, str], device_type: str, config: RunConfig | None) -> list[str]:
-    missing = [name for name in ("mamba-ssm", "flash-attn") if versions[name] == "not installed"]
+    missing = [name for name in ("mamba-ssm", "liger-kernel") if versions[name] == "not installed"]
+    if versions["flash-attn"] == versions["flash-attn-4"] == "not installed":
+        missing.append("flash-attn-4 or flash-attn")
     advice = []
     if device_type == "cuda" and missing:
         advice.append(f"pip install 'fusiontree[cuda]': faster kernels ({', '.join(missing)})")

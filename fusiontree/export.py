@@ -17,11 +17,10 @@ from fusiontree.console import console
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.generate import FACTS
-from fusiontree.kernels import choose_kernels
+from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # largest difference of logits that passes, as a share of their standard deviation. The weights are the same numbers in
 # the same precision; only decoding with the cache sums in another order, which bf16 shows
 TOLERANCE = 1e-3

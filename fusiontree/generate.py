@@ -18,7 +18,7 @@ from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 
 FACTS = "fusiontree.json"  # in an exported folder: what the run was
-PREFILL_TOKENS = 2048  # longest piece of a prompt that one forward takes: bounds the memory
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 32_768}  # of all rows, in one forward over a piece of the prompts: bounds memory
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,9 @@ def stream_tokens(
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
     generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
-    documents = Documents.from_mask(mask)
-    cache = model.new_cache(len(prompts))
-    for start in range(0, longest, PREFILL_TOKENS):
-        end = min(start + PREFILL_TOKENS, longest)
-        piece = Documents.from_mask(mask[:, :end]).last(end - start)
-        logits = model(ids[:, start:end], piece, cache=cache, keep_logits=1).logits[:, -1]
+    decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
+    logits = decoder.prefill(ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    position = documents.position_ids[:, -1:] + 1
     for step in range(max_new_tokens):
         token = torch.stack([draw(row, ids[i][mask[i]], sampling, generators[i]) for i, row in enumerate(logits)])
         if stop is not None:
@@ -130,10 +125,65 @@ def stream_tokens(
         if step + 1 == max_new_tokens:
             return
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        following = Documents.from_seq_idx(cache.last_document()[:, None])
-        following = Documents(position, following.seq_idx, following.cu_seqlens, 1)
-        logits = model(token[:, None], following, cache=cache).logits[:, -1]
-        position = position + 1
+        logits = decoder.step(token)
+
+
+class Decoder:
+    """A model and its cache. On a GPU one step is captured as a CUDA graph: launched one by one, its few hundred small
+    kernels would take longer than they run."""  # noqa: D205 - one sentence says it
+
+    _EAGER_STEPS = 2  # before the capture, so that everything is compiled and tuned by then
+
+    def __init__(self, model: HybridLM, rows: int, room: int):
+        """`room`: tokens per row, of prompt and answer together, that the cache makes room for at once."""
+        self.model, self.cache = model, model.new_cache(rows)
+        self.cache.reserve(room)
+        self.token = torch.zeros(rows, dtype=torch.int64, device=model.embedding.weight.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.steps = 0  # since the cache's tensors were new
+        self.room = room
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Take in the prompts, in pieces.
+
+        Args:
+            ids: int64 [B, L]. mask: bool [B, L], false on the padding at the left of shorter prompts.
+
+        Returns:
+            Logits of the last token, fp32 [B, V].
+        """
+        B, L = ids.shape
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        piece = max(1, PREFILL_TOKENS[ids.device.type] // B)
+        for start in range(0, L, piece):
+            end = min(start + piece, L)
+            documents = Documents.from_mask(mask[:, :end]).last(end - start)
+            logits = self.model(ids[:, start:end], documents, cache=self.cache, keep_logits=1).logits[:, -1]
+        return logits
+
+    @torch.inference_mode()
+    def step(self, token: Tensor) -> Tensor:
+        """Take in one more token of every row, int64 [B]; logits fp32 [B, V], which the next step may overwrite."""
+        if self.cache.length == self.room:  # more than was asked for: the cache moves, and a graph with it
+            self.room *= 2
+            self.cache.reserve(self.room)
+            self.graph, self.steps = None, 0
+        self.steps += 1
+        if token.device.type != "cuda" or self.steps <= self._EAGER_STEPS:
+            return self._forward(token)
+        self.token.copy_(token)
+        if self.graph is None:
+            self.graph, length = torch.cuda.CUDAGraph(), self.cache.length
+            with torch.cuda.graph(self.graph):
+                self.logits = self._forward(self.token)
+            self.cache.length = length  # a capture runs nothing
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits
+
+    def _forward(self, token: Tensor) -> Tensor:
+        return self.model(token[:, None], cache=self.cache).logits[:, -1]
 
 
 def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -182,13 +232,13 @@ def load_export(folder: Path) -> tuple[HybridLM, Tokenizer]:
     """
     read_facts(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = choose_kernels(device.type)
     try:
         config = json.loads((folder / "config.json").read_text())
         shape = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
         weights: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             weights |= {name.removeprefix("model."): value for name, value in load_file(path, str(device)).items()}
+        kernels = choose_kernels(device.type, config=shape, dtype=weights["embedding.weight"].dtype)
         with torch.device("meta"):
             model = HybridLM(shape, kernels)
         model.load_state_dict(weights, strict=True, assign=True)

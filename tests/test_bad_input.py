@@ -131,7 +131,7 @@ def test_a_batch_that_does_not_divide_among_the_ranks(shards: Path, tmp_path: Pa
 
 def test_an_unknown_kernel(shards: Path, tmp_path: Path) -> None:
     line = said("train", "tiny", *settings(shards, tmp_path, kernels__scan="warp"))
-    assert "kernels.scan 'warp' is unknown; choose auto or one of reference" in line
+    assert "kernels.scan 'warp' is unknown; choose auto or one of mamba_ssm, reference" in line
 
 
 def test_checkpoints_that_are_missing_or_damaged(run: Path, tmp_path: Path) -> None:

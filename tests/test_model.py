@@ -8,7 +8,8 @@ import torch
 from conftest import SMALL, build
 
 from fusiontree.model import ops
-from fusiontree.model.attention import rotary_embedding, rotate
+from fusiontree.model.attention import rotary_embedding
+from fusiontree.model.pointwise import rotate
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 
@@ -137,8 +138,8 @@ def test_pyramid_windows_grow_with_depth() -> None:
 
 
 def test_kernels_are_chosen_by_name_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ops.select().names) == {"scan", "convolution", "attention", "loss"}
-    with pytest.raises(ValueError, match="kernels.scan 'warp' is unknown; choose auto or one of reference"):
+    assert set(ops.select().names) == {"scan", "convolution", "attention", "decode", "loss", "pointwise"}
+    with pytest.raises(ValueError, match="kernels.scan 'warp' is unknown; choose auto or one of mamba_ssm, reference"):
         ops.select({"scan": "warp"})
     monkeypatch.setenv("FUSIONTREE_ATTENTION", "warp")
     with pytest.raises(ValueError, match="kernels.attention 'warp' is unknown"):

@@ -111,6 +111,12 @@ class ModelConfig:
             return self.window
         return self.window >> (3 - 4 * layer // self.num_layers)
 
+    def kv_heads_by_window(self, layer: int) -> list[tuple[int, int | None]]:
+        """Key-value heads of each kind in `layer` and the window of that kind (None: the whole document); none is 0."""
+        windowed = self.num_kv_heads - self.global_kv_heads
+        kinds = [(self.global_kv_heads, None), (windowed, self.window_at(layer))]
+        return [(heads, window) for heads, window in kinds if heads]
+
     def parameter_count(self) -> int:
         """Trainable parameters of the whole model, by formula; tests hold it to the modules' own sum."""
         H = self.hidden_size

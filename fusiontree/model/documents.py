@@ -1,6 +1,7 @@
 """Where documents lie in packed rows. Axes: B rows, L tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,13 @@ class Documents:
     seq_idx: Tensor  # int32 [B, L], the document's number in its row, never falling along the row
     cu_seqlens: Tensor  # int32 [documents + 1], their bounds over the flattened B·L tokens; rows begin documents
     max_seqlen: int  # tokens of the longest document
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives: made for the first layer that asks for `key`, the same for those after it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
     def bounds(self) -> list[int]:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .pointwise import norm
+
 
 class Linear(nn.Linear):
     """A projection without bias in the dtype of its input."""
@@ -29,18 +31,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
-class SwiGLU(nn.Module):
-    """Gated MLP, ``W_down(silu(W_gate·x) ⊙ W_up·x)`` (arXiv 2002.05202)."""
-
-    def __init__(self, size: int, inner: int):
-        super().__init__()
-        self.gate_up = Linear(size, 2 * inner)
-        self.down = Linear(inner, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return norm(x, self.weight, self.eps)

@@ -25,7 +25,7 @@ class Output(NamedTuple):
 
     loss_sum: Tensor | None  # (), fp32: nats summed over the labelled tokens
     logits: Tensor | None  # [B, kept L, V], fp32
-    gates: Tensor  # [layers, H], fp32: mean gate by channel over the real tokens; 1 is all Mamba
+    gates: Tensor | None  # [layers, H], fp32: mean gate by channel over the labelled tokens; 1 is all Mamba
 
 
 class HybridLM(nn.Module):
@@ -44,7 +44,7 @@ class HybridLM(nn.Module):
         """`checkpoint_blocks`: keep only the blocks' inputs for the backward pass and compute the rest again."""
         super().__init__()
         self.config = config
-        self.kernels = kernels or select()
+        self.kernels = kernels or select(config=config)
         self.compute_dtype = compute_dtype
         self.checkpoint_blocks = checkpoint_blocks
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -99,8 +99,12 @@ class HybridLM(nn.Module):
             keep_logits: make logits of the last so many tokens only; None for all.
             branch_drops: by layer, the branch to zero in this training step.
         """
+        if cache is not None:
+            cache.reserve(cache.length + input_ids.shape[1])
         if documents is None:
             documents = self._continue(input_ids, cache)
+        if cache is not None:
+            cache.begin(documents)
         rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
         context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache)
         time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
@@ -110,15 +114,15 @@ class HybridLM(nn.Module):
             x, gate = self._run(block, x, time, context, dropped)
             gates.append(gate)
         if cache is not None:
-            cache.advance(documents)
+            cache.end(documents)
         x = self.norm(x)
         if labels is not None:
             loss_sum = self.kernels.loss(x.flatten(0, 1), self.head_weight, labels.flatten())
             return Output(loss_sum, None, torch.stack(gates))
         kept = x if keep_logits is None else x[:, -keep_logits:]
-        return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), torch.stack(gates))
+        return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), None)
 
-    def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The block's outputs; what has a gradient must be an argument of its own for the recomputation to see it."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
@@ -130,8 +134,10 @@ class HybridLM(nn.Module):
         B, L = input_ids.shape
         if cache is None or cache.length == 0:
             return Documents.whole_rows(B, L, input_ids.device)
-        new = cache.last_document()[:, None].expand(B, L)
-        return Documents.from_seq_idx(torch.cat([cache.seq_idx, new], 1)).last(L)
+        if L == 1:
+            return cache.next_token()
+        new = cache.last_document[:, None].expand(B, L)
+        return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
 
 
 def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:

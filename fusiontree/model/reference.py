@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .documents import Documents
+
 IGNORE = -100  # label of a token that has no loss
 
 
@@ -175,19 +177,19 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Ten
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, bounds: list[int], window: int | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """Causal grouped-query attention inside documents; no L×L matrix is ever made.
 
     Args:
-        q: [B, L, N, D]. k, v: [B, L, K, D]. seq_idx: int [B, L]. bounds: of the documents over the B·L tokens.
+        q: [B, L, N, D]. k, v: [B, L, K, D]. documents: of the B rows of L tokens.
         window: tokens a query sees, itself included; None for the whole document.
 
     Returns:
         [B, L, N, D].
     """
-    if window is None or window >= max(end - start for start, end in itertools.pairwise(bounds)):
-        return _attention_per_document(q, k, v, bounds)
-    return _attention_blockwise(q, k, v, seq_idx, window)
+    if window is None or window >= documents.max_seqlen:
+        return _attention_per_document(q, k, v, documents.bounds)
+    return _attention_blockwise(q, k, v, documents.seq_idx, window)
 
 
 def _attention_per_document(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
@@ -237,6 +239,19 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return _sdpa(q, k, v, mask[:, None]).transpose(1, 2)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: Tensor) -> Tensor:
+    """Attention of one new token to the cache.
+
+    Args:
+        q: [B, 1, N, D]. k, v: [B, T, K, D], room for T tokens. visible: bool [B, T], those that the new token sees.
+        length: int [1], tokens in the cache: nothing behind is visible, and a kernel need not read it.
+
+    Returns:
+        [B, 1, N, D].
+    """
+    return attention_cached(q, k, v, visible[:, None])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

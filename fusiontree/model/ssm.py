@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Cache
@@ -47,23 +46,11 @@ class MambaBranch(nn.Module):
         """[B, L, hidden_size] to [B, L, hidden_size]; continues and updates `cache` when there is one."""
         c = self.config
         z, xBC, dt = self.in_proj(x).split([c.ssm_size, c.conv_size, c.ssm_heads], -1)
-        xBC = self._convolve(xBC, documents, cache)
-        values, B_in, C_out = xBC.split([c.ssm_size, *[c.ssm_groups * c.ssm_state_size] * 2], -1)
-        y, state = self.kernels.scan(
-            values.unflatten(-1, (c.ssm_heads, c.ssm_head_dim)),
-            F.softplus(dt.float() + self.dt_bias),
-            -torch.exp(self.A_log),
-            B_in.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
-            C_out.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
-            self.D,
-            documents.seq_idx,
-            initial_state=None if cache is None else cache.layers[self.layer].state,
-            initial_seq=None if cache is None else cache.last_document(),
-            chunk_size=c.chunk_size,
-        )
-        if cache is not None:
-            cache.layers[self.layer].state = state
-        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+        if cache is not None and x.shape[1] == 1:
+            y = self._step(xBC, dt, documents, cache)
+        else:
+            y = self._scan(self._convolve(xBC, documents, cache), dt, documents, cache)
+        return self.out_proj(self.kernels.pointwise.gated_norm(y.flatten(-2), z, self.norm.weight, c.norm_eps))
 
     def _convolve(self, xBC: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         if cache is None:
@@ -71,3 +58,30 @@ class MambaBranch(nn.Module):
         joined = cache.layers[self.layer].append_conv(xBC)
         y = self.kernels.convolution(joined, self.conv_weight, self.conv_bias, cache.conv_documents(documents))
         return y[:, -xBC.shape[1] :]
+
+    def _scan(self, xBC: Tensor, dt: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
+        c = self.config
+        values, B_in, C_out = xBC.split([c.ssm_size, *[c.ssm_groups * c.ssm_state_size] * 2], -1)
+        y, state = self.kernels.scan(
+            values.unflatten(-1, (c.ssm_heads, c.ssm_head_dim)),
+            self.kernels.pointwise.time_step(dt, self.dt_bias),
+            -torch.exp(self.A_log),
+            B_in.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
+            C_out.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
+            self.D,
+            documents.seq_idx,
+            initial_state=None if cache is None else cache.layers[self.layer].state,
+            initial_seq=None if cache is None else cache.last_document,
+            chunk_size=c.chunk_size,
+        )
+        if cache is not None:
+            cache.layers[self.layer].state.copy_(state)
+        return y
+
+    def _step(self, xBC: Tensor, dt: Tensor, documents: Documents, cache: Cache) -> Tensor:
+        layer = cache.layers[self.layer]
+        seen = documents.once("conv tail", lambda: cache.tail_documents == documents.seq_idx)
+        scan = self.A_log, self.D, self.dt_bias
+        conv = self.conv_weight, self.conv_bias
+        groups = self.config.ssm_groups
+        return self.kernels.pointwise.mamba_step(xBC, dt, layer.conv_tail, seen, layer.state, conv, scan, groups)

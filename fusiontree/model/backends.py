@@ -1,0 +1,264 @@
+"""Other projects' kernels behind the signatures of `reference.py`, imported only when they are chosen.
+
+Axes: B rows, L tokens, N query heads, K key-value heads, D head size, H SSM heads, P SSM head size, G groups, S state
+size, C chunks, Q tokens per chunk. Several of these kernels count offsets with 32 bits: a call too large for that is
+halved over rows, then over heads, which are independent of one another.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import Documents
+from .reference import IGNORE
+
+MAX_OFFSET = 2**31 - 1  # elements that a 32-bit offset reaches
+
+
+def fits(elements: int) -> bool:
+    """Whether 32-bit offsets reach all of a tensor that spans `elements`."""
+    return elements <= MAX_OFFSET
+
+
+# --- state-space scan ------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _ssd() -> SimpleNamespace:
+    """The kernels of mamba-ssm that its scan is made of, and our prefix sums."""
+    found = {}
+    for module, names in {
+        "mamba_ssm.ops.triton.ssd_chunk_state": ("_chunk_state_fwd", "_chunk_state_bwd_db"),
+        "mamba_ssm.ops.triton.ssd_state_passing": ("_state_passing_fwd", "_state_passing_bwd"),
+        "mamba_ssm.ops.triton.ssd_bmm": ("_bmm_chunk_fwd", "_bmm_chunk_bwd"),
+        "mamba_ssm.ops.triton.ssd_combined": ("_chunk_scan_chunk_state_bwd_dx",),
+        "mamba_ssm.ops.triton.ssd_chunk_scan": (
+            *("_chunk_scan_fwd", "_chunk_scan_bwd_dstates", "_chunk_scan_bwd_dC", "_chunk_scan_bwd_dcb"),
+            "_chunk_scan_bwd_ddAcs_stable",
+        ),
+    }.items():
+        loaded = importlib.import_module(module)
+        found |= {name.lstrip("_"): getattr(loaded, name) for name in names}
+    from .triton_kernels import decay_sums
+
+    return SimpleNamespace(decay_sums=decay_sums, **found)
+
+
+class _Scan(torch.autograd.Function):
+    """The state-space duality of arXiv 2405.21060, section 6, out of mamba-ssm's kernels.
+
+    Its own entry point is not used: there prefix sums of the decay run on over the end of a document, so that its
+    values reach the rounding of the next one. Here they begin anew, which these kernels, masked by document, allow; and
+    what the forward pass made of a chunk is kept, not made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq: Tensor, initial: Any, Q: int
+    ) -> tuple[Tensor, Tensor]:
+        ssd, S = _ssd(), B.shape[-1]
+        steps, sums = ssd.decay_sums(dt, A, seq, Q)
+        states = ssd.chunk_state_fwd(B, x, steps, sums, seq_idx=seq, states_in_fp32=True)
+        states, last = ssd.state_passing_fwd(
+            states.flatten(-2),
+            sums[..., -1],
+            initial_states=None if initial is None else initial.flatten(-2),
+            seq_idx=seq,
+            chunk_size=Q,
+            out_dtype=C.dtype,
+        )
+        states = states.unflatten(-1, (-1, S))
+        CB = ssd.bmm_chunk_fwd(C, B, Q, seq_idx=seq, output_dtype=torch.float32)
+        y, _ = ssd.chunk_scan_fwd(CB, x, steps, sums, C, states, D=D, seq_idx=seq)
+        ctx.save_for_backward(x, steps, sums, A, B, C, D, seq, states, CB)
+        ctx.continued = initial is not None
+        return y, last.unflatten(-1, (-1, S))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, d_last = grads
+        ssd = _ssd()
+        x, steps, sums, A, B, C, D, seq, states, CB = ctx.saved_tensors
+        G, L, Q = B.shape[2], x.shape[1], sums.shape[-1]
+        if dy.stride(-1) != 1:
+            dy = dy.contiguous()
+        d_states = ssd.chunk_scan_bwd_dstates(C, sums, dy, seq_idx=seq, dtype=x.dtype)
+        d_states, d_chunk_decay, d_initial, states = ssd.state_passing_bwd(
+            states.flatten(-2),
+            sums[..., -1],
+            d_states.flatten(-2),
+            dfinal_states=d_last.flatten(-2).contiguous(),
+            seq_idx=seq,
+            has_initial_states=ctx.continued,
+            dstates_dtype=x.dtype,
+            states_dtype=x.dtype,
+            chunk_size=Q,
+        )
+        states, d_states = states.unflatten(-1, (-1, B.shape[-1])), d_states.unflatten(-1, (-1, B.shape[-1]))
+        dx, d_steps, dD = ssd.chunk_scan_chunk_state_bwd_dx(x, steps, sums, B, CB, dy, d_states, D=D, seq_idx=seq)
+        dB, d_decay = ssd.chunk_state_bwd_db(x, steps, sums, d_states, seq_idx=seq, B=B, ngroups=G)
+        dC, d_sums = ssd.chunk_scan_bwd_dC(states, sums, dy, seq_idx=seq, C=C, ngroups=G)
+        dCB = ssd.chunk_scan_bwd_dcb(x, steps, sums, dy, seq_idx=seq, ngroups=G)
+        dB = ssd.bmm_chunk_bwd(C, dCB, residual=dB, out=torch.empty_like(B))
+        dC = ssd.bmm_chunk_bwd(B, dCB.transpose(-1, -2), residual=dC, out=torch.empty_like(C))
+        # a prefix sum's gradient goes to all it summed; the others come by token already
+        d_sums[..., -1] += d_chunk_decay
+        d_decay = d_decay + d_sums.flip(-1).cumsum(-1).flip(-1)
+        d_decay += ssd.chunk_scan_bwd_ddAcs_stable(x, steps, sums, dy, CB)
+        dA = (d_decay * steps).sum((0, 2, 3))
+        d_dt = (d_steps + d_decay * A[:, None, None]).flatten(2)[..., :L].transpose(1, 2)
+        if d_initial is not None:
+            d_initial = d_initial.unflatten(-1, (-1, B.shape[-1])).float()
+        return dx, d_dt, dA, dB, dC, dD, None, d_initial, None
+
+
+@lru_cache
+def scan_mamba_ssm() -> Callable[..., tuple[Tensor, Tensor]]:
+    """mamba-ssm's Triton kernels of Mamba-2, and our prefix sums."""
+    _ssd()
+    return _scan
+
+
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B_in: Tensor,
+    C_out: Tensor,
+    D: Tensor,
+    seq_idx: Tensor,
+    initial_state: Tensor | None = None,
+    initial_seq: Tensor | None = None,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """`reference.scan_chunked`.
+
+    Raises:
+        ValueError: not even one head of one row is within their 32-bit offsets.
+    """
+    if initial_seq is not None:
+        seq_idx = seq_idx - initial_seq[:, None]  # there the initial state is of document 0
+    Q = min(chunk_size, max(16, 1 << (x.shape[1] - 1).bit_length()))
+    return _scan_within_limits(x, dt, A, B_in, C_out, D, seq_idx.int().contiguous(), initial_state, Q)
+
+
+def _scan_within_limits(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq: Tensor, initial: Tensor | None, Q: int
+) -> tuple[Tensor, Tensor]:
+    rows, L, H, P = x.shape
+    G = B.shape[2]
+    if fits(rows * L * max(x.stride(1), B.stride(1), C.stride(1), H * P)):
+        return _Scan.apply(x, dt, A, B, C, D, seq, initial, Q)
+    if rows > 1:
+        halves = [slice(0, rows // 2), slice(rows // 2, rows)]
+        parts = [
+            _scan_within_limits(x[r], dt[r], A, B[r], C[r], D, seq[r], None if initial is None else initial[r], Q)
+            for r in halves
+        ]
+        return torch.cat([y for y, _ in parts]), torch.cat([state for _, state in parts])
+    if H == 1:
+        raise ValueError(f"the scan's kernels reach {MAX_OFFSET:,} values of a head, not {L * P:,}; shorten the rows")
+    cut = H // G * (G // 2) if G > 1 else H // 2  # where a group ends, or inside the only one
+    parts = []
+    for h, g in ((slice(0, cut), slice(0, max(1, G // 2))), (slice(cut, H), slice(G // 2, G))):
+        state = None if initial is None else initial[:, h].contiguous()
+        bc = B[:, :, g].contiguous(), C[:, :, g].contiguous()
+        parts.append(_scan_within_limits(x[:, :, h].contiguous(), dt[:, :, h], A[h], *bc, D[h], seq, state, Q))
+    return torch.cat([y for y, _ in parts], 2), torch.cat([state for _, state in parts], 1)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
+    """`reference.attention` by a FlashAttention with the varlen interface of `flash`."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+        longest = documents.max_seqlen
+        near = (-1, 0) if window is None or window >= longest else (window - 1, 0)
+        out = flash(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            cu_seqlens_q=documents.cu_seqlens,
+            cu_seqlens_k=documents.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=True,
+            window_size=near,
+        )
+        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+        K = k.shape[2]
+        if fits(q.numel()):
+            return call(q, k, v, documents, window)
+        if K == 1:
+            raise ValueError(f"attention's kernels reach {MAX_OFFSET:,} values of a group of heads; shorten the rows")
+        parts = zip(*(t.tensor_split([t.shape[2] // K * (K // 2)], 2) for t in (q, k, v)), strict=True)
+        return torch.cat([attention(*part, documents, window) for part in parts], 2)
+
+    return attention
+
+
+@lru_cache
+def attention_flash4() -> Callable[..., Tensor]:
+    """FlashAttention-4, of the package flash-attn-4."""
+    flash = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+
+    def with_its_window(*args: Tensor, window_size: tuple[int, int], causal: bool, **kwargs: Any) -> Any:
+        if window_size[0] < 0:
+            return flash(*args, causal=causal, **kwargs)
+        return flash(*args, causal=causal, window_size=window_size, **kwargs)
+
+    return _attention_by(with_its_window)
+
+
+@lru_cache
+def attention_flash2() -> Callable[..., Tensor]:
+    """FlashAttention-2, of the package flash-attn."""
+    return _attention_by(importlib.import_module("flash_attn").flash_attn_varlen_func)
+
+
+@lru_cache
+def attention_flex() -> Callable[..., Tensor]:
+    """torch's FlexAttention, compiled for the mask of windows and documents."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    flex = torch.compile(flex_attention)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+        seq, (B, L) = documents.seq_idx, documents.seq_idx.shape
+        reach = L if window is None else window
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (seq[b, i] == seq[b, j]) & (i >= j) & (i - j < reach)
+
+        mask = documents.once(
+            ("flex", window), lambda: create_block_mask(visible, B, None, L, L, device=q.device, _compile=True)
+        )
+        out = flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attention
+
+
+# --- loss head -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def loss_liger() -> Callable[..., Tensor]:
+    """Liger's fused linear cross-entropy; gradients of the matrix are summed in fp32."""
+    fused = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+
+    def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        options = (None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32)
+        loss, *_ = fused.apply(hidden, weight.to(hidden.dtype), labels, *options)
+        return loss
+
+    return linear_cross_entropy

@@ -1,0 +1,153 @@
+"""What happens between the matrix products and the kernels: norms, rotations, gates. Small pure functions.
+
+A compiler makes one pass over memory of each, forward and backward; run as they stand they are the specification.
+Axes: B rows, L tokens, H width, N query heads, K key-value heads, D head size, P SSM head size, G groups, S state size.
+All take fp32 or lower parameters and return the dtype of their activations, except where they say fp32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import scan_step
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis (arXiv 1910.07467): [..., size]."""
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def norm_with_time(x: Tensor, time: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x [B, L, H], and the same with the time encoding [B, L, H] added."""
+    h = norm(x, weight, eps)
+    return h, h if time is None else h + time
+
+
+def attention_inputs(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: tuple[Tensor, Tensor], eps: float, groups: list[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries and keys normed by head and rotated, cut into the kinds of head.
+
+    Args:
+        qkv: [B, L, (N + 2K)·D], queries, keys, values. q_weight, k_weight: [D], of the norms.
+        rotary: of `attention.rotary_embedding`. groups: key-value heads of each kind, none 0, together K.
+
+    Returns:
+        For each kind q [B, L, its N, D], k and v [B, L, its K, D].
+    """
+    D, K = q_weight.shape[0], sum(groups)
+    q, k, v = qkv.unflatten(-1, (-1, D)).split([qkv.shape[-1] // D - 2 * K, K, K], 2)
+    q, k = rotate(norm(q, q_weight, eps), rotary), rotate(norm(k, k_weight, eps), rotary)
+    shared = q.shape[2] // K
+    parts = q.split([shared * kv for kv in groups], 2), k.split(groups, 2), v.split(groups, 2)
+    return [(a.contiguous(), b.contiguous(), c.contiguous()) for a, b, c in zip(*parts, strict=True)]
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the two halves of each head, in fp32; [B, L, heads, D] in the dtype of x."""
+    cos, sin = rotary
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def joined_norm(parts: list[Tensor], weight: Tensor, eps: float) -> Tensor:
+    """The norm over all heads of the parts [B, L, heads, D], side by side: [B, L, N·D]."""
+    return norm(torch.cat(parts, 2).flatten(-2), weight, eps)
+
+
+def time_step(dt: Tensor, bias: Tensor) -> Tensor:
+    """softplus(dt + bias), fp32 [B, L, heads]; positive."""
+    return F.softplus(dt.float() + bias)
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of y ⊙ silu(z); [B, L, size]."""
+    return norm(y * F.silu(z), weight, eps)
+
+
+def mamba_step(
+    xBC: Tensor,
+    dt: Tensor,
+    tail: Tensor,
+    seen: Tensor,
+    state: Tensor,
+    conv: tuple[Tensor, Tensor],
+    scan: tuple[Tensor, Tensor, Tensor],
+    groups: int,
+) -> Tensor:
+    """One token through convolution and scan; `tail` and `state` are brought up to date in place.
+
+    Args:
+        xBC: [B, 1, channels], the convolution's new input. dt: [B, 1, heads].
+        tail: [B, taps - 1, channels], its last inputs. state: fp32 [B, heads, P, S].
+        seen: bool [B, taps - 1], which of the last inputs, the newest last, are of the new token's document.
+        conv: weight [channels, taps] and bias [channels]. scan: A_log, D and dt_bias, fp32 [heads] each.
+
+    Returns:
+        [B, 1, heads, P].
+    """
+    weight, bias = conv
+    A_log, D, dt_bias = scan
+    joined = torch.cat([tail.masked_fill(~seen[..., None], 0), xBC], 1)
+    x = F.silu((joined.float() * weight.T.float()).sum(1) + bias.float()).to(xBC.dtype)
+    heads, P, S = state.shape[1:]
+    values, B_in, C_out = x.split([heads * P, groups * S, groups * S], -1)
+    y, new = scan_step(
+        values.unflatten(-1, (heads, P)),
+        time_step(dt[:, 0], dt_bias),
+        -torch.exp(A_log),
+        B_in.unflatten(-1, (groups, S)),
+        C_out.unflatten(-1, (groups, S)),
+        D,
+        state.masked_fill(~seen[:, -1, None, None, None], 0),
+    )
+    tail.copy_(torch.cat([tail[:, 1:], xBC], 1))
+    state.copy_(new)
+    return y[:, None]
+
+
+def fuse(
+    x: Tensor, m: Tensor, a: Tensor, logits: Tensor | None, bias: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x + 2·(g ⊙ m + (1 − g) ⊙ a) with g = sigmoid(logits + bias), and the mean of g over the real tokens.
+
+    Args:
+        x, m, a: [B, L, H]. logits: [B, L, H or 1] or None. bias: [H or 1]; None: no gate, m + a.
+        real: bool [B, L], the tokens that count in the mean; None: no mean is made.
+
+    Returns:
+        [B, L, H], and fp32 [H or 1]: one half where no token is real.
+    """
+    if bias is None:
+        return x + (m + a), None if real is None else x.new_full((1,), 0.5, dtype=torch.float32)
+    g = torch.sigmoid(bias.to(m.dtype) if logits is None else logits + bias.to(m.dtype))
+    fused = x + 2 * (a + g * (m - a))
+    if real is None:
+        return fused, None
+    weight = real.float()[..., None]
+    count = weight.sum()
+    mean = (g.float() * weight).sum((0, 1)) / count.clamp(min=1)
+    return fused, torch.where(count > 0, mean, 0.5)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up of [..., 2·inner], gate first (arXiv 2002.05202): [..., inner]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class Pointwise(NamedTuple):
+    """The functions of this file that a model calls, as they stand or compiled."""
+
+    norm: Callable[..., Any] = norm
+    norm_with_time: Callable[..., Any] = norm_with_time
+    attention_inputs: Callable[..., Any] = attention_inputs
+    joined_norm: Callable[..., Any] = joined_norm
+    time_step: Callable[..., Any] = time_step
+    gated_norm: Callable[..., Any] = gated_norm
+    mamba_step: Callable[..., Any] = mamba_step
+    fuse: Callable[..., Any] = fuse
+    swiglu: Callable[..., Any] = swiglu

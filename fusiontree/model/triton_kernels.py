@@ -1,0 +1,293 @@
+"""Triton kernels of this project's own: what no library does as we need it, or as fast.
+
+Axes: B rows, L tokens, D channels or head size, H SSM heads, Q tokens per chunk, N query heads, K key-value heads,
+T cached tokens. Offsets are 64-bit, so no size wraps round. Import this file only where Triton is installed.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the exported folder must load, and say so, where there is none
+    raise ImportError("triton is not installed") from None
+
+
+# --- convolution -----------------------------------------------------------------------------------------------------
+
+
+TAPS = tl.constexpr(4)  # most taps; fewer are padded with zeros
+
+
+@triton.jit
+def _tap(x, seq, here, t, d, back, L, stride, D: tl.constexpr):
+    """Inputs `back` tokens before each, fp32 [tokens, channels]; zero in another document or before the row."""
+    s = t - back
+    valid = (s >= 0) & (t < L)
+    same = valid & (tl.load(seq + s, mask=valid, other=-2) == here)
+    place = x + s.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(place, mask=same[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weight(weight, d, back, D: tl.constexpr):
+    return tl.load(weight + d * TAPS + (TAPS - 1 - back), mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _conv_forward_kernel(
+    x, weight, bias, seq, y, L, stride_b, stride_t, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
+    row = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    x += row * stride_b
+    seq += row * L
+    here = tl.load(seq + t, mask=t < L, other=-1)
+    s = tl.zeros((BT, BD), tl.float32) + tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    for back in tl.static_range(TAPS):
+        s += _tap(x, seq, here, t, d, back, L, stride_t, D) * _weight(weight, d, back, D)
+    out = s * tl.sigmoid(s)
+    place = y + (row * L + t.to(tl.int64)[:, None]) * D + d[None, :]
+    tl.store(place, out.to(y.dtype.element_ty), mask=(t < L)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _conv_inner_kernel(
+    x, weight, bias, seq, dy, g, partial, L, stride_b, stride_t, dy_stride_b, dy_stride_t,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Gradient before the SiLU, `g`, and this program's part of the gradients of the taps and the bias."""
+    row = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside = d < D
+    x += row * stride_b
+    seq += row * L
+    w0, w1 = _weight(weight, d, 0, D), _weight(weight, d, 1, D)
+    w2, w3 = _weight(weight, d, 2, D), _weight(weight, d, 3, D)
+    b = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sums = tl.zeros((BT, BD), tl.float32)
+    sums0, sums1, sums2, sums3 = sums, sums, sums, sums
+    for step in range(STEPS):
+        t = (tl.program_id(1) * STEPS + step) * BT + tl.arange(0, BT)
+        here = tl.load(seq + t, mask=t < L, other=-1)
+        x0, x1 = _tap(x, seq, here, t, d, 0, L, stride_t, D), _tap(x, seq, here, t, d, 1, L, stride_t, D)
+        x2, x3 = _tap(x, seq, here, t, d, 2, L, stride_t, D), _tap(x, seq, here, t, d, 3, L, stride_t, D)
+        s = b + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+        sigmoid = tl.sigmoid(s)
+        mask = (t < L)[:, None] & inside[None, :]
+        upstream = tl.load(
+            dy + row * dy_stride_b + t.to(tl.int64)[:, None] * dy_stride_t + d[None, :], mask=mask, other=0.0
+        )
+        value = upstream.to(tl.float32) * sigmoid * (1 + s * (1 - sigmoid))
+        place = g + (row * L + t.to(tl.int64)[:, None]) * D + d[None, :]
+        tl.store(place, value.to(g.dtype.element_ty), mask=mask)
+        sums += value
+        sums0 += value * x0
+        sums1 += value * x1
+        sums2 += value * x2
+        sums3 += value * x3
+    out = partial + (row * tl.num_programs(1) + tl.program_id(1)) * (TAPS + 1) * D + d
+    tl.store(out, tl.sum(sums3, 0), mask=inside)
+    tl.store(out + D, tl.sum(sums2, 0), mask=inside)
+    tl.store(out + 2 * D, tl.sum(sums1, 0), mask=inside)
+    tl.store(out + 3 * D, tl.sum(sums0, 0), mask=inside)
+    tl.store(out + 4 * D, tl.sum(sums, 0), mask=inside)
+
+
+@triton.jit
+def _conv_input_kernel(g, weight, seq, dx, L, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Gradient of the input: each token collects from those whose taps reached it."""
+    row = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    g += row * L * D
+    seq += row * L
+    here = tl.load(seq + t, mask=t < L, other=-1)
+    total = tl.zeros((BT, BD), tl.float32)
+    for ahead in tl.static_range(TAPS):
+        s = t + ahead
+        same = (s < L) & (tl.load(seq + s, mask=s < L, other=-2) == here)
+        place = g + s.to(tl.int64)[:, None] * D + d[None, :]
+        value = tl.load(place, mask=same[:, None] & (d < D)[None, :], other=0.0)
+        total += value.to(tl.float32) * _weight(weight, d, ahead, D)
+    place = dx + (row * L + t.to(tl.int64)[:, None]) * D + d[None, :]
+    tl.store(place, total.to(dx.dtype.element_ty), mask=(t < L)[:, None] & (d < D)[None, :])
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        B, L, D = x.shape
+        ctx.taps = weight.shape[1]
+        padded = F.pad(weight, (4 - ctx.taps, 0)).contiguous()
+        seq_idx = seq_idx.contiguous()
+        y = torch.empty(B, L, D, dtype=x.dtype, device=x.device)
+        _conv_forward_kernel[(triton.cdiv(D, 128), triton.cdiv(L, 32), B)](
+            x, padded, bias, seq_idx, y, L, x.stride(0), x.stride(1), D=D, BT=32, BD=128
+        )
+        ctx.save_for_backward(x, padded, bias, seq_idx)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, bias, seq_idx = ctx.saved_tensors
+        if dy.stride(-1) != 1:
+            dy = dy.contiguous()
+        B, L, D = x.shape
+        g = torch.empty(B, L, D, dtype=x.dtype, device=x.device)
+        dx = torch.empty_like(g)
+        BT, steps = 16, 32
+        parts = triton.cdiv(L, BT * steps)
+        partial = torch.empty(B * parts, 5, D, dtype=torch.float32, device=x.device)
+        _conv_inner_kernel[(triton.cdiv(D, 128), parts, B)](
+            x, weight, bias, seq_idx, dy, g, partial, L, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+            D=D, BT=BT, BD=128, STEPS=steps,
+        )  # fmt: skip
+        _conv_input_kernel[(triton.cdiv(D, 128), triton.cdiv(L, 32), B)](g, weight, seq_idx, dx, L, D=D, BT=32, BD=128)
+        *taps, d_bias = partial.sum(0)
+        d_weight = torch.stack(taps[4 - ctx.taps :], 1)
+        return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
+    """`reference.convolution` in one pass over memory forward and two backward; x may be a strided view."""
+    return _Convolution.apply(x, weight, bias, seq_idx)
+
+
+# --- prefix sums of the scan -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_in_document(left, left_starts, right, right_starts):
+    return tl.where(right_starts != 0, right, left + right), left_starts | right_starts
+
+
+@triton.jit
+def _decay_kernel(
+    dt, A, seq, dt_out, cumulative, L, H, chunks, stride_b, stride_t,
+    Q: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q, h = tl.arange(0, BQ), tl.program_id(2) * BH + tl.arange(0, BH)
+    t = chunk * Q + q
+    real = (q < Q) & (t < L)
+    seq += row * L
+    starts = real & (q > 0) & (tl.load(seq + t, mask=real) != tl.load(seq + t - 1, mask=real & (t > 0), other=-1))
+    starts = tl.broadcast_to(starts.to(tl.int32)[:, None], (BQ, BH))
+    place = dt + row * stride_b + t.to(tl.int64)[:, None] * stride_t + h[None, :]
+    step = tl.load(place, mask=real[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+    decay = step * tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    sums, _ = tl.associative_scan((decay, starts), 0, _add_in_document)
+    out = (row * H + h[None, :]) * chunks * Q + chunk * Q + q[:, None]
+    mask = (q < Q)[:, None] & (h < H)[None, :]
+    tl.store(dt_out + out, step, mask=mask)
+    tl.store(cumulative + out, sums, mask=mask)
+
+
+def decay_sums(dt: Tensor, A: Tensor, seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Time steps by chunk, and the prefix sums of ``dt·A`` over the tokens of one document in one chunk.
+
+    Prefix sums that ran on over a document's end would let its values into the rounding of the next one's.
+
+    Args:
+        dt: [B, L, H]. A: fp32 [H]. seq_idx: int32 [B, L].
+
+    Returns:
+        fp32 [B, H, C, Q] each; padding at the end has a time step of zero.
+    """
+    B, L, H = dt.shape
+    chunks = triton.cdiv(L, chunk_size)
+    dt_out = torch.empty(B, H, chunks, chunk_size, dtype=torch.float32, device=dt.device)
+    sums = torch.empty_like(dt_out)
+    BH = 8
+    _decay_kernel[(B, chunks, triton.cdiv(H, BH))](
+        dt, A, seq_idx, dt_out, sums, L, H, chunks, dt.stride(0), dt.stride(1),
+        Q=chunk_size, BQ=triton.next_power_of_2(chunk_size), BH=BH,
+    )  # fmt: skip
+    return dt_out, sums
+
+
+# --- attention of one new token to the cache -------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, visible, length, part, top, mass, T, scale,
+    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, K,
+    G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One stretch of the cache for one row and key-value head: its part of the output, its maximum and mass."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, head = (pair // K).to(tl.int64), pair % K
+    g, d = tl.arange(0, BG), tl.arange(0, D)
+    queries = tl.load(q + (pair * G + g[:, None]) * D + d[None, :], mask=(g < G)[:, None], other=0.0)
+    k += row * k_stride_b + head * k_stride_h
+    v += row * v_stride_b + head * v_stride_h
+    highest = tl.full((BG,), float("-inf"), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    out = tl.zeros((BG, D), tl.float32)
+    end = tl.minimum(tl.load(length).to(tl.int32), T)
+    for block in range(BLOCKS):
+        t = (split * BLOCKS + block) * BT + tl.arange(0, BT)
+        seen = (t < end) & (tl.load(visible + row * T + t, mask=t < end, other=0) != 0)
+        keys = tl.load(k + t.to(tl.int64)[None, :] * k_stride_t + d[:, None], mask=seen[None, :], other=0.0)
+        scores = tl.dot(queries, keys, input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        finite = tl.where(peak == float("-inf"), 0.0, peak)
+        weights = tl.exp(scores - finite[:, None])
+        shrink = tl.exp(highest - finite)
+        values = tl.load(v + t.to(tl.int64)[:, None] * v_stride_t + d[None, :], mask=seen[:, None], other=0.0)
+        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        total = total * shrink + tl.sum(weights, 1)
+        highest = peak
+    place = (pair * tl.num_programs(1) + split) * G + g
+    tl.store(part + place[:, None] * D + d[None, :], out, mask=(g < G)[:, None])
+    tl.store(top + place, highest, mask=g < G)
+    tl.store(mass + place, total, mask=g < G)
+
+
+@triton.jit
+def _decode_join_kernel(part, top, mass, out, splits, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr):
+    """The stretches' parts, weighed by their masses."""
+    pair, g = tl.program_id(0), tl.program_id(1)
+    s, d = tl.arange(0, BS), tl.arange(0, D)
+    place = (pair * splits + s) * G + g
+    tops = tl.load(top + place, mask=s < splits, other=float("-inf"))
+    peak = tl.max(tops, 0)
+    weights = tl.where(tops == float("-inf"), 0.0, tl.exp(tops - tl.where(peak == float("-inf"), 0.0, peak)))
+    total = tl.sum(weights * tl.load(mass + place, mask=s < splits, other=0.0), 0)
+    parts = tl.load(part + place[:, None] * D + d[None, :], mask=(s < splits)[:, None], other=0.0)
+    joined = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + (pair * G + g) * D + d, joined.to(out.dtype.element_ty))
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: Tensor) -> Tensor:
+    """`reference.decode_attention`, the cache shared out among the multiprocessors (flash-decoding).
+
+    The launch depends on the shapes alone, so it can be captured in a CUDA graph; what lies past `length` is not read.
+    """
+    B, _, N, D = q.shape
+    T, K = k.shape[1:3]
+    G, BT = N // K, 64
+    splits = max(1, min(triton.cdiv(T, BT), triton.cdiv(264, B * K)))  # two programs for each multiprocessor
+    blocks = triton.cdiv(triton.cdiv(T, splits), BT)
+    splits = triton.cdiv(T, blocks * BT)
+    part = torch.empty(B * K, splits, G, D, dtype=torch.float32, device=q.device)
+    top, mass = torch.empty(2, B * K, splits, G, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _decode_kernel[(B * K, splits)](
+        q.contiguous(), k, v, visible, length, part, top, mass, T, D**-0.5,
+        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), K,
+        G=G, BG=max(16, triton.next_power_of_2(G)), D=D, BT=BT, BLOCKS=blocks,
+    )  # fmt: skip
+    _decode_join_kernel[(B * K, G)](part, top, mass, out, splits, G=G, D=D, BS=triton.next_power_of_2(splits))
+    return out
