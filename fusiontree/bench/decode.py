@@ -12,12 +12,12 @@ from fusiontree.config import RunConfig
 from fusiontree.console import progress_bar
 from fusiontree.distributed import accelerator
 from fusiontree.errors import RunError, UserError
-from fusiontree.generate import PREFILL_TOKENS, check_positions
-from fusiontree.kernels import choose_kernels
+from fusiontree.generate import Decoder, check_positions
+from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 
-_PIECE_TOKENS = 65_536  # of all rows together, that one forward of a prefill takes
+_UNTIMED_STEPS = 4  # before those that are timed: a step is compiled, then captured, then only launched
 
 
 def bench_decode(
@@ -32,7 +32,7 @@ def bench_decode(
 
     Returns:
         The model and the machine, and for each batch and context: tokens/s of the prefill and of decoding (all rows
-        together, the median step), the spread of a step, the cache's bytes after the prefill and the memory's peak.
+        together, the median step), the spread of a step, the cache's bytes and the memory's peak.
         Where memory does not suffice, the line that says so (`problem`).
 
     Raises:
@@ -43,9 +43,9 @@ def bench_decode(
             raise UserError(f"--{name} is {min(values)}; it must be at least 1")
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
-    check_positions(config.model, max(contexts) + steps + 1)
+    check_positions(config.model, max(contexts) + _UNTIMED_STEPS + steps)
     model = _model(config, device)
-    _run(model, 1, min(min(contexts), PREFILL_TOKENS), 2, device)  # compiles and tunes
+    _run(model, min(batches), min(contexts), 1, device)  # compiles and tunes
     figures = []
     with progress_bar() as bar:
         task = bar.add_task("decode", total=len(batches) * len(contexts), note="")
@@ -69,10 +69,12 @@ def _model(config: RunConfig, device: torch.device) -> HybridLM:
     """The model with random weights in the precision of its activations; the scan's own parameters are fp32 always."""
     torch.manual_seed(config.seed)
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    dtype = DTYPES[config.precision]
+    torch.set_default_dtype(dtype)
     try:
+        kernels = choose_kernels(device.type, config.kernels.model_dump(), config.model, dtype)
         with torch.device(device):
-            model = HybridLM(config.model, choose_kernels(device.type, config.kernels.model_dump()))
+            model = HybridLM(config.model, kernels)
     finally:
         torch.set_default_dtype(usual)
     return model.eval()
@@ -95,37 +97,21 @@ def _measure(model: HybridLM, rows: int, context: int, steps: int, device: torch
     }
 
 
-@torch.inference_mode()
 def _run(model: HybridLM, rows: int, context: int, steps: int, device: torch.device) -> tuple[float, list[float], int]:
-    """Seconds of the prefill and of each step behind it, and the cache's bytes between the two."""
+    """Seconds of the prefill and of each step behind it, and the cache's bytes."""
     generator = torch.Generator(device).manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (rows, context), generator=generator, device=device)
-    session = _Session(model, rows)
-    prefill = measure.elapsed(device, lambda: session.take(prompt))
-    held = _held_bytes(session.cache)
-    session.step()  # makes what the first step alone has to make
-    return prefill, [measure.elapsed(device, session.step) for _ in range(steps)], held
+    decoder = Decoder(model, rows, room=context + _UNTIMED_STEPS + steps)
+    logits: list[Tensor] = []
+    prefill = measure.elapsed(device, lambda: logits.append(decoder.prefill(prompt)))
 
+    def step() -> None:
+        logits[0] = decoder.step(logits[0].argmax(-1))
 
-class _Session:
-    """Greedy decoding as `generate` does it, without the text: the one place here that knows the model's cache."""
-
-    def __init__(self, model: HybridLM, rows: int):
-        self.model, self.cache = model, model.new_cache(rows)
-        self.piece = max(1, min(PREFILL_TOKENS, _PIECE_TOKENS // rows))
-
-    def take(self, prompt: Tensor) -> None:
-        """Take in prompts, int64 [B, L], piece by piece."""
-        for piece in prompt.split(self.piece, 1):
-            self._forward(piece)
-
-    def step(self) -> None:
-        """Make one token of every row."""
-        self._forward(self.token)
-
-    def _forward(self, ids: Tensor) -> None:
-        logits = self.model(ids, cache=self.cache, keep_logits=1).logits
-        self.token = logits[:, -1].argmax(-1, keepdim=True)
+    for _ in range(_UNTIMED_STEPS):
+        step()
+    seconds = [measure.elapsed(device, step) for _ in range(steps)]
+    return prefill, seconds, _held_bytes(decoder.cache)
 
 
 def _held_bytes(value: Any) -> int:

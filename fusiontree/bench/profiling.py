@@ -19,15 +19,18 @@ TOP = 40  # kernels that the report names
 # kind of work by a kernel's name, or an operator's on a CPU; the first that matches counts
 _KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d|gloo"),
-    ("scan, backward", r"_chunk_\w*bwd|_state_passing_bwd|decay_sums\w*(bwd|backward)"),
-    ("scan, forward", r"_chunk_(cumsum|state|scan)_fwd|_bmm_chunk_fwd|_state_passing_fwd|decay_sums|ssd_"),
-    ("attention, backward", r"(flash|fmha|flex|attention|sdpa|sdp).*(bwd|backward|bprop)|(bwd|backward).*(flash|fmha)"),
-    ("attention, forward", r"flash|fmha|flex_attention|attention|sdpa"),
-    ("convolution", r"conv"),
-    ("loss head", r"cross_entropy|softmax|logsumexp|nll|liger"),
-    ("optimizer and clipping", r"multi_tensor|adam|lpnorm|foreach|clip"),
+    (
+        "fused pointwise",
+        r"^triton_(poi|red|per|for)_",
+    ),  # the compiler's; first, for they are named after what they fuse
+    ("scan, backward", r"_chunk_\w*bwd|_state_passing_bwd"),
+    ("scan, forward", r"_chunk_(cumsum|state|scan)_fwd|_bmm_chunk_fwd|_state_passing_fwd|_decay_kernel"),
+    ("attention, backward", r"(flash|fmha|flex|attention|sdpa).*(bwd|backward|bprop)|(bwd|backward).*(flash|fmha)"),
+    ("attention, forward", r"flash|fmha|flex_attention|attention|sdpa|_decode_(join_)?kernel"),
+    ("convolution", r"conv1d|convolution|_conv_"),
+    ("loss head", r"cross_entropy|softmax|logsumexp|nll_|liger|element_mul"),
+    ("optimizer and clipping", r"multi_tensor|adam|lpnorm|foreach"),
     ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|wgmma|splitk|aten::(b?mm|addmm|baddbmm)$"),
-    ("fused pointwise", r"triton_(poi|red|per|for|tem)|^triton"),
     ("copies and casts", r"memcpy|copy|cast|catarray|aten::cat$"),
     ("memory set", r"memset|fill"),
     ("embedding", r"embedding|index"),
