@@ -129,8 +129,10 @@ def stream_tokens(
 
 
 class Decoder:
-    """A model and its cache. On a GPU one step is captured as a CUDA graph: launched one by one, its few hundred small
-    kernels would take longer than they run."""  # noqa: D205 - one sentence says it
+    """A model and its cache; on a GPU one step is a CUDA graph.
+
+    Launched one by one, the step's few hundred small kernels would take longer than they run.
+    """
 
     _EAGER_STEPS = 2  # before the capture, so that everything is compiled and tuned by then
 

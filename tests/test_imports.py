@@ -36,7 +36,7 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
     },
-    "fusiontree.doctor": {"fusiontree.config", "fusiontree.model", "fusiontree.data"},
+    "fusiontree.doctor": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model", "fusiontree.data"},
     "launcher": {"fusiontree.config"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),

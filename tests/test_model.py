@@ -9,9 +9,9 @@ from conftest import SMALL, build
 
 from fusiontree.model import ops
 from fusiontree.model.attention import rotary_embedding
-from fusiontree.model.pointwise import rotate
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.model.pointwise import rotate
 
 CHANGES = [
     {"vocab_size": 97},

@@ -35,7 +35,7 @@ class AttentionBranch(nn.Module):
         norms = self.q_norm.weight, self.k_norm.weight
         parts = pointwise.attention_inputs(self.qkv_proj(x), *norms, rotary, eps, groups)
         outputs = [
-            self._attend(*part, documents, cache, window) for part, (_, window) in zip(parts, kinds, strict=True)
+            self._attend(q, k, v, documents, cache, window) for (q, k, v), (_, window) in zip(parts, kinds, strict=True)
         ]
         return self.out_proj(pointwise.joined_norm(outputs, self.norm.weight, eps))
 

@@ -31,7 +31,7 @@ def fits(elements: int) -> bool:
 @lru_cache
 def _ssd() -> SimpleNamespace:
     """The kernels of mamba-ssm that its scan is made of, and our prefix sums."""
-    found = {}
+    found: dict[str, Any] = {}
     for module, names in {
         "mamba_ssm.ops.triton.ssd_chunk_state": ("_chunk_state_fwd", "_chunk_state_bwd_db"),
         "mamba_ssm.ops.triton.ssd_state_passing": ("_state_passing_fwd", "_state_passing_bwd"),
@@ -200,8 +200,10 @@ def _attention_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
             return call(q, k, v, documents, window)
         if K == 1:
             raise ValueError(f"attention's kernels reach {MAX_OFFSET:,} values of a group of heads; shorten the rows")
-        parts = zip(*(t.tensor_split([t.shape[2] // K * (K // 2)], 2) for t in (q, k, v)), strict=True)
-        return torch.cat([attention(*part, documents, window) for part in parts], 2)
+        cut = K // 2
+        queries = q.tensor_split([q.shape[2] // K * cut], 2)
+        halves = zip(queries, k.tensor_split([cut], 2), v.tensor_split([cut], 2), strict=True)
+        return torch.cat([attention(a, b, c, documents, window) for a, b, c in halves], 2)
 
     return attention
 

@@ -109,7 +109,7 @@ class HybridLM(nn.Module):
         context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache)
         time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
         x = self.embedding(input_ids).to(self.activation_dtype)
-        gates = []
+        gates: list[Any] = []  # nothing where nothing is labelled
         for block, dropped in zip(self.blocks, branch_drops or [None] * len(self.blocks), strict=True):
             x, gate = self._run(block, x, time, context, dropped)
             gates.append(gate)

@@ -11,7 +11,7 @@ from fusiontree import distributed
 from fusiontree.config import RunConfig, deepspeed_json
 from fusiontree.data.batch import Batch
 from fusiontree.distributed import World
-from fusiontree.kernels import choose_kernels
+from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.block import Branch
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, branch_drops
@@ -90,10 +90,11 @@ def _build_engine(config: RunConfig, world: World) -> Any:
     import deepspeed
 
     torch.manual_seed(config.seed)
+    dtype = DTYPES[config.precision]
     model = HybridLM(
         config.model,
-        choose_kernels(world.device.type, config.kernels.model_dump()),
-        compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype),
+        compute_dtype=dtype,
         checkpoint_blocks=config.activation_checkpointing == "full",
     ).to(world.device)
     optimizer = torch.optim.AdamW(
