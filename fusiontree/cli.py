@@ -1,6 +1,7 @@
 """The command line. Handlers parse, call and print; what they call is imported when needed, so that --help is quick."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -190,6 +191,40 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if findings["problems"] else 0
 
 
+def _bench_train(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print: standard output is for the figures
+        from fusiontree.bench.train import Workload, bench_train
+
+        figures = bench_train(
+            args.preset,
+            args.overrides,
+            Workload(args.documents, args.steps, args.warmup),
+            seq_len=args.seq_len,
+            batch_tokens=args.batch_tokens,
+            recompute=args.recompute,
+            peer=args.peer,
+            peer_recompute=args.peer_recompute == "full",
+            profile=args.profile,
+        )
+    return _show(figures, args.json)
+
+
+def _bench_decode(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.decode import bench_decode
+
+        figures = bench_decode(args.preset, args.overrides, args.batch, args.context, args.steps)
+    return _show(figures, args.json)
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.kernels import bench_kernels
+
+        figures = bench_kernels(args.preset, args.overrides, args.seq_len, args.repeats)
+    return _show(figures, args.json)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from fusiontree.demo import run_demo
 
@@ -284,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_model(commands)
     _add_machine(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -475,3 +511,70 @@ def _add_machine(commands: Any) -> None:
         figures=False,
     )
     demo.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)")
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "Measure how fast things are here; made-up tokens, nothing is written but --profile."
+    bench = commands.add_parser(
+        "bench",
+        help=summary,
+        description=summary,
+        epilog="Example: fusiontree bench train --preset tiny",
+        formatter_class=_FORMAT,
+    )
+    bench_commands = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _command(
+        bench_commands,
+        "train",
+        _bench_train,
+        "Measure training under the real engine, beside a peer's if wished.",
+        "bench train --preset 1b --seq-len 32768 --peer hf-falcon-h1",
+    )
+    _add_preset(train)
+    train.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: the preset's)")
+    train.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per update (default: one row)")
+    train.add_argument(
+        "--documents",
+        choices=("packed", "single"),
+        default="packed",
+        help="documents of random lengths, or one a row (default packed)",
+    )
+    train.add_argument("--steps", type=int, default=10, metavar="N", help="updates timed (default 10)")
+    train.add_argument("--warmup", type=int, default=3, metavar="N", help="updates before them (default 3)")
+    train.add_argument("--recompute", default="none", metavar="KIND", help="activation checkpointing (default none)")
+    train.add_argument("--peer", metavar="NAME", help="hf-llama, hf-falcon-h1 or fla-mamba2, in the same run")
+    train.add_argument(
+        "--peer-recompute", choices=("none", "full"), default="full", help="the peer's checkpointing (default full)"
+    )
+    train.add_argument("--profile", type=Path, metavar="FILE", help="write where the time of a step goes, in Markdown")
+
+    decode = _command(
+        bench_commands,
+        "decode",
+        _bench_decode,
+        "Measure prefill and decoding with random weights.",
+        "bench decode --preset 1b --batch 1 64 --context 1024 32768",
+    )
+    _add_preset(decode)
+    decode.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows together (default 1)")
+    decode.add_argument(
+        "--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens of a prompt (default 1024)"
+    )
+    decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
+
+    kernels = _command(
+        bench_commands,
+        "kernels",
+        _bench_kernels,
+        "Measure every back-end that runs here against the reference.",
+        "bench kernels --preset 1b --seq-len 32768",
+    )
+    _add_preset(kernels)
+    kernels.add_argument("--seq-len", type=int, metavar="N", help="tokens in the row (default: the preset's)")
+    kernels.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls each (default 10)")
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", required=True, metavar="CONFIG", help="a preset, e.g. 1b, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the configuration's")

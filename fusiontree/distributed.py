@@ -25,13 +25,18 @@ class World:
         return self.rank == 0
 
 
+def accelerator() -> str:
+    """What computes here: ``cuda`` where there is a GPU, unless DS_ACCELERATOR says ``cpu``; else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
 def start() -> World:
     """Join the ranks that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); alone without them.
 
     NCCL joins CUDA devices, gloo joins CPUs.
     """
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    cuda = accelerator() == "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)

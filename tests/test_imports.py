@@ -32,6 +32,10 @@ ARROWS = {
     },
     "fusiontree.generate": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model"},
     "fusiontree.evaluate": {"fusiontree.generate", "fusiontree.model", "fusiontree.data"},
+    "fusiontree.bench": {
+        *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
+    },
     "fusiontree.doctor": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model", "fusiontree.data"},
     "launcher": {"fusiontree.config"},
     "data_tools": {"fusiontree.data"},

@@ -1,0 +1,87 @@
+"""What all measurements share: the clock, the memory, the device and what it could do at most."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fusiontree.errors import RunError
+
+# dense bf16 peaks in FLOP/s, from the vendors' data sheets; the first name found in the device's own counts
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s that the device's maker states; None on a CPU and for an unknown one."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The device and the torch that a figure was measured with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__}
+
+
+def elapsed(device: torch.device, run: Callable[[], Any]) -> float:
+    """Seconds that `run` takes, until the device has done all it was given."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and both ends."""
+    return {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
+
+
+def reset_memory(device: torch.device) -> None:
+    """Give back what is free and begin a new peak."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Bytes since `reset_memory` at the peak: of tensors, and reserved for them; None on a CPU."""
+    if device.type != "cuda":
+        return {"peak_memory_bytes": None, "reserved_memory_bytes": None}
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_memory_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory(what: str) -> Iterator[None]:
+    """Turn a device's lack of memory into one line that says what was tried.
+
+    Raises:
+        RunError: there was not enough.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of GPU memory with {what}: {str(error).splitlines()[0]}") from None

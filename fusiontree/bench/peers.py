@@ -1,0 +1,209 @@
+"""Models that others train, of about 1.3 to 1.4 billion parameters, trained the way their users commonly do.
+
+bf16 weights and moments, fused AdamW, clipping, torch's attention, activations computed again in the backward pass.
+None of them keeps documents apart: a packed row is one document to them.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fusiontree.bench.conv1d import provide_causal_conv1d
+from fusiontree.config import RunConfig
+from fusiontree.data.batch import Batch
+from fusiontree.errors import RunError, UserError
+
+_SMALL = 100_000_000  # parameters below which a configuration is measured beside a small peer
+
+
+class Spec(NamedTuple):
+    """A peer's class and shape; vocabulary and tied embeddings are those of the configuration measured."""
+
+    family: str  # module of transformers.models
+    name: str  # of the class, without ForCausalLM
+    shape: dict[str, Any]
+    small: dict[str, Any]  # what differs for a small configuration
+    fused_scan: str | None = None  # the function of mamba-ssm that its training must run through
+
+
+PEERS = {
+    "hf-llama": Spec(
+        "llama",
+        "Llama",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 29,
+            "intermediate_size": 5632,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+        },
+        {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4},
+    ),
+    "hf-falcon-h1": Spec(
+        "falcon_h1",
+        "FalconH1",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "intermediate_size": 4096,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_d_ssm": 3072,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 256,
+            "mamba_chunk_size": 256,
+        },
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "intermediate_size": 256,
+            "num_attention_heads": 4,
+            "head_dim": 32,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 64,
+        },
+        "mamba_split_conv1d_scan_combined",
+    ),
+    "fla-mamba2": Spec(
+        "mamba2",
+        "Mamba2",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_heads": 64,
+            "head_dim": 64,
+            "state_size": 128,
+            "n_groups": 1,
+            "chunk_size": 256,
+        },
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 32,
+            "state_size": 16,
+            "chunk_size": 64,
+        },
+        "mamba_split_conv1d_scan_combined",
+    ),
+}
+
+
+def check_peer(name: str, device: torch.device) -> None:
+    """Raise UserError if there is no such peer, or it could not run its own kernels on `device`."""
+    if name not in PEERS:
+        raise UserError(f"--peer {name} is unknown; choose one of {', '.join(PEERS)}")
+    if PEERS[name].fused_scan is None or device.type == "cpu":
+        return
+    if importlib.util.find_spec("mamba_ssm") is None:
+        raise UserError(f"--peer {name} needs its own kernels to be compared fairly: pip install mamba-ssm")
+    try:
+        provide_causal_conv1d()
+    except ImportError as error:
+        raise UserError(f"--peer {name}: {error}; pip install flash-linear-attention, or causal_conv1d") from None
+
+
+class Peer:
+    """A peer with random weights and its optimizer."""
+
+    def __init__(self, name: str, config: RunConfig, device: torch.device, recompute: bool):
+        """Put it on `device`; `recompute`: keep only the layers' inputs for the backward pass.
+
+        Raises:
+            RunError: on a GPU, it would run torch's slow scan in place of its own.
+        """
+        self.name, self.device, self.clip = name, device, config.optimizer.grad_clip
+        self.convolution = "torch"
+        if device.type == "cuda" and PEERS[name].fused_scan is not None:
+            self.convolution = provide_causal_conv1d()
+            _open_mamba_ssm()
+        with torch.device(device):
+            self.model = _build(name, config, device).to(torch.bfloat16)
+        self.scan = _scan_of(name, self.model)
+        if device.type == "cuda" and self.scan is not None and not self.scan.startswith("mamba_ssm"):
+            raise RunError(f"--peer {name} would run its scan in {self.scan}, not in mamba_ssm: not a fair comparison")
+        if recompute:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.optimizer.lr, fused=True)
+
+    def update(self, batches: list[Batch], step: int) -> None:
+        """One optimizer update on the rows of `batches`, each row one document; `step` is not looked at."""
+        for batch in batches:
+            ids = torch.from_numpy(batch.input_ids).to(self.device)
+            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Class, size, kernels and what the comparison is not."""
+        kernels = {"attention": getattr(self.model.config, "_attn_implementation", None), "scan": self.scan}
+        return {
+            "model": f"{type(self.model).__module__}.{type(self.model).__name__}",
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "kernels": kernels if self.scan is None else {**kernels, "convolution": self.convolution},
+            "weights": "bf16, with bf16 moments and no fp32 master copy",
+            "documents": "not kept apart: each row is one document",
+        }
+
+
+def _build(name: str, config: RunConfig, device: torch.device) -> Any:
+    spec = PEERS[name]
+    small = spec.small if config.model.parameter_count() < _SMALL else {}
+    shape = {"vocab_size": config.model.vocab_size, "tie_word_embeddings": config.model.tie_embeddings}
+    shape |= {**spec.shape, **small}
+    longest = {} if spec.family == "mamba2" else {"max_position_embeddings": config.data.seq_len}
+    module = _module_of(name, device)
+    settings = getattr(module, f"{spec.name}Config")(**shape, **longest, use_cache=False)
+    return getattr(module, f"{spec.name}ForCausalLM")(settings)
+
+
+def _module_of(name: str, device: torch.device) -> types.ModuleType:
+    """The module with the peer's classes: fla's own if it is wanted and there, else the one of transformers."""
+    if name.startswith("fla-") and device.type == "cuda":
+        try:
+            return importlib.import_module(f"fla.models.{PEERS[name].family}")
+        except Exception:  # fla-core has no models, and its modules raise anything; `describe` names the class used
+            return importlib.import_module(f"transformers.models.{PEERS[name].family}")
+    return importlib.import_module(f"transformers.models.{PEERS[name].family}")
+
+
+def _open_mamba_ssm() -> None:
+    """Make mamba-ssm's Triton kernels importable even where the package, for want of what Mamba-1 needs, is not."""
+    try:
+        importlib.import_module("mamba_ssm")
+    except Exception:  # ImportError for a missing extension, RuntimeError for a missing CUDA library
+        found = importlib.util.find_spec("mamba_ssm")
+        assert found is not None, "check_peer has found it"
+        bare = types.ModuleType("mamba_ssm")
+        bare.__path__ = list(found.submodule_search_locations or [])
+        bare.__spec__ = found
+        sys.modules["mamba_ssm"] = bare
+
+
+def _scan_of(name: str, model: Any) -> str | None:
+    """Module of the function that the model's scan runs through in training; None where it has none."""
+    wanted = PEERS[name].fused_scan
+    if wanted is None:
+        return None
+    module = sys.modules[type(model).__module__]
+    # transformers calls the function by another name and wraps what it found of the package, or of its own
+    function: Callable[..., Any] | None = getattr(module, wanted.replace("mamba_", "mamba2_"), None)
+    function = function or getattr(module, wanted, None)
+    if function is None:
+        return "torch"
+    return str(inspect.getclosurevars(function).nonlocals.get("implementation", function).__module__)

@@ -1,0 +1,431 @@
+"""The benchmarks run what users run, and their figures agree with one another. Nothing here asserts a speed."""
+
+import contextlib
+import json
+import math
+import statistics
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MICRO, cli
+from torch import Tensor
+
+from fusiontree import flops
+from fusiontree.bench import conv1d, kernels, measure, rows
+from fusiontree.bench import train as bench
+from fusiontree.bench.decode import _held_bytes, _model, bench_decode
+from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
+from fusiontree.bench.profiling import Kernel, _busy_seconds, kind_of
+from fusiontree.config import RunConfig, load_config
+from fusiontree.errors import RunError, UserError
+from fusiontree.model.ops import OPS
+
+CPU = torch.device("cpu")
+SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("model.")]
+
+
+def micro(*overrides: str, seq_len: int = 96) -> RunConfig:
+    return bench.bench_config("tiny", [*SHAPE, *overrides], CPU, seq_len)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_filled_exactly_and_differ_from_step_to_step() -> None:
+    batch, same, other = (rows.synthetic_batch("packed", 2, 4096, 512, (0, step)) for step in (0, 0, 1))
+    assert batch.input_ids.shape == (2, 4096)
+    assert sum(rows.lengths_of(batch)) == 2 * 4096
+    assert np.array_equal(batch.input_ids, same.input_ids)
+    assert not np.array_equal(batch.input_ids, other.input_ids)
+    assert rows.lengths_of(batch) != rows.lengths_of(other)
+    assert set(np.unique(batch.input_ids)) == set(range(512))
+
+
+def test_document_lengths_have_the_stated_distribution() -> None:
+    lengths = np.array(rows.document_lengths("packed", 20_000_000, np.random.default_rng(0)))
+    assert np.median(lengths) == pytest.approx(1024, rel=0.05)
+    assert np.log(lengths).std() == pytest.approx(1.2, rel=0.02)
+
+
+def test_a_single_document_fills_the_row() -> None:
+    assert rows.lengths_of(rows.synthetic_batch("single", 3, 128, 512, (0,))) == [128] * 3
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -> None:
+    config = bench.bench_config("tiny", [], CPU)
+    assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (1024, 1024, "zero1")
+    assert (config.activation_checkpointing, config.precision) == ("none", "fp32")
+    config = bench.bench_config("tiny", ["deepspeed=zero2"], CPU, 512, 2048, "full")
+    assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (2048, 512, "zero2")
+    assert config.activation_checkpointing == "full"
+    assert bench.bench_config("1b", [], torch.device("cuda")).precision == "bf16"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """Figures and profile of a whole run of the command, peer included."""
+    report = tmp_path_factory.mktemp("bench") / "step.md"
+    options = ["--seq-len", 96, "--batch-tokens", 192, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
+    done = cli("bench", "train", "--preset", "tiny", *options, "--profile", report, "--json", *SHAPE)
+    return json.loads(done.stdout), report.read_text()
+
+
+def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any], str]) -> None:
+    figures, _ = measured
+    assert figures["tokens_per_s"] == pytest.approx(192 / figures["step"]["median_seconds"])
+    assert figures["step"]["min_seconds"] <= figures["step"]["median_seconds"] <= figures["step"]["max_seconds"]
+    assert figures["kernels"] == dict.fromkeys(OPS, "reference")
+    assert figures["loss"] == pytest.approx(math.log(512), rel=0.05)
+    assert (figures["mfu"], figures["mfu_6n"], figures["peak_memory_bytes"]) == (None, None, None)
+    assert sum(figures["model_tflop_share"].values()) == pytest.approx(1)
+    assert figures["ratio"] == pytest.approx(figures["tokens_per_s"] / figures["peer"]["tokens_per_s"])
+
+
+def test_model_flops_are_those_of_the_timed_rows(measured: tuple[dict[str, Any], str]) -> None:
+    config = micro("batch.tokens=192")
+    assert config.accumulation_steps(1) == 2
+    workload = bench.Workload(steps=2, warmup=1)
+    totals = []
+    for step in (1, 2):
+        batches = bench._batches(config, workload, step)
+        assert not np.array_equal(batches[0].input_ids, batches[1].input_ids)
+        lengths = [length for batch in batches for length in rows.lengths_of(batch)]
+        totals.append(sum(flops.update_flops(config.model, lengths).values()))
+    assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals) / 1e12)
+
+
+def test_the_peer_says_what_it_is(measured: tuple[dict[str, Any], str]) -> None:
+    peer = measured[0]["peer"]
+    assert peer["model"].endswith("FalconH1ForCausalLM")
+    assert "each row is one document" in peer["documents"]
+    assert peer["kernels"]["attention"] == "sdpa"
+    assert peer["kernels"]["scan"].startswith("transformers.")
+    assert peer["recompute"] == "full"
+
+
+def test_the_profile_ranks_kinds_and_kernels(measured: tuple[dict[str, Any], str]) -> None:
+    figures, text = measured
+    kinds, named = ([line.split("|") for line in part.splitlines()] for part in text.split("--:|\n|")[1:])
+    shares = [float(cells[-2].strip(" %")) for cells in kinds if len(cells) > 3 and cells[-2].endswith("% ")]
+    assert len(shares) == len(figures["profile"]["shares"])
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert sum(figures["profile"]["shares"].values()) == pytest.approx(1)
+    assert any("aten::mm" in cell for cells in named for cell in cells)
+    assert figures["profile"]["busy_seconds"] <= figures["profile"]["step_seconds"] * 1.01
+
+
+def test_a_peer_that_does_not_fit_costs_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TooLarge:
+        def __init__(self, *_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr(bench, "Peer", TooLarge)
+    figures = bench._measure_peer("hf-llama", micro(), bench.Workload(steps=1), CPU, recompute=False)
+    expected = "out of GPU memory with hf-llama, 1 x 96 tokens, recompute none: CUDA out of memory. Tried to allocate"
+    assert figures["problem"] == expected
+
+
+def test_lack_of_memory_is_one_line() -> None:
+    expected = pytest.raises(RunError, match=r"^out of GPU memory with 1 x 8 tokens: none left$")
+    with expected, measure.naming_lack_of_memory("1 x 8 tokens"):
+        raise torch.OutOfMemoryError("none left\nstack")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--preset", "2b"], "configuration 2b is neither a file nor a preset"),
+        (["train", "--preset", "tiny", "--peer", "gpt"], "--peer gpt is unknown; choose one of hf-llama"),
+        (["train", "--preset", "tiny", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["train", "--preset", "tiny", "--seq-len", "0"], "data.seq_len is 0"),
+        (["train", "--preset", "tiny", "--profile", "no/such/file.md"], "there is no folder no/such; make it first"),
+        (["train", "--preset", "tiny", "--recompute", "some"], "activation_checkpointing is 'some'"),
+        (["decode", "--preset", "tiny", "--batch", "0"], "--batch is 0; it must be at least 1"),
+        (["kernels", "--preset", "tiny", "--repeats", "0"], "--repeats is 0; it must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from fusiontree.cli import main
+
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_peak_is_that_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, peak in (
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Another", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert measure.peak_flops(torch.device("cuda")) == peak
+    assert measure.peak_flops(CPU) is None
+
+
+# --- profile ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "matrix products"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object", "attention, forward"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90", "attention, backward"),
+        ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention, backward"),
+        ("_chunk_scan_fwd_kernel", "scan, forward"),
+        ("_bmm_chunk_fwd_kernel", "scan, forward"),
+        ("_chunk_scan_chunk_state_bwd_dx_kernel", "scan, backward"),
+        ("_state_passing_bwd_kernel", "scan, backward"),
+        ("causal_conv1d_bwd_kernel", "convolution"),
+        ("liger_cross_entropy_kernel", "loss head"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", "optimizer and clipping"),
+        ("_conv_inner_kernel", "convolution"),
+        ("_decay_kernel", "scan, forward"),
+        ("triton_red_fused__to_copy_convolution_rms_norm_softmax_0", "fused pointwise"),
+        ("triton_tem_fused_flex_attention_backward_1", "attention, backward"),
+        ("void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda>", "copies and casts"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "unfused pointwise"),
+        ("a_kernel_of_no_known_kind", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_the_device_is_busy_while_any_kernel_runs() -> None:
+    spans = [Kernel("a", 10, 5), Kernel("b", 12, 1), Kernel("c", 14, 4), Kernel("d", 30, 2)]
+    assert _busy_seconds(spans) == pytest.approx((8 + 2) / 1e6)
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("hf-llama", 1_410_979_840), ("hf-falcon-h1", 1_314_137_472), ("fla-mamba2", 1_344_052_224)],
+)
+def test_peers_of_the_one_billion_preset_have_its_size(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = _build(name, load_config("1b"), CPU)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_learn(name: str, recompute: bool) -> None:
+    torch.manual_seed(0)
+    config = micro("optimizer.lr=0.01")
+    peer = Peer(name, config, CPU, recompute)
+    batch = rows.synthetic_batch("packed", 1, 96, 512, (0,))
+    ids = torch.from_numpy(batch.input_ids)
+    before = peer.model(input_ids=ids, labels=ids).loss.item()
+    for step in range(3):
+        peer.update([batch], step)
+    assert peer.model(input_ids=ids, labels=ids).loss.item() < before - 0.3
+    assert peer.model.is_gradient_checkpointing == recompute
+    assert {p.dtype for p in peer.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_peer_without_its_kernels_is_refused_on_a_gpu() -> None:
+    with pytest.raises(UserError, match="needs its own kernels to be compared fairly: pip install mamba-ssm"):
+        check_peer("hf-falcon-h1", torch.device("cuda"))
+    check_peer("hf-llama", torch.device("cuda"))
+
+
+# --- the stand-in for causal_conv1d ----------------------------------------------------------------------------------
+
+
+def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Causal depthwise convolution of x [B, L, D], by torch."""
+    taps = weight.shape[1]
+    y = F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
+    return F.silu(y) if activation == "silu" else y
+
+
+@pytest.fixture
+def fla() -> Iterator[types.ModuleType]:
+    """A module with the interface of flash-linear-attention's convolution, in torch; the imports are put back."""
+    before = dict(sys.modules)
+    module = types.ModuleType("fla.modules.causal_conv1d")
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: None, activation: str | None
+    ) -> tuple[Tensor, None]:
+        return plain_convolution(x, weight, bias, activation), None
+
+    def backward(
+        x: Tensor, dy: Tensor, dht: None, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            inputs = [value.detach().requires_grad_() for value in (x, weight, bias) if value is not None]
+            y = plain_convolution(inputs[0], inputs[1], inputs[2] if bias is not None else None, activation)
+            grads = torch.autograd.grad(y, inputs, dy)
+        return grads[0], grads[1], grads[2] if bias is not None else None, None, None
+
+    module.causal_conv1d = lambda x, weight, bias, activation: (plain_convolution(x, weight, bias, activation), None)
+    module.causal_conv1d_fwd, module.causal_conv1d_bwd = forward, backward
+    sys.modules |= {"fla": types.ModuleType("fla"), "fla.modules": types.ModuleType("fla.modules")}
+    sys.modules["fla.modules.causal_conv1d"] = module
+    yield module
+    for name in set(sys.modules) - set(before):
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_stand_in_convolves_as_the_package_does(fla: types.ModuleType, silu: bool) -> None:
+    fused = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    sys.modules["mamba_ssm.ops.triton.ssd_combined"] = fused
+    assert conv1d.provide_causal_conv1d() == "flash-linear-attention (Triton)"
+    assert conv1d.provide_causal_conv1d() == "flash-linear-attention (Triton)"  # a second peer in the same process
+
+    from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
+
+    assert fused.causal_conv1d_bwd_function is causal_conv1d_bwd_function
+    torch.manual_seed(0)
+    wide = torch.randn(2, 9, 10)
+    x = wide[..., 2:8].transpose(1, 2)  # [B, D, L], channels side by side in memory, as in the fused scan
+    weight, bias = torch.randn(6, 4), torch.randn(6)
+    exact = [value.detach().clone().requires_grad_() for value in (x, weight, bias)]
+    y = plain_convolution(exact[0].transpose(1, 2), exact[1], exact[2], "silu" if silu else None).transpose(1, 2)
+    dout = torch.randn_like(y)
+    grads = torch.autograd.grad(y, exact, dout)
+
+    torch.testing.assert_close(causal_conv1d_fn(x, weight, bias, activation="silu" if silu else None), y)
+    torch.testing.assert_close(causal_conv1d_fwd_function(x, weight, bias, None, None, None, silu), y)
+    given = torch.zeros(2, 9, 10)
+    dx = given[..., 1:7].transpose(1, 2)
+    found = causal_conv1d_bwd_function(x, weight, bias, dout, None, None, None, dx, False, silu)
+    torch.testing.assert_close(found[:3], grads)
+    torch.testing.assert_close(given[..., 1:7].transpose(1, 2), grads[0])  # written where the caller will look
+    assert given[..., [0, 7, 8, 9]].abs().max() == 0
+
+
+def test_the_stand_in_refuses_documents_rather_than_mixing_them(fla: types.ModuleType) -> None:
+    x, weight = torch.zeros(1, 2, 3), torch.zeros(2, 4)
+    with pytest.raises(NotImplementedError, match="whole rows only"):
+        conv1d.causal_conv1d_fn(x, weight, seq_idx=torch.zeros(1, 3, dtype=torch.int32))
+    with pytest.raises(NotImplementedError, match="whole rows only"):
+        conv1d.causal_conv1d_bwd_function(x, weight, None, x, None, x, None, None, False, True)
+
+
+def test_without_any_kernel_the_stand_in_says_so() -> None:
+    with pytest.raises(ImportError, match="neither causal_conv1d nor flash-linear-attention can be imported"):
+        conv1d.provide_causal_conv1d()
+    assert "causal_conv1d" not in sys.modules
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
+    figures = kernels.bench_kernels("tiny", SHAPE, seq_len=96, repeats=1)["kernels"]
+    assert {entry["op"] for entry in figures} == set(OPS)
+    references = [entry for entry in figures if entry["backend"] == "reference"]
+    assert len(references) == len({entry["input"] for entry in figures}) == 17
+    for entry in references:
+        assert entry["difference"] == 0
+        unit = "tflop_per_s" if entry["op"] in ("attention", "loss") else "tb_per_s"
+        if entry["op"] == "decode":  # which has no backward pass
+            assert entry["both_ms"] is None
+            continue
+        work = {name: entry[f"{name}_{unit}"] * entry[f"{name}_ms"] for name in ("forward", "both")}
+        assert work["both"] == pytest.approx(3 * work["forward"])
+
+
+@pytest.mark.parametrize("wrong_gradient", [False, True])
+def test_a_wrong_back_end_shows(wrong_gradient: bool) -> None:
+    case = next(case for case in kernels._cases(micro().model, 4096, CPU, torch.float32) if case.op == "convolution")
+    reference = kernels._backend("convolution", "reference", CPU)
+
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
+        if not wrong_gradient:
+            return reference(x, weight, bias, torch.zeros_like(seq_idx))  # forgets the documents
+        return reference(x, weight, bias.detach() + 0 * bias, seq_idx)
+
+    assert kernels._difference(case, reference, reference) == 0
+    assert kernels._difference(case, wrong, reference) > 0.1
+
+
+def test_attention_and_loss_count_the_operations_of_the_model() -> None:
+    model = micro().model
+    cases = {case.title: case for case in kernels._cases(model, 96, CPU, torch.float32)}
+    parts = flops.forward_flops(model, [96])
+    assert cases["attention, 2 heads, global, single"].flops == parts["attention_global"] // model.num_layers
+    assert cases["attention, 2 heads, window 32, single"].flops == parts["attention_windowed"] // model.num_layers
+    assert cases["loss head, 64 to 512"].flops == parts["head"]
+
+
+def test_a_back_end_fixed_by_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONTREE_SCAN", "reference")
+    assert kernels._backend("scan", "reference", CPU)
+    monkeypatch.setattr(kernels, "choose_kernels", lambda *_: types.SimpleNamespace(names={"scan": "reference"}))
+    with pytest.raises(UserError, match="FUSIONTREE_SCAN fixes the back-end of scan; unset it"):
+        kernels._backend("scan", "fast", CPU)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_is_measured_for_every_batch_and_context() -> None:
+    figures = bench_decode("tiny", SHAPE, batches=[1, 2], contexts=[40, 70], steps=3)
+    assert [(entry["batch"], entry["context"]) for entry in figures["decode"]] == [(1, 40), (1, 70), (2, 40), (2, 70)]
+    for entry in figures["decode"]:
+        assert entry["tokens_per_s"] == pytest.approx(entry["batch"] / entry["step"]["median_seconds"])
+        assert entry["prefill_tokens_per_s"] > 0
+    small, _, large, _ = (entry["cache_bytes"] for entry in figures["decode"])
+    assert large == pytest.approx(2 * small, abs=64)  # all but the count of tokens is kept by row
+
+
+def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
+    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in _model(micro("precision=bf16"), CPU).named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"A_log", "D", "dt_bias"}
+
+
+def test_memory_held_is_counted_once() -> None:
+    whole = torch.zeros(10, dtype=torch.float64)
+    held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
+    assert _held_bytes(held) == 80 + 12
+
+
+def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusiontree.bench import decode
+
+    run = decode._run
+
+    def scarce(model: Any, rows: int, *rest: Any) -> Any:
+        if rows > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return run(model, rows, *rest)
+
+    monkeypatch.setattr(decode, "_run", scarce)
+    first, second = bench_decode("tiny", SHAPE, batches=[1, 2], contexts=[20], steps=1)["decode"]
+    assert first["tokens_per_s"] > 0
+    assert second == {"batch": 2, "context": 20, "problem": "out of GPU memory with 2 rows of 20 tokens: no memory"}
+
+
+def test_progress_and_chatter_stay_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    from fusiontree.cli import main
+
+    words = ["bench", "decode", "--preset", "tiny", "--context", "20", "--steps", "1", "--json"]
+    with contextlib.suppress(SystemExit):
+        assert main([*words, *SHAPE]) == 0
+    assert json.loads(capsys.readouterr().out)["decode"][0]["context"] == 20
