@@ -14,7 +14,8 @@ from fusiontree.model.reference import IGNORE
 
 def gate_of(fusion: Fusion, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """The gate that fusing m and a shows, [B, L, H], and the mean that is reported held to it."""
-    fused, mean = fusion(torch.zeros_like(m), m, a, torch.ones(m.shape[:2], dtype=torch.bool))
+    fused, normed, mean = fusion(torch.zeros_like(m), m, a, torch.ones(m.shape[:2], dtype=torch.bool), torch.ones(32))
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(fused, (32,), eps=1e-5))
     gate = (fused / 2 - a) / (m - a)
     torch.testing.assert_close(mean, gate.mean((0, 1)), rtol=1e-4, atol=1e-4)
     return gate
@@ -24,7 +25,7 @@ def gate_of(fusion: Fusion, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 def test_every_gate_starts_as_the_plain_sum(kind: str) -> None:
     x, m, a = torch.randn(3, 2, 5, 32)
     fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), ops.select())
-    fused, mean = fusion(x, m, a, torch.ones(2, 5, dtype=torch.bool))
+    fused, _, mean = fusion(x, m, a, torch.ones(2, 5, dtype=torch.bool), torch.ones(32))
     torch.testing.assert_close(fused, x + m + a, rtol=0, atol=1e-6)
     assert (mean == 0.5).all()
 

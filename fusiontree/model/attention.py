@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
-from .layers import Linear, RMSNorm
+from .layers import Linear
 from .ops import Kernels
 from .reference import attention_cached
 
@@ -22,9 +22,9 @@ class AttentionBranch(nn.Module):
         self.config, self.layer, self.kernels = config, layer, kernels
         width = config.num_heads * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, width + 2 * config.num_kv_heads * config.head_dim)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.norm = RMSNorm(width, config.norm_eps)
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.norm = nn.Parameter(torch.ones(width))
         self.out_proj = Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents, cache: Cache | None) -> Tensor:
@@ -32,12 +32,11 @@ class AttentionBranch(nn.Module):
         pointwise, eps = self.kernels.pointwise, self.config.norm_eps
         kinds = self.config.kv_heads_by_window(self.layer)
         groups = [heads for heads, _ in kinds]
-        norms = self.q_norm.weight, self.k_norm.weight
-        parts = pointwise.attention_inputs(self.qkv_proj(x), *norms, rotary, eps, groups)
+        parts = pointwise.attention_inputs(self.qkv_proj(x), self.q_norm, self.k_norm, rotary, eps, groups)
         outputs = [
             self._attend(q, k, v, documents, cache, window) for (q, k, v), (_, window) in zip(parts, kinds, strict=True)
         ]
-        return self.out_proj(pointwise.joined_norm(outputs, self.norm.weight, eps))
+        return self.out_proj(pointwise.joined_norm(outputs, self.norm, eps))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: Cache | None, window: int | None

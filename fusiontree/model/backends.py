@@ -100,12 +100,13 @@ class _Scan(torch.autograd.Function):
             chunk_size=Q,
         )
         states, d_states = states.unflatten(-1, (-1, B.shape[-1])), d_states.unflatten(-1, (-1, B.shape[-1]))
-        dx, d_steps, dD = ssd.chunk_scan_chunk_state_bwd_dx(x, steps, sums, B, CB, dy, d_states, D=D, seq_idx=seq)
+        dx, dB_out, dC_out = _side_by_side(x, B, C)
+        _, d_steps, dD = ssd.chunk_scan_chunk_state_bwd_dx(x, steps, sums, B, CB, dy, d_states, D=D, seq_idx=seq, dx=dx)
         dB, d_decay = ssd.chunk_state_bwd_db(x, steps, sums, d_states, seq_idx=seq, B=B, ngroups=G)
         dC, d_sums = ssd.chunk_scan_bwd_dC(states, sums, dy, seq_idx=seq, C=C, ngroups=G)
         dCB = ssd.chunk_scan_bwd_dcb(x, steps, sums, dy, seq_idx=seq, ngroups=G)
-        dB = ssd.bmm_chunk_bwd(C, dCB, residual=dB, out=torch.empty_like(B))
-        dC = ssd.bmm_chunk_bwd(B, dCB.transpose(-1, -2), residual=dC, out=torch.empty_like(C))
+        ssd.bmm_chunk_bwd(C, dCB, residual=dB, out=dB_out)
+        ssd.bmm_chunk_bwd(B, dCB.transpose(-1, -2), residual=dC, out=dC_out)
         # a prefix sum's gradient goes to all it summed; the others come by token already
         d_sums[..., -1] += d_chunk_decay
         d_decay = d_decay + d_sums.flip(-1).cumsum(-1).flip(-1)
@@ -114,7 +115,14 @@ class _Scan(torch.autograd.Function):
         d_dt = (d_steps + d_decay * A[:, None, None]).flatten(2)[..., :L].transpose(1, 2)
         if d_initial is not None:
             d_initial = d_initial.unflatten(-1, (-1, B.shape[-1])).float()
-        return dx, d_dt, dA, dB, dC, dD, None, d_initial, None
+        return dx, d_dt, dA, dB_out, dC_out, dD, None, d_initial, None
+
+
+def _side_by_side(*like: Tensor) -> list[Tensor]:
+    """Uninitialised tensors like these [B, L, heads, size], in one row of memory per token."""
+    sizes = [t.shape[2] * t.shape[3] for t in like]
+    joint = like[0].new_empty(*like[0].shape[:2], sum(sizes))
+    return [part.unflatten(-1, t.shape[2:]) for part, t in zip(joint.split(sizes, -1), like, strict=True)]
 
 
 @lru_cache

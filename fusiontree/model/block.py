@@ -3,14 +3,13 @@
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionBranch
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
-from .layers import Linear, RMSNorm
+from .layers import Linear
 from .ops import Kernels
 from .srte import time_encoding
 from .ssm import MambaBranch
@@ -23,12 +22,12 @@ class Fusion(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.kind, self.pointwise = config.fusion, kernels.pointwise
+        self.kind, self.pointwise, self.eps = config.fusion, kernels.pointwise, config.norm_eps
         H, rank = config.hidden_size, config.gate_rank
         outputs = 1 if self.kind == "token" else H
         if self.kind in ("channel", "token"):
-            self.down = Linear(2 * H, rank)
-            self.up = Linear(rank, outputs)
+            self.down = nn.Parameter(torch.empty(rank, 2 * H))
+            self.up = nn.Parameter(torch.empty(outputs, rank))
         if self.kind != "sum":
             self.bias = nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
@@ -36,24 +35,27 @@ class Fusion(nn.Module):
     def reset_parameters(self) -> None:
         """Zero what leads to the gate's logits: g is one half."""
         if self.kind in ("channel", "token"):
-            nn.init.zeros_(self.up.weight)
+            nn.init.normal_(self.down, std=0.02)
+            nn.init.zeros_(self.up)
         if self.kind != "sum":
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, m: Tensor, a: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The residual stream with the branches' fusion added, [B, L, H], and the gate's mean over the real tokens.
+    def forward(
+        self, x: Tensor, m: Tensor, a: Tensor, real: Tensor | None, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream with the branches' fusion added, its norm, and the gate's mean over the real tokens.
 
         Args:
             x, m, a: the stream and the branches' outputs, [B, L, H] each.
             real: bool [B, L]; None: no mean is made.
+            norm_weight: [H].
+
+        Returns:
+            [B, L, H] twice, and fp32 [H].
         """
-        logits = None
-        if self.kind in ("channel", "token"):
-            on_m, on_a = self.down.weight.to(m.dtype).chunk(2, -1)
-            logits = self.up(F.silu(F.linear(m, on_m) + F.linear(a, on_a)))
-        bias = None if self.kind == "sum" else self.bias
-        fused, mean = self.pointwise.fuse(x, m, a, logits, bias, real)
-        return fused, None if mean is None else mean.expand(x.shape[-1])
+        gate = getattr(self, "down", None), getattr(self, "up", None), getattr(self, "bias", None)
+        fused, normed, mean = self.pointwise.fuse(x, m, a, gate, real, norm_weight, self.eps)
+        return fused, normed, None if mean is None else mean.expand(x.shape[-1])
 
 
 class Context(NamedTuple):
@@ -84,13 +86,14 @@ class HybridBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
-        self.kernels = kernels
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.pointwise, self.eps = kernels.pointwise, config.norm_eps
+        # norms are made together with what stands around them: a block owns their weights
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
         self.srte = None if config.srte_shared else time_encoding(config)
         self.mamba = MambaBranch(config, layer, kernels)
         self.attention = AttentionBranch(config, layer, kernels)
         self.fusion = Fusion(config, kernels)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config, kernels)
 
     def forward(
@@ -106,11 +109,10 @@ class HybridBlock(nn.Module):
         """
         if self.srte is not None:
             time = self.srte(context.documents.position_ids, x.dtype)
-        pointwise = self.kernels.pointwise
-        h, timed = pointwise.norm_with_time(x, time, self.norm.weight, self.norm.eps)
+        h, timed = self.pointwise.norm_with_time(x, time, self.norm, self.eps)
         m = self.mamba(timed, context.documents, context.cache)
         a = self.attention(h, context.rotary, context.documents, context.cache)
         if dropped is not None:
             m, a = (m * 0, a) if dropped == "mamba" else (m, a * 0)
-        x, gate = self.fusion(x, m, a, context.real)
-        return x + self.mlp(pointwise.norm(x, self.mlp_norm.weight, self.mlp_norm.eps)), gate
+        x, h, gate = self.fusion(x, m, a, context.real, self.mlp_norm)
+        return x + self.mlp(h), gate

@@ -60,7 +60,7 @@ class HybridLM(nn.Module):
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         nn.init.normal_(self.embedding.weight, std=0.5 / math.sqrt(H))  # logits of deviation one half
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and not name.endswith("fusion.up"):
+            if isinstance(module, Linear):
                 into_residual = name.endswith(("out_proj", "mlp.down"))
                 nn.init.normal_(module.weight, std=residual if into_residual else 0.02)
         if self.head is not None:

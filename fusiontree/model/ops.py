@@ -62,7 +62,10 @@ def _compiled() -> Pointwise:
     importlib.import_module("triton")  # what the compiler writes in for a GPU
     # prompts of many lengths and models of many shapes may meet in one process; past the limit it would raise
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
+    compiled = Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
+    from .triton_kernels import gated_norm, swiglu
+
+    return compiled._replace(gated_norm=gated_norm, swiglu=swiglu)
 
 
 def _scan_limits(config: ModelConfig) -> str | None:

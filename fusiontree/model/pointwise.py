@@ -110,27 +110,41 @@ def mamba_step(
 
 
 def fuse(
-    x: Tensor, m: Tensor, a: Tensor, logits: Tensor | None, bias: Tensor | None, real: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """x + 2·(g ⊙ m + (1 − g) ⊙ a) with g = sigmoid(logits + bias), and the mean of g over the real tokens.
+    x: Tensor,
+    m: Tensor,
+    a: Tensor,
+    gate: tuple[Tensor | None, Tensor | None, Tensor | None],
+    real: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y = x + 2·(g ⊙ m + (1 − g) ⊙ a) with g = sigmoid(W_up·silu(W_down·[m; a]) + b), its norm, and the mean of g.
 
     Args:
-        x, m, a: [B, L, H]. logits: [B, L, H or 1] or None. bias: [H or 1]; None: no gate, m + a.
+        x, m, a: [B, L, H]. gate: W_down [rank, 2H] and W_up [H or 1, rank], or None for a gate without input; and
+            b [H or 1], or None for no gate, which is m + a.
         real: bool [B, L], the tokens that count in the mean; None: no mean is made.
+        weight, eps: of the norm, weight [H].
 
     Returns:
-        [B, L, H], and fp32 [H or 1]: one half where no token is real.
+        y and its norm, [B, L, H] each, and fp32 [H or 1], one half where no token is real.
     """
+    down, up, bias = gate
     if bias is None:
-        return x + (m + a), None if real is None else x.new_full((1,), 0.5, dtype=torch.float32)
-    g = torch.sigmoid(bias.to(m.dtype) if logits is None else logits + bias.to(m.dtype))
-    fused = x + 2 * (a + g * (m - a))
+        y = x + (m + a)
+        return y, norm(y, weight, eps), None if real is None else x.new_full((1,), 0.5, dtype=torch.float32)
+    logits = bias.to(m.dtype).expand(*m.shape[:-1], -1)
+    if down is not None and up is not None:
+        on_m, on_a = down.to(m.dtype).chunk(2, -1)
+        logits = logits + F.linear(F.silu(F.linear(m, on_m) + F.linear(a, on_a)), up.to(m.dtype))
+    g = torch.sigmoid(logits)
+    y = x + 2 * (a + g * (m - a))
     if real is None:
-        return fused, None
-    weight = real.float()[..., None]
-    count = weight.sum()
-    mean = (g.float() * weight).sum((0, 1)) / count.clamp(min=1)
-    return fused, torch.where(count > 0, mean, 0.5)
+        return y, norm(y, weight, eps), None
+    counted = real.float()[..., None]
+    count = counted.sum()
+    mean = (g.float() * counted).sum((0, 1)) / count.clamp(min=1)
+    return y, norm(y, weight, eps), torch.where(count > 0, mean, 0.5)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
-from .layers import Linear, RMSNorm
+from .layers import Linear, split_channels
 from .ops import Kernels
 
 
@@ -27,7 +27,7 @@ class MambaBranch(nn.Module):
         self.A_log = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
-        self.norm = RMSNorm(config.ssm_size, config.norm_eps)
+        self.norm = nn.Parameter(torch.ones(config.ssm_size))
         self.out_proj = Linear(config.ssm_size, config.hidden_size)
         self.reset_parameters()
 
@@ -50,7 +50,7 @@ class MambaBranch(nn.Module):
             y = self._step(xBC, dt, documents, cache)
         else:
             y = self._scan(self._convolve(xBC, documents, cache), dt, documents, cache)
-        return self.out_proj(self.kernels.pointwise.gated_norm(y.flatten(-2), z, self.norm.weight, c.norm_eps))
+        return self.out_proj(self.kernels.pointwise.gated_norm(y.flatten(-2), z, self.norm, c.norm_eps))
 
     def _convolve(self, xBC: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         if cache is None:
@@ -61,7 +61,7 @@ class MambaBranch(nn.Module):
 
     def _scan(self, xBC: Tensor, dt: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         c = self.config
-        values, B_in, C_out = xBC.split([c.ssm_size, *[c.ssm_groups * c.ssm_state_size] * 2], -1)
+        values, B_in, C_out = split_channels(xBC, [c.ssm_size, *[c.ssm_groups * c.ssm_state_size] * 2])
         y, state = self.kernels.scan(
             values.unflatten(-1, (c.ssm_heads, c.ssm_head_dim)),
             self.kernels.pointwise.time_step(dt, self.dt_bias),

@@ -28,9 +28,12 @@ def _tap(x, seq, here, t, d, back, L, stride, D: tl.constexpr):
     """Inputs `back` tokens before each, fp32 [tokens, channels]; zero in another document or before the row."""
     s = t - back
     valid = (s >= 0) & (t < L)
-    same = valid & (tl.load(seq + s, mask=valid, other=-2) == here)
-    place = x + s.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(place, mask=same[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    same = tl.load(seq + s, mask=valid, other=-2) == here
+    # the load does not wait for the comparison; what it brings from another document is dropped
+    value = tl.load(
+        x + s.to(tl.int64)[:, None] * stride + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
+    )
+    return tl.where(same[:, None], value, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -111,10 +114,10 @@ def _conv_input_kernel(g, weight, seq, dx, L, D: tl.constexpr, BT: tl.constexpr,
     total = tl.zeros((BT, BD), tl.float32)
     for ahead in tl.static_range(TAPS):
         s = t + ahead
-        same = (s < L) & (tl.load(seq + s, mask=s < L, other=-2) == here)
+        same = tl.load(seq + s, mask=s < L, other=-2) == here
         place = g + s.to(tl.int64)[:, None] * D + d[None, :]
-        value = tl.load(place, mask=same[:, None] & (d < D)[None, :], other=0.0)
-        total += value.to(tl.float32) * _weight(weight, d, ahead, D)
+        value = tl.load(place, mask=(s < L)[:, None] & (d < D)[None, :], other=0.0)
+        total += tl.where(same[:, None], value, 0.0).to(tl.float32) * _weight(weight, d, ahead, D)
     place = dx + (row * L + t.to(tl.int64)[:, None]) * D + d[None, :]
     tl.store(place, total.to(dx.dtype.element_ty), mask=(t < L)[:, None] & (d < D)[None, :])
 
@@ -160,6 +163,147 @@ class _Convolution(torch.autograd.Function):
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
     """`reference.convolution` in one pass over memory forward and two backward; x may be a strided view."""
     return _Convolution.apply(x, weight, bias, seq_idx)
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _swiglu_forward_kernel(x, y, inner, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x + row * stride + c, mask=c < inner, other=0.0).to(tl.float32)
+    up = tl.load(x + row * stride + inner + c, mask=c < inner, other=0.0).to(tl.float32)
+    tl.store(y + row * inner + c, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=c < inner)
+
+
+@triton.jit
+def _swiglu_backward_kernel(x, dy, dx, inner, stride, dy_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x + row * stride + c, mask=c < inner, other=0.0).to(tl.float32)
+    up = tl.load(x + row * stride + inner + c, mask=c < inner, other=0.0).to(tl.float32)
+    upstream = tl.load(dy + row * dy_stride + c, mask=c < inner, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    d_gate = upstream * up * sigmoid * (1 + gate * (1 - sigmoid))
+    place = dx + row * 2 * inner + c
+    tl.store(place, d_gate.to(dx.dtype.element_ty), mask=c < inner)
+    tl.store(place + inner, (upstream * gate * sigmoid).to(dx.dtype.element_ty), mask=c < inner)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        x = _rows(gate_up)
+        inner = x.shape[1] // 2
+        y = torch.empty(*gate_up.shape[:-1], inner, dtype=x.dtype, device=x.device)
+        _swiglu_forward_kernel[(len(x), triton.cdiv(inner, 1024))](x, y, inner, x.stride(0), BLOCK=1024)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), dy = ctx.saved_tensors, _rows(grads[0])
+        inner = x.shape[1] // 2
+        dx = torch.empty(*grads[0].shape[:-1], 2 * inner, dtype=x.dtype, device=x.device)
+        _swiglu_backward_kernel[(len(x), triton.cdiv(inner, 1024))](
+            x, dy, dx, inner, x.stride(0), dy.stride(0), BLOCK=1024
+        )
+        return dx
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`pointwise.swiglu` at the speed of memory, its gradient too: a compiler writes the two halves at half of that."""
+    return _SwiGLU.apply(gate_up)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., size] as a matrix whose rows lie whole in memory."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.flatten(0, -2)
+
+
+@triton.jit
+def _gated_norm_forward_kernel(y, z, weight, out, inverse, size, y_stride, z_stride, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    value = tl.load(y + row * y_stride + c, mask=c < size, other=0.0).to(tl.float32)
+    gate = tl.load(z + row * z_stride + c, mask=c < size, other=0.0).to(tl.float32)
+    gated = value * gate * tl.sigmoid(gate)
+    scale = tl.rsqrt(tl.sum(gated * gated, 0) / size + eps)
+    w = tl.load(weight + c, mask=c < size, other=0.0).to(tl.float32)
+    tl.store(out + row * size + c, (gated * scale * w).to(out.dtype.element_ty), mask=c < size)
+    tl.store(inverse + row, scale)
+
+
+@triton.jit
+def _gated_norm_backward_kernel(
+    y, z, weight, inverse, d_out, dy, dz, d_weight, rows, size, y_stride, z_stride, d_stride,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Some rows' gradients, and their part of the weight's."""
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.arange(0, BLOCK)
+    w = tl.load(weight + c, mask=c < size, other=0.0).to(tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for step in range(STEPS):
+        row = (first + step * programs).to(tl.int64)
+        inside = (c < size) & (row < rows)
+        value = tl.load(y + row * y_stride + c, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(z + row * z_stride + c, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(d_out + row * d_stride + c, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(inverse + row, mask=row < rows, other=0.0)
+        sigmoid = tl.sigmoid(gate)
+        normed = value * gate * sigmoid * scale
+        sums += upstream * normed
+        weighted = upstream * w
+        d_gated = scale * (weighted - normed * (tl.sum(weighted * normed, 0) / size))
+        tl.store(dy + row * size + c, (d_gated * gate * sigmoid).to(dy.dtype.element_ty), mask=inside)
+        d_gate = d_gated * value * sigmoid * (1 + gate * (1 - sigmoid))
+        tl.store(dz + row * size + c, d_gate.to(dz.dtype.element_ty), mask=inside)
+    tl.store(d_weight + first.to(tl.int64) * size + c, sums, mask=c < size)
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.shape = y.shape
+        y, z = _rows(y), _rows(z)
+        rows, size = y.shape
+        out = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
+        inverse = torch.empty(rows, dtype=torch.float32, device=y.device)
+        BLOCK = triton.next_power_of_2(size)
+        _gated_norm_forward_kernel[(rows,)](
+            y, z, weight, out, inverse, size, y.stride(0), z.stride(0), eps, BLOCK=BLOCK, num_warps=_warps(BLOCK)
+        )
+        ctx.save_for_backward(y, z, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, z, weight, inverse = ctx.saved_tensors
+        d_out = _rows(grads[0])
+        rows, size = y.shape
+        dy = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
+        dz = torch.empty_like(dy)
+        programs = min(rows, 1056)  # eight for each multiprocessor
+        d_weight = torch.empty(programs, size, dtype=torch.float32, device=y.device)
+        BLOCK = triton.next_power_of_2(size)
+        _gated_norm_backward_kernel[(programs,)](
+            y, z, weight, inverse, d_out, dy, dz, d_weight, rows, size, y.stride(0), z.stride(0), d_out.stride(0),
+            BLOCK=BLOCK, STEPS=triton.cdiv(rows, programs), num_warps=_warps(BLOCK),
+        )  # fmt: skip
+        return dy, dz, d_weight.sum(0).to(weight.dtype), None
+
+
+def _warps(block: int) -> int:
+    """Threads enough that each holds 16 values of a row."""
+    return max(1, min(16, block // 512))
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`pointwise.gated_norm` in one pass over memory each way; z may be a strided view."""
+    return _GatedNorm.apply(y, z, weight, eps)
 
 
 # --- prefix sums of the scan -----------------------------------------------------------------------------------------
