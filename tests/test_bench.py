@@ -74,14 +74,14 @@ def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """Figures and profile of a whole run of the command, peer included."""
     report = tmp_path_factory.mktemp("bench") / "step.md"
-    options = ["--seq-len", 96, "--batch-tokens", 192, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
+    options = ["--seq-len", 2048, "--batch-tokens", 4096, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
     done = cli("bench", "train", "--preset", "tiny", *options, "--profile", report, "--json", *SHAPE)
     return json.loads(done.stdout), report.read_text()
 
 
 def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any], str]) -> None:
     figures, _ = measured
-    assert figures["tokens_per_s"] == pytest.approx(192 / figures["step"]["median_seconds"])
+    assert figures["tokens_per_s"] == pytest.approx(4096 / figures["step"]["median_seconds"])
     assert figures["step"]["min_seconds"] <= figures["step"]["median_seconds"] <= figures["step"]["max_seconds"]
     assert figures["kernels"] == dict.fromkeys(OPS, "reference")
     assert figures["loss"] == pytest.approx(math.log(512), rel=0.05)
@@ -91,16 +91,17 @@ def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any],
 
 
 def test_model_flops_are_those_of_the_timed_rows(measured: tuple[dict[str, Any], str]) -> None:
-    config = micro("batch.tokens=192")
+    config = micro("batch.tokens=4096", seq_len=2048)
     assert config.accumulation_steps(1) == 2
     workload = bench.Workload(steps=2, warmup=1)
     totals = []
-    for step in (1, 2):
+    for step in (0, 1, 2):
         batches = bench._batches(config, workload, step)
         assert not np.array_equal(batches[0].input_ids, batches[1].input_ids)
         lengths = [length for batch in batches for length in rows.lengths_of(batch)]
         totals.append(sum(flops.update_flops(config.model, lengths).values()))
-    assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals) / 1e12)
+    assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals[1:]) / 1e12)
+    assert totals[0] != totals[1]  # the step before the timed ones would show
 
 
 def test_the_peer_says_what_it_is(measured: tuple[dict[str, Any], str]) -> None:
