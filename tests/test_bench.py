@@ -7,6 +7,7 @@ import statistics
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fusiontree.bench import conv1d, kernels, measure, rows
 from fusiontree.bench import train as bench
 from fusiontree.bench.decode import _held_bytes, _model, bench_decode
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
-from fusiontree.bench.profiling import Kernel, _busy_seconds, kind_of
+from fusiontree.bench.profiling import Kernel, _busy_seconds, _device_kernels, kind_of
 from fusiontree.config import RunConfig, load_config
 from fusiontree.errors import RunError, UserError
 from fusiontree.model.ops import OPS
@@ -213,6 +214,19 @@ def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
 def test_the_device_is_busy_while_any_kernel_runs() -> None:
     spans = [Kernel("a", 10, 5), Kernel("b", 12, 1), Kernel("c", 14, 4), Kernel("d", 30, 2)]
     assert _busy_seconds(spans) == pytest.approx((8 + 2) / 1e6)
+
+
+def test_only_what_ran_on_the_device_counts_as_its_work() -> None:
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cuda_runtime", "cpu_op")
+    events = [{"cat": kind, "name": kind, "ts": 10.0 * i, "dur": 4.0} for i, kind in enumerate(kinds)]
+
+    class Watched:
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).write_text(json.dumps({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}))
+
+    found = _device_kernels(Watched())
+    assert found == [Kernel("kernel", 0, 4), Kernel("gpu_memcpy", 10, 4), Kernel("gpu_memset", 20, 4)]
+    assert _busy_seconds(found) == pytest.approx(12e-6)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
