@@ -16,8 +16,11 @@ from data_tools.tokenizer import train_tokenizer
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
+from fusiontree.model.ops import Kernels
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may ask a hub
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels run on the CPU where a test asks for them
 
 # small, yet with every kind of head; rows of the tests cross its chunk and its window
 SMALL = ModelConfig(
@@ -46,10 +49,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def build(seed: int = 0, **changes: object) -> HybridLM:
-    """A small model whose gates are off their start, so that they matter."""
+def build(
+    seed: int = 0, kernels: Kernels | None = None, dtype: torch.dtype | None = None, **changes: object
+) -> HybridLM:
+    """A small model whose gates are off their start, so that they matter; activations in `dtype`."""
     torch.manual_seed(seed)
-    model = HybridLM(dataclasses.replace(SMALL, **changes))
+    model = HybridLM(dataclasses.replace(SMALL, **changes), kernels, compute_dtype=dtype)
     for name, parameter in model.named_parameters():
         if "fusion.up" in name or name.endswith("fusion.bias"):
             torch.nn.init.normal_(parameter, std=0.5)

@@ -174,16 +174,21 @@ def select(
     Raises:
         ValueError: one asked for by name is unknown or cannot run here.
     """
-    names = {
-        op: _choose(op, (requested or {}).get(op, "auto"), available(op, device_type, config, dtype)) for op in OPS
-    }
+    names = {}
+    for op in OPS:
+        reasons = available(op, device_type, config, dtype)
+        if device_type != "cuda":  # the interpreter is for tests: only by name
+            automatic = next(name for name in reasons if not _BACKENDS[op][name].install)
+        else:
+            automatic = next(name for name, reason in reasons.items() if reason is None)
+        names[op] = _choose(op, (requested or {}).get(op, "auto"), reasons, automatic)
     return Kernels(**{op: _BACKENDS[op][name].load() for op, name in names.items()}, names=names)
 
 
-def _choose(op: str, requested: str, reasons: Mapping[str, str | None]) -> str:
+def _choose(op: str, requested: str, reasons: Mapping[str, str | None], automatic: str) -> str:
     requested = os.environ.get(f"FUSIONTREE_{op.upper()}", requested)
     if requested == "auto":
-        return next(name for name, reason in reasons.items() if reason is None)
+        return automatic
     if requested not in reasons:
         raise ValueError(f"kernels.{op} {requested!r} is unknown; choose auto or one of {', '.join(reasons)}")
     if reasons[requested] is not None:

@@ -18,6 +18,11 @@ from .documents import Documents
 IGNORE = -100  # label of a token that has no loss
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, the precision that sums are made in; what is fp64 stays so, for those who measure rounding."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 # --- state-space scan ------------------------------------------------------------------------------------------------
 
 
@@ -34,9 +39,9 @@ def scan_step(
         y [B, H, P] in the dtype of x, and the new state [B, H, P, S] in fp32.
     """
     heads_per_group = x.shape[1] // B_in.shape[1]
-    B_heads = B_in.float().repeat_interleave(heads_per_group, 1)
-    C_heads = C_out.float().repeat_interleave(heads_per_group, 1)
-    xf = x.float()
+    B_heads = _wide(B_in).repeat_interleave(heads_per_group, 1)
+    C_heads = _wide(C_out).repeat_interleave(heads_per_group, 1)
+    xf = _wide(x)
     decay = torch.exp(dt * A)[..., None, None]
     state = state * decay + (dt[..., None] * xf)[..., None] * B_heads[:, :, None, :]
     y = (state * C_heads[:, :, None, :]).sum(-1) + D[:, None] * xf
@@ -96,11 +101,11 @@ def scan_chunked(
     C = (L + pad) // Q
     initial_state, initial_seq = _initial(x, B_in, initial_state, initial_seq)
 
-    xf, dt = x.float(), dt.float()
+    xf, dt = _wide(x), _wide(dt)
     seq = torch.cat([seq_idx, seq_idx[:, -1:].expand(B, pad)], 1).view(B, C, Q)
     drive = _chunks(xf * dt[..., None], pad, C)  # dt·x, [B, C, Q, H, P]
     log_decay = _chunks(dt * A, pad, C)  # [B, C, Q, H]
-    B_chunks, C_chunks = _chunks(B_in.float(), pad, C), _chunks(C_out.float(), pad, C)  # [B, C, Q, G, S]
+    B_chunks, C_chunks = _chunks(_wide(B_in), pad, C), _chunks(_wide(C_out), pad, C)  # [B, C, Q, G, S]
 
     # decay from token j to token i of one chunk, zero across documents: [B, C, H, Q, Q]. The prefix sums run over the
     # tokens of one document only, by a masked product: a difference of plain prefix sums would let others' rounding in
@@ -145,7 +150,7 @@ def _chunks(value: Tensor, pad: int, chunks: int) -> Tensor:
 def _initial(x: Tensor, B_in: Tensor, state: Tensor | None, seq: Tensor | None) -> tuple[Tensor, Tensor]:
     """The state before the first token and its document: zeros of no document (-1) unless given."""
     if state is None:
-        state = x.new_zeros(x.shape[0], *x.shape[2:], B_in.shape[-1], dtype=torch.float32)
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B_in.shape[-1], dtype=_wide(x).dtype)
     if seq is None:
         seq = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
     return state, seq
