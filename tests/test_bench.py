@@ -7,6 +7,7 @@ import statistics
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fusiontree.bench import conv1d, kernels, measure, rows
 from fusiontree.bench import train as bench
 from fusiontree.bench.decode import _held_bytes, _model, bench_decode
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
-from fusiontree.bench.profiling import Kernel, _busy_seconds, kind_of
+from fusiontree.bench.profiling import Kernel, _busy_seconds, _device_kernels, kind_of
 from fusiontree.config import RunConfig, load_config
 from fusiontree.errors import RunError, UserError
 from fusiontree.model.ops import OPS
@@ -74,14 +75,14 @@ def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """Figures and profile of a whole run of the command, peer included."""
     report = tmp_path_factory.mktemp("bench") / "step.md"
-    options = ["--seq-len", 96, "--batch-tokens", 192, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
+    options = ["--seq-len", 2048, "--batch-tokens", 4096, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
     done = cli("bench", "train", "--preset", "tiny", *options, "--profile", report, "--json", *SHAPE)
     return json.loads(done.stdout), report.read_text()
 
 
 def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any], str]) -> None:
     figures, _ = measured
-    assert figures["tokens_per_s"] == pytest.approx(192 / figures["step"]["median_seconds"])
+    assert figures["tokens_per_s"] == pytest.approx(4096 / figures["step"]["median_seconds"])
     assert figures["step"]["min_seconds"] <= figures["step"]["median_seconds"] <= figures["step"]["max_seconds"]
     assert figures["kernels"] == dict.fromkeys(OPS, "reference")
     assert figures["loss"] == pytest.approx(math.log(512), rel=0.05)
@@ -91,16 +92,17 @@ def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any],
 
 
 def test_model_flops_are_those_of_the_timed_rows(measured: tuple[dict[str, Any], str]) -> None:
-    config = micro("batch.tokens=192")
+    config = micro("batch.tokens=4096", seq_len=2048)
     assert config.accumulation_steps(1) == 2
     workload = bench.Workload(steps=2, warmup=1)
     totals = []
-    for step in (1, 2):
+    for step in (0, 1, 2):
         batches = bench._batches(config, workload, step)
         assert not np.array_equal(batches[0].input_ids, batches[1].input_ids)
         lengths = [length for batch in batches for length in rows.lengths_of(batch)]
         totals.append(sum(flops.update_flops(config.model, lengths).values()))
-    assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals) / 1e12)
+    assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals[1:]) / 1e12)
+    assert totals[0] != totals[1]  # the step before the timed ones would show
 
 
 def test_the_peer_says_what_it_is(measured: tuple[dict[str, Any], str]) -> None:
@@ -212,6 +214,19 @@ def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
 def test_the_device_is_busy_while_any_kernel_runs() -> None:
     spans = [Kernel("a", 10, 5), Kernel("b", 12, 1), Kernel("c", 14, 4), Kernel("d", 30, 2)]
     assert _busy_seconds(spans) == pytest.approx((8 + 2) / 1e6)
+
+
+def test_only_what_ran_on_the_device_counts_as_its_work() -> None:
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cuda_runtime", "cpu_op")
+    events = [{"cat": kind, "name": kind, "ts": 10.0 * i, "dur": 4.0} for i, kind in enumerate(kinds)]
+
+    class Watched:
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).write_text(json.dumps({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}))
+
+    found = _device_kernels(Watched())
+    assert found == [Kernel("kernel", 0, 4), Kernel("gpu_memcpy", 10, 4), Kernel("gpu_memset", 20, 4)]
+    assert _busy_seconds(found) == pytest.approx(12e-6)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def bench_decode(
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
     check_positions(config.model, max(contexts) + _UNTIMED_STEPS + steps)
-    model = _model(config, device)
-    _run(model, min(batches), min(contexts), 1, device)  # compiles and tunes
+    with measure.naming_lack_of_memory(f"the weights of {config.name}"):
+        model = _model(config, device)
     figures = []
     with progress_bar() as bar:
         task = bar.add_task("decode", total=len(batches) * len(contexts), note="")
@@ -68,15 +68,10 @@ def bench_decode(
 def _model(config: RunConfig, device: torch.device) -> HybridLM:
     """The model with random weights in the precision of its activations; the scan's own parameters are fp32 always."""
     torch.manual_seed(config.seed)
-    usual = torch.get_default_dtype()
     dtype = DTYPES[config.precision]
-    torch.set_default_dtype(dtype)
-    try:
-        kernels = choose_kernels(device.type, config.kernels.model_dump(), config.model, dtype)
-        with torch.device(device):
-            model = HybridLM(config.model, kernels)
-    finally:
-        torch.set_default_dtype(usual)
+    kernels = choose_kernels(device.type, config.kernels.model_dump(), config.model, dtype)
+    with measure.made_in(dtype, device):
+        model = HybridLM(config.model, kernels)
     return model.eval()
 
 
@@ -98,10 +93,12 @@ def _measure(model: HybridLM, rows: int, context: int, steps: int, device: torch
 
 
 def _run(model: HybridLM, rows: int, context: int, steps: int, device: torch.device) -> tuple[float, list[float], int]:
-    """Seconds of the prefill and of each step behind it, and the cache's bytes."""
+    """Seconds of a prefill, the second of its shape, and of each step behind it, and the cache's bytes."""
     generator = torch.Generator(device).manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (rows, context), generator=generator, device=device)
-    decoder = Decoder(model, rows, room=context + _UNTIMED_STEPS + steps)
+    room = context + _UNTIMED_STEPS + steps
+    Decoder(model, rows, room).prefill(prompt)  # compiles and tunes
+    decoder = Decoder(model, rows, room)
     logits: list[Tensor] = []
     prefill = measure.elapsed(device, lambda: logits.append(decoder.prefill(prompt)))
 

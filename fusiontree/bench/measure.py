@@ -85,3 +85,15 @@ def naming_lack_of_memory(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RunError(f"out of GPU memory with {what}: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Make the parameters of a module on `device`, in `dtype` but for those that name another themselves."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(usual)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusiontree.bench.conv1d import provide_causal_conv1d
+from fusiontree.bench.measure import made_in
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
 from fusiontree.errors import RunError, UserError
@@ -129,8 +130,8 @@ class Peer:
         if device.type == "cuda" and PEERS[name].fused_scan is not None:
             self.convolution = provide_causal_conv1d()
             _open_mamba_ssm()
-        with torch.device(device):
-            self.model = _build(name, config, device).to(torch.bfloat16)
+        with made_in(torch.bfloat16, device):
+            self.model = _build(name, config, device)
         self.scan = _scan_of(name, self.model)
         if device.type == "cuda" and self.scan is not None and not self.scan.startswith("mamba_ssm"):
             raise RunError(f"--peer {name} would run its scan in {self.scan}, not in mamba_ssm: not a fair comparison")
