@@ -206,6 +206,28 @@ def test_compiled_pieces_equal_their_functions(name: str) -> None:
         assert gap(fast.detach(), plainly.detach().double().cpu()) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a large GPU")
+@torch.inference_mode()
+def test_a_scan_beyond_32_bit_offsets_is_split_and_right() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs a GPU with 60 GiB")
+    L, H, P, S, last = 540_672, 64, 64, 128, 1000
+    assert L * H * P > 2**31
+    scan = backend("scan", "mamba_ssm")
+    x = torch.randn(1, L, H, P, device=DEVICE, dtype=torch.bfloat16)
+    dt, A = torch.rand(1, L, H, device=DEVICE) * 0.1, -torch.rand(H, device=DEVICE)
+    B, C = (torch.randn(1, L, 1, S, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    seq = (torch.arange(L, device=DEVICE) >= L - last).int()[None]
+    y, state = scan(x, dt, A, B, C, torch.ones(H, device=DEVICE), seq, chunk_size=256)
+    tail = [t[:, -last:].contiguous() for t in (x, dt, B, C)]
+    y_tail, state_tail = scan(
+        tail[0], tail[1], A, *tail[2:], torch.ones(H, device=DEVICE), seq[:, -last:] * 0, chunk_size=256
+    )
+    assert gap(y[:, -last:], y_tail.double().cpu()) < 1e-2  # its chunks begin elsewhere
+    assert gap(state, state_tail.double().cpu()) < 1e-2
+
+
 # --- the whole model on every back-end -------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ def _build_engine(config: RunConfig, world: World) -> Any:
         eps=config.optimizer.eps,
         fused=True,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
         "gradient_clipping": config.optimizer.grad_clip,
@@ -112,6 +112,9 @@ def _build_engine(config: RunConfig, world: World) -> Any:
         "steps_per_print": sys.maxsize,
         **deepspeed_json(config),
     }
+    if world.size == 1 and "zero_optimization" in settings:
+        # nothing to overlap with, and the engine would wait for the device before every update
+        settings["zero_optimization"]["overlap_comm"] = False
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
