@@ -90,6 +90,7 @@ class KernelsConfig(_Section):
     scan: str = "auto"
     convolution: str = "auto"
     attention: str = "auto"
+    prefill: str = "auto"  # attention of a prompt's later pieces to all before them
     decode: str = "auto"  # attention of one new token to the cache
     loss: str = "auto"
     pointwise: str = "auto"  # norms, rotations and gates between the rest: compiled or not

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMALL, build, documents_of
 
-from fusiontree.generate import Decoder
+from fusiontree.generate import PREFILL_TOKENS, Decoder
 from fusiontree.model import ops, reference
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
@@ -142,6 +142,16 @@ def test_attention_equals_the_reference(name: str, dtype: torch.dtype, window: i
     compare(lambda q, k, v: attention(q, k, v, there, window), truth, inputs, tolerance(dtype, rounds=True))
 
 
+@pytest.mark.parametrize(("name", "dtype"), usable("prefill"))
+@pytest.mark.parametrize("window", [None, 48])
+def test_attention_of_a_later_piece_equals_the_reference(name: str, dtype: torch.dtype, window: int | None) -> None:
+    q, k, v = (normal(2, 128, heads, 64, dtype=dtype, seed=s) for s, heads in enumerate((4, 2, 2)))
+    truth = reference.attention(*(t.double() for t in (q, k, v)), Documents.whole_rows(2, 128, "cpu"), window)
+    keys = slice(0 if window is None else 90 - window, None)
+    found = backend("prefill", name)(*(t.to(DEVICE) for t in (q[:, 90:], k[:, keys], v[:, keys])), window)
+    assert gap(found, truth[:, 90:]) < tolerance(dtype, rounds=True)[0]
+
+
 @pytest.mark.parametrize(("name", "dtype"), usable("decode"))
 def test_decoding_attention_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     decode = backend("decode", name)
@@ -183,13 +193,18 @@ def test_compiled_pieces_equal_their_functions(name: str) -> None:
         "time_step": ([x, weight], ()),
         "gated_norm": ([x, y, weight], (1e-5,)),
         "mamba_step": None,  # the decoding tests below
-        "fuse": ([x, y, z, normal(2, 128, 64, seed=7), weight], (real,)),
+        "fuse": ([x, y, z, normal(8, 128, seed=7), normal(64, 8, seed=8), weight, normal(64, seed=9)], (real, 1e-5)),
         "swiglu": ([x], ()),
     }[name]
     if arguments is None:
         pytest.skip("covered by the tests of the whole model")
     tensors, rest = arguments
     compiled, plain = getattr(ops.select(device_type=DEVICE).pointwise, name), getattr(Pointwise(), name)
+    if name == "fuse":  # its gate is a tuple
+        compiled, plain = (
+            lambda x, m, a, down, up, bias, weight, real, eps, f=f: f(x, m, a, (down, up, bias), real, weight, eps)
+            for f in (compiled, plain)
+        )
 
     def flat(outputs: object) -> tuple[torch.Tensor, ...]:
         if isinstance(outputs, torch.Tensor):
@@ -284,11 +299,15 @@ def test_a_later_token_changes_no_earlier_logit(requested: dict[str, str], dtype
 
 
 @pytest.mark.parametrize(("requested", "dtype"), choices())
+@pytest.mark.parametrize("padding", [(0, 60, 20), (0, 0, 0)])
 @torch.inference_mode()
-def test_decoding_step_by_step_equals_the_full_forward(requested: dict[str, str], dtype: torch.dtype) -> None:
+def test_decoding_step_by_step_equals_the_full_forward(
+    padding: tuple[int, ...], requested: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PREFILL_TOKENS, DEVICE, 3 * 30)  # the prompt's 70 tokens come in three pieces
     model = model_with(requested, dtype)
     ids = torch.randint(96, (3, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    mask = torch.arange(128, device=DEVICE) >= torch.tensor([0, 60, 20], device=DEVICE)[:, None]
+    mask = torch.arange(128, device=DEVICE) >= torch.tensor(padding, device=DEVICE)[:, None]
     whole = model(ids, Documents.from_mask(mask)).logits
     decoder = Decoder(model, 3, room=100)  # less than there will be: the cache moves on the way
     steps = [decoder.prefill(ids[:, :70], mask[:, :70])]

@@ -240,7 +240,7 @@ def test_doctor_reports_this_machine(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["problems"] == []
     assert report["versions"]["python"] == sys.version.split()[0]
-    assert set(report["kernels"]) == {"scan", "convolution", "attention", "decode", "loss", "pointwise"}
+    assert set(report["kernels"]) == {"scan", "convolution", "attention", "prefill", "decode", "loss", "pointwise"}
     assert report["machine"]["memory_bytes"] > 2**28
 
 

@@ -138,7 +138,7 @@ def test_pyramid_windows_grow_with_depth() -> None:
 
 
 def test_kernels_are_chosen_by_name_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ops.select().names) == {"scan", "convolution", "attention", "decode", "loss", "pointwise"}
+    assert set(ops.select().names) == {"scan", "convolution", "attention", "prefill", "decode", "loss", "pointwise"}
     with pytest.raises(ValueError, match="kernels.scan 'warp' is unknown; choose auto or one of mamba_ssm, reference"):
         ops.select({"scan": "warp"})
     monkeypatch.setenv("FUSIONTREE_ATTENTION", "warp")

@@ -172,6 +172,7 @@ def _cases(model: ModelConfig, seq_len: int, device: torch.device, dtype: torch.
             for kind, documents in (("packed", packed), ("single", single)):
                 shape = heads, kv_heads, model.head_dim
                 cases.append(_attention(f"attention, {title}, {kind}", shape, window, documents, device, dtype))
+            cases.append(_prefill(title, (heads, kv_heads, model.head_dim), window, seq_len, device, dtype))
             cases.append(_decode(title, (heads, kv_heads, model.head_dim), window or seq_len, device, dtype))
     return [*cases, _loss(model, seq_len, device, dtype), *_pointwise(model, packed, device, dtype)]
 
@@ -243,6 +244,31 @@ def _attention(
     return Case("attention", title, call, inputs, flops=4 * D * heads * pairs)
 
 
+def _prefill(
+    heads_title: str,
+    shape: tuple[int, int, int],
+    window: int | None,
+    seq_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Case:
+    """The last quarter of a prompt's attention to all of it, or to what the windows reach."""
+    (heads, kv_heads, D), new = shape, max(2, seq_len // 4)
+    seen = seq_len if window is None else min(seq_len, window + new)
+
+    def inputs() -> list[Tensor]:
+        draw = _drawer(device, dtype)
+        return [
+            draw(1, tokens, count, D).detach() for tokens, count in ((new, heads), (seen, kv_heads), (seen, kv_heads))
+        ]
+
+    def call(prefill: Any, values: Sequence[Tensor]) -> list[Tensor]:
+        return [prefill(*values, window)]
+
+    pairs = flops.visible_pairs(seq_len, window) - flops.visible_pairs(seq_len - new, window)
+    return Case("prefill", f"a later piece's attention, {heads_title}", call, inputs, flops=4 * D * heads * pairs)
+
+
 def _decode(heads_title: str, shape: tuple[int, int, int], seen: int, device: torch.device, dtype: torch.dtype) -> Case:
     heads, kv_heads, D = shape
 
@@ -296,14 +322,22 @@ def _pointwise(model: ModelConfig, documents: Documents, device: torch.device, d
         ),
         ("time step", lambda p, v: [p.time_step(*v)], [[model.ssm_heads]], [[model.ssm_heads]]),
         ("gated norm", lambda p, v: [p.gated_norm(*v, eps)], [[size], [size]], [[size]]),
-        ("fuse", lambda p, v: [p.fuse(*v, real)[0]], [[H]] * 4, [[H]]),
+        (
+            "fuse",
+            lambda p, v: list(p.fuse(*v[:3], tuple(v[3:6]), real, v[6], eps)[:2]),
+            [[H]] * 3,
+            [[model.gate_rank, 2 * H], [H, model.gate_rank], [H], [H]],
+        ),
         ("SwiGLU", lambda p, v: [p.swiglu(*v)], [[2 * model.mlp_size]], []),
     ]
 
     def case(title: str, call: Any, activations: list[list[int]], parameters: list[list[int]]) -> Case:
         def inputs() -> list[Tensor]:
             draw = _drawer(device, dtype)
-            return [*(draw(1, L, *shape) for shape in activations), *(draw(*shape, **fp32) for shape in parameters)]
+            return [
+                *(draw(1, L, *shape) for shape in activations),
+                *(draw(*shape, scale=shape[-1] ** -0.5 if len(shape) > 1 else 1.0, **fp32) for shape in parameters),
+            ]
 
         return Case("pointwise", title, call, inputs)
 

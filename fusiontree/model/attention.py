@@ -44,12 +44,14 @@ class AttentionBranch(nn.Module):
         """Attention of one kind of head; [B, L, heads, D]."""
         if cache is None:
             return self.kernels.attention(q, k, v, documents, window)
-        keys, values, mask = cache.attend(self.layer, k, v, documents, window)
-        if mask is None:
-            return self.kernels.attention(q, k, v, documents, window)
+        keys, values = cache.attend(self.layer, k, v, window)
         if q.shape[1] == 1:
-            return self.kernels.decode(q, keys, values, mask, cache.filled(window))
-        return attention_cached(q, keys, values, mask)
+            return self.kernels.decode(q, keys, values, cache.visible(documents, window), cache.filled(window))
+        if cache.length == 0:
+            return self.kernels.attention(q, k, v, documents, window)
+        if cache.whole:
+            return self.kernels.prefill(q, keys, values, window)
+        return attention_cached(q, keys, values, cache.mask(documents, window))
 
 
 def rotary_embedding(position_ids: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

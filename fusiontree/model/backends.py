@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .documents import Documents
@@ -184,55 +185,72 @@ def _scan_within_limits(
 
 
 def _attention_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
-    """`reference.attention` by a FlashAttention with the varlen interface of `flash`."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-        longest = documents.max_seqlen
-        near = (-1, 0) if window is None or window >= longest else (window - 1, 0)
-        out = flash(
-            q.flatten(0, 1),
-            k.flatten(0, 1),
-            v.flatten(0, 1),
-            cu_seqlens_q=documents.cu_seqlens,
-            cu_seqlens_k=documents.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            causal=True,
-            window_size=near,
-        )
-        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+    """`reference.attention` by the varlen function `flash` of a FlashAttention."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-        K = k.shape[2]
-        if fits(q.numel()):
-            return call(q, k, v, documents, window)
-        if K == 1:
-            raise ValueError(f"attention's kernels reach {MAX_OFFSET:,} values of a group of heads; shorten the rows")
-        cut = K // 2
-        queries = q.tensor_split([q.shape[2] // K * cut], 2)
-        halves = zip(queries, k.tensor_split([cut], 2), v.tensor_split([cut], 2), strict=True)
-        return torch.cat([attention(a, b, c, documents, window) for a, b, c in halves], 2)
+        bounds, longest = documents.cu_seqlens, documents.max_seqlen
+        return _within_limits(flash, q, k, v, (bounds, longest), (bounds, longest), window)
 
     return attention
 
 
-@lru_cache
+def _continued_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
+    """`reference.attention_continued` by the varlen function `flash` of a FlashAttention."""
+
+    def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        rows = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+        (L, T) = q.shape[1], k.shape[1]
+        return _within_limits(flash, q, k, v, (rows * L, L), (rows * T, T), window)
+
+    return attention_continued
+
+
+_Bounds = tuple[Tensor, int]  # of documents over the flattened tokens, int32 [documents + 1]; tokens of the longest
+
+
+def _within_limits(
+    flash: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: _Bounds, keys: _Bounds, window: int | None
+) -> Tensor:
+    K = k.shape[2]
+    if fits(max(q.numel(), k.numel())):
+        reach = {} if window is None or window >= keys[1] else {"window_size": (window - 1, 0)}
+        out = flash(
+            *(t.flatten(0, 1) for t in (q, k, v)),
+            cu_seqlens_q=queries[0],
+            cu_seqlens_k=keys[0],
+            max_seqlen_q=queries[1],
+            max_seqlen_k=keys[1],
+            causal=True,
+            **reach,
+        )
+        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+    if K == 1:
+        raise ValueError(f"attention's kernels reach {MAX_OFFSET:,} values of a group of heads; shorten the rows")
+    cut = K // 2
+    halves = zip(
+        q.tensor_split([q.shape[2] // K * cut], 2), k.tensor_split([cut], 2), v.tensor_split([cut], 2), strict=True
+    )
+    return torch.cat([_within_limits(flash, a, b, c, queries, keys, window) for a, b, c in halves], 2)
+
+
 def attention_flash4() -> Callable[..., Tensor]:
     """FlashAttention-4, of the package flash-attn-4."""
-    flash = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-
-    def with_its_window(*args: Tensor, window_size: tuple[int, int], causal: bool, **kwargs: Any) -> Any:
-        if window_size[0] < 0:
-            return flash(*args, causal=causal, **kwargs)
-        return flash(*args, causal=causal, window_size=window_size, **kwargs)
-
-    return _attention_by(with_its_window)
+    return _attention_by(importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
 
 
-@lru_cache
 def attention_flash2() -> Callable[..., Tensor]:
     """FlashAttention-2, of the package flash-attn."""
     return _attention_by(importlib.import_module("flash_attn").flash_attn_varlen_func)
+
+
+def prefill_flash4() -> Callable[..., Tensor]:
+    """FlashAttention-4 over a later piece of a document."""
+    return _continued_by(importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
+
+
+def prefill_flash2() -> Callable[..., Tensor]:
+    """FlashAttention-2 over a later piece of a document."""
+    return _continued_by(importlib.import_module("flash_attn").flash_attn_varlen_func)
 
 
 @lru_cache
@@ -240,20 +258,24 @@ def attention_flex() -> Callable[..., Tensor]:
     """torch's FlexAttention, compiled for the mask of windows and documents."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex = torch.compile(flex_attention)
+    flex = torch.compile(flex_attention, dynamic=False)  # it takes no lengths that are known only as it runs
+    block = 128  # tokens that its masks count in; rows are filled up to whole blocks, so that few lengths are compiled
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-        seq, (B, L) = documents.seq_idx, documents.seq_idx.shape
+        B, L = documents.seq_idx.shape
+        pad = -L % block
+        seq = F.pad(documents.seq_idx, (0, pad), value=-1)
         reach = L if window is None else window
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (seq[b, i] == seq[b, j]) & (i >= j) & (i - j < reach)
 
         mask = documents.once(
-            ("flex", window), lambda: create_block_mask(visible, B, None, L, L, device=q.device, _compile=True)
+            ("flex", window),
+            lambda: create_block_mask(visible, B, None, L + pad, L + pad, device=q.device, _compile=True),
         )
-        out = flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2)
+        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)).transpose(1, 2) for t in (q, k, v))
+        return flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)[:, :L]
 
     return attention
 

@@ -51,6 +51,7 @@ class Cache:
         windowed_kv = config.num_kv_heads - global_kv
         self.config = config
         self.length = 0  # tokens seen so far, padding included
+        self.whole = True  # whether each row is one document, from its first token on
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # the same, on the device
         self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)  # in its document, if it goes on
         self.seq_idx = torch.full((rows, 0), -1, dtype=torch.int32, device=device)  # [B, T], -1 where there is none
@@ -117,82 +118,66 @@ class Cache:
         """Documents of the convolution's tail and the new tokens, int32 [B, taps - 1 + L]."""
         return torch.cat([self.tail_documents, documents.seq_idx], 1)
 
-    def attend(
-        self, layer: int, k: Tensor, v: Tensor, documents: Documents, window: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Remember new keys and values of one kind of head; what their queries attend to, and which of it they see.
+    def attend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Remember new keys and values of one kind of head, and give all that their queries may attend to.
 
         Args:
             k, v: [B, L, K, D]. window: of these heads; None for the global ones.
 
         Returns:
-            Keys and values [B, seen, K, D], and the mask: bool [B, seen] if L is 1, else [B, L, seen]; None when
-            nothing came before, so that the new tokens attend to one another alone.
+            Keys and values. For one new token: with room for more behind them, or the whole ring in its own order
+            (`visible`). For several: what came before and the new ones, in order (`mask`).
         """
-        memory = self.layers[layer]
+        memory, L, start = self.layers[layer], k.shape[1], self.length
         k, v = k.detach(), v.detach()
-        if window is None:
-            return self._attend_global(memory.global_k, memory.global_v, k, v, documents)
-        return self._attend_window(memory.ring_k, memory.ring_v, k, v, documents, window)
-
-    def filled(self, window: int | None) -> Tensor:
-        """How far the keys that one new token attends to are filled, int64 [1]."""
-        return self.position + 1 if window is None else (self.position + 1).clamp(max=window)
-
-    def _attend_global(
-        self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, documents: Documents
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        L, start = k.shape[1], self.length
+        if window is not None:
+            return self._attend_ring(memory.ring_k, memory.ring_v, k, v, window)
+        keys, values = memory.global_k, memory.global_v
         if L == 1:
             keys.index_copy_(1, self.position, k)
             values.index_copy_(1, self.position, v)
-            return keys, values, documents.once("global", lambda: self.seq_idx == documents.seq_idx)
+            return keys, values
         keys[:, start : start + L], values[:, start : start + L] = k, v
-        if start == 0:
-            return k, v, None
-        mask = documents.once("global", lambda: self._global_mask(documents))
-        return keys[:, : start + L], values[:, : start + L], mask
+        return keys[:, : start + L], values[:, : start + L]
 
-    def _global_mask(self, documents: Documents) -> Tensor:
-        L = documents.seq_idx.shape[1]
-        index = torch.arange(self.length + L, device=self.seq_idx.device)
-        same = self.seq_idx[:, None, : self.length + L] == documents.seq_idx[..., None]
-        return same & (index[None] <= index[self.length :, None])
-
-    def _attend_window(
-        self, ring_k: Tensor, ring_v: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _attend_ring(self, ring_k: Tensor, ring_v: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
         L, start = k.shape[1], self.length
         if L == 1:
             slot = self.position % window
             ring_k.index_copy_(1, slot, k)
             ring_v.index_copy_(1, slot, v)
-            return ring_k, ring_v, documents.once(("window", window), lambda: self._ring_mask(documents, window))
-        seen = (k, v) if start == 0 else (torch.cat([ring_k, k], 1), torch.cat([ring_v, v], 1))
+            return ring_k, ring_v
+        before = torch.arange(max(0, start - window), start, device=k.device) % window
+        seen = torch.cat([ring_k[:, before], k], 1), torch.cat([ring_v[:, before], v], 1)
         kept = min(L, window)
         slots = torch.arange(start + L - kept, start + L, device=k.device) % window
         ring_k[:, slots], ring_v[:, slots] = k[:, -kept:], v[:, -kept:]
-        if start == 0:
-            return *seen, None
-        return *seen, documents.once(("window", window), lambda: self._window_mask(documents, window))
+        return seen
 
-    def _ring_mask(self, documents: Documents, window: int) -> Tensor:
-        """Which slots of the ring, the new token's among them, the new token sees: bool [B, W]."""
-        index = self._ring_index(self.position, window)
+    def visible(self, documents: Documents, window: int | None) -> Tensor:
+        """Which of the keys that `attend` gave one new token it sees: bool [B, room or W]."""
+        if window is None:
+            return documents.once("visible", lambda: self.seq_idx == documents.seq_idx)
+        return documents.once(("visible", window), lambda: self._visible_in_ring(documents, window))
+
+    def _visible_in_ring(self, documents: Documents, window: int) -> Tensor:
+        slot = torch.arange(window, device=self.position.device)
+        index = self.position - (self.position - slot) % window  # the newest token of each slot; below 0 where none is
         same = self.seq_idx.index_select(1, index.clamp(min=0)) == documents.seq_idx
         return same & (index >= 0)
 
-    def _window_mask(self, documents: Documents, window: int) -> Tensor:
-        """Which of the ring and the new tokens the new queries see: bool [B, L, W + L]."""
-        new = torch.arange(self.length, self.length + documents.seq_idx.shape[1], device=self.seq_idx.device)
-        index = torch.cat([self._ring_index(self.position - 1, window), new])
-        keys = self.seq_idx[:, index.clamp(min=0)]
-        distance = new[:, None] - index[None]
-        near = (index >= 0)[None] & (distance >= 0) & (distance < window)
-        return near & (keys[:, None] == documents.seq_idx[..., None])
+    def filled(self, window: int | None) -> Tensor:
+        """How far the keys that one new token attends to are filled, int64 [1]."""
+        return self.position + 1 if window is None else (self.position + 1).clamp(max=window)
 
-    @staticmethod
-    def _ring_index(newest: Tensor, window: int) -> Tensor:
-        """The newest token of each slot when `newest` is the last one in the ring: int64 [W], below 0 where none is."""
-        slot = torch.arange(window, device=newest.device)
-        return newest - (newest - slot) % window
+    def mask(self, documents: Documents, window: int | None) -> Tensor:
+        """Which of the keys that `attend` gave several new tokens each of them sees: bool [B, L, keys]."""
+        return documents.once(("mask", window), lambda: self._mask(documents, window))
+
+    def _mask(self, documents: Documents, window: int | None) -> Tensor:
+        end = self.length + documents.seq_idx.shape[1]
+        first = 0 if window is None else max(0, self.length - window)
+        index = torch.arange(first, end, device=self.seq_idx.device)
+        distance = index[self.length - first :, None] - index[None]
+        near = (distance >= 0) & (distance < (end if window is None else window))
+        return near & (self.seq_idx[:, None, first:end] == documents.seq_idx[..., None])

@@ -101,6 +101,7 @@ class HybridLM(nn.Module):
         """
         if cache is not None:
             cache.reserve(cache.length + input_ids.shape[1])
+            cache.whole = cache.whole and documents is None
         if documents is None:
             documents = self._continue(input_ids, cache)
         if cache is not None:

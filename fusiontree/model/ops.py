@@ -34,6 +34,7 @@ class Kernels:
     scan: Callable[..., Any]
     convolution: Callable[..., Any]
     attention: Callable[..., Any]
+    prefill: Callable[..., Any]
     decode: Callable[..., Any]
     loss: Callable[..., Any]
     pointwise: Pointwise
@@ -106,6 +107,11 @@ _BACKENDS: dict[str, dict[str, Backend]] = {
         "flash2": Backend(_of_backends("attention_flash2"), "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
         "flex": Backend(_of_backends("attention_flex"), "triton", limits=_head_limits(256, power=True)),
         "reference": Backend(lambda: reference.attention),
+    },
+    "prefill": {
+        "flash4": Backend(_of_backends("prefill_flash4"), "flash-attn-4", dtypes=_HALF, limits=_head_limits(128)),
+        "flash2": Backend(_of_backends("prefill_flash2"), "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
+        "reference": Backend(lambda: reference.attention_continued),
     },
     "decode": {
         "triton": Backend(

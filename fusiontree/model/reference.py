@@ -246,6 +246,23 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return _sdpa(q, k, v, mask[:, None]).transpose(1, 2)
 
 
+def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of a document's last tokens to all of it, or to what their windows reach.
+
+    Args:
+        q: [B, L, N, D], one document a row. k, v: [B, T, K, D], of its last T tokens, T at least L.
+        window: tokens a query sees, itself included; None for the whole document.
+
+    Returns:
+        [B, L, N, D].
+    """
+    L, T = q.shape[1], k.shape[1]
+    index = torch.arange(T, device=q.device)
+    distance = index[T - L :, None] - index[None]
+    mask = (distance >= 0) & (distance < (T if window is None else window))
+    return attention_cached(q, k, v, mask.expand(q.shape[0], -1, -1))
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: Tensor) -> Tensor:
     """Attention of one new token to the cache.
 

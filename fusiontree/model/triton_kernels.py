@@ -147,14 +147,14 @@ class _Convolution(torch.autograd.Function):
         B, L, D = x.shape
         g = torch.empty(B, L, D, dtype=x.dtype, device=x.device)
         dx = torch.empty_like(g)
-        BT, steps = 16, 32
+        BT, BD, steps = 16, 64, 32
         parts = triton.cdiv(L, BT * steps)
         partial = torch.empty(B * parts, 5, D, dtype=torch.float32, device=x.device)
-        _conv_inner_kernel[(triton.cdiv(D, 128), parts, B)](
+        _conv_inner_kernel[(triton.cdiv(D, BD), parts, B)](
             x, weight, bias, seq_idx, dy, g, partial, L, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
-            D=D, BT=BT, BD=128, STEPS=steps,
+            D=D, BT=BT, BD=BD, STEPS=steps,
         )  # fmt: skip
-        _conv_input_kernel[(triton.cdiv(D, 128), triton.cdiv(L, 32), B)](g, weight, seq_idx, dx, L, D=D, BT=32, BD=128)
+        _conv_input_kernel[(triton.cdiv(D, 128), triton.cdiv(L, 16), B)](g, weight, seq_idx, dx, L, D=D, BT=16, BD=128)
         *taps, d_bias = partial.sum(0)
         d_weight = torch.stack(taps[4 - ctx.taps :], 1)
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
