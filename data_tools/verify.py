@@ -51,6 +51,20 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
     }
 
 
+def scan_all(folder: Path, names: list[str], workers: int) -> list[Scan]:
+    """Scan the shards of a folder, in order."""
+    if workers < 1:
+        raise UserError(f"workers {workers} is too few; give at least 1")
+    paths = [folder / name for name in names]
+    scans = []
+    with process_pool(workers) as pool, progress_bar(of_bytes=True) as bar:
+        task = bar.add_task("read", total=sum(path.stat().st_size for path in paths), note="")
+        for scan in pool.map(scan_shard, paths) if pool else map(scan_shard, paths):
+            scans.append(scan)
+            bar.advance(task, scan.bytes)
+    return scans
+
+
 def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
     listed = {folder / info.name for shards in manifest.splits.values() for info in shards}
     listed |= {index_path(path) for path in listed}
@@ -116,9 +130,7 @@ def _against(scan: Scan, index: np.ndarray, info: ShardInfo, vocab_size: int) ->
     if changed:
         yield "sha256 differs from the manifest's: it was changed since it was written"
         return
-    for row, highest in zip(scan.numbers, scan.highest, strict=True):
-        if highest >= vocab_size:
-            yield f"row {row}: token {highest} is not below the vocabulary size {vocab_size}"
+    yield from scan.foreign_tokens(vocab_size)
     found = scan.info(info.name)
     for name in ("rows", "tokens", "documents"):
         if getattr(found, name) != getattr(info, name):

@@ -117,6 +117,14 @@ def _data_verify(args: argparse.Namespace) -> int:
     return 1 if figures["problems"] else 0
 
 
+def _data_reindex(args: argparse.Namespace) -> int:
+    from data_tools.reindex import reindex
+
+    figures = reindex(args.folder, args.tokenizer, args.eos, args.skip_damaged, args.workers)
+    _show(figures, args.json)
+    return 1 if figures["problems"] else 0
+
+
 def _data_inspect(args: argparse.Namespace) -> int:
     from data_tools.inspection import describe, show_row
 
@@ -381,6 +389,23 @@ def _add_data(commands: Any) -> None:
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
     verify.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+
+    reindex = _command(
+        data_commands,
+        "reindex",
+        _data_reindex,
+        "Make lost indexes and a lost manifest again from the shards; exit 1 if a shard is damaged.",
+        "data reindex data/books",
+    )
+    reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
+    reindex.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="the one that made the shards (default: the copy in DIR)"
+    )
+    reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    reindex.add_argument(
+        "--skip-damaged", action="store_true", help="adopt the sound shards, though others are damaged"
+    )
+    reindex.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
 
     inspect = _command(
         data_commands,

@@ -29,6 +29,7 @@ class Scan:
     bytes: int
     sha256: str
     faults: list[str] = field(default_factory=list)  # a line each, naming rows of the shard, from 0
+    first: int | None = None  # the number in its split of the first row, as the first readable member says
     numbers: list[int] = field(default_factory=list)  # of the readable rows, counted from the shard's first
     rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)  # the same as INDEX has them
     documents: int = 0  # that begin in it
@@ -40,6 +41,12 @@ class Scan:
     def index(self) -> np.ndarray:
         """The index that the shard calls for: dtype INDEX [rows]."""
         return np.array(self.rows, dtype=INDEX)
+
+    def foreign_tokens(self, vocab_size: int) -> Iterator[str]:
+        """A line for each readable row with a token that no vocabulary of that size has."""
+        for row, highest in zip(self.numbers, self.highest, strict=True):
+            if highest >= vocab_size:
+                yield f"row {row}: token {highest} is not below the vocabulary size {vocab_size}"
 
     def info(self, name: str) -> ShardInfo:
         """What a manifest says of this shard."""
@@ -60,10 +67,11 @@ def scan_shard(path: Path) -> Scan:
     """
     content = path.read_bytes()
     scan = Scan(len(content), hashlib.sha256(content).hexdigest())
-    first_key: int | None = None
     for key, members in _samples(content, scan.faults):
-        first_key = key if first_key is None else first_key
-        _take_sample(scan, content, members, key - first_key)
+        scan.first = key if scan.first is None else scan.first
+        _take_sample(scan, content, members, key - scan.first)
+    if scan.first is None:
+        scan.faults.append("it holds no sample")
     for name, found in (("row lengths or token types", scan.shapes), ("sources or tokenizers", scan.about)):
         if len(found) > 1:
             scan.faults.append(f"its samples have different {name}")
@@ -95,8 +103,9 @@ def _walk(content: bytes, faults: list[str]) -> Iterator[tuple[str, int, int]]:
         try:
             header = tarfile.TarInfo.frombuf(content[at : at + _BLOCK], "utf-8", "surrogateescape")
         except tarfile.HeaderError:
-            end = len(content.rstrip(b"\0")) if end is None else end
-            if at >= end:  # nothing but zeros: the end mark
+            if end is None:  # of what is not zero, whose search reads everything if it has to
+                end = at if content.count(0, at) == len(content) - at else len(content.rstrip(b"\0"))
+            if at >= end:  # the end mark
                 break
             lost, at = at if lost is None else lost, at + _BLOCK
             continue
