@@ -18,7 +18,7 @@ from fusiontree.data.writer import SHARD_ROWS, ShardWriter
 from fusiontree.errors import RunError
 from fusiontree.files import write_atomic
 
-STATE, _DIGESTS = "state.pickle", "digests.bin"
+STATE, DIGESTS = "state.pickle", "digests.bin"
 SOURCE = "default"
 
 
@@ -56,7 +56,7 @@ class Assembly:
         else:
             packers = {s: Packer(row_len, info.pad_id, window=WINDOW_DOCUMENTS) for s in SPLITS}
             self.state = _State(packers)
-        self.seen = SeenTexts(folder / _DIGESTS, self.state.digests) if dedup else None
+        self.seen = SeenTexts(folder / DIGESTS, self.state.digests) if dedup else None
         self._remove_unknown()
         self.writers = {
             split: ShardWriter(
@@ -130,11 +130,6 @@ class Assembly:
             writer.add(self.state.packers[split].finish())
             writer.finish()
         return {split: writer.shards for split, writer in self.writers.items()}
-
-    def forget(self) -> None:
-        """Remove the state, when all is written."""
-        for name in (STATE, _DIGESTS):
-            (self.folder / name).unlink(missing_ok=True)
 
     def _remove_unknown(self) -> None:
         """Remove what was written after the state; RunError if what it counts on is gone."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.assembly import SOURCE, STATE, Assembly
+from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly
 from data_tools.readers import TOO_LONG, TOO_SHORT, Reading, Record, records, require_readers
 from data_tools.sources import TextFile, find_files
 from data_tools.tokenizer import copy_tokenizer
@@ -26,6 +26,7 @@ from fusiontree.files import refuse_existing, resumable_folder, write_atomic
 SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from
 _CHUNK_BYTES, _CHUNK_RECORDS = 1 << 20, 2048  # given to a worker at a time
 _JOB = "job.json"
+_STATE = (STATE, DIGESTS, _JOB)
 
 
 def build(
@@ -81,7 +82,7 @@ def build(
     files, skipped = find_files(inputs, include, exclude)
     require_readers(files)
     work = Work(tokenizer, eos, encoder, reading, digests=dedup)
-    with start_workers(work, workers) as team, resumable_folder(output, overwrite, MANIFEST, keep=STATE) as folder:
+    with start_workers(work, workers) as team, resumable_folder(output, overwrite, MANIFEST, _STATE) as folder:
         info = team.encoder.info
         job = _job(files, info, row_len=row_len, holdout=holdout, dedup=dedup, encoder=encoder, **asdict(reading))
         _go_on_or_start(folder, job, tokenizer, overwrite)
@@ -96,10 +97,9 @@ def build(
         manifest = Manifest(row_len, dtype, SOURCE, info, made.finish(), made.report.skipped())
         copy_tokenizer(tokenizer, folder / "tokenizer", eos)
         manifest.save(folder)
-        (folder / _JOB).unlink()
-        made.forget()
     seconds = time.perf_counter() - started
-    speed = {"encoder": team.encoder.name, "seconds": seconds, "tokens_per_s": (made.tokens - before) / seconds}
+    library = team.encoder.name + (f" ({team.encoder.note})" if team.encoder.note else "")
+    speed = {"encoder": library, "seconds": seconds, "tokens_per_s": (made.tokens - before) / seconds}
     return _figures(manifest, made) | speed | {"continued": made.continued, "skipped": manifest.skipped}
 
 
@@ -132,24 +132,26 @@ def _job(files: Sequence[TextFile], info: TokenizerInfo, **arguments: Any) -> di
 
 
 def _go_on_or_start(folder: Path, job: dict[str, Any], tokenizer: Path, overwrite: bool) -> None:
-    """Leave in `folder` what the same build left there before it was interrupted, or nothing but the job.
+    """Leave in `folder` what the same build can go on from, or nothing but the job.
 
     Raises:
         UserError: another build left it, or the tokenizer encodes otherwise now, and not `overwrite`.
     """
+    kept: set[str] = set()
     if (folder / STATE).exists():
         left = json.loads((folder / _JOB).read_text(encoding="utf-8"))
         differing = [name.replace("_", " ") for name in job if left.get(name) != job[name]]
         if not differing:
-            return
-        if not overwrite:
+            kept = {*_STATE, *SPLITS}
+        elif not overwrite:
             require_golden(left["golden_samples"], tokenizer)
             raise UserError(
                 f"{folder} holds an interrupted build with another choice of {', '.join(differing)}; "
                 "give the same arguments to go on, or --overwrite to start again"
             )
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomic(folder / _JOB, json.dumps(job))
 
 

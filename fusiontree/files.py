@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusiontree.errors import UserError
@@ -80,14 +80,15 @@ def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable_folder(target: Path, overwrite: bool, marker: str, keep: str) -> Iterator[Path]:
+def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence[str]) -> Iterator[Path]:
     """Like `staged_folder`, but what a block has left behind, even one that was killed, is there again the next time.
 
     Args:
         target: the folder that is to be made.
         overwrite: see `refuse_existing`.
         marker: see `refuse_existing`.
-        keep: the file without which what an interrupted block leaves is of no use and removed.
+        state: files that a block keeps to go on from and that end with it; without the first, what an interrupted block
+            leaves is of no use and removed.
 
     Raises:
         UserError: see `refuse_existing`; or another process is making this folder.
@@ -105,10 +106,12 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, keep: str) -> I
             raise UserError(f"another process is making {target}; wait for it, or name another output") from None
         try:
             yield partial
-            _sync(partial)
+            _sync(partial)  # takes long where there are many files, so the state outlives it
+            for name in state:
+                (partial / name).unlink(missing_ok=True)
             _put_in_place(partial, target)
         finally:
-            if not (partial / keep).exists():
+            if not (partial / state[0]).exists():
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(descriptor)
