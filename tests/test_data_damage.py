@@ -1,4 +1,4 @@
-"""Every kind of damage to a dataset is found and named with shard and row; lost sidecars are made again, never blindly."""
+"""Every kind of damage to a dataset is found and named by shard and row; lost sidecars come back, never blindly."""
 
 import json
 import os
@@ -131,7 +131,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a truncated shard": (
         truncate,
         [
-            "000000.tar: member '000000032.ends.npy' is cut short",
+            "000000.tar: member '000000032.json' is cut short",
+            "000000.tar: row 32 and its sample cannot be read (json and tok.npy missing)",
             "000000.tar: it has ",
             CHANGED,
         ],
@@ -221,9 +222,7 @@ def test_damaged_shards_are_never_adopted(folder: Path, kind: str) -> None:
 
 def test_an_index_that_is_left_is_a_witness(folder: Path) -> None:
     replace_shard(folder)
-    shutil.copy(
-        folder / "train/000001.tar", folder / "train/000000.tar"
-    )  # sound by itself, but not what its index knew
+    shutil.copy(folder / "train/000001.tar", folder / "train/000000.tar")  # sound, but not what its index knew
     (folder / "manifest.json").unlink()
     assert any("000000.tar: row 0: differs from its index" in problem for problem in reindex(folder)["problems"])
 
