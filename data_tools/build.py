@@ -16,7 +16,7 @@ from data_tools.sources import TextFile, find_files
 from data_tools.tokenizer import copy_tokenizer
 from data_tools.workers import Work, Workers, start_workers
 from fusiontree import __version__
-from fusiontree.console import progress_bar
+from fusiontree.console import console, progress_bar
 from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype
 from fusiontree.data.packing import PACKER_VERSION, check_row_len
 from fusiontree.data.tokenizer import require_golden
@@ -90,7 +90,12 @@ def build(
         if not made.continued:
             made.report.skip(skipped)
         before = made.tokens
-        _assemble(made, files, reading, team)
+        try:
+            _assemble(made, files, reading, team)
+        except KeyboardInterrupt:
+            if (folder / STATE).exists():
+                console.print("the same command goes on from the shards that are finished")
+            raise
         if not made.report.documents:
             raise UserError(f"no documents in {', '.join(map(str, inputs))} ({made.report.why_nothing()})")
         dtype = token_dtype(info.vocab_size).name
