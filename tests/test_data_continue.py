@@ -145,6 +145,8 @@ def interrupted(many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch:
 def test_the_same_arguments_go_on(interrupted: Path, whole: Path, many: Path, tokenizer_folder: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in interrupted.glob("train/*.tar")}
     assert before
+    for stray in (".state.pickle.partial-1", "train/.000099.tar.partial"):  # of a kill at the wrong moment
+        (interrupted / stray).touch()
     figures = build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
     assert figures["continued"]
     after = {path.name: path.stat().st_mtime_ns for path in (interrupted.parent / "set").glob("train/*.tar")}

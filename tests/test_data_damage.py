@@ -65,7 +65,7 @@ def change(path: Path, at: int, new: Callable[[bytes], bytes], size: int = 1) ->
 
 def flip_token(folder: Path) -> None:
     path = folder / "train/000001.tar"
-    change(path, int(read_index(path)["tokens"][33]) + 5, lambda old: bytes([old[0] ^ 1]))
+    change(path, int(read_index(path)["tokens"][33]) + 4, lambda old: bytes([old[0] ^ 1]))
 
 
 def flip_end(folder: Path) -> None:
