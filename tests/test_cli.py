@@ -143,7 +143,18 @@ def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
 def test_data_build_hands_on_its_arguments(stand_in, capsys):
     calls = stand_in("data_tools.build", "build", {"tokens": 5})
     argv = ["data", "build", "--input", "a", "--tokenizer", "t", "--output", "d", "--workers", "2", "--overwrite"]
-    argv += "--dedup --eos <e> --text-key body --doc-separator \\n--\\n --min-chars 3 --json".split()
+    argv += [
+        "--dedup",
+        "--eos",
+        "<e>",
+        "--text-key",
+        "body",
+        "--doc-separator",
+        "\\n--\\n",
+        "--min-chars",
+        "3",
+        "--json",
+    ]
     assert cli.main(argv) == 0
     options = {"holdout": 0.02, "workers": 2, "row_len": 32768, "include": (), "exclude": (), "overwrite": True}
     options |= {"reading": Reading("body", "\n--\n", 3, None), "dedup": True, "eos": "<e>", "encoder": "auto"}
