@@ -1,39 +1,36 @@
-"""Text to packed shards: tokenised in parallel, packed and written in one order whatever the number of workers."""
+"""Text to packed shards: the same documents give the same bytes, whatever the number of workers and interruptions."""
 
-import collections
-import contextlib
-import dataclasses
-import functools
-import multiprocessing
-import os
+import hashlib
+import itertools
+import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
+from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly
+from data_tools.readers import TOO_LONG, TOO_SHORT, Reading, Record, records, require_readers
+from data_tools.sources import TextFile, find_files
+from data_tools.tokenizer import copy_tokenizer
+from data_tools.workers import Work, Workers, start_workers
+from fusiontree import __version__
+from fusiontree.console import console, progress_bar
+from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype
+from fusiontree.data.packing import PACKER_VERSION, check_row_len
+from fusiontree.data.tokenizer import require_golden
+from fusiontree.errors import UserError
+from fusiontree.files import refuse_existing, resumable_folder, write_atomic
 
-from data_tools.sources import Document, find_documents
-from data_tools.tokenizer import TOKENIZER_FILES, load_tokenizer
-from fusiontree.console import progress_bar
-from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype, write_split
-from fusiontree.data.packing import check_row_len, pack
-from fusiontree.errors import RunError, UserError
-from fusiontree.files import refuse_existing, staged_folder
-
-SOURCE = "default"
-_CHUNK_BYTES, _CHUNK_DOCUMENTS = 1 << 20, 256  # of text given to a worker at a time
-_Encoder = Callable[[Iterable[list[Document]]], Iterator[tuple[list[Document], list[np.ndarray]]]]
+SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from
+_CHUNK_BYTES, _CHUNK_RECORDS = 1 << 20, 2048  # given to a worker at a time
+_JOB = "job.json"
+_STATE = (STATE, DIGESTS, _JOB)
 
 
 def build(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     tokenizer: Path,
     output: Path,
     holdout: float = 0.02,
@@ -42,152 +39,170 @@ def build(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overwrite: bool = False,
+    reading: Reading | None = None,
+    dedup: bool = False,
+    eos: str | None = None,
+    encoder: str = "auto",
 ) -> dict[str, Any]:
-    """Build a dataset folder from text; the same documents give the same bytes, for any number of workers.
+    """Build a dataset folder from text.
+
+    A build that was interrupted, even killed, goes on when it is started again with the same arguments.
 
     Args:
-        inputs: files or folders of UTF-8 text, see `find_documents`.
-        tokenizer: a Hugging Face tokenizer folder; its files are copied into OUTPUT/tokenizer.
+        inputs: files, folders or glob patterns, see `find_files` and `docs/format.md`.
+        tokenizer: a Hugging Face tokenizer folder; what users of the shards need of it is copied to OUTPUT/tokenizer.
         output: the dataset folder to make; it appears whole, or not at all.
-        holdout: share of the documents, the last ones in order, that make the validation split.
+        holdout: share of the documents that make the validation split, spread evenly over them.
         workers: processes that tokenise.
         row_len: tokens per packed row.
         include: glob patterns a file must match.
         exclude: glob patterns it must not match.
-        overwrite: replace what `output` holds.
+        overwrite: replace what `output` holds, and start again instead of refusing what another build left.
+        reading: how documents are taken out of files.
+        dedup: leave out a document whose text came before, in the order of the inputs.
+        eos: the end-of-document token, see `load_tokenizer`.
+        encoder: the library that encodes, see `Encoder`.
 
     Returns the figures: documents, tokens (padding not counted), rows, padding (share of all tokens), cut_documents
-    (longer than a row), bytes of the shards, seconds, skipped inputs.
+    (longer than a row), duplicates, too_short and too_long (documents left out by length), bytes of the shards,
+    encoder, seconds and tokens_per_s of this run, continued (whether it went on), skipped inputs.
 
     Raises:
         UserError: a mistake in the arguments or inputs.
         RunError: a worker died, or an input changed meanwhile.
     """
     started = time.perf_counter()
+    reading = reading or Reading()
     if not 0 <= holdout < 1:
         raise UserError(f"holdout {holdout} is not a share of the documents; give 0 or more and less than 1")
     if workers < 1:
         raise UserError(f"workers {workers} is too few; give at least 1")
     check_row_len(row_len)
     refuse_existing(output, overwrite, marker=MANIFEST)
-    _, info = load_tokenizer(tokenizer)
-    documents, skipped = find_documents(inputs, include, exclude)
-    held_out = min(max(1, round(len(documents) * holdout)), len(documents) - 1) if holdout else 0
-    trained_on = len(documents) - held_out
-    parts = dict(zip(SPLITS, (documents[:trained_on], documents[trained_on:]), strict=True))
-    skipped_entries = [dataclasses.asdict(entry) for entry in skipped]
-    cut = 0
-
-    with (
-        staged_folder(output, overwrite, marker=MANIFEST) as folder,
-        _encoder(tokenizer, workers) as encode,
-        progress_bar() as bar,
-    ):
-        task = bar.add_task("build", total=len(documents), note="")
-
-        def encoded(part: list[Document]) -> Iterator[tuple[str, np.ndarray]]:
-            nonlocal cut
-            for chunk, arrays in encode(_chunks(part)):
-                for document, tokens in zip(chunk, arrays, strict=True):
-                    cut += len(tokens) > row_len
-                    yield document.id, tokens
-                    bar.advance(task)
-
-        splits = {
-            split: write_split(folder, split, pack(encoded(part), row_len, info.pad_id), SOURCE)
-            for split, part in parts.items()
-        }
-        manifest = Manifest(row_len, token_dtype(info.vocab_size).name, SOURCE, info, splits, skipped_entries)
-        (folder / "tokenizer").mkdir()
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(tokenizer / name, folder / "tokenizer" / name)
+    files, skipped = find_files(inputs, include, exclude)
+    require_readers(files)
+    work = Work(tokenizer, eos, encoder, reading, digests=dedup)
+    with start_workers(work, workers) as team, resumable_folder(output, overwrite, MANIFEST, _STATE) as folder:
+        info = team.encoder.info
+        job = _job(files, info, row_len=row_len, holdout=holdout, dedup=dedup, encoder=encoder, **asdict(reading))
+        _go_on_or_start(folder, job, tokenizer, overwrite)
+        made = Assembly(folder, info, row_len, holdout, dedup)
+        if not made.continued:
+            made.report.skip(skipped)
+        before = made.tokens
+        try:
+            _assemble(made, files, reading, team)
+        except KeyboardInterrupt:
+            if (folder / STATE).exists():
+                console.print("the same command goes on from the shards that are finished")
+            raise
+        if not made.report.documents:
+            raise UserError(f"no documents in {', '.join(map(str, inputs))} ({made.report.why_nothing()})")
+        dtype = token_dtype(info.vocab_size).name
+        manifest = Manifest(row_len, dtype, SOURCE, info, made.finish(), made.report.skipped())
+        copy_tokenizer(tokenizer, folder / "tokenizer", eos)
         manifest.save(folder)
+    seconds = time.perf_counter() - started
+    library = team.encoder.name + (f" ({team.encoder.note})" if team.encoder.note else "")
+    speed = {"encoder": library, "seconds": seconds, "tokens_per_s": (made.tokens - before) / seconds}
+    return _figures(manifest, made) | speed | {"continued": made.continued, "skipped": manifest.skipped}
+
+
+def _figures(manifest: Manifest, made: Assembly) -> dict[str, Any]:
     totals = [manifest.totals(split) for split in SPLITS]
     tokens, rows = (sum(total[name] for total in totals) for name in ("tokens", "rows"))
     return {
-        "documents": len(documents),
+        "documents": made.report.documents,
         "tokens": tokens,
         "rows": rows,
-        "padding": 1 - tokens / (rows * row_len),
-        "cut_documents": cut,
+        "padding": 1 - tokens / (rows * manifest.row_len),
+        "cut_documents": made.state.cut,
+        "duplicates": made.state.duplicates,
+        "too_short": made.report.filtered[TOO_SHORT],
+        "too_long": made.report.filtered[TOO_LONG],
         "bytes": sum(total["bytes"] for total in totals),
-        "seconds": time.perf_counter() - started,
-        "skipped": skipped_entries,
     }
 
 
-def _chunks(documents: list[Document]) -> Iterator[list[Document]]:
-    """Consecutive documents, enough of them to be worth a message to a worker."""
-    chunk: list[Document] = []
+def _job(files: Sequence[TextFile], info: TokenizerInfo, **arguments: Any) -> dict[str, Any]:
+    """All that the bytes of a dataset depend on, as JSON has it."""
+    names = json.dumps([(file.name, file.size, file.mtime_ns) for file in files])
+    return arguments | {
+        "input_files": hashlib.sha256(names.encode()).hexdigest(),
+        "tokenizer": info.fingerprint,
+        "end-of-document_token": info.eos_id,
+        "golden_samples": info.golden,
+        "versions": [__version__, PACKER_VERSION],
+    }
+
+
+def _go_on_or_start(folder: Path, job: dict[str, Any], tokenizer: Path, overwrite: bool) -> None:
+    """Leave in `folder` what the same build can go on from, or nothing but the job.
+
+    Raises:
+        UserError: another build left it, or the tokenizer encodes otherwise now, and not `overwrite`.
+    """
+    kept: set[str] = set()
+    if (folder / STATE).exists():
+        left = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+        differing = [name.replace("_", " ") for name in job if left.get(name) != job[name]]
+        if not differing:
+            kept = {*_STATE, *SPLITS}
+        elif not overwrite:
+            require_golden(left["golden_samples"], tokenizer)
+            raise UserError(
+                f"{folder} holds an interrupted build with another choice of {', '.join(differing)}; "
+                "give the same arguments to go on, or --overwrite to start again"
+            )
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_atomic(folder / _JOB, json.dumps(job))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Consecutive records, enough of them to be worth a message to a worker."""
+
+    records: list[Record]
+    position: tuple[int, int]  # of what comes after them: file, record
+    read: int  # bytes of all files read up to there
+
+
+def _assemble(made: Assembly, files: Sequence[TextFile], reading: Reading, team: Workers) -> None:
+    """Hand all records that are not yet in `made` to it, in order."""
+    first, done = made.position
+    examined = team.in_order(team.examine, files[first:])
+    chunks = _chunks(examined, reading, first, done, sum(file.size for file in files[:first]))
+    saved, started, before = time.monotonic(), time.monotonic(), made.tokens
+    with progress_bar(of_bytes=True) as bar:
+        task = bar.add_task("build", total=sum(file.size for file in files), note="")
+        for chunk, encoded in team.in_order(lambda chunk: team.encode(chunk.records), chunks):
+            windows_closed = made.take(chunk.records, encoded, chunk.position)
+            now = time.monotonic()
+            if windows_closed and now - saved >= SAVE_SECONDS:
+                made.save()
+                saved = now
+            speed = (made.tokens - before) / max(now - started, 1e-9)
+            bar.update(task, completed=chunk.read, note=f"{speed / 1e6:.2f} Mtok/s")
+
+
+def _chunks(
+    examined: Iterable[tuple[TextFile, str]], reading: Reading, first: int, done: int, read: int
+) -> Iterator[_Chunk]:
+    """The records of the examined files, which begin with file `first`, of which `done` records are left out."""
+    held: list[Record] = []
     size = 0
-    for document in documents:
-        chunk.append(document)
-        size += document.size
-        if size >= _CHUNK_BYTES or len(chunk) == _CHUNK_DOCUMENTS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode(loaded: tuple[Tokenizer, TokenizerInfo], chunk: list[Document]) -> list[np.ndarray]:
-    """The tokens of each document, the end-of-document token included."""
-    tokenizer, info = loaded
-    dtype = token_dtype(info.vocab_size)
-    # one by one: a batch of several would start threads, and `workers` is what says how many cores to use
-    encodings = (tokenizer.encode_batch_fast([document.text()], add_special_tokens=False)[0] for document in chunk)
-    return [np.array([*encoding.ids, info.eos_id], dtype=dtype) for encoding in encodings]
-
-
-@contextlib.contextmanager
-def _encoder(folder: Path, workers: int) -> Iterator[_Encoder]:
-    """A function that encodes chunks of documents, in `workers` processes that end with the block."""
-    if workers == 1:
-        loaded = load_tokenizer(folder)
-        yield lambda chunks: ((chunk, _encode(loaded, chunk)) for chunk in chunks)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(folder,))
-    try:
-        yield functools.partial(_in_order, pool, 4 * workers)
-    except BrokenProcessPool:
-        raise RunError("a tokenising worker was killed, perhaps for want of memory; run with fewer workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, ahead: int, chunks: Iterable[list[Document]]
-) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
-    """Each chunk and its tokens, in the order given; only `ahead` chunks are under way, which bounds memory."""
-    pending: collections.deque[tuple[list[Document], Future[list[np.ndarray]]]] = collections.deque()
-    for chunk in chunks:
-        pending.append((chunk, pool.submit(_encode_in_worker, chunk)))
-        if len(pending) == ahead:
-            done, future = pending.popleft()
-            yield done, future.result()
-    for done, future in pending:
-        yield done, future.result()
-
-
-_loaded: tuple[Tokenizer, TokenizerInfo]  # a worker's
-
-
-def _start_worker(folder: Path) -> None:
-    global _loaded
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _loaded = load_tokenizer(folder)
-
-
-def _follow_parent() -> None:
-    """End this worker when its parent is gone, even if it was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(chunk: list[Document]) -> list[np.ndarray]:
-    return _encode(_loaded, chunk)
+    position, end = (first, done), read
+    for number, (file, fault) in enumerate(examined, first):
+        start = done if number == first else 0
+        for count, record in enumerate(itertools.islice(records(file, reading, fault), start, None), start + 1):
+            held.append(record)
+            size += len(record.content)
+            position, end = (number, count), read + record.read
+            if size >= _CHUNK_BYTES or len(held) == _CHUNK_RECORDS:
+                yield _Chunk(held, position, end)
+                held, size = [], 0
+        read += file.size
+    if held:
+        yield _Chunk(held, position, end)

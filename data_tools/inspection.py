@@ -17,6 +17,8 @@ def describe(folder: Path) -> dict[str, Any]:
         UserError: `folder` is no dataset.
     """
     manifest = Manifest.load(folder)
+    tokenizer = asdict(manifest.tokenizer)
+    tokenizer["golden_samples"] = len(tokenizer.pop("golden"))
     splits = {}
     for split in manifest.splits:
         totals = manifest.totals(split)
@@ -26,7 +28,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "row_len": manifest.row_len,
         "dtype": manifest.dtype,
         "source": manifest.source,
-        "tokenizer": asdict(manifest.tokenizer),
+        "tokenizer": tokenizer,
         "splits": splits,
         "skipped": manifest.skipped,
     }

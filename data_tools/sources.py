@@ -1,93 +1,111 @@
-"""The documents that a command's inputs name: UTF-8 text files, each a document."""
+"""The files that a command's inputs name: found, told apart by their names, in one order; none is opened here."""
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, Literal
 
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import UserError
+
+Kind = Literal["text", "jsonl", "parquet", "tar"]
 
 _NEVER_ENTERED = {"__pycache__", "site-packages", "dist-packages"}
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+_KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "tar"}
 
 
 @dataclass(frozen=True)
-class Document:
-    """A file of text."""
+class TextFile:
+    """A file that may hold documents."""
 
-    id: str  # path relative to the input that led to it, with forward slashes
+    name: str  # path relative to the input that led to it, with forward slashes
     path: Path
+    kind: Kind
+    compression: str  # "gz", "zst" or ""
     size: int  # bytes
-
-    def text(self) -> str:
-        """The whole text, line ends untouched.
-
-        Raises:
-            RunError: it is no longer the UTF-8 that was found.
-        """
-        try:
-            return self.path.read_bytes().decode("utf-8")
-        except (FileNotFoundError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.path} changed while it was being read ({error}); run again") from None
+    mtime_ns: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Skipped:
-    """An input left out."""
+    """An input left out, or some of its documents."""
 
     path: str
     reason: str
+    count: int = 1  # documents; 1 if it is the file
+    places: list[str] = field(default_factory=list)  # the first few of them in the file; none if it is the file
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest and the figures have it."""
+        where = {"count": self.count, "places": self.places} if self.places else {}
+        return {"path": self.path, "reason": self.reason, **where}
 
 
-def find_documents(
-    inputs: Sequence[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[list[Document], list[Skipped]]:
-    """All documents under `inputs`, sorted by id, and the files that are none, with the reason.
+def find_files(
+    inputs: Sequence[Path | str], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[TextFile], list[Skipped]]:
+    """All files under `inputs`, in the order of the inputs and sorted by name in each, and what is no file.
 
     Folders are read recursively, without hidden entries, `__pycache__`, `site-packages`, `dist-packages` and links to
-    folders. A file reached twice counts once. Every file is read, so that what follows may count on its text.
+    folders. A file reached twice counts once.
 
     Args:
-        inputs: files or folders.
-        include: glob patterns; if any are given, a file's id or name must match one.
+        inputs: files, folders, or glob patterns (`**` crosses folders).
+        include: glob patterns; if any are given, a file's name or the last part of it must match one.
         exclude: glob patterns that neither may match.
 
     Raises:
         UserError: an input is missing, or nothing is left.
     """
-    found: list[Document] = []
+    found: list[TextFile] = []
     skipped: list[Skipped] = []
     seen: set[str] = set()
-    for root in inputs:
-        if not root.exists():
-            raise UserError(f"input {root} does not exist; give files or folders of text")
-        for name, path in [(root.name, root)] if root.is_file() else _walk(root, skipped):
+    for root in _roots(inputs):
+        for name, path in [(root.name, root)] if not root.is_dir() else _walk(root, skipped):
             if not _selected(name, include, exclude) or (real := os.path.realpath(path)) in seen:
                 continue
             seen.add(real)
-            size, reason = _examine(path)
-            if reason:
-                skipped.append(Skipped(name, reason))
+            if path.is_file():  # a pipe would block for ever, a broken link has nothing to read
+                about = path.stat()
+                found.append(TextFile(name, path, *_kind(name), about.st_size, about.st_mtime_ns))
             else:
-                found.append(Document(name, path, size))
+                skipped.append(Skipped(name, "not a regular file"))
     if not found:
         where = ", ".join(map(str, inputs))
         raise UserError(f"no documents in {where} ({len(skipped)} files skipped); check the path, --include, --exclude")
-    return sorted(found, key=lambda document: document.id), sorted(skipped, key=lambda entry: entry.path)
+    return found, skipped
 
 
-def _walk(root: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Path]]:
-    """(id, path) of the visible files under `root`; links to folders are not followed, so there are no loops."""
+def _roots(inputs: Sequence[Path | str]) -> Iterator[Path]:
+    for given in map(str, inputs):
+        if os.path.lexists(given):
+            yield Path(given)
+        elif glob.has_magic(given):
+            matches = sorted(glob.glob(given, recursive=True))
+            if not matches:
+                raise UserError(f"input pattern {given} matches nothing; check it, and quote it against the shell")
+            yield from map(Path, matches)
+        else:
+            raise UserError(f"input {given} does not exist; give files, folders or glob patterns")
+
+
+def _walk(root: Path, skipped: list[Skipped]) -> list[tuple[str, Path]]:
+    """(name, path) of the visible files under `root`; links to folders are not followed, so there are no loops."""
+    found = []
 
     def unreadable(error: OSError) -> None:
         skipped.append(Skipped(os.path.relpath(error.filename, root), f"folder cannot be read: {error.strerror}"))
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NEVER_ENTERED)
-        for name in sorted(files):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _NEVER_ENTERED]
+        for name in files:
             if not name.startswith("."):
                 path = Path(folder, name)
-                yield path.relative_to(root).as_posix(), path
+                found.append((path.relative_to(root).as_posix(), path))
+    return sorted(found)
 
 
 def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -97,15 +115,14 @@ def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool
     return (not include or matches(include)) and not matches(exclude)
 
 
-def _examine(path: Path) -> tuple[int, str]:
-    """Size of a file in bytes, and why it is no document ("" if it is one)."""
-    if not path.is_file():  # a pipe would block for ever, a broken link has nothing to read
-        return 0, "not a regular file"
-    try:
-        content = path.read_bytes()
-        content.decode("utf-8")
-    except PermissionError:
-        return 0, "no permission to read it"
-    except UnicodeDecodeError as error:
-        return len(content), f"not UTF-8 (byte {error.start})"
-    return len(content), "" if content else "empty"
+def _kind(name: str) -> tuple[Kind, str]:
+    """What a file's name says of its content: `.json` alone is a text, compressed it is a dump of JSON lines."""
+    stem, ending = os.path.splitext(name.lower())
+    if ending == ".tgz":
+        return "tar", "gz"
+    compression = _COMPRESSIONS.get(ending, "")
+    if compression:
+        ending = os.path.splitext(stem)[1]
+        if ending == ".json":
+            return "jsonl", compression
+    return _KINDS.get(ending, "text"), compression

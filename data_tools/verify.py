@@ -1,6 +1,6 @@
 """Verification: every byte of a dataset against what the manifest and the indexes say of it."""
 
-import hashlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,37 +8,61 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.tokenizer import load_tokenizer
+from data_tools.workers import process_pool
 from fusiontree.console import progress_bar
-from fusiontree.data.format import Manifest, Shard, ShardInfo, index_path, index_shard
-from fusiontree.errors import RunError, UserError
+from fusiontree.data.format import MANIFEST, Manifest, ShardInfo, index_path, read_index, tokenizer_fingerprint
+from fusiontree.data.scan import Scan, scan_shard
+from fusiontree.errors import UserError
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check a dataset folder: {shards, rows, tokens, problems}, the problems one line each, naming shard and row.
+def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
+    """Check a dataset folder: {shards, rows, tokens, bytes, problems}, the problems one line each, with shard and row.
+
+    Args:
+        folder: the dataset.
+        workers: processes that read shards.
 
     Raises:
         UserError: `folder` is no dataset (it has no manifest).
     """
+    if workers < 1:
+        raise UserError(f"workers {workers} is too few; give at least 1")
     try:
         manifest = Manifest.load(folder)
     except UserError as error:
-        if not (folder / "manifest.json").is_file():
+        if not (folder / MANIFEST).is_file():
             raise
-        return {"shards": 0, "rows": 0, "tokens": 0, "problems": [str(error)]}
+        return {"shards": 0, "rows": 0, "tokens": 0, "bytes": 0, "problems": [str(error)]}
     infos = [info for shards in manifest.splits.values() for info in shards]
     problems = [*_unlisted(folder, manifest), *_totals(folder, manifest), *_tokenizer(folder, manifest)]
-    with progress_bar() as bar:
-        task = bar.add_task("verify", total=len(infos), note="")
-        for info in infos:
-            problems += _shard(folder, info, manifest)
-            bar.update(task, advance=1, note=f"{len(problems)} problems")
+    size = sum(info.bytes for info in infos)
+    check = functools.partial(_check, folder, manifest.row_len, manifest.dtype, manifest.vocab_size)
+    with process_pool(workers) as pool, progress_bar(of_bytes=True) as bar:
+        task = bar.add_task("verify", total=size, note="")
+        for info, found in zip(infos, pool.map(check, infos) if pool else map(check, infos), strict=True):
+            problems += found
+            bar.update(task, advance=info.bytes, note=f"{len(problems)} problems")
     return {
         "shards": len(infos),
         "rows": sum(info.rows for info in infos),
         "tokens": sum(info.tokens for info in infos),
+        "bytes": size,
         "problems": problems,
     }
+
+
+def scan_all(folder: Path, names: list[str], workers: int) -> list[Scan]:
+    """Scan the shards of a folder, in order."""
+    if workers < 1:
+        raise UserError(f"workers {workers} is too few; give at least 1")
+    paths = [folder / name for name in names]
+    scans = []
+    with process_pool(workers) as pool, progress_bar(of_bytes=True) as bar:
+        task = bar.add_task("read", total=sum(path.stat().st_size for path in paths), note="")
+        for scan in pool.map(scan_shard, paths) if pool else map(scan_shard, paths):
+            scans.append(scan)
+            bar.advance(task, scan.bytes)
+    return scans
 
 
 def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -51,55 +75,63 @@ def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _totals(folder: Path, manifest: Manifest) -> Iterator[str]:
-    if json.loads((folder / "manifest.json").read_text(encoding="utf-8")) != manifest.to_json():
+    if json.loads((folder / MANIFEST).read_text(encoding="utf-8")) != manifest.to_json():
         yield "manifest.json: its totals are not the sums over its shards"
 
 
 def _tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
     try:
-        _, info = load_tokenizer(folder / "tokenizer")
-        manifest.require_tokenizer(info.fingerprint, folder / "tokenizer")
+        manifest.require_tokenizer(tokenizer_fingerprint(folder / "tokenizer"), folder / "tokenizer")
     except UserError as error:
         yield f"tokenizer: {error}"
 
 
-def _shard(folder: Path, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
+def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardInfo) -> list[str]:
+    """The problems of a shard and its index, without those that follow from others."""
+    path = folder / info.name
+    problems: dict[str, None] = {}  # a set in order: the shard and its index may tell of the same
+    index = np.zeros(0)
     try:
-        shard = Shard(folder, info, manifest)
+        index = read_index(path)
     except UserError as error:
-        yield f"{info.name}: {error}"
-        return
-    for row in range(info.rows):
-        try:
-            tokens, ends = shard.read(row)
-        except RunError:
-            yield f"{info.name}: row {row}: checksum differs"
-            continue
-        yield from (f"{info.name}: row {row}: {fault}" for fault in _row(tokens, ends, shard, row, manifest))
-    with open(shard.path, "rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != info.sha256:
-            yield f"{info.name}: sha256 differs from the manifest's"
-            return
-    # the shard is as it was written, so whatever disagrees now is the index or the manifest
+        problems[str(error)] = None
     try:
-        index, documents = index_shard(shard.path)
-    except RunError as error:
-        yield f"{info.name}: {error}"
+        scan = scan_shard(path)
+    except FileNotFoundError:
+        return [f"{info.name}: it is missing"]
+    except OSError as error:
+        return [f"{info.name}: it cannot be read ({error.strerror})"]
+    for problem in (*_content(scan, row_len, dtype), *_against(scan, index, info, vocab_size)):
+        problems[problem] = None
+    return [f"{info.name}: {problem}" for problem in problems]
+
+
+def _content(scan: Scan, row_len: int, dtype: str) -> Iterator[str]:
+    """What no shard of this dataset may hold."""
+    yield from scan.faults
+    for other_len, other_dtype in scan.shapes - {(row_len, dtype)}:
+        yield f"its rows are {other_len} tokens of {other_dtype}, the manifest says {row_len} of {dtype}"
+
+
+def _against(scan: Scan, index: np.ndarray, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+    """What differs from the index and from the manifest."""
+    changed = scan.sha256 != info.sha256
+    if len(index) and len(index) != info.rows:
+        yield f"its index lists {len(index)} rows, the manifest {info.rows}"
+    elif len(index):
+        for row, entry in zip(scan.numbers, scan.index, strict=True):
+            if row < len(index) and index[row] != entry:
+                # of a shard that is as it was written, whatever disagrees is the index
+                yield (
+                    f"row {row}: checksum differs" if changed else f"row {row}: its index entry differs from the shard"
+                )
+    if scan.bytes != info.bytes:
+        yield f"it has {scan.bytes} bytes, the manifest says {info.bytes}"
+    if changed:
+        yield "sha256 differs from the manifest's: it was changed since it was written"
         return
-    if len(index) == info.rows:
-        for differing in np.flatnonzero(index != shard.index):
-            yield f"{info.name}: row {differing}: its index entry differs from the shard"
-    counted = {"rows": len(index), "tokens": int(index["valid"].sum(dtype=np.int64)), "documents": documents}
-    for name, number in counted.items():
-        if number != getattr(info, name):
-            yield f"{info.name}: has {number} {name}, the manifest says {getattr(info, name)}"
-
-
-def _row(tokens: np.ndarray, ends: np.ndarray, shard: Shard, row: int, manifest: Manifest) -> Iterator[str]:
-    if len(tokens) and (highest := int(tokens.max())) >= manifest.vocab_size:
-        yield f"token {highest} is not below the vocabulary size {manifest.vocab_size}"
-    bounds = np.abs(ends)
-    if not len(ends) or (np.diff(bounds, prepend=0) <= 0).any() or bounds[-1] != manifest.row_len:
-        yield f"segment ends do not ascend to the row's length {manifest.row_len}"
-    elif int(np.diff(bounds, prepend=0)[ends > 0].sum()) != shard.index["valid"][row]:
-        yield "the index counts other valid tokens than the segment ends do"
+    yield from scan.foreign_tokens(vocab_size)
+    found = scan.info(info.name)
+    for name in ("rows", "tokens", "documents"):
+        if getattr(found, name) != getattr(info, name):
+            yield f"has {getattr(found, name)} {name}, the manifest says {getattr(info, name)}"

@@ -77,8 +77,16 @@ def _data_tokenizer(args: argparse.Namespace) -> int:
         include=tuple(args.include),
         exclude=tuple(args.exclude),
         overwrite=args.overwrite,
+        reading=_reading(args),
     )
     return _show(figures, args.json)
+
+
+def _reading(args: argparse.Namespace) -> Any:
+    from data_tools.readers import Reading
+
+    separator = args.doc_separator and args.doc_separator.replace("\\n", "\n").replace("\\t", "\t")
+    return Reading(args.text_key, separator, args.min_chars, args.max_chars)
 
 
 def _data_build(args: argparse.Namespace) -> int:
@@ -94,6 +102,10 @@ def _data_build(args: argparse.Namespace) -> int:
         include=tuple(args.include),
         exclude=tuple(args.exclude),
         overwrite=args.overwrite,
+        reading=_reading(args),
+        dedup=args.dedup,
+        eos=args.eos,
+        encoder=args.encoder,
     )
     return _show(figures, args.json)
 
@@ -101,7 +113,15 @@ def _data_build(args: argparse.Namespace) -> int:
 def _data_verify(args: argparse.Namespace) -> int:
     from data_tools.verify import verify
 
-    figures = verify(args.folder)
+    figures = verify(args.folder, workers=args.workers)
+    _show(figures, args.json)
+    return 1 if figures["problems"] else 0
+
+
+def _data_reindex(args: argparse.Namespace) -> int:
+    from data_tools.reindex import reindex
+
+    figures = reindex(args.folder, args.tokenizer, args.eos, args.skip_damaged, args.workers)
     _show(figures, args.json)
     return 1 if figures["problems"] else 0
 
@@ -249,13 +269,24 @@ def _show(figures: dict[str, Any], as_json: bool) -> int:
     return 0
 
 
-def _skipped(entries: Sequence[Mapping[str, str]]) -> list[str]:
+def _skipped(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many inputs were left out and the names of some, with the reason: empty files, which are common, last."""
     if not entries:
         return ["none"]
-    names = [f"{entry['path']}: {entry['reason']}" for entry in sorted(entries, key=lambda e: e["reason"] == "empty")]
+    names = [_skipped_entry(entry) for entry in sorted(entries, key=lambda e: e["reason"] == "empty")]
     rest = [f"and {len(names) - _NAMED} more; --json names all"] if len(names) > _NAMED else []
-    return [f"{len(names)} files", *names[:_NAMED], *rest]
+    files = sum("places" not in entry for entry in entries)
+    documents = sum(entry.get("count", 0) for entry in entries)
+    counts = [f"{files:,} files"] * bool(files) + [f"{documents:,} documents"] * bool(documents)
+    return [" and ".join(counts), *names[:_NAMED], *rest]
+
+
+def _skipped_entry(entry: Mapping[str, Any]) -> str:
+    """A file, or some of the documents in it, and why it was left out."""
+    places = entry.get("places", [])
+    more = f" and {entry['count'] - len(places)} more" if places and entry["count"] > len(places) else ""
+    where = f" ({', '.join(places)}{more})" if places else ""
+    return f"{entry['path']}{where}: {entry['reason']}"
 
 
 def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
@@ -376,6 +407,14 @@ def _add_data(commands: Any) -> None:
     )
     build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
     build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
+    build.add_argument("--dedup", action="store_true", help="leave out documents whose text came before")
+    build.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    build.add_argument(
+        "--encoder",
+        choices=("auto", "gigatoken", "tokenizers"),
+        default="auto",
+        help="library that encodes (default: the faster one if it agrees with the other)",
+    )
 
     verify = _command(
         data_commands,
@@ -385,6 +424,24 @@ def _add_data(commands: Any) -> None:
         "data verify data/books",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    verify.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+
+    reindex = _command(
+        data_commands,
+        "reindex",
+        _data_reindex,
+        "Make lost indexes and a lost manifest again from the shards; exit 1 if a shard is damaged.",
+        "data reindex data/books",
+    )
+    reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
+    reindex.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="the one that made the shards (default: the copy in DIR)"
+    )
+    reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    reindex.add_argument(
+        "--skip-damaged", action="store_true", help="adopt the sound shards, though others are damaged"
+    )
+    reindex.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
 
     inspect = _command(
         data_commands,
@@ -400,13 +457,25 @@ def _add_data(commands: Any) -> None:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted glob patterns of text"
+    )
     parser.add_argument(
         "--include", action="append", default=[], metavar="GLOB", help="only files that match; repeatable"
     )
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="GLOB", help="no files that match; repeatable"
     )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="key or column of the text in JSON and parquet (default text)"
+    )
+    parser.add_argument(
+        "--doc-separator",
+        metavar="TEXT",
+        help=r"what ends a document in plain text, \n for a new line (default: a file)",
+    )
+    parser.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents (default 0)")
+    parser.add_argument("--max-chars", type=int, metavar="N", help="leave out longer documents")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     _add_overwrite(parser)
 

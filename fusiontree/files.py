@@ -1,9 +1,10 @@
 """Files and folders that appear under their final name whole, or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusiontree.errors import UserError
@@ -71,14 +72,58 @@ def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as stream:
-                    os.fsync(stream.fileno())
+        _sync(partial)
         _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     fsync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence[str]) -> Iterator[Path]:
+    """Like `staged_folder`, but what a block has left behind, even one that was killed, is there again the next time.
+
+    Args:
+        target: the folder that is to be made.
+        overwrite: see `refuse_existing`.
+        marker: see `refuse_existing`.
+        state: files that a block keeps to go on from and that end with it; without the first, what an interrupted block
+            leaves is of no use and removed.
+
+    Raises:
+        UserError: see `refuse_existing`; or another process is making this folder.
+    """
+    refuse_existing(target, overwrite, marker)
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is making {target}; wait for it, or name another output") from None
+        try:
+            yield partial
+            _sync(partial)  # takes long where there are many files, so the state outlives it
+            for name in state:
+                (partial / name).unlink(missing_ok=True)
+            _put_in_place(partial, target)
+        finally:
+            if not (partial / state[0]).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+    fsync_folder(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make the content of all files under `folder` durable."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

@@ -64,8 +64,8 @@ def test_a_file_that_is_not_utf8_is_skipped_counted_and_named(tmp_path: Path, to
     ]
     figures = json.loads(cli(*command, "--json").stdout)
     assert figures["documents"] == 2
-    assert figures["skipped"] == [{"path": "bad.txt", "reason": "not UTF-8 (byte 5)"}]
-    assert "bad.txt: not UTF-8 (byte 5)" in cli(*command, "--overwrite").stdout
+    assert figures["skipped"] == [{"path": "bad.txt", "reason": "not UTF-8 (line 1, byte 5)"}]
+    assert "bad.txt: not UTF-8 (line 1, byte 5)" in cli(*command, "--overwrite").stdout
 
 
 def test_an_output_that_holds_something_is_refused_without_overwrite(
@@ -242,7 +242,7 @@ def test_ctrl_c_in_a_build_and_in_training(corpus: Path, tokenizer_folder: Path,
         shutil.copytree(corpus, many / str(number))
         (many / str(number) / "own.txt").write_text(f"tree {number}\n" * 20_000)
     command = ["data", "build", "--input", many, "--tokenizer", tokenizer_folder, "--output", tmp_path / "out"]
-    done = interrupted([*command, "--workers", 2], tmp_path, ".out.partial-*")
+    done = interrupted([*command, "--workers", 2], tmp_path, ".out.partial/train")
     assert done.returncode == 1, done.stderr
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from fusiontree.data.batch import IGNORE, Batch, collate, slice_ends
-from fusiontree.data.format import Dataset, Manifest, TokenizerInfo, write_split
+from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.data.writer import write_split
 from fusiontree.errors import UserError
 
 ROW, PAD = 32, 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.readers import Reading
 from fusiontree import cli
 from fusiontree.errors import RunError, UserError
 
@@ -134,17 +135,30 @@ def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
     calls = stand_in("data_tools.tokenizer", "train_tokenizer", {"vocab_size": 8192, "seconds": 1.5})
     argv = "data tokenizer --input a b --vocab-size 8192 --output t --include *.py --exclude x* --exclude y*"
     assert cli.main(argv.split()) == 0
-    arguments = (([Path("a"), Path("b")], 8192, Path("t")), {"include": ("*.py",), "exclude": ("x*", "y*")})
-    assert calls == [(arguments[0], arguments[1] | {"overwrite": False})]
+    options = {"include": ("*.py",), "exclude": ("x*", "y*"), "overwrite": False, "reading": Reading()}
+    assert calls == [((["a", "b"], 8192, Path("t")), options)]
     assert capsys.readouterr().out == "vocab size  8,192\nseconds     1.5 s\n"
 
 
 def test_data_build_hands_on_its_arguments(stand_in, capsys):
     calls = stand_in("data_tools.build", "build", {"tokens": 5})
     argv = ["data", "build", "--input", "a", "--tokenizer", "t", "--output", "d", "--workers", "2", "--overwrite"]
-    assert cli.main([*argv, "--json"]) == 0
+    argv += [
+        "--dedup",
+        "--eos",
+        "<e>",
+        "--text-key",
+        "body",
+        "--doc-separator",
+        "\\n--\\n",
+        "--min-chars",
+        "3",
+        "--json",
+    ]
+    assert cli.main(argv) == 0
     options = {"holdout": 0.02, "workers": 2, "row_len": 32768, "include": (), "exclude": (), "overwrite": True}
-    assert calls == [(([Path("a")], Path("t"), Path("d")), options)]
+    options |= {"reading": Reading("body", "\n--\n", 3, None), "dedup": True, "eos": "<e>", "encoder": "auto"}
+    assert calls == [((["a"], Path("t"), Path("d")), options)]
     assert json.loads(capsys.readouterr().out) == {"tokens": 5}
 
 

@@ -1,7 +1,6 @@
 """From text to shards: nothing lost, nothing invented, the same bytes every time, and every mistake named."""
 
 import dataclasses
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,11 +15,14 @@ from transformers import AutoTokenizer
 
 from data_tools.build import build
 from data_tools.inspection import describe, show_row
-from data_tools.sources import find_documents
+from data_tools.readers import Reading, Rejected, examine, records, text_of
+from data_tools.sources import find_files
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
-from fusiontree.data.format import Dataset, Manifest, write_split
+from fusiontree.data.format import Dataset, Manifest
 from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.scan import scan_shard
+from fusiontree.data.writer import write_index, write_tar
 from fusiontree.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def texts_in(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The text of each document under a folder, and why each of the others is none."""
+    texts, rejected = {}, {}
+    for file in find_files([folder])[0]:
+        for record in records(file, Reading(), examine(file, Reading())):
+            try:
+                texts[record.id] = text_of(record, Reading())
+            except Rejected as reason:
+                rejected[record.id] = str(reason)
+    return texts, rejected
+
+
 def documents_in(folder: Path, split: str) -> dict[str, list[int]]:
     """Tokens of each document of a split, its pieces joined."""
     dataset = Dataset(folder, split)
@@ -82,9 +96,9 @@ def documents_in(folder: Path, split: str) -> dict[str, list[int]]:
 
 
 def test_what_is_no_text_is_skipped_and_named(inputs: Path) -> None:
-    documents, skipped = find_documents([inputs])
-    assert len(documents) == 31
-    assert [(s.path, s.reason) for s in skipped] == [("latin.txt", "not UTF-8 (byte 3)"), ("void.txt", "empty")]
+    texts, rejected = texts_in(inputs)
+    assert len(texts) == 31
+    assert rejected == {"latin.txt": "not UTF-8 (line 1, byte 3)", "void.txt": "empty"}
 
 
 def test_ids_are_sorted_relative_paths_without_hidden_entries(tmp_path: Path) -> None:
@@ -92,8 +106,8 @@ def test_ids_are_sorted_relative_paths_without_hidden_entries(tmp_path: Path) ->
     for name in ["b/z", "b/a", "B", "a.b/c", "a/c", *hidden]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    documents, skipped = find_documents([tmp_path])
-    assert [document.id for document in documents] == ["B", "a.b/c", "a/c", "b/a", "b/z"]
+    files, skipped = find_files([tmp_path])
+    assert [file.name for file in files] == ["B", "a.b/c", "a/c", "b/a", "b/z"]
     assert skipped == []
 
 
@@ -101,8 +115,8 @@ def test_patterns_choose_by_name_or_path(tmp_path: Path) -> None:
     for name in ["a.py", "b.txt", "test/c.py", "lib/d.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    documents, _ = find_documents([tmp_path], include=["*.py"], exclude=["test/*"])
-    assert [document.id for document in documents] == ["a.py", "lib/d.py"]
+    files, _ = find_files([tmp_path], include=["*.py"], exclude=["test/*"])
+    assert [file.name for file in files] == ["a.py", "lib/d.py"]
 
 
 def test_links_neither_loop_nor_count_twice(tmp_path: Path) -> None:
@@ -111,22 +125,24 @@ def test_links_neither_loop_nor_count_twice(tmp_path: Path) -> None:
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "again").symlink_to(tmp_path / "a" / "text")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    documents, skipped = find_documents([tmp_path, tmp_path / "a" / "text"])
-    assert len(documents) == 1
+    files, skipped = find_files([tmp_path, tmp_path / "a" / "text"])
+    assert len(files) == 1
     assert [entry.path for entry in skipped] == ["broken"]
 
 
 def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text").write_text("x")
-    assert [entry.path for entry in find_documents([tmp_path])[1]] == ["pipe"]
+    assert [entry.path for entry in find_files([tmp_path])[1]] == ["pipe"]
 
 
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
-        find_documents([tmp_path / "nowhere"])
+        find_files([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="no documents"):
-        find_documents([tmp_path])
+        find_files([tmp_path])
+    with pytest.raises(UserError, match="matches nothing"):
+        find_files([f"{tmp_path}/*.jsonl"])
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -155,7 +171,7 @@ def test_transformers_loads_it_and_agrees(tokenizer: Path) -> None:
     assert (info.eos_id, info.pad_id) == (0, 1)
     for path in [*sorted((ROOT / "fusiontree").rglob("*.py")), ROOT / "pyproject.toml"]:
         text = path.read_text(encoding="utf-8")
-        assert theirs(text)["input_ids"] == ours.encode(text).ids
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text).ids
     assert theirs.decode(theirs("naïve 東京 , x .")["input_ids"]) == "naïve 東京 , x ."
 
 
@@ -174,7 +190,7 @@ def test_the_fingerprint_is_of_the_content_not_of_its_layout(tokenizer: Path, tm
         ("tokenizer.json", None, "holds no tokenizer.json"),
         ("tokenizer.json", "{}", "cannot be read"),
         ("tokenizer_config.json", "[", "cannot be read"),
-        ("tokenizer_config.json", "{}", "names no eos_token"),
+        ("tokenizer_config.json", '{"eos_token": "<end>"}', "'<end>', which is not in the vocabulary; give --eos"),
     ],
 )
 def test_a_broken_tokenizer_is_refused(tokenizer: Path, tmp_path: Path, name: str, content, message: str) -> None:
@@ -195,14 +211,13 @@ def test_a_vocabulary_without_all_bytes_is_refused(inputs: Path, tmp_path: Path)
 
 def test_the_shards_hold_every_document_in_tokens(built: Path, inputs: Path, tokenizer: Path) -> None:
     loaded, info = load_tokenizer(tokenizer)
-    documents, _ = find_documents([inputs])
     found = documents_in(built, "train") | documents_in(built, "validation")
-    assert found == {d.id: [*loaded.encode(d.text()).ids, info.eos_id] for d in documents}
+    assert found == {name: [*loaded.encode(text).ids, info.eos_id] for name, text in texts_in(inputs)[0].items()}
     assert any(len(tokens) > 1024 for tokens in found.values())  # one is cut over rows, too
 
 
-def test_the_last_documents_are_held_out(built: Path) -> None:
-    assert sorted(documents_in(built, "validation")) == ["28.txt", "29.txt", "sub/exotic.txt"]
+def test_the_held_out_documents_are_spread_evenly(built: Path) -> None:
+    assert sorted(documents_in(built, "validation")) == ["01.txt", "11.txt", "21.txt"]
 
 
 @pytest.mark.parametrize(("count", "holdout", "expected"), [(2, 0.001, 1), (1, 0.5, 0), (4, 0.0, 0), (3, 0.99, 2)])
@@ -213,15 +228,6 @@ def test_the_holdout_is_at_least_one_document_and_never_all(
         (tmp_path / f"{number}.txt").write_text("text")
     build([tmp_path], tokenizer, tmp_path / "set", holdout=holdout, row_len=64, include=["*.txt"])
     assert describe(tmp_path / "set")["splits"]["validation"]["documents"] == expected
-
-
-def test_two_workers_build_the_same_bytes(
-    built: Path, inputs: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data_tools.build._CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
-    build([inputs], tokenizer, tmp_path / "set", holdout=0.1, row_len=1024, workers=2)
-    assert contents(tmp_path / "set") == contents(built)
-    assert not multiprocessing.active_children()
 
 
 def test_the_figures_are_those_of_the_shards(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -309,7 +315,7 @@ if __name__ == "__main__":
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    wait_until(lambda: group() >= 3 and any(tmp_path.glob(".set.partial-*/train")))
+    wait_until(lambda: group() >= 3 and any(tmp_path.glob(".set.partial/train")))
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does
     else:
@@ -337,7 +343,7 @@ def test_a_flipped_bit_in_a_row_is_named(damaged: Path) -> None:
     shard.path.write_bytes(content)
     assert verify(damaged)["problems"] == [
         "train/000000.tar: row 2: checksum differs",
-        "train/000000.tar: sha256 differs from the manifest's",
+        "train/000000.tar: sha256 differs from the manifest's: it was changed since it was written",
     ]
 
 
@@ -346,7 +352,10 @@ def test_a_flipped_bit_outside_the_rows_is_found(damaged: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert verify(damaged)["problems"] == ["train/000000.tar: sha256 differs from the manifest's"]
+    assert verify(damaged)["problems"] == [
+        "train/000000.tar: tar header at byte 55296 is damaged",
+        "train/000000.tar: sha256 differs from the manifest's: it was changed since it was written",
+    ]
 
 
 @pytest.mark.parametrize("field", ["tokens", "ends", "segments", "valid", "crc"])
@@ -385,8 +394,13 @@ def test_segments_that_do_not_cover_their_row_are_named(damaged: Path, ends: lis
     manifest = Manifest.load(damaged)
     shutil.rmtree(damaged / "train")
     row = PackedRow(np.ones(1024, np.uint16), np.array(ends, np.int32), [Span("a", 0, 9, 0)])
-    splits = manifest.splits | {"train": write_split(damaged, "train", [row], "s")}
-    dataclasses.replace(manifest, splits=splits).save(damaged)
+    path = damaged / "train" / "000000.tar"
+    path.parent.mkdir()
+    with open(path, "wb") as stream:
+        write_tar(stream, [row], 0, {"source": "s", "tokenizer": ""})
+    scan = scan_shard(path)
+    write_index(path, scan.index)
+    dataclasses.replace(manifest, splits=manifest.splits | {"train": [scan.info("train/000000.tar")]}).save(damaged)
     assert verify(damaged)["problems"] == [
         "train/000000.tar: row 0: segment ends do not ascend to the row's length 1024"
     ]
@@ -395,7 +409,7 @@ def test_segments_that_do_not_cover_their_row_are_named(damaged: Path, ends: lis
 def test_missing_and_unknown_files_are_named(damaged: Path) -> None:
     (damaged / "train" / "000000.tar").rename(damaged / "train" / "000007.tar")
     problems = verify(damaged)["problems"]
-    assert any("000000.tar is missing" in problem for problem in problems)
+    assert "train/000000.tar: it is missing" in problems
     assert "train/000007.tar: not in the manifest" in problems
 
 

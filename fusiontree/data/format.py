@@ -5,30 +5,27 @@ A folder holds ``manifest.json``, ``train/*.tar`` and ``validation/*.tar``; besi
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fusiontree import __version__
-from fusiontree.data.packing import PACKER_VERSION, PackedRow, Span
+from fusiontree.data.packing import PACKER_VERSION, Span
+from fusiontree.data.tokenizer import require_golden
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-GROUP_ROWS = 32  # rows per WebDataset sample: megatoken members read an order of magnitude faster than single documents
-SHARD_ROWS = 512
-
 INDEX = np.dtype(
     [
         ("tokens", "<u8"),  # absolute offset of the row's tokens in the tar, bytes
@@ -38,7 +35,7 @@ INDEX = np.dtype(
         ("crc", "<u4"),  # CRC32 of the token bytes followed by the bytes of the ends
     ]
 )
-_ENDS = np.dtype("<i4")
+ENDS = np.dtype("<i4")
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _Record = TypeVar("_Record")
 
@@ -51,6 +48,9 @@ class TokenizerInfo:
     vocab_size: int  # largest token id + 1
     eos_id: int
     pad_id: int
+    golden: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # the ids of a few texts, see fusiontree/data/tokenizer.py
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -87,7 +87,7 @@ class Manifest:
     source: str
     tokenizer: TokenizerInfo
     splits: dict[str, list[ShardInfo]]
-    skipped: list[dict[str, str]] = field(default_factory=list)  # inputs left out: path and reason
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # inputs left out: path, reason, count and places
     packer_version: int = PACKER_VERSION
     project_version: str = __version__
 
@@ -102,12 +102,21 @@ class Manifest:
         return self.tokenizer.fingerprint
 
     def require_tokenizer(self, fingerprint: str, where: Path | str) -> None:
-        """Raise UserError unless the tokenizer at `where`, with that fingerprint, is the one that made the shards."""
+        """Hold a tokenizer folder to the one that made the shards.
+
+        Args:
+            fingerprint: its tokenizer's.
+            where: the folder; the golden samples are encoded again with what it holds.
+
+        Raises:
+            UserError: the fingerprint is another, or a golden sample gets other ids.
+        """
         if fingerprint != self.tokenizer.fingerprint:
             raise UserError(
                 f"tokenizer {where} ({fingerprint[:12]}) is not the one that made the shards "
                 f"({self.tokenizer.fingerprint[:12]}); give that one, or build the dataset again"
             )
+        require_golden(self.tokenizer.golden, where)
 
     def totals(self, split: str) -> dict[str, int]:
         """Shards, bytes, rows, tokens and documents of a split."""
@@ -258,12 +267,12 @@ class Shard:
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             tokens = os.pread(descriptor, self.row_len * self.dtype.itemsize, int(entry["tokens"]))
-            ends = os.pread(descriptor, int(entry["segments"]) * _ENDS.itemsize, int(entry["ends"]))
+            ends = os.pread(descriptor, int(entry["segments"]) * ENDS.itemsize, int(entry["ends"]))
         finally:
             os.close(descriptor)
         if zlib.crc32(ends, zlib.crc32(tokens)) != entry["crc"]:
             raise RunError(f"{self.path}: row {row} is damaged (checksum differs); restore the shard or build it again")
-        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, _ENDS)
+        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, ENDS)
 
 
 @dataclass(frozen=True)
@@ -313,26 +322,6 @@ def _read_array(content: bytes, offset: int) -> tuple[np.ndarray, int]:
     return array, offset + len(content) - array.nbytes
 
 
-def index_shard(path: Path) -> tuple[np.ndarray, int]:
-    """The index, dtype INDEX [rows], that a shard's content calls for, and the documents that begin in it."""
-    rows: list[tuple[int, int, int, int, int]] = []
-    documents = 0
-    for group in read_groups(path):
-        for i, (tokens, padded) in enumerate(zip(group.tokens, group.ends, strict=True)):
-            ends = padded[padded != 0]
-            rows.append(
-                (
-                    group.tokens_offset + i * tokens.nbytes,
-                    group.ends_offset + i * padded.nbytes,
-                    len(ends),
-                    int(np.diff(np.abs(ends), prepend=0)[ends > 0].sum()),
-                    zlib.crc32(ends.tobytes(), zlib.crc32(tokens.tobytes())),
-                )
-            )
-            documents += sum(span.offset == 0 for span in group.spans[i])
-    return np.array(rows, dtype=INDEX), documents
-
-
 def index_path(shard: Path) -> Path:
     """The index beside a shard."""
     return shard.with_suffix(".idx")
@@ -354,70 +343,3 @@ def read_index(shard: Path) -> np.ndarray:
     if index.dtype != INDEX or index.ndim != 1:
         raise UserError(f"{path} is no shard's index; restore it or build the dataset again")
     return index
-
-
-def write_split(
-    folder: Path, split: str, rows: Iterable[PackedRow], source: str, shard_rows: int = SHARD_ROWS
-) -> list[ShardInfo]:
-    """Write the rows of a split as FOLDER/SPLIT/NNNNNN.tar, each with its index; the same rows give the same bytes.
-
-    Args:
-        folder: the dataset folder; the manifest is the caller's.
-        split: train or validation.
-        rows: in the order of the shards; one shard's rows are held at a time.
-        source: recorded in every sample.
-        shard_rows: rows per shard; the last may have fewer.
-    """
-    assert split in SPLITS, split
-    (folder / split).mkdir()
-    shards = []
-    for number, content in enumerate(_batched(rows, shard_rows)):
-        name = f"{split}/{number:06d}.tar"
-        path = folder / name
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "wb") as stream:
-            _write_tar(stream, content, number * shard_rows, source)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-        index, documents = index_shard(path)
-        write_atomic(index_path(path), _encode_array(index))
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        tokens = int(index["valid"].sum(dtype=np.int64))
-        shards.append(ShardInfo(name, digest, path.stat().st_size, len(index), tokens, documents))
-    return shards
-
-
-def _write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, source: str) -> None:
-    from webdataset.writer import TarWriter  # slow to import, and readers never need it
-
-    # whatever could differ between two builds (time, user, umask) is fixed
-    with TarWriter(stream, user="fusiontree", group="fusiontree", mode=0o644, mtime=0, encoder=False) as tar:
-        for group in _batched(rows, GROUP_ROWS):
-            ends = np.zeros((len(group), max(len(row.ends) for row in group)), dtype=_ENDS)
-            for padded, row in zip(ends, group, strict=True):
-                padded[: len(row.ends)] = row.ends
-            tokens = np.stack([row.tokens for row in group])
-            about = {"source": source, "documents": [[asdict(span) for span in row.spans] for row in group]}
-            tar.write(
-                {
-                    "__key__": f"{first_row:09d}",
-                    "tok.npy": _encode_array(tokens.astype(tokens.dtype.newbyteorder("<"))),
-                    "ends.npy": _encode_array(ends),
-                    "json": json.dumps(about, separators=(",", ":")).encode(),
-                }
-            )
-            first_row += len(group)
-
-
-def _encode_array(array: np.ndarray) -> bytes:
-    encoded = io.BytesIO()
-    np.save(encoded, array)
-    return encoded.getvalue()
-
-
-def _batched(rows: Iterable[PackedRow], size: int) -> Iterator[list[PackedRow]]:
-    iterator = iter(rows)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

@@ -28,6 +28,7 @@ class Span:
     start: int  # its first token in the row
     length: int  # tokens
     offset: int  # tokens of the document that lie in other rows before this span; 0: the document begins here
+    continues: bool = False  # the document goes on in another row
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class _Piece:
     id: str
     offset: int
     tokens: np.ndarray
+    continues: bool
 
 
 def check_row_len(row_len: int, cell: int = CELL) -> None:
@@ -72,15 +74,45 @@ def pack(
     Raises:
         UserError: `row_len` does not suit `cell`.
     """
-    check_row_len(row_len, cell)
-    rows = _OpenRows(row_len, min(cell, row_len))
-    for pieces in _windows(documents, row_len, window):
-        for piece in sorted(pieces, key=lambda piece: -len(piece.tokens)):
-            rows.place(piece)
-        for placed in rows.close(keep=CARRIED_ROWS):
-            yield _assemble(placed, row_len, pad_id)
-    for placed in rows.close(keep=0):
-        yield _assemble(placed, row_len, pad_id)
+    packer = Packer(row_len, pad_id, cell, window)
+    for name, tokens in documents:
+        yield from packer.add(name, tokens)
+    yield from packer.finish()
+
+
+class Packer:
+    """What `pack` does, a document at a time. It can be pickled between two documents and goes on from there.
+
+    Args and errors are those of `pack`.
+    """
+
+    def __init__(self, row_len: int, pad_id: int, cell: int = CELL, window: int = WINDOW_DOCUMENTS):
+        check_row_len(row_len, cell)
+        self.row_len, self.pad_id, self.window = row_len, pad_id, window
+        self._rows = _OpenRows(row_len, min(cell, row_len))
+        self._pieces: list[_Piece] = []  # of the window that fills
+        self._documents = self._tokens = 0  # in it
+
+    def add(self, name: str, tokens: np.ndarray) -> list[PackedRow]:
+        """Take a document in; returns the rows that are finished, none until the window is full."""
+        for at in range(0, len(tokens), self.row_len):
+            stop = at + self.row_len
+            self._pieces.append(_Piece(name, at, tokens[at:stop], stop < len(tokens)))
+        self._documents += 1
+        self._tokens += len(tokens)
+        full = self._documents == self.window or self._tokens >= WINDOW_TOKENS
+        return self._pack_window(keep=CARRIED_ROWS) if full else []
+
+    def finish(self) -> list[PackedRow]:
+        """All rows that are still open, after the last document."""
+        return self._pack_window(keep=0)
+
+    def _pack_window(self, keep: int) -> list[PackedRow]:
+        """Place the window's documents, those longer than a row cut, and hand over all rows but `keep`."""
+        for piece in sorted(self._pieces, key=lambda piece: -len(piece.tokens)):
+            self._rows.place(piece)
+        self._pieces, self._documents, self._tokens = [], 0, 0
+        return [_assemble(placed, self.row_len, self.pad_id) for placed in self._rows.close(keep)]
 
 
 class _OpenRows:
@@ -134,20 +166,6 @@ class _OpenRows:
         return closed
 
 
-def _windows(documents: Iterable[tuple[str, np.ndarray]], row_len: int, window: int) -> Iterator[list[_Piece]]:
-    """The documents of each window, those longer than a row cut."""
-    pieces: list[_Piece] = []
-    count = tokens_held = 0
-    for name, tokens in documents:
-        pieces += [_Piece(name, at, tokens[at : at + row_len]) for at in range(0, len(tokens), row_len)]
-        count, tokens_held = count + 1, tokens_held + len(tokens)
-        if count == window or tokens_held >= WINDOW_TOKENS:
-            yield pieces
-            pieces, count, tokens_held = [], 0, 0
-    if pieces:
-        yield pieces
-
-
 def _assemble(placed: list[tuple[int, _Piece]], row_len: int, pad_id: int) -> PackedRow:
     tokens = np.full(row_len, pad_id, dtype=placed[0][1].tokens.dtype)
     ends: list[int] = []
@@ -159,7 +177,7 @@ def _assemble(placed: list[tuple[int, _Piece]], row_len: int, pad_id: int) -> Pa
         end = start + len(piece.tokens)
         ends.append(end)
         tokens[start:end] = piece.tokens
-        spans.append(Span(piece.id, start, len(piece.tokens), piece.offset))
+        spans.append(Span(piece.id, start, len(piece.tokens), piece.offset, piece.continues))
     if end < row_len:
         ends.append(-row_len)
     return PackedRow(tokens, np.array(ends, dtype=np.int32), spans)

@@ -1,0 +1,238 @@
+"""One corpus, one dataset: for any number of workers, with interruptions or without, duplicates once if asked."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cli
+
+from data_tools.build import build
+from data_tools.duplicates import SeenTexts, digest
+from data_tools.verify import verify
+from fusiontree.data.format import Dataset
+from fusiontree.errors import RunError, UserError
+
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = {"row_len": 256, "holdout": 0.1, "dedup": True, "encoder": "tokenizers"}  # slow enough to be interrupted
+SMALL = {  # so that a small corpus has many chunks, windows and shards
+    "data_tools.build._CHUNK_RECORDS": 16,
+    "data_tools.build.SAVE_SECONDS": 0.0,
+    "data_tools.assembly.WINDOW_DOCUMENTS": 90,
+    "data_tools.assembly.SHARD_ROWS": 40,
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(name, value)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,500 documents in files of three kinds, a fifth of them duplicates, with bad lines and a broken file."""
+    folder = tmp_path_factory.mktemp("many")
+    draw = random.Random(1)
+    words = ["tree", "gate", "branch", "scan", "window", "naïve", "東京", "row\n"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 300))) for _ in range(1200)]
+    texts += draw.choices(texts, k=300)
+    draw.shuffle(texts)
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[100] = lines[900] = "{"
+    (folder / "a.jsonl").write_text("\n".join(lines[:600]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[600:1100]).encode(), mtime=0))
+    (folder / "broken.jsonl.gz").write_bytes(gzip.compress(b"{}" * 99)[:-4])
+    (folder / "void.txt").touch()
+    for number, text in enumerate(texts[1100:]):
+        (folder / f"c{number:03d}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(many: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of `many`, built without a disturbance."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(name, value)
+        folder = tmp_path_factory.mktemp("whole") / "set"
+        build([many], tokenizer_folder, folder, **ARGUMENTS)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_builds_the_same_bytes(
+    whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    build([many], tokenizer_folder, tmp_path / "set", workers=workers, **ARGUMENTS)
+    assert contents(tmp_path / "set") == contents(whole)
+    assert len(list((whole / "train").glob("*.tar"))) > 4
+
+
+def run_killed(many: Path, tokenizer: Path, output: Path, steps: int, workers: int) -> int:
+    """Start a build that is killed when it has done so much to its files; returns its exit code."""
+    settings = "\n".join(f"{name} = {value}" for name, value in SMALL.items())
+    path = output.parent / "script.py"
+    path.write_text(f"""
+import os, signal, sys
+import data_tools.assembly, data_tools.build
+from pathlib import Path
+{settings}
+left = {steps}
+def count(event, arguments):
+    global left
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and ".set" in str(arguments):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    sys.addaudithook(count)
+    inputs, tokenizer, output = [{str(many)!r}], Path({str(tokenizer)!r}), Path({str(output)!r})
+    data_tools.build.build(inputs, tokenizer, output, workers={workers}, **{ARGUMENTS})
+""")
+    command, environment = [sys.executable, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, timeout=100, check=False, stderr=subprocess.DEVNULL).returncode
+
+
+def test_a_build_killed_again_and_again_ends_as_if_it_had_not_been(
+    whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    output = tmp_path / "set"
+    shards = []
+    while not output.exists():
+        assert len(shards) < 40, shards
+        workers = 2 if len(shards) % 4 == 3 else 1
+        code = run_killed(many, tokenizer_folder, output, draw.randint(0, 100) * draw.choice([1, 2, 8]), workers)
+        assert code in (0, -signal.SIGKILL)
+        shards.append(len(list(tmp_path.glob(".set.partial/train/*.tar"))))
+    assert len([count for count in shards if count]) > 1, shards  # it went on from where it was killed
+    assert contents(output) == contents(whole)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".set")] == []
+
+
+@pytest.fixture
+def interrupted(many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a build that ended in the middle."""
+    from data_tools.assembly import Assembly
+
+    taken = []
+
+    def take(self, records, *rest):
+        taken.append(records)
+        if len(taken) == 60:
+            raise KeyboardInterrupt
+        return original(self, records, *rest)
+
+    original = Assembly.take
+    with monkeypatch.context() as patch:
+        patch.setattr(Assembly, "take", take)
+        with pytest.raises(KeyboardInterrupt):
+            build([many], tokenizer_folder, tmp_path / "set", **ARGUMENTS)
+    return tmp_path / ".set.partial"
+
+
+def test_the_same_arguments_go_on(interrupted: Path, whole: Path, many: Path, tokenizer_folder: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in interrupted.glob("train/*.tar")}
+    assert before
+    for stray in (".state.pickle.partial-1", "train/.000099.tar.partial"):  # of a kill at the wrong moment
+        (interrupted / stray).touch()
+    figures = build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+    assert figures["continued"]
+    after = {path.name: path.stat().st_mtime_ns for path in (interrupted.parent / "set").glob("train/*.tar")}
+    kept = [name for name in before if before[name] == after[name]]
+    assert kept  # not written again
+    assert contents(interrupted.parent / "set") == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"row_len": 512}, "row len"), ({"holdout": 0.2}, "holdout"), ({"dedup": False}, "dedup")],
+)
+def test_other_arguments_are_refused_or_start_again(
+    interrupted: Path, many: Path, tokenizer_folder: Path, change: dict, named: str
+) -> None:
+    arguments = ARGUMENTS | change
+    with pytest.raises(UserError, match=f"interrupted build with another choice of {named}; give the same") as caught:
+        build([many], tokenizer_folder, interrupted.parent / "set", **arguments)
+    assert "\n" not in str(caught.value)
+    figures = build([many], tokenizer_folder, interrupted.parent / "set", overwrite=True, **arguments)
+    assert not figures["continued"]
+    assert verify(interrupted.parent / "set")["problems"] == []
+
+
+def test_other_inputs_are_refused(interrupted: Path, many: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("tree")
+    with pytest.raises(UserError, match="another choice of input files"):
+        build([many, tmp_path / "more.txt"], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+
+
+def test_golden_samples_are_encoded_again_before_a_build_goes_on(
+    interrupted: Path, many: Path, tokenizer_folder: Path
+) -> None:
+    job = json.loads((interrupted / "job.json").read_text())
+    job["golden_samples"] = {text: ids[1:] for text, ids in job["golden_samples"].items()}
+    (interrupted / "job.json").write_text(json.dumps(job))
+    with pytest.raises(UserError, match="encodes 'The quick brown fox didn"):
+        build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+
+
+def test_a_shard_that_is_gone_meanwhile_is_missed(interrupted: Path, many: Path, tokenizer_folder: Path) -> None:
+    min(interrupted.glob("train/*.tar")).unlink()
+    with pytest.raises(RunError, match="is not as this build left it"):
+        build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+
+
+def test_two_builds_of_one_folder_are_told_apart(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    from fusiontree.files import resumable_folder
+
+    with resumable_folder(tmp_path / "set", False, "manifest.json", ["state.pickle"]):
+        message = cli(
+            *("data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", tmp_path / "set"), code=2
+        ).stderr
+    assert message.startswith("fusiontree: error: another process is making ")
+    assert message.count("\n") == 1
+
+
+# --- duplicates ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_of_equal_documents_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
+    texts = ["tree", "gate", "tree", "tree ", "gate", "scan"]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    figures = build([tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "set", row_len=64, holdout=0, dedup=True)
+    assert (figures["documents"], figures["duplicates"]) == (4, 2)
+    dataset = Dataset(tmp_path / "set")
+    names = [span.id for row in range(dataset.num_rows) for span in dataset.spans(row)]
+    assert sorted(names) == ["in.jsonl:1", "in.jsonl:2", "in.jsonl:4", "in.jsonl:6"]
+
+
+def test_seen_texts_are_those_of_a_set(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    seen, truth = SeenTexts(tmp_path / "digests", 0), set()
+    saved: tuple[int, set[bytes]] = (0, set())
+    for call in range(200):
+        digests = [digest(str(draw.randrange(3000))) for _ in range(draw.randrange(40))]
+        expected = [d not in truth and d not in digests[:i] for i, d in enumerate(digests)]
+        truth |= set(digests)
+        assert seen.add(np.array(digests, "S16")).tolist() == expected
+        if call == 120:
+            seen.save()
+            saved = seen.count, set(truth)
+    assert seen.count == len(truth)
+    assert sum(run.nbytes for run in seen._runs) == 16 * len(truth)  # bytes of memory per document
+    again = SeenTexts(tmp_path / "digests", saved[0])
+    assert not again.add(np.array(sorted(saved[1]), "S16")).any()
+    new = sorted(truth - saved[1])
+    assert new
+    assert again.add(np.array(new, "S16")).all()

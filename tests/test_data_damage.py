@@ -1,0 +1,246 @@
+"""Every kind of damage to a dataset is found and named by shard and row; lost sidecars come back, never blindly."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cli
+
+from data_tools.reindex import reindex
+from data_tools.tokenizer import load_tokenizer, train_tokenizer
+from data_tools.verify import verify
+from fusiontree.data.format import Dataset, Manifest, read_index
+from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.tokenizer import open_tokenizer
+from fusiontree.data.writer import write_split
+from fusiontree.errors import UserError
+
+ROW, ROWS, SHARD_ROWS = 64, 200, 96  # shards of 96, 96 and 8 rows; samples of 32, so three in the first
+CHANGED = "sha256 differs from the manifest's: it was changed since it was written"
+
+
+@pytest.fixture(scope="module")
+def sound(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "set"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    _, info = load_tokenizer(tokenizer_folder)
+    rows = [
+        PackedRow(
+            draw.integers(2, 290, ROW).astype(np.uint16),
+            np.array([20, 60, -ROW], np.int32),
+            [Span(f"a{i}", 0, 20, 0), Span(f"b{i}", 20, 40, 0)],
+        )
+        for i in range(ROWS)
+    ]
+    splits = {"train": write_split(folder, "train", rows, "s", SHARD_ROWS), "validation": []}
+    Manifest(ROW, "uint16", "s", info, splits).save(folder)
+    shutil.copytree(tokenizer_folder, folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sound, tmp_path / "set")
+
+
+@pytest.fixture
+def bare(folder: Path) -> Path:
+    """Shards without index or manifest."""
+    (folder / "manifest.json").unlink()
+    for path in folder.glob("*/*.idx"):
+        path.unlink()
+    return folder
+
+
+def change(path: Path, at: int, new: Callable[[bytes], bytes], size: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + size] = new(bytes(content[at : at + size]))
+    path.write_bytes(content)
+
+
+def flip_token(folder: Path) -> None:
+    path = folder / "train/000001.tar"
+    change(path, int(read_index(path)["tokens"][33]) + 4, lambda old: bytes([old[0] ^ 1]))
+
+
+def flip_end(folder: Path) -> None:
+    path = folder / "train/000001.tar"
+    change(path, int(read_index(path)["ends"][33]), lambda old: bytes([old[0] ^ 1]))
+
+
+def header_of_second_sample(folder: Path) -> int:
+    """Where the header of the second sample's first member lies in the first shard."""
+    content = (folder / "train/000000.tar").read_bytes()
+    return content.index(b"000000032.ends.npy")
+
+
+def zero_header(folder: Path) -> None:
+    change(folder / "train/000000.tar", header_of_second_sample(folder), lambda old: bytes(len(old)), 512)
+
+
+def garble_header(folder: Path) -> None:
+    change(folder / "train/000000.tar", header_of_second_sample(folder) + 130, lambda old: b"7", 1)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "train/000000.tar", header_of_second_sample(folder) + 2000)
+
+
+def replace_shard(folder: Path) -> None:
+    """Another shard with a sound index of its own: nothing but the manifest can tell."""
+    other = folder.parent / "other"
+    shutil.rmtree(other, ignore_errors=True)
+    other.mkdir()
+    row = PackedRow(np.full(ROW, 7, np.uint16), np.array([ROW], np.int32), [Span("x", 0, ROW, 0)])
+    write_split(other, "train", [row] * SHARD_ROWS, "s", SHARD_ROWS)
+    for ending in ("tar", "idx"):
+        shutil.copy(other / f"train/000000.{ending}", folder / f"train/000001.{ending}")
+
+
+def wrong_index(folder: Path) -> None:
+    path = folder / "train/000001.idx"
+    index = np.load(path)
+    index["tokens"][[3, 4]] = index["tokens"][[4, 3]]
+    np.save(path.open("wb"), index)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "a flipped token": (flip_token, ["train/000001.tar: row 33: checksum differs", f"train/000001.tar: {CHANGED}"]),
+    "a flipped end": (flip_end, ["train/000001.tar: row 33: checksum differs", f"train/000001.tar: {CHANGED}"]),
+    "a zeroed header": (
+        zero_header,
+        [
+            "000000.tar: tar header at byte ",
+            "000000.tar: row 32 and its sample cannot be read (ends.npy missing)",
+            CHANGED,
+        ],
+    ),
+    "a garbled header": (
+        garble_header,
+        [
+            "000000.tar: tar header at byte ",
+            "000000.tar: row 32 and its sample cannot be read (ends.npy missing)",
+            CHANGED,
+        ],
+    ),
+    "a truncated shard": (
+        truncate,
+        [
+            "000000.tar: member '000000032.json' is cut short",
+            "000000.tar: row 32 and its sample cannot be read (json and tok.npy missing)",
+            "000000.tar: it has ",
+            CHANGED,
+        ],
+    ),
+    "a missing shard": (lambda f: (f / "train/000002.tar").unlink(), ["train/000002.tar: it is missing"]),
+    "a replaced shard": (replace_shard, [f"train/000001.tar: {CHANGED}"]),
+    "a wrong index": (
+        wrong_index,
+        [f"train/000001.tar: row {row}: its index entry differs from the shard" for row in (3, 4)],
+    ),
+    "a missing index": (lambda f: (f / "train/000001.idx").unlink(), ["000001.idx is missing"]),
+    "an index of other rows": (
+        lambda f: shutil.copy(f / "train/000002.idx", f / "train/000001.idx"),
+        ["train/000001.tar: its index lists 8 rows, the manifest 96"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_verify_finds_and_names(folder: Path, kind: str) -> None:
+    assert verify(folder)["problems"] == []
+    damage, expected = DAMAGE[kind]
+    damage(folder)
+    for workers in (1, 2) if kind == "a flipped token" else (1,):
+        problems = verify(folder, workers)["problems"]
+        for part in expected:
+            assert any(part in problem for problem in problems), (part, problems)
+        assert len({problem.partition(":")[0] for problem in problems}) == 1  # nothing else is accused
+
+
+def test_verify_exits_with_1_and_names_on_one_line_each(folder: Path) -> None:
+    flip_token(folder)
+    assert "train/000001.tar: row 33: checksum differs" in cli("data", "verify", folder, code=1).stdout
+
+
+# --- reindex ---------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_lost_sidecars_come_back_as_they_were(bare: Path, sound: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bare.glob("*/*.tar")}
+    figures = json.loads(cli("data", "reindex", bare, "--workers", 2, "--json").stdout)
+    assert figures == {
+        "shards": 3,
+        "rows": ROWS,
+        "tokens": 60 * ROWS,
+        "adopted": True,
+        "problems": [],
+        "bytes": sum(path.stat().st_size for path in bare.glob("*/*.tar")),
+    }
+    assert contents(bare) == contents(sound)
+    assert {path: path.stat().st_mtime_ns for path in bare.glob("*/*.tar")} == before
+    assert Dataset(bare).fingerprint == Dataset(sound).fingerprint
+
+
+def test_the_tokenizer_may_come_from_elsewhere(bare: Path, sound: Path, tokenizer_folder: Path) -> None:
+    shutil.rmtree(bare / "tokenizer")
+    with pytest.raises(UserError, match="holds no tokenizer; give the one that made the shards with --tokenizer"):
+        reindex(bare)
+    assert reindex(bare, tokenizer_folder)["adopted"]
+    assert contents(bare).keys() == contents(sound).keys()
+    assert verify(bare)["problems"] == []
+    assert open_tokenizer(bare / "tokenizer").get_vocab_size() == 300
+
+
+@pytest.mark.parametrize("kind", ["a flipped token", "a flipped end", "a zeroed header", "a truncated shard"])
+def test_damaged_shards_are_never_adopted(folder: Path, kind: str) -> None:
+    DAMAGE[kind][0](folder)
+    (folder / "manifest.json").unlink()
+    for path in folder.glob("*/*.idx"):
+        path.unlink()
+    refused = reindex(folder)
+    assert not refused["adopted"]
+    assert refused["problems"]
+    assert not (folder / "manifest.json").exists()
+    assert list(folder.glob("*/*.idx")) == []
+    adopted = reindex(folder, skip_damaged=True)
+    assert adopted["problems"][0] == refused["problems"][0]
+    assert len(Manifest.load(folder).splits["train"]) == 2
+    dataset = Dataset(folder)
+    for row in range(dataset.num_rows):
+        dataset.row(row)
+
+
+def test_an_index_that_is_left_is_a_witness(folder: Path) -> None:
+    replace_shard(folder)
+    shutil.copy(folder / "train/000001.tar", folder / "train/000000.tar")  # sound, but not what its index knew
+    (folder / "manifest.json").unlink()
+    assert any("000000.tar: row 0: differs from its index" in problem for problem in reindex(folder)["problems"])
+
+
+def test_a_lost_shard_is_missed(bare: Path) -> None:
+    (bare / "train/000001.tar").unlink()
+    assert reindex(bare)["problems"] == ["train: rows 96 to 191 are missing before train/000002.tar"]
+    assert reindex(bare, skip_damaged=True)["adopted"]
+
+
+def test_another_tokenizer_is_refused(bare: Path, corpus: Path, tmp_path: Path) -> None:
+    train_tokenizer([corpus], 270, tmp_path / "other")
+    problems = reindex(bare, tmp_path / "other")["problems"]
+    assert any("is not below the vocabulary size 270" in problem for problem in problems)
+
+
+def test_a_dataset_with_a_manifest_is_left_alone(folder: Path) -> None:
+    with pytest.raises(UserError, match="has a manifest; check it with"):
+        reindex(folder)
+    with pytest.raises(UserError, match="nothing to reindex"):
+        reindex(folder / "tokenizer")

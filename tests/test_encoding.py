@@ -1,0 +1,207 @@
+"""The fast encoder gives the reference library's ids, on real text and on what trips tokenizers; or it is not used."""
+
+import dataclasses
+import json
+import random
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data_tools import encoding
+from data_tools.build import build
+from data_tools.encoding import Encoder
+from data_tools.tokenizer import load_tokenizer
+from fusiontree.data.format import Manifest, tokenizer_fingerprint
+from fusiontree.data.tokenizer import GOLDEN_TEXTS
+from fusiontree.errors import RunError, UserError
+
+STDLIB = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern: str) -> pre_tokenizers.Sequence:
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), last])
+
+
+BYTES = {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama3": split_by(LLAMA3),
+    "qwen2": split_by(LLAMA3.replace("{1,3}", "")),
+}
+UNKNOWN = {
+    "digits": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "words": split_by(r"\w+|\W+"),
+}
+POOLS = [
+    *(range(32, 127), range(0x300), range(0x300, 0x3000), range(0x3000, 0xD7FF), range(0x1F300, 0x1F700)),
+    *([9, 10, 11, 12, 13, 0x1C, 0x20, 0x85, 0xA0, 0x2009, 0x200B, 0x200D, 0x2028, 0x3000, 0xFEFF, 0xFE0F],),
+    *([ord(c) for c in "'sStTrReEvVmMlLdD0123456789_.-<|>/ \r\n"],),
+    *(range(0x660, 0x66A), range(0x2070, 0x2090), [0xBD, 0x2460, 0x3007, 0x1D7CE, 0x10FFFF, 0xE000]),
+]
+
+
+def train(kind: str, folder: Path) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = (BYTES | UNKNOWN)[kind]
+    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "llama3":
+        tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<s>", "</s>", "<|end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((path.read_text(encoding="utf-8") for path in STDLIB[:20]), trainer)
+    if kind == "llama3":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(BYTES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(request.param, tmp_path_factory.mktemp("tok") / request.param)
+
+
+def test_real_text_gets_the_references_ids(folder: Path) -> None:
+    encoder = Encoder(folder)
+    reference, info = load_tokenizer(folder)
+    assert (encoder.name, encoder.note) == ("gigatoken", "")
+    for path in STDLIB:
+        text = path.read_bytes().decode("utf-8")
+        assert encoder.encode(text).tolist() == [*reference.encode(text, add_special_tokens=False).ids, info.eos_id]
+
+
+def test_torture_gets_the_references_ids(folder: Path) -> None:
+    encoder = Encoder(folder)
+    reference, info = load_tokenizer(folder)
+    draw = random.Random(0)
+    texts = ["".join(chr(draw.choice(draw.choice(POOLS))) for _ in range(draw.randint(1, 80))) for _ in range(3000)]
+    texts += [*GOLDEN_TEXTS, "a" * 50_000, " " * 50_000, "\n" * 9999, "<|end|></s> <s>x", "ab" * 20_000, "🌲" * 9999]
+    for text in texts:
+        expected = [*reference.encode(text, add_special_tokens=False).ids, info.eos_id]
+        assert encoder.encode(text).tolist() == expected, repr(text[:80])
+
+
+def test_the_ids_of_either_library_make_the_same_shards(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    for library in ("gigatoken", "tokenizers"):
+        figures = build([corpus], folder, tmp_path / library, row_len=512, encoder=library)
+        assert figures["encoder"] == library
+    manifests = [Manifest.load(tmp_path / library) for library in ("gigatoken", "tokenizers")]
+    assert manifests[0] == manifests[1]
+
+
+def test_memory_is_bounded_by_starting_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    fast = encoding._fast_encoder
+    monkeypatch.setattr(encoding, "_fast_encoder", lambda definition: made.append(1) or fast(definition))
+    monkeypatch.setattr(encoding, "_RENEWED", 1000)
+    encoder = Encoder(folder)
+    first = encoder.encode("tree " * 100)
+    for _ in range(3):
+        assert np.array_equal(encoder.encode("tree " * 100), first)
+    assert len(made) == 1 + 1
+
+
+@pytest.mark.parametrize("kind", list(UNKNOWN))
+def test_a_rule_that_the_fast_library_does_not_know_is_left_to_the_reference(kind: str, tmp_path: Path) -> None:
+    encoder = Encoder(train(kind, tmp_path / "tok"))
+    reference, info = load_tokenizer(tmp_path / "tok")
+    assert encoder.name == "tokenizers"
+    for text in (*GOLDEN_TEXTS, "tree_gate 2026 !?"):
+        assert encoder.encode(text).tolist() == [*reference.encode(text, add_special_tokens=False).ids, info.eos_id]
+
+
+def write_wordpiece(folder: Path) -> Path:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[EOS]": 1, "tree": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[UNK]", "[EOS]"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_what_the_fast_library_cannot_load_is_encoded_by_the_reference(tmp_path: Path) -> None:
+    encoder = Encoder(write_wordpiece(tmp_path / "tok"))
+    assert encoder.name == "tokenizers"
+    assert encoder.note.startswith("gigatoken cannot load it: ")
+    assert encoder.encode("tree leaf").tolist() == [2, 0, 1]
+    with pytest.raises(UserError, match="--encoder gigatoken: gigatoken cannot load it"):
+        Encoder(tmp_path / "tok", library="gigatoken")
+
+
+def test_a_fast_library_that_disagrees_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_fast_encoder", lambda definition: lambda text: np.zeros(len(text), np.uint32))
+    encoder = Encoder(folder)
+    assert encoder.name == "tokenizers"
+    assert "encodes 'The quick brown fox didn'" in encoder.note.replace('"', "'")
+
+
+def test_an_audit_finds_a_disagreement(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(folder)
+    encoder.audit("tree gate")
+    encoder._fast = lambda text: np.zeros(len(text), np.uint32)
+    with pytest.raises(RunError, match="encode 'tree gate' differently; build with --encoder tokenizers"):
+        encoder.audit("tree gate")
+
+
+# --- tokenizer folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_the_end_of_document_token_is_found_where_it_is_named(copy: Path) -> None:
+    assert load_tokenizer(copy)[1].eos_id == 1  # </s>, the only well-known one
+    (copy / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|end|>"}, "pad_token": "<s>"}')
+    info = load_tokenizer(copy)[1]
+    assert (info.eos_id, info.pad_id) == (2, 0)
+    (copy / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert load_tokenizer(copy)[1].eos_id == 1
+    assert load_tokenizer(copy, "<s>")[1].eos_id == 0
+
+
+def test_an_uncertain_end_of_document_token_is_one_line_with_candidates(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("</s>", "<eos>"), encoding="utf-8")
+    assert load_tokenizer(copy)[1].eos_id == 1
+    path.write_text(path.read_text(encoding="utf-8").replace("<eos>", "<fin>"), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"names no end-of-document token; give --eos TOKEN, for example <fin> or <s> or"
+    ):
+        load_tokenizer(copy)
+    with pytest.raises(UserError, match="--eos names '<none>', which is not in the vocabulary; give --eos TOKEN"):
+        load_tokenizer(copy, "<none>")
+
+
+def test_the_copy_in_the_dataset_names_the_token_that_was_given(copy: Path, corpus: Path, tmp_path: Path) -> None:
+    build([corpus], copy, tmp_path / "set", row_len=512, eos="<|end|>")
+    assert load_tokenizer(tmp_path / "set" / "tokenizer")[1] == load_tokenizer(copy, "<|end|>")[1]
+    config = json.loads((tmp_path / "set" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == "<|end|>"
+
+
+def test_golden_samples_are_encoded_again(copy: Path) -> None:
+    info = load_tokenizer(copy)[1]
+    manifest = Manifest(512, "uint16", "s", info, {})
+    assert list(info.golden) == list(GOLDEN_TEXTS)
+    manifest.require_tokenizer(tokenizer_fingerprint(copy), copy)
+    text, ids = next(iter(info.golden.items()))
+    other = dataclasses.replace(info, golden=info.golden | {text: ids[:-1]})
+    with pytest.raises(UserError, match="encodes 'The quick brown fox didn") as caught:
+        dataclasses.replace(manifest, tokenizer=other).require_tokenizer(info.fingerprint, copy)
+    assert "\n" not in str(caught.value)
