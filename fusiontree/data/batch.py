@@ -9,6 +9,19 @@ IGNORE = -100  # the label that carries no loss
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """A stored row that could not be read, or not as it was written: training has a masked row in its place."""
+
+    source: str
+    shard: str  # its path, or address
+    row: int  # in the shard
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: row {self.row} {self.reason}"
+
+
+@dataclass(frozen=True)
 class Batch:
     """B rows of L tokens, with everything that keeps their documents apart."""
 
@@ -18,6 +31,7 @@ class Batch:
     seq_idx: np.ndarray  # int32 [B, L], the segment's number in its row, from 0, never falling along the row
     cu_seqlens: np.ndarray  # int32 [segments + 1], bounds of all segments over the flattened B·L tokens
     max_seqlen: int  # tokens of the longest segment
+    damaged: tuple[BadRow, ...] = ()  # stored rows that a masked row stands for
 
     @property
     def real_tokens(self) -> int:
@@ -40,12 +54,13 @@ def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
     return np.sign(ends[inside]) * (np.minimum(bounds[inside], stop) - start)
 
 
-def collate(tokens: np.ndarray, ends: Sequence[np.ndarray]) -> Batch:
+def collate(tokens: np.ndarray, ends: Sequence[np.ndarray], damaged: tuple[BadRow, ...] = ()) -> Batch:
     """Build a batch.
 
     Args:
         tokens: any integer dtype [B, L].
         ends: for each row int32 [segments], as in the format: exclusive ends, negative for padding, the last ±L.
+        damaged: stored rows that a masked row stands for.
     """
     B, L = tokens.shape
     assert len(ends) == B, (len(ends), B)
@@ -68,4 +83,5 @@ def collate(tokens: np.ndarray, ends: Sequence[np.ndarray]) -> Batch:
         seq_idx=np.repeat(number.astype(np.int32), lengths).reshape(B, L),
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(lengths.max()),
+        damaged=damaged,
     )
