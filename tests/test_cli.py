@@ -15,7 +15,7 @@ from fusiontree import cli
 from fusiontree.errors import RunError, UserError
 
 COMMANDS = [
-    *("data tokenizer", "data build", "data verify", "data inspect"),
+    *("data tokenizer", "data build", "data verify", "data inspect", "data plan", "data at"),
     *("train", "launch", "export", "generate", "eval", "doctor", "demo"),
 ]
 

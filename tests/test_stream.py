@@ -7,41 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import counting_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.data.format import Dataset, Manifest, TokenizerInfo, write_split
-from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import Recipe, TrainStream, one_source
 from fusiontree.errors import UserError
 
-ROW = 32
-
-
-def dataset(folder: Path, rows: int, first: int, row_len: int = ROW, tokenizer: str = "f") -> Dataset:
-    """`rows` rows of two documents; every token tells its place: first + row_len * row + position."""
-    packed = [
-        PackedRow(
-            tokens=np.arange(row_len * i, row_len * (i + 1), dtype=np.uint16) + first,
-            ends=np.array([20, row_len], dtype=np.int32),
-            spans=[Span(f"{i}a", 0, 20, 0), Span(f"{i}b", 20, row_len - 20, 0)],
-        )
-        for i in range(rows)
-    ]
-    splits = {"train": write_split(folder, "train", packed, "s"), "validation": []}
-    Manifest(row_len, "uint16", "s", TokenizerInfo(tokenizer, 60_000, 0, 1), splits).save(folder)
-    return Dataset(folder)
+ROW = 32  # tokens of a packed row
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     root = tmp_path_factory.mktemp("sources")
     sizes = {"web": 50, "code": 23, "books": 9}
-    for name in sizes:
-        (root / name).mkdir()
     firsts = {"web": 2, "code": 10_002, "books": 20_002}
-    return Sources({name: dataset(root / name, size, firsts[name]) for name, size in sizes.items()})
+    return Sources({name: counting_dataset(root / name, size, firsts[name]) for name, size in sizes.items()})
 
 
 # 16 rows of 32 tokens a step; lengths 8, 16 and 32; weights that change; a source that is used up on the way
@@ -143,8 +125,7 @@ def test_the_place_after_a_resume_takes_no_replay(sources: Sources, monkeypatch:
 
 
 def test_an_epoch_under_a_curriculum_holds_each_token_once(tmp_path: Path) -> None:
-    (tmp_path / "lone").mkdir()
-    lone = Sources({"": dataset(tmp_path / "lone", 64, 2)})
+    lone = Sources({"": counting_dataset(tmp_path / "lone", 64, 2)})
     recipe = Recipe(0, 16 * ROW, ((0, 8), (1, 16), (3, 32)), ((0, (Fraction(1),)),), (None,))
     found, _ = run(lone, recipe, 0, 8, 2, 4, 2)
     tokens = [token for step in found for row in step for token in row]
@@ -192,8 +173,7 @@ def test_workers_end_with_the_stream(sources: Sources) -> None:
 def test_sources_that_are_not_alike_are_refused_by_name(
     sources: Sources, tmp_path: Path, row_len: int, tokenizer: str, words: str
 ) -> None:
-    (tmp_path / "other").mkdir()
-    other = dataset(tmp_path / "other", 3, 2, row_len, tokenizer)
+    other = counting_dataset(tmp_path / "other", 3, 2, row_len, tokenizer)
     with pytest.raises(UserError, match=words) as caught:
         Sources({"web": sources.datasets[0], "other": other})
     assert all(str(folder) in str(caught.value) for folder in (other.folder, sources.datasets[0].folder))

@@ -39,6 +39,7 @@ INDEX = np.dtype(
     ]
 )
 _ENDS = np.dtype("<i4")
+_LARGEST_HEADER = 1024  # bytes, of an .npy member; ours have 128
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _Record = TypeVar("_Record")
 
@@ -212,13 +213,13 @@ class Dataset:
         return shard.read(row)
 
     def spans(self, number: int) -> list[Span]:
-        """The documents of a row. Reads the shard from its beginning: for people, not for training."""
+        """The documents of a row. Reads a whole sample: for people, not for training.
+
+        Raises:
+            RunError: the sample is damaged.
+        """
         shard, row = self.place(number)
-        for group in read_groups(shard.path):
-            if row < len(group.tokens):
-                return group.spans[row]
-            row -= len(group.tokens)
-        raise RunError(f"{shard.path}: its tar ends before row {row}; restore the shard or build it again")
+        return shard.spans(row)
 
     def place(self, number: int) -> tuple["Shard", int]:
         """The shard that holds a row, and the row's number in it."""
@@ -265,6 +266,28 @@ class Shard:
             raise RunError(f"{self.path}: row {row} is damaged (checksum differs); restore the shard or build it again")
         return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, _ENDS)
 
+    def spans(self, row: int) -> list[Span]:
+        """The documents of a row.
+
+        Raises:
+            RunError: its sample is damaged.
+        """
+        offsets = self.index["tokens"].astype(np.int64)
+        breaks = np.flatnonzero(np.diff(offsets) != self.row_len * self.dtype.itemsize) + 1
+        first = int(np.searchsorted(breaks, row, side="right"))
+        first = int(breaks[first - 1]) if first else 0  # the sample's first row: samples do not join seamlessly
+        ends = int(self.index["ends"][first])
+        # its first member begins with a header of the tar's and one of NumPy's, right before the ends
+        before = _LARGEST_HEADER + tarfile.BLOCKSIZE
+        with open(self.path, "rb") as stream:
+            stream.seek(max(0, ends - before))
+            start = ends - before + stream.read(before).rfind(b"\x93NUMPY") - tarfile.BLOCKSIZE
+        for group in read_groups(self.path, max(0, start)):
+            if row - first < len(group.spans):
+                return group.spans[row - first]
+            break
+        raise RunError(f"{self.path}: the sample of row {row} is damaged; restore the shard or build it again")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -277,25 +300,30 @@ class Group:
     ends_offset: int  # of the first end in the tar, bytes
 
 
-def read_groups(path: Path) -> Iterator[Group]:
-    """The samples of a shard, in order.
+def read_groups(path: Path, offset: int = 0) -> Iterator[Group]:
+    """The samples of a shard, in order, from the one that begins at byte `offset` of the tar.
 
     Raises:
         RunError: something in it cannot be read.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as stream, tarfile.open(fileobj=_at(stream, offset), mode="r:") as tar:
             members: dict[str, tuple[bytes, int]] = {}
             for member in tar:
-                stream = tar.extractfile(member)
-                if stream is None:
+                content = tar.extractfile(member)
+                if content is None:
                     raise ValueError(f"{member.name} is no file")
-                members[member.name.partition(".")[2]] = stream.read(), member.offset_data
+                members[member.name.partition(".")[2]] = content.read(), member.offset_data
                 if len(members) == 3:
                     yield _group(members)
                     members = {}
     except (KeyError, TypeError, ValueError, tarfile.TarError) as error:
         raise RunError(f"{path} is damaged ({error!r}); restore the shard or build it again") from None
+
+
+def _at(stream: BinaryIO, offset: int) -> BinaryIO:
+    stream.seek(offset)
+    return stream
 
 
 def _group(members: dict[str, tuple[bytes, int]]) -> Group:

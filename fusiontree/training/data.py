@@ -41,8 +41,10 @@ def open_training(config: RunConfig) -> Sources:
     """Open the training split of the run's datasets.
 
     Raises:
-        UserError: one is missing, or does not fit the model or the others.
+        UserError: none is given, one is missing, or does not fit the model or the others.
     """
+    if not config.data.locations:
+        raise UserError("data.path is missing; add data.path=DIR, a folder made by `fusiontree data build`")
     sources = Sources({name: Dataset(location, "train") for name, location in config.data.locations.items()})
     for location, dataset in zip(config.data.locations.values(), sources.datasets, strict=True):
         require_vocabulary(config, location, dataset.manifest.vocab_size)
@@ -62,7 +64,9 @@ def make_recipe(config: RunConfig) -> Recipe:
     )
 
 
-def open_stream(config: RunConfig, sources: Sources, rank: int, world_size: int, workers: int = 0) -> TrainStream:
+def open_stream(
+    config: RunConfig, sources: Sources, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> TrainStream:
     """One rank's stream of training batches, at its beginning.
 
     Raises:
