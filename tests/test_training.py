@@ -10,10 +10,11 @@ from conftest import cli, metrics, settings
 
 from fusiontree import checkpoint
 from fusiontree.config import RunConfig, load_config
+from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM
-from fusiontree.training.data import make_recipe, open_data
+from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
 from fusiontree.training.engine import parameter_groups
 from fusiontree.training.schedule import learning_rate
 
@@ -110,19 +111,26 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of a run over two sources with a curriculum, weights that change and a cap that is reached."""
+    """Settings of a run over two sources, one damaged, with a curriculum, other weights and a cap that is reached."""
     words = [word for word in settings(shards, tmp_path_factory.mktemp("mixed")) if not word.startswith("data.path")]
     second = shards.parent / "second"
     shutil.copytree(shards, second)
-    return [
+    words = [
         *(*words, "name=mixed", f"data.sources.a.path={shards}", f"data.sources.b.path={second}"),
         *("data.sources.b.max_epochs=0.3", "data.weights={4: {a: 3}}", "data.curriculum={0: 32, 3: 64, 5: 128}"),
     ]
+    config = load_config("tiny", words)
+    (met, *_) = [p for batch in open_stream(config, open_training(config)).places(0) for p in batch if p.source == 1]
+    shard, row = Dataset(second).place(met.row)
+    with open(shard.path, "r+b") as stream:
+        stream.seek(int(shard.index["tokens"][row]))
+        stream.write(b"\xff\xff")
+    return words
 
 
 def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(mixed: list[str]) -> None:
     run = load_config("tiny", mixed).run_dir
-    cli("launch", "tiny", "--local", 2, *mixed)
+    cli("train", "tiny", *mixed)
     whole = metrics(run)
     expected, norms, last_validation = plain_losses(load_config(str(run / "config.yaml")))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
@@ -131,14 +139,17 @@ def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
     assert validation[-1]["val_loss"] == pytest.approx(last_validation, rel=1e-5)
     assert {line["tokens"] // line["step"] for line in whole if "loss" in line} == {1024}
     assert checkpoint.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
+    bad_rows = checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"]
+    assert [entry["source"] for entry in bad_rows] == ["b"]
     shutil.rmtree(run / "checkpoints" / "step-8")
     (run / "checkpoints" / "latest").write_text("step-4\n")
-    cli("launch", "tiny", "--local", 2, *mixed, "data.workers=0")
+    cli("train", "tiny", *mixed, "data.workers=0")
     assert metrics(run) == whole
+    assert checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"] == bad_rows
 
 
 def test_other_weights_are_refused_on_resume(mixed: list[str]) -> None:
-    done = cli("launch", "tiny", "--local", 2, *mixed, "data.weights.4.a=2", code=2)
+    done = cli("train", "tiny", *mixed, "data.weights.4.a=2", code=2)
     assert "other values of data.weights.4.a;" in done.stderr
 
 

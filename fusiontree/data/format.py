@@ -176,7 +176,8 @@ class Dataset:
     """One split of a dataset folder, its packed rows read by number and checked on every read.
 
     Raises:
-        UserError: no dataset there, no such split, or a shard or index is missing or of another size.
+        UserError: no dataset there, no such split, a shard or index is missing or of another size, or an index is not
+            that of its shard.
     """
 
     def __init__(self, folder: Path | str, split: str = "train"):
@@ -185,6 +186,8 @@ class Dataset:
         if split not in self.manifest.splits:
             raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
         self.shards = [Shard(self.folder, info, self.manifest) for info in self.manifest.splits[split]]
+        for shard in self.shards:
+            shard.require_own_index()
         self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
 
     @property
@@ -265,6 +268,31 @@ class Shard:
         if zlib.crc32(ends, zlib.crc32(tokens)) != entry["crc"]:
             raise RunError(f"{self.path}: row {row} is damaged (checksum differs); restore the shard or build it again")
         return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, _ENDS)
+
+    def require_own_index(self) -> None:
+        """Raise UserError if the index is not that of this shard; a few hundred bytes of it are read.
+
+        Damage to the shard itself is left to the reading of its rows, which can go on without one.
+        """
+        counted = int(self.index["valid"].sum(dtype=np.int64))
+        if counted != self.info.tokens:
+            raise UserError(self._foreign_index(f"it counts {counted} tokens, the manifest {self.info.tokens}"))
+        if len(self.index) and not any(self._ends_fit(row) for row in {0, len(self.index) - 1}):
+            raise UserError(self._foreign_index("it points to other rows"))
+
+    def _foreign_index(self, sign: str) -> str:
+        return f"{index_path(self.path)} is not the index of {self.path} ({sign}); restore both or build again"
+
+    def _ends_fit(self, row: int) -> bool:
+        """Whether what the index takes for a row's segment ends looks like them and holds as many tokens."""
+        entry = self.index[row]
+        with open(self.path, "rb") as stream:
+            stream.seek(int(entry["ends"]))
+            content = stream.read(int(entry["segments"]) * _ENDS.itemsize)
+        ends = np.frombuffer(content[: len(content) // _ENDS.itemsize * _ENDS.itemsize], _ENDS)
+        if len(ends) != entry["segments"] or not len(ends) or abs(int(ends[-1])) != self.row_len:
+            return False
+        return int(np.diff(np.abs(ends), prepend=0)[ends > 0].sum()) == entry["valid"]
 
     def spans(self, row: int) -> list[Span]:
         """The documents of a row.
