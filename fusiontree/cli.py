@@ -221,6 +221,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if findings["problems"] else 0
 
 
+def _bench_loader(args: argparse.Namespace) -> int:
+    from fusiontree.data.bench import bench_loader
+
+    return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from fusiontree.demo import run_demo
 
@@ -315,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_model(commands)
     _add_machine(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -527,3 +534,26 @@ def _add_machine(commands: Any) -> None:
         figures=False,
     )
     demo.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)")
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "Measure parts of the product on this machine."
+    bench = commands.add_parser(
+        "bench",
+        help=summary,
+        description=summary,
+        epilog="Example: fusiontree bench loader --data data/books",
+        formatter_class=_FORMAT,
+    )
+    bench_commands = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    loader = _command(
+        bench_commands,
+        "loader",
+        _bench_loader,
+        "Measure how fast training batches come from a dataset.",
+        "bench loader --data data/books",
+    )
+    loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
+    loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
+    loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")

@@ -128,7 +128,10 @@ def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return words
 
 
-def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(mixed: list[str]) -> None:
+def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
+    mixed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = load_config("tiny", mixed).run_dir
     cli("train", "tiny", *mixed)
     whole = metrics(run)

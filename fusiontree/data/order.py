@@ -56,6 +56,7 @@ class RowOrder:
         cuts = {stage.first_token // row_len for stage in stages} | {phase.first for phase in mixture.phases}
         self._cuts = sorted(cuts if mixture.end is None else cuts | {mixture.end})
         self._window = lru_cache(KEPT_WINDOWS)(self._make_window)
+        self._recent = _Window(0, 0, 1, [], [], [], [])  # most rows lie where the one before did
 
     def stage(self, token: int) -> Stage:
         """The stage that trains on `token` of the global sequence."""
@@ -63,9 +64,11 @@ class RowOrder:
 
     def locate(self, token: int) -> Place:
         """The place of the training row that begins at `token` of the global sequence, in O(1)."""
-        seq_len = self.stage(token).seq_len
-        assert token % seq_len == 0, (token, seq_len)
-        return self._window(*self._window_bounds(token // self.row_len, seq_len), seq_len)(token)
+        window = self._recent
+        if not window.first_token <= token < window.end_token:
+            seq_len = self.stage(token).seq_len
+            window = self._recent = self._window(*self._window_bounds(token // self.row_len, seq_len), seq_len)
+        return window.place(token)
 
     def _window_bounds(self, row: int, seq_len: int) -> tuple[int, int, str]:
         """First packed row of the window around packed row `row`, the one behind it, and the name of its key."""
@@ -85,7 +88,8 @@ class RowOrder:
         slices = self.row_len // seq_len
         order = permute(np.arange((end - first) * slices), (end - first) * slices, self._key(name))
         packed, parts = np.divmod(order, slices)
-        return _Window(first * self.row_len, seq_len, sources[packed], epochs[packed], rows[packed], parts)
+        lists = [values.tolist() for values in (sources[packed], epochs[packed], rows[packed], parts)]
+        return _Window(first * self.row_len, end * self.row_len, seq_len, *lists)
 
     def _packed_rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source, epoch and row in the source of the packed rows from `first` to before `end`, int64 each."""
@@ -106,19 +110,20 @@ class RowOrder:
 
 
 class _Window(NamedTuple):
-    """The training rows of a window in their order: int64 [slices] each."""
+    """The training rows of a window, in their order."""
 
     first_token: int
+    end_token: int
     seq_len: int
-    sources: np.ndarray
-    epochs: np.ndarray
-    rows: np.ndarray
-    parts: np.ndarray
+    sources: list[int]
+    epochs: list[int]
+    rows: list[int]
+    parts: list[int]
 
-    def __call__(self, token: int) -> Place:
-        number = (token - self.first_token) // self.seq_len
-        values = (self.sources[number], self.epochs[number], self.rows[number], self.parts[number])
-        return Place(*map(int, values))
+    def place(self, token: int) -> Place:
+        number, rest = divmod(token - self.first_token, self.seq_len)
+        assert rest == 0, f"no training row begins at token {token}"
+        return Place(self.sources[number], self.epochs[number], self.rows[number], self.parts[number])
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:

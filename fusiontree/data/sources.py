@@ -39,6 +39,11 @@ class Sources:
         return self.datasets[0].manifest.row_len
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of the stored tokens."""
+        return np.dtype(self.datasets[0].manifest.dtype).newbyteorder("<")
+
+    @property
     def pad_id(self) -> int:
         """The token that padding is filled with."""
         return self.datasets[0].manifest.tokenizer.pad_id
@@ -73,7 +78,7 @@ class Sources:
             if delay is not None:
                 time.sleep(delay)
         shard, number = self.datasets[source].place(row)
-        tokens = np.full(self.row_len, self.pad_id, dtype=shard.dtype)
+        tokens = np.full(self.row_len, self.pad_id, dtype=self.dtype)
         ends = np.array([-self.row_len], dtype=np.int32)
         return tokens, ends, BadRow(self.labels[source], str(shard.path), number, reason)
 

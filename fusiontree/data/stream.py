@@ -1,11 +1,13 @@
 """Which rows a rank trains on, as a function of how many were consumed, and the held-out rows it validates on."""
 
-from collections import deque
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
+from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,7 +18,9 @@ from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 
 CACHED_ROWS = 512  # packed rows kept, 32 MiB of 16-bit tokens: a whole window of the order from 8 slices a row on
-AHEAD = 2  # batches that wait or are being made, per worker
+_Promise: TypeAlias = "SimpleQueue[Batch | BaseException]"  # for one batch
+_LARGEST_BLOCK = 24 << 20  # bytes; below glibc's own limit for its threshold, 32 MiB
+AHEAD = 4  # batches per worker that wait or are being made, at least; at most twice as many
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class TrainStream:
         self.rows_consumed = 0  # of the final length, by all ranks together
         self._slices = _Slices(sources)
         self._workers = workers
+        _keep_freed_memory()
         self._ahead: _ReadAhead | None = None
 
     def seek(self, rows_consumed: int) -> None:
@@ -165,32 +170,70 @@ class TrainStream:
 
 
 class _ReadAhead:
-    """Batches made by threads in a known order: what they wait for (files, checksums, copies) releases the GIL."""
+    """Batches made by threads in a known order: what takes their time (files, checksums, copies) releases the GIL.
+
+    The threads take the tasks one after the other, so that asking for a batch that is ready costs microseconds. All
+    that the consumer touches is SimpleQueue, which is written in C.
+    """
 
     def __init__(self, tasks: Iterator[Callable[[], Batch]], workers: int):
         self._tasks = tasks
-        self._pool = ThreadPoolExecutor(workers, "read-ahead") if workers else None
-        self._waiting: deque[Future[Batch]] = deque()
-        self._depth = workers * AHEAD
+        self._turn = threading.Lock()  # who holds it takes the next task, and its place in the order
+        self._room: SimpleQueue[bool] = SimpleQueue()  # a True for each batch that may be made, a False to end a thread
+        self._promised: SimpleQueue[_Promise] = SimpleQueue()
+        self._consumed = 0
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            for _ in range(2 * AHEAD):
+                self._room.put(True)
+            thread.start()
 
     def __next__(self) -> Batch:
-        if self._pool is None:
+        """The next batch; what its worker raised, with the worker's traceback; StopIteration at the end."""
+        if not self._threads:
             return next(self._tasks)()
-        self._fill()
-        if not self._waiting:
-            raise StopIteration
-        batch = self._waiting.popleft().result()  # raises what the worker raised, with its traceback
-        self._fill()
-        return batch
+        promise = self._promised.get()
+        made = promise.get()
+        if isinstance(made, BaseException):
+            promise.put(made)
+            self._promised.put(promise)  # for whoever asks again: there is nothing behind it
+            raise made
+        self._consumed += 1
+        if self._consumed % AHEAD == 0:  # waking a thread costs more than all else here
+            for _ in range(AHEAD):
+                self._room.put(True)
+        return made
 
-    def _fill(self) -> None:
-        assert self._pool is not None
-        while len(self._waiting) < self._depth and (task := next(self._tasks, None)) is not None:
-            self._waiting.append(self._pool.submit(task))
+    def _work(self) -> None:
+        while self._make_next():
+            pass
+
+    def _make_next(self) -> bool:
+        """Make the next batch, if there is one and it is still wanted."""
+        promise: _Promise = SimpleQueue()
+        with self._turn:
+            if not self._room.get():
+                return False
+            self._promised.put(promise)
+            try:
+                task = next(self._tasks)
+            except BaseException as error:  # the consumer's to handle, as below
+                promise.put(error)
+                return False
+        try:
+            promise.put(task())
+        except BaseException as error:
+            promise.put(error)
+        return True
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(Empty):
+            while True:
+                self._room.get_nowait()
+        for _ in self._threads:
+            self._room.put(False)
+        for thread in self._threads:
+            thread.join()
 
 
 def validation_batches(
@@ -226,7 +269,8 @@ class _Slices:
         B = len(places) if rows is None else rows
         # a row's slices are used near one another: read and check it once
         read = self._kept if seq_len < self.sources.row_len else self.sources.read
-        tokens = np.full((B, seq_len), self.sources.pad_id, dtype=np.int64)
+        tokens = np.empty((B, seq_len), dtype=self.sources.dtype)
+        tokens[len(places) :] = self.sources.pad_id
         ends = [np.array([-seq_len], dtype=np.int32)] * B
         bad: dict[BadRow, None] = {}
         for i, (source, _, row, part) in enumerate(places):
@@ -234,7 +278,7 @@ class _Slices:
             if damage is not None:
                 bad[damage] = None
             tokens[i] = row_tokens[part * seq_len : (part + 1) * seq_len]
-            ends[i] = slice_ends(row_ends, seq_len, part)
+            ends[i] = row_ends if len(row_tokens) == seq_len else slice_ends(row_ends, seq_len, part)
         return collate(tokens, ends, tuple(bad))
 
     def with_documents(self, seq_len: int) -> list[Place]:
@@ -250,6 +294,14 @@ class _Slices:
                     real = [part for part in range(parts) if (slice_ends(ends, seq_len, part) > 0).any()]
                 found += [Place(source, 0, row, part) for part in real]
         return found
+
+
+def _keep_freed_memory() -> None:
+    """Let the allocator reuse the memory of batches: unmapped and mapped anew, their pages cost most of their time.
+
+    glibc maps blocks above a threshold on their own, and raises it to the size of the largest such block it has freed.
+    """
+    np.empty(_LARGEST_BLOCK, dtype=np.uint8)
 
 
 def _check_length(sources: Sources, seq_len: int) -> None:
