@@ -50,6 +50,8 @@ class DataConfig(_Section):
     seq_len: Count  # tokens per training row; with a curriculum, at its end
     curriculum: dict[Step, Count] | None = None  # from that step on, tokens per training row; the batch stays constant
     workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
+    cache: Path = Path("~/.cache/fusiontree")  # where rows of datasets at an address are kept, shared by a node
+    cache_gb: float = Field(default=100.0, gt=0.0)  # GB (10^9 bytes) that they may take
     max_bad_rows: int = Field(default=100, ge=0)  # stored rows that may turn out damaged before the run stops
 
     @property
@@ -492,7 +494,7 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.workers|data\.max_bad_rows|activation_checkpointing"
+    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)|activation_checkpointing"
     r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels)\..+"
 )
 

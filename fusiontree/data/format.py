@@ -20,11 +20,13 @@ import numpy as np
 
 from fusiontree import __version__
 from fusiontree.data.packing import PACKER_VERSION, PackedRow, Span
+from fusiontree.data.remote import Cache, Store, UnreachableError, is_address
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SPLITS = ("train", "validation")
 GROUP_ROWS = 32  # rows per WebDataset sample: megatoken members read an order of magnitude faster than single documents
 SHARD_ROWS = 512
@@ -173,19 +175,32 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Dataset:
-    """One split of a dataset folder, its packed rows read by number and checked on every read.
+    """One split of a dataset, its packed rows read by number and checked on every read.
+
+    Args:
+        location: the dataset's folder, or its address: s3://, gs:// or http(s)://.
+        split: train or validation.
+        cache: where rows from an address are kept.
 
     Raises:
         UserError: no dataset there, no such split, a shard or index is missing or of another size, or an index is not
             that of its shard.
+        RunError: the address does not answer.
     """
 
-    def __init__(self, folder: Path | str, split: str = "train"):
-        self.folder, self.split = Path(folder), split
+    def __init__(self, location: Path | str, split: str = "train", cache: Cache | None = None):
+        self.location, self.split = str(location), split
+        store = Store(self.location, cache or Cache()) if is_address(location) else None
+        self.folder = Path(location) if store is None else store.folder  # that of the small files, if at an address
         self.manifest = Manifest.load(self.folder)
         if split not in self.manifest.splits:
-            raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
-        self.shards = [Shard(self.folder, info, self.manifest) for info in self.manifest.splits[split]]
+            raise UserError(f"{self.location} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
+        infos = self.manifest.splits[split]
+        if store is None:
+            self.shards = [Shard(self.folder, info, self.manifest) for info in infos]
+        else:
+            _mirror(store, infos)
+            self.shards = [RemoteShard(store, info, self.manifest) for info in infos]
         for shard in self.shards:
             shard.require_own_index()
         self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
@@ -227,7 +242,9 @@ class Dataset:
     def place(self, number: int) -> tuple["Shard", int]:
         """The shard that holds a row, and the row's number in it."""
         if not 0 <= number < self.num_rows:
-            raise UserError(f"{self.folder}: no row {number} in split {self.split}, which has {self.num_rows}, from 0")
+            raise UserError(
+                f"{self.location}: no row {number} in split {self.split}, which has {self.num_rows}, from 0"
+            )
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.shards[shard], number - int(self._starts[shard])
 
@@ -240,15 +257,22 @@ class Shard:
     """
 
     def __init__(self, folder: Path, info: ShardInfo, manifest: Manifest):
-        self.info, self.path = info, folder / info.name
-        self.row_len, self.dtype = manifest.row_len, np.dtype(manifest.dtype).newbyteorder("<")
+        self._set_up(folder, info, manifest)
         if not self.path.is_file():
             raise UserError(f"shard {self.path} is missing; restore it or build the dataset again")
         if (size := self.path.stat().st_size) != info.bytes:
             raise UserError(f"shard {self.path} has {size} bytes, not {info.bytes}; restore it or build again")
+        self._read_index()
+
+    def _set_up(self, folder: Path, info: ShardInfo, manifest: Manifest) -> None:
+        self.info, self.path = info, folder / info.name
+        self.where = str(self.path)  # for messages
+        self.row_len, self.dtype = manifest.row_len, np.dtype(manifest.dtype).newbyteorder("<")
+
+    def _read_index(self) -> None:
         self.index = read_index(self.path)
-        if len(self.index) != info.rows:
-            rows = f"{len(self.index)} rows, not {info.rows}"
+        if len(self.index) != self.info.rows:
+            rows = f"{len(self.index)} rows, not {self.info.rows}"
             raise UserError(f"{index_path(self.path)} lists {rows}; restore it or build the dataset again")
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -257,17 +281,28 @@ class Shard:
         Raises:
             RunError: the bytes do not match the row's checksum.
         """
+        content = self._bytes(row)
+        if zlib.crc32(content) != self.index["crc"][row]:
+            raise RunError(
+                f"{self.where}: row {row} is damaged (checksum differs); restore the shard or build it again"
+            )
+        size = self.row_len * self.dtype.itemsize
+        return np.frombuffer(content[:size], self.dtype), np.frombuffer(content[size:], _ENDS)
+
+    def _ranges(self, row: int) -> list[tuple[int, int]]:
+        """Offset and length, in bytes, of a row's tokens and of its segment ends."""
         entry = self.index[row]
+        tokens, ends = self.row_len * self.dtype.itemsize, int(entry["segments"]) * _ENDS.itemsize
+        return [(int(entry["tokens"]), tokens), (int(entry["ends"]), ends)]
+
+    def _bytes(self, row: int) -> bytes:
+        """The bytes of a row's tokens, then of its segment ends, as far as they are there."""
         # opened for each row: a few microseconds, and no descriptors to bound, to share with forks or to leak
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            tokens = os.pread(descriptor, self.row_len * self.dtype.itemsize, int(entry["tokens"]))
-            ends = os.pread(descriptor, int(entry["segments"]) * _ENDS.itemsize, int(entry["ends"]))
+            return b"".join(os.pread(descriptor, length, offset) for offset, length in self._ranges(row))
         finally:
             os.close(descriptor)
-        if zlib.crc32(ends, zlib.crc32(tokens)) != entry["crc"]:
-            raise RunError(f"{self.path}: row {row} is damaged (checksum differs); restore the shard or build it again")
-        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, _ENDS)
 
     def require_own_index(self) -> None:
         """Raise UserError if the index is not that of this shard; a few hundred bytes of it are read.
@@ -281,7 +316,7 @@ class Shard:
             raise UserError(self._foreign_index("it points to other rows"))
 
     def _foreign_index(self, sign: str) -> str:
-        return f"{index_path(self.path)} is not the index of {self.path} ({sign}); restore both or build again"
+        return f"{index_path(self.path)} is not the index of {self.where} ({sign}); restore both or build again"
 
     def _ends_fit(self, row: int) -> bool:
         """Whether what the index takes for a row's segment ends looks like them and holds as many tokens."""
@@ -305,16 +340,67 @@ class Shard:
         first = int(np.searchsorted(breaks, row, side="right"))
         first = int(breaks[first - 1]) if first else 0  # the sample's first row: samples do not join seamlessly
         ends = int(self.index["ends"][first])
+        path = self._whole()
         # its first member begins with a header of the tar's and one of NumPy's, right before the ends
         before = _LARGEST_HEADER + tarfile.BLOCKSIZE
-        with open(self.path, "rb") as stream:
+        with open(path, "rb") as stream:
             stream.seek(max(0, ends - before))
             start = ends - before + stream.read(before).rfind(b"\x93NUMPY") - tarfile.BLOCKSIZE
-        for group in read_groups(self.path, max(0, start)):
-            if row - first < len(group.spans):
-                return group.spans[row - first]
-            break
-        raise RunError(f"{self.path}: the sample of row {row} is damaged; restore the shard or build it again")
+        group = next(read_groups(path, max(0, start)), None)
+        if group is None or row - first >= len(group.spans):
+            raise RunError(f"{self.where}: the sample of row {row} is damaged; restore the shard or build it again")
+        return group.spans[row - first]
+
+    def _whole(self) -> Path:
+        """The whole tar as a file."""
+        return self.path
+
+
+class RemoteShard(Shard):
+    """A shard at an address: its index is mirrored, its rows are fetched one by one.
+
+    Raises:
+        UserError: the index does not fit the manifest.
+    """
+
+    def __init__(self, store: Store, info: ShardInfo, manifest: Manifest):
+        self._set_up(store.folder, info, manifest)
+        self.store, self.where = store, f"{store.address}/{info.name}"
+        self._read_index()
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """As of a shard on disk; what does not match its checksum is fetched again when it is asked for again.
+
+        Raises:
+            RunError: the bytes do not match the row's checksum, or the address does not answer.
+        """
+        try:
+            return super().read(row)
+        except UnreachableError:
+            raise
+        except RunError:
+            self.store.forget(self.info.name, row)
+            raise
+
+    def _bytes(self, row: int) -> bytes:
+        return self.store.row(self.info.name, row, self._ranges(row))
+
+    def _ends_fit(self, row: int) -> bool:
+        return True  # no request for each shard at the start: what is wrong shows in the checksums
+
+    def _whole(self) -> Path:
+        self.store.files([self.info.name])
+        return self.path
+
+
+def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
+    """Fetch the indexes of shards at an address, and the tokenizer that every run needs."""
+    try:
+        store.files(
+            [*(f"tokenizer/{name}" for name in TOKENIZER_FILES), *(str(index_path(Path(i.name))) for i in infos)]
+        )
+    except OSError as error:
+        raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
 
 
 @dataclass(frozen=True)

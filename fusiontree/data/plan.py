@@ -120,7 +120,7 @@ def _row(stream: TrainStream, place: Place, seq_len: int) -> dict[str, Any]:
     return {
         "source": stream.sources.labels[place.source],
         "epoch": place.epoch,
-        "shard": str(shard.path),
+        "shard": shard.where,
         "row": row,
         "first_token": first,
         "documents": [asdict(span) for span in spans if span.length > 0],

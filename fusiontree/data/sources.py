@@ -10,6 +10,7 @@ import numpy as np
 
 from fusiontree.data.batch import BadRow, Batch
 from fusiontree.data.format import Dataset
+from fusiontree.data.remote import UnreachableError
 from fusiontree.errors import RunError, UserError
 
 RETRY_DELAYS = (0.05, 0.5)  # seconds before a row that could not be read is tried again
@@ -30,7 +31,7 @@ class Sources:
         self.datasets = tuple(datasets.values())
         for dataset in self.datasets:
             if dataset.num_rows == 0:
-                raise UserError(f"{dataset.folder}: split {dataset.split} is empty; build it from more documents")
+                raise UserError(f"{dataset.location}: split {dataset.split} is empty; build it from more documents")
             _require_alike(self.datasets[0], dataset)
 
     @property
@@ -66,11 +67,16 @@ class Sources:
 
         A row that cannot be read, or does not match its checksum, is tried again; then a row of padding alone comes in
         its place, and what was wrong.
+
+        Raises:
+            UnreachableError: the dataset's address does not answer.
         """
         reason = ""
         for delay in (*RETRY_DELAYS, None):
             try:
                 return *self.datasets[source].row(row), None
+            except UnreachableError:
+                raise
             except RunError:
                 reason = "is damaged (checksum differs)"
             except OSError as error:
@@ -80,7 +86,7 @@ class Sources:
         shard, number = self.datasets[source].place(row)
         tokens = np.full(self.row_len, self.pad_id, dtype=self.dtype)
         ends = np.array([-self.row_len], dtype=np.int32)
-        return tokens, ends, BadRow(self.labels[source], str(shard.path), number, reason)
+        return tokens, ends, BadRow(self.labels[source], shard.where, number, reason)
 
 
 class Ledger:
@@ -144,5 +150,5 @@ def _require_alike(one: Dataset, other: Dataset) -> None:
     ):
         if a != b:
             raise UserError(
-                f"sources {one.folder} and {other.folder} have different {what} ({a}, {b}); build both with the same"
+                f"sources {one.location} and {other.location} have different {what} ({a}, {b}); build both alike"
             )

@@ -310,6 +310,6 @@ def _check_length(sources: Sources, seq_len: int) -> None:
         fitting = [length for length in range(1, row_len + 1) if row_len % length == 0]
         near = sorted(sorted(fitting, key=lambda length: abs(length - seq_len))[:2])
         raise UserError(
-            f"data.seq_len {seq_len} does not divide the {row_len}-token rows of {sources.datasets[0].folder}; "
+            f"data.seq_len {seq_len} does not divide the {row_len}-token rows of {sources.datasets[0].location}; "
             f"nearest that do: {' or '.join(map(str, near))}"
         )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from fusiontree.config import RunConfig, require_vocabulary
 from fusiontree.data.format import Dataset
+from fusiontree.data.remote import Cache
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import Recipe, TrainStream
 from fusiontree.errors import UserError
@@ -26,7 +27,8 @@ def open_data(config: RunConfig) -> Data:
     train = open_training(config)
     if config.validation.every == 0:
         return Data(train, None)
-    held_out = {name: Dataset(location, "validation") for name, location in config.data.locations.items()}
+    cache = _cache(config)
+    held_out = {name: Dataset(location, "validation", cache) for name, location in config.data.locations.items()}
     held_out = {name: dataset for name, dataset in held_out.items() if dataset.num_rows}
     if not held_out:
         where = ", ".join(config.data.locations.values())
@@ -45,7 +47,8 @@ def open_training(config: RunConfig) -> Sources:
     """
     if not config.data.locations:
         raise UserError("data.path is missing; add data.path=DIR, a folder made by `fusiontree data build`")
-    sources = Sources({name: Dataset(location, "train") for name, location in config.data.locations.items()})
+    cache = _cache(config)
+    sources = Sources({name: Dataset(location, "train", cache) for name, location in config.data.locations.items()})
     for location, dataset in zip(config.data.locations.values(), sources.datasets, strict=True):
         require_vocabulary(config, location, dataset.manifest.vocab_size)
     return sources
@@ -81,6 +84,10 @@ def open_stream(
             f"max_epochs of {' or '.join(capped)}, lower schedule.steps, or add a source"
         )
     return stream
+
+
+def _cache(config: RunConfig) -> Cache:
+    return Cache(config.data.cache, int(config.data.cache_gb * 1e9))
 
 
 def _exact(value: float) -> Fraction:

@@ -338,7 +338,7 @@ def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) 
     if differing:
         raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
     if state["data_fingerprint"] != data.fingerprint:
-        folders = ", ".join(str(dataset.folder) for dataset in data.datasets)
+        folders = ", ".join(dataset.location for dataset in data.datasets)
         raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
     stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
     if state["zero_stage"] != stage:
