@@ -67,14 +67,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             time.sleep(1.0)
             return
-        self.answer(body=True, cut=fault == "drop")
+        self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
 
-    def answer(self, body: bool, cut: bool = False) -> None:
+    def answer(self, body: bool, cut: bool = False, ranges: bool = True) -> None:
         path = self.server.folder / self.path.lstrip("/")
         if not path.is_file():
             self.send_error(404)
             return
-        content, span = path.read_bytes(), self.headers.get("Range")
+        content, span = path.read_bytes(), self.headers.get("Range") if ranges else None
         size, status = len(content), 200
         if span:
             first, last = span.removeprefix("bytes=").split("-")
@@ -121,7 +121,7 @@ def test_rows_are_those_on_disk_and_are_fetched_once(server: Server, shards: Pat
     assert dataset.spans(3) == Dataset(shards).spans(3)
 
 
-@pytest.mark.parametrize("fault", ["500", "429", "drop", "stall"])
+@pytest.mark.parametrize("fault", ["500", "429", "drop", "stall", "whole"])
 def test_a_fault_is_tried_again(server: Server, shards: Path, tmp_path: Path, fault: str) -> None:
     dataset = Dataset(server.address, "train", Cache(tmp_path))
     server.asked.clear()
@@ -230,6 +230,8 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(
         kept = [path.stat().st_size for path in tmp_path.glob("*/*/*.rows/*")]
         assert sum(kept) <= 11 * size
     names = {int(path.name) for path in tmp_path.glob("*/*/*.rows/*")}
+    first = dataset.shards[0]._ranges(0)[0][0]
+    assert sum(span.startswith(f"bytes={first}-") for _, span in rows_asked(server)) == 1  # row 0 was always in use
     assert 0 in names
     assert names >= {*rows[-5:]}
     assert 1 not in names
