@@ -64,6 +64,14 @@ def test_the_plan_warns_of_more_than_four_epochs_and_not_of_four(sources: Source
     assert plan(TrainStream(sources, RECIPE, 1), 15)["warnings"] == []
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])
+def test_a_run_that_ends_inside_a_packed_row_counts_every_token(sources: Sources, steps: int) -> None:
+    recipe = Recipe(0, 8, ((0, 8),), ((0, (Fraction(3), Fraction(1))),), (None, None))
+    figures = plan(TrainStream(sources, recipe, 1), steps)
+    assert sum(source["tokens"] for source in figures["sources"].values()) == figures["tokens"] == 8 * steps
+    assert sum(source["share"] for source in figures["sources"].values()) == pytest.approx(1)
+
+
 def test_padding_is_that_of_the_sources(shards: Path, capsys: pytest.CaptureFixture) -> None:
     words = [f"data.path={shards}", "data.seq_len=128", "batch.tokens=1024", "schedule.steps=20"]
     assert main(["data", "plan", "tiny", *words, "--json"]) == 0
