@@ -62,7 +62,7 @@ def compare(folder: Path, damaged: list[Batch], rows: set[int]) -> None:
                 assert (other.input_ids[i] == tokens).all()
                 assert (other.labels[i] == one.labels[i]).all()
     assert masked == rows
-    named = {(bad.shard, bad.row) for batch in damaged for bad in batch.damaged}
+    named = {(bad.location, bad.row) for batch in damaged for bad in batch.damaged}
     assert named == {(str(folder / f"train/{row // 40:06d}.tar"), row % 40) for row in rows}
 
 
@@ -158,8 +158,8 @@ def test_what_is_seen_at_once_is_refused_by_name(folder: Path, damage: Callable[
 # --- the ledger ------------------------------------------------------------------------------------------------------
 
 
-def bad(row: int) -> BadRow:
-    return BadRow("web", "train/0.tar", row, "is damaged")
+def bad(row: int, where: str = "data", reason: str = "is damaged") -> BadRow:
+    return BadRow("web", "train/0.tar", row, f"{where}/train/0.tar", reason)
 
 
 def batch_with(*rows: BadRow) -> Batch:
@@ -177,8 +177,8 @@ def test_the_ledger_counts_each_row_once_over_all_ranks_and_resumes() -> None:
     assert one.unshared == []
     again = Ledger(3)
     again.restore(json.loads(json.dumps(one.to_json())))
-    again.meet([batch_with(bad(1), bad(3))])
-    with pytest.raises(RunError, match=r"4 stored rows .* data\.max_bad_rows 3; the last: train/0\.tar: row 9"):
+    again.meet([batch_with(bad(1, "moved", "cannot be read"), bad(3))])
+    with pytest.raises(RunError, match=r"4 stored rows .* data\.max_bad_rows 3; the last: data/train/0\.tar: row 9"):
         again.meet([batch_with(bad(9))])
 
 
@@ -206,7 +206,7 @@ def test_training_goes_on_over_damage_says_so_and_remembers_it(shards: Path, tmp
     done = cli("launch", "tiny", "--local", 2, *settings(copy, tmp_path / "runs", name="r", **changes))
     run = tmp_path / "runs" / "r"
     kept = checkpoint.read_state(run / "checkpoints" / f"step-{steps}")["bad_rows"]
-    assert sorted((entry["shard"], entry["row"]) for entry in kept) == [(str(shard.path), 1), (str(shard.path), 5)]
+    assert sorted((entry["shard"], entry["row"]) for entry in kept) == [(shard.info.name, 1), (shard.info.name, 5)]
     for row in (1, 5):
         assert f"{shard.path}: row {row} is damaged (checksum differs): a masked row stands in" in done.stderr
     assert all(np.isfinite(line["loss"]) for line in metrics(run))

@@ -150,6 +150,8 @@ def test_what_a_worker_raises_surfaces_with_its_own_traceback(
     stream = TrainStream(sources, RECIPE, 1, workers=2)
     with pytest.raises(ZeroDivisionError) as caught:
         [next(stream) for _ in range(STEPS)]
+    with pytest.raises(ZeroDivisionError):  # not the batch behind the one that is missing
+        next(stream)
     assert "bug" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     stream.close()
 
@@ -191,6 +193,7 @@ def test_the_stream_ends_where_the_sources_do(sources: Sources) -> None:
     stream = TrainStream(lone, recipe, 4, workers=2)
     assert stream.last_step == 11  # 46 rows
     assert len([*stream]) == 11
+    assert next(stream, None) is None
     stream.close()
 
 

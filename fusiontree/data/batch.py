@@ -1,7 +1,7 @@
 """Rows to batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or a stretch of padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,12 +13,13 @@ class BadRow:
     """A stored row that could not be read, or not as it was written: training has a masked row in its place."""
 
     source: str
-    shard: str  # its path, or address
+    shard: str  # its name in the dataset
     row: int  # in the shard
-    reason: str
+    location: str = field(compare=False)  # the shard's path or address: a dataset that has moved has the same rows
+    reason: str = field(compare=False)
 
     def __str__(self) -> str:
-        return f"{self.shard}: row {self.row} {self.reason}"
+        return f"{self.location}: row {self.row} {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Sources:
         shard, number = self.datasets[source].place(row)
         tokens = np.full(self.row_len, self.pad_id, dtype=self.dtype)
         ends = np.array([-self.row_len], dtype=np.int32)
-        return tokens, ends, BadRow(self.labels[source], shard.where, number, reason)
+        return tokens, ends, BadRow(self.labels[source], shard.info.name, number, shard.where, reason)
 
 
 class Ledger:

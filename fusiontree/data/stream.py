@@ -1,6 +1,7 @@
 """Which rows a rank trains on, as a function of how many were consumed, and the held-out rows it validates on."""
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def make_order(sources: Sources, recipe: Recipe) -> RowOrder:
     for _, length in recipe.lengths:
         _check_length(sources, length)
     row_len, tokens = sources.row_len, recipe.batch_tokens
-    whole = row_len // np.gcd(row_len, tokens)  # so many steps end with a packed row
+    whole = row_len // math.gcd(row_len, tokens)  # so many steps end with a packed row
     for step, _ in (*recipe.lengths, *recipe.weights):
         if step % whole:
             below = step // whole * whole
@@ -182,6 +183,7 @@ class _ReadAhead:
         self._room: SimpleQueue[bool] = SimpleQueue()  # a True for each batch that may be made, a False to end a thread
         self._promised: SimpleQueue[_Promise] = SimpleQueue()
         self._consumed = 0
+        self._failed: BaseException | None = None
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             for _ in range(2 * AHEAD):
@@ -192,11 +194,9 @@ class _ReadAhead:
         """The next batch; what its worker raised, with the worker's traceback; StopIteration at the end."""
         if not self._threads:
             return next(self._tasks)()
-        promise = self._promised.get()
-        made = promise.get()
+        made = self._failed or self._promised.get().get()
         if isinstance(made, BaseException):
-            promise.put(made)
-            self._promised.put(promise)  # for whoever asks again: there is nothing behind it
+            self._failed = made  # the batches behind it are not the next one
             raise made
         self._consumed += 1
         if self._consumed % AHEAD == 0:  # waking a thread costs more than all else here
