@@ -13,13 +13,12 @@ from data_tools.report import Report
 from data_tools.sources import TextFile, find_files
 from fusiontree.console import progress_bar
 from fusiontree.data.format import TokenizerInfo, tokenizer_fingerprint
-from fusiontree.data.tokenizer import golden_samples, open_tokenizer
+from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, golden_samples, open_tokenizer
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, staged_folder
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1
 _SMALLEST = 256 + 2  # every byte, and the special tokens
-_CONFIG = "tokenizer_config.json"
 # end-of-document tokens of the families in use, where neither configuration names one
 _KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|endofdocument|>", "[EOS]")
 
@@ -44,7 +43,7 @@ def train_tokenizer(
     started = time.perf_counter()
     if vocab_size < _SMALLEST:
         raise UserError(f"vocab size {vocab_size} is too small: 256 bytes and 2 special tokens need {_SMALLEST}")
-    refuse_existing(output, overwrite, marker="tokenizer.json")
+    refuse_existing(output, overwrite, marker=TOKENIZER_FILE)
     files, skipped = find_files(inputs, include, exclude)
     require_readers(files)
     report = Report()
@@ -81,9 +80,9 @@ def train_tokenizer(
         "model_max_length": int(1e30),  # Hugging Face's "no limit": context is the model's affair
         "clean_up_tokenization_spaces": False,
     }
-    with staged_folder(output, overwrite, marker="tokenizer.json") as folder:
-        tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with staged_folder(output, overwrite, marker=TOKENIZER_FILE) as folder:
+        tokenizer.save(str(folder / TOKENIZER_FILE))
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _, info = load_tokenizer(folder)
     return {
         "documents": report.documents,
@@ -116,7 +115,7 @@ def load_tokenizer(folder: Path, eos: str | None = None) -> tuple[Tokenizer, Tok
         UserError: a file is missing or unreadable, or the end-of-document token is not certain.
     """
     tokenizer = open_tokenizer(folder)
-    config, special = (_read_json(folder / name) for name in (_CONFIG, "special_tokens_map.json"))
+    config, special = (_read_json(folder / name) for name in (TOKENIZER_CONFIG, "special_tokens_map.json"))
     eos_id = tokenizer.token_to_id(_eos_token(tokenizer, folder, eos, config, special))
     pad = _content(config.get("pad_token")) or _content(special.get("pad_token"))
     pad_id = None if pad is None else tokenizer.token_to_id(pad)
@@ -133,13 +132,13 @@ def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
         UserError: see `load_tokenizer`.
     """
     tokenizer, info = load_tokenizer(source, eos)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | _read_json(source / _CONFIG)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | _read_json(source / TOKENIZER_CONFIG)
     target.mkdir(exist_ok=True)
-    (target / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     if (named := tokenizer.id_to_token(info.eos_id)) != _content(config.get("eos_token")):
         config["eos_token"] = named
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (target / _CONFIG).write_text(text, encoding="utf-8")
+    (target / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _eos_token(
@@ -148,7 +147,7 @@ def _eos_token(
     """The end-of-document token, which is in the vocabulary."""
     for where, token in (
         ("--eos", given),
-        (folder / _CONFIG, _content(config.get("eos_token"))),
+        (folder / TOKENIZER_CONFIG, _content(config.get("eos_token"))),
         (folder / "special_tokens_map.json", _content(special.get("eos_token"))),
     ):
         if token is not None:

@@ -134,6 +134,37 @@ def _data_inspect(args: argparse.Namespace) -> int:
     return _show(show_row(args.folder, args.row, split=args.split, tokenizer=args.tokenizer), args.json)
 
 
+def _data_plan(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from fusiontree.data.plan import plan
+    from fusiontree.training.data import open_stream, open_training
+
+    config = load_config(args.config, args.overrides)
+    figures = plan(open_stream(config, open_training(config)), config.schedule.steps)
+    return _show(figures, args.json)
+
+
+def _data_at(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from fusiontree.data.plan import documents_at
+    from fusiontree.training.data import open_stream, open_training
+
+    config = load_config(args.config, args.overrides)
+    if not 0 <= args.step < config.schedule.steps:
+        raise UserError(f"--step is {args.step}; the steps of the run are 0 to {config.schedule.steps - 1}")
+    if not 0 <= args.rank < args.world_size:
+        raise UserError(f"--rank is {args.rank}; the ranks are 0 to {args.world_size - 1} (--world-size)")
+    figures = documents_at(open_stream(config, open_training(config), args.rank, args.world_size), args.step)
+    if args.json:
+        return _show(figures, as_json=True)
+    for row in figures["rows"]:
+        place = f"{row['shard']} row {row['row']} from token {row['first_token']}"
+        print(f"batch {row['batch']}  {row['source']} epoch {row['epoch']}  {place}")
+        for document in row["documents"]:
+            print("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from launcher import local
 
@@ -243,6 +274,12 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
         figures = bench_kernels(args.preset, args.overrides, args.seq_len, args.repeats)
     return _show(figures, args.json)
+
+
+def _bench_loader(args: argparse.Namespace) -> int:
+    from fusiontree.data.bench import bench_loader
+
+    return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -455,6 +492,27 @@ def _add_data(commands: Any) -> None:
     inspect.add_argument("--split", choices=("train", "validation"), default="train", help="the row's split")
     inspect.add_argument("--tokenizer", type=Path, metavar="DIR", help="decode the row with this tokenizer")
 
+    plan = _command(
+        data_commands,
+        "plan",
+        _data_plan,
+        "Show what a run will train on: tokens and epochs by source and stage. Nothing is trained.",
+        "data plan run.yaml",
+    )
+    _add_config(plan)
+
+    at = _command(
+        data_commands,
+        "at",
+        _data_at,
+        "Show the documents that a run trains on at a step.",
+        "data at run.yaml --step 1200 --rank 3 --world-size 8",
+    )
+    _add_config(at)
+    at.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, from 0")
+    at.add_argument("--rank", type=int, default=0, metavar="R", help="of the ranks of the run (default 0)")
+    at.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks of the run (default 1)")
+
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -583,7 +641,7 @@ def _add_machine(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    summary = "Measure how fast things are here; made-up tokens, nothing is written but --profile."
+    summary = "Measure how fast things are here; nothing is written but --profile."
     bench = commands.add_parser(
         "bench",
         help=summary,
@@ -642,6 +700,17 @@ def _add_bench(commands: Any) -> None:
     _add_preset(kernels)
     kernels.add_argument("--seq-len", type=int, metavar="N", help="tokens in the row (default: the preset's)")
     kernels.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls each (default 10)")
+
+    loader = _command(
+        bench_commands,
+        "loader",
+        _bench_loader,
+        "Measure how fast training batches come from a dataset.",
+        "bench loader --data data/books",
+    )
+    loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
+    loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
+    loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

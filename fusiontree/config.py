@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,17 +24,93 @@ from fusiontree.model.config import ModelConfig
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Step = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class DataConfig(_Section):
-    """Where the tokens come from."""
+class SourceConfig(_Section):
+    """One of several datasets that are mixed."""
 
-    path: Path | None = None  # dataset folder, with manifest.json and the splits train and validation; needed to train
-    seq_len: Count  # tokens per training row
+    path: str  # dataset folder or address, as data.path
+    weight: float = Field(default=1.0, ge=0.0)  # its share of the tokens is weight / sum of the weights
+    max_epochs: float | None = Field(default=None, gt=0.0)  # then it leaves the mixture; null: it repeats for ever
+
+
+class DataConfig(_Section):
+    """Where the tokens come from. Training needs `path` or `sources`."""
+
+    path: str | None = None  # dataset folder, with manifest.json and the splits train and validation
+    sources: dict[Name, SourceConfig] | None = None  # several datasets, by name
+    weights: dict[Step, dict[Name, Weight]] | None = None  # from that step on, the weights of the sources named
+    seq_len: Count  # tokens per training row; with a curriculum, at its end
+    curriculum: dict[Step, Count] | None = None  # from that step on, tokens per training row; the batch stays constant
+    workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
+    cache: Path = Path("~/.cache/fusiontree")  # where rows of datasets at an address are kept, shared by a node
+    cache_gb: float = Field(default=100.0, gt=0.0)  # GB (10^9 bytes) that they may take
+    max_bad_rows: int = Field(default=100, ge=0)  # stored rows that may turn out damaged before the run stops
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """Dataset folders or addresses by source; the name "" is that of a `path` that stands alone."""
+        if self.sources is not None:
+            return {name: source.path for name, source in self.sources.items()}
+        return {} if self.path is None else {"": self.path}
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(first step, tokens per training row) of each stage of the curriculum."""
+        return tuple(sorted(self.curriculum.items())) if self.curriculum else ((0, self.seq_len),)
+
+    @property
+    def weight_table(self) -> tuple[tuple[int, dict[str, float]], ...]:
+        """(first step, weight of every source), the first at step 0."""
+        current = {name: source.weight for name, source in (self.sources or {}).items()} or {"": 1.0}
+        table = [(0, current)]
+        for step, changes in sorted((self.weights or {}).items()):
+            current = current | changes
+            table.append((step, current))
+        return tuple(table)
+
+    @model_validator(mode="after")
+    def _tables_agree(self) -> "DataConfig":
+        names = list(self.sources or {})
+        _require(
+            self.path is None or self.sources is None,
+            f"path {self.path} and sources {', '.join(names)} are both given; take the one for a single dataset, or "
+            "the others (path: null)",
+        )
+        _require(self.sources is None or bool(names), "sources is empty; name a dataset there, or take path")
+        for step, changes in (self.weights or {}).items():
+            unknown = next((name for name in changes if name not in names), None)
+            _require(
+                unknown is None, f"weights.{step}: {unknown} is not one of sources ({', '.join(names) or 'none given'})"
+            )
+            _require(step > 0, "weights.0: what holds from the first step on stands in sources.NAME.weight")
+        for step, weights in self.weight_table:
+            where = f"weights.{step}" if step else "sources"
+            _require(any(weights.values()), f"{where}: every weight is 0; give at least one source a share")
+        self._check_curriculum()
+        return self
+
+    def _check_curriculum(self) -> None:
+        lengths = self.lengths
+        _require(lengths[0][0] == 0, f"curriculum begins at step {lengths[0][0]}; give the length of step 0 too")
+        _require(
+            lengths[-1][1] == self.seq_len,
+            f"curriculum ends at length {lengths[-1][1]}, seq_len is {self.seq_len}; make the last length seq_len",
+        )
+        for (_, before), (step, length) in pairwise(lengths):
+            _require(length > before, f"curriculum.{step}: length {length} is not above the one before, {before}")
+        for step, length in lengths:
+            _require(
+                self.seq_len % length == 0,
+                f"curriculum.{step}: length {length} does not divide seq_len {self.seq_len}; take powers of two",
+            )
 
 
 class BatchConfig(_Section):
@@ -134,6 +211,13 @@ class RunConfig(_Section):
             f"batch.micro_rows {self.batch.micro_rows} = {row_tokens}; nearest batch.tokens that are: "
             f"{_either(_multiples_around(self.batch.tokens, row_tokens))}",
         )
+        for table in ("curriculum", "weights"):
+            last = max(getattr(self.data, table) or {0: None})
+            _require(
+                last < schedule.steps,
+                f"data.{table}.{last} is not below schedule.steps {schedule.steps}: the run would end before it; take "
+                "it out (null) or raise steps",
+            )
         _require(
             self.model.srte != "learned" or self.model.max_positions >= self.data.seq_len,
             f"model.max_positions {self.model.max_positions} is below data.seq_len {self.data.seq_len}: srte learned "
@@ -181,6 +265,13 @@ SECTIONS = _keys_by_section()
 KEYS = tuple(
     f"{name}.{key}" if key else name for name in RunConfig.model_fields for key in SECTIONS.get(name, (None,))
 )  # every dotted key, in order
+# keys below which the user chooses names, and how many names lead to a value: data.sources.NAME.weight, ...
+TABLES = {"data.sources": 2, "data.weights": 2, "data.curriculum": 1}
+_TABLE_HINTS = {
+    "data.sources": "give data.sources.NAME.path and, if you like, weight and max_epochs",
+    "data.weights": "give data.weights.STEP.NAME: the weight of source NAME from that step on",
+    "data.curriculum": "give data.curriculum.STEP: the tokens per row from that step on",
+}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -201,15 +292,24 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for where, tree in layers:
-        leaves = dict(_leaves(tree, where))
-        values |= leaves
-        origins |= dict.fromkeys(leaves, where)
+        for key, value in _leaves(tree, where):
+            _put(values, key, value)
+            origins[key] = where
     try:
         # through JSON, where pydantic's strict mode takes a string for a path and a mapping for a dataclass
         return RunConfig.model_validate_json(json.dumps(_nested(values)))
     except ValidationError as error:
         whole = " ".join([source, *overrides])
         raise UserError(_one_line(error.errors(), origins, whole)) from None
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a leaf; in a table, null takes an entry out with all below it."""
+    if value is not None or _table(key) is None:
+        values[key] = value
+        return
+    for below in [k for k in values if k == key or k.startswith(f"{key}.")]:
+        del values[below]
 
 
 def preset_names() -> list[str]:
@@ -285,16 +385,24 @@ def _leaves(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[t
     """The dotted keys of `tree` and their values; each key must be one of KEYS."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
+        table = _table(key)
         if isinstance(value, dict) and (value or key in SECTIONS):
             yield from _leaves(value, where, f"{key}.")
+        elif table is not None and value is not None and key.count(".") != table.count(".") + TABLES[table]:
+            raise UserError(f"{where}: {key} is {_short(value)}; {_TABLE_HINTS[table]}")
         elif key in SECTIONS:
             raise UserError(f"{where}: '{key}' is a section, not a value; its keys are {', '.join(SECTIONS[key])}")
-        elif key not in KEYS:
+        elif key not in KEYS and table is None:
             raise UserError(f"{where}: unknown key '{key}'; {_suggestion(key)}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {key} is {value}; it must be finite")
         else:
             yield key, _plain(value, key, where)
+
+
+def _table(key: str) -> str | None:
+    """The one of TABLES that `key` is or lies in."""
+    return next((table for table in TABLES if key == table or key.startswith(f"{table}.")), None)
 
 
 def _plain(value: Any, key: str, where: str) -> Any:
@@ -313,8 +421,11 @@ def _suggestion(key: str) -> str:
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
     return tree
 
 
@@ -327,12 +438,19 @@ def _one_line(errors: list[ErrorDetails], origins: Mapping[str, str], whole: str
         message = f"{where}: {key} is missing; give it, or start from a preset with `base: tiny`"
     elif error["type"] == "value_error":
         message = f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
+    elif error["type"] == "extra_forbidden":
+        message = f"{where}: unknown key '{key}'; {_hint(key)}"
     elif error["type"] == "string_pattern_mismatch":
         message = f"{where}: {key} is {_short(error['input'])}; use letters, digits, '_', '-' and, not first, '.'"
     else:
         message = f"{where}: {key} is {_short(error['input'])}; {error['msg'].replace('Input should', 'it must', 1)}"
     rest = len(errors) - 1
     return message + (f" (and {rest} more to mend)" if rest else "")
+
+
+def _hint(key: str) -> str:
+    table = _table(key)
+    return _TABLE_HINTS[table] if table else _suggestion(key)
 
 
 def _short(value: Any) -> str:
@@ -378,18 +496,17 @@ def to_yaml(config: RunConfig) -> str:
 
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
-_FREE_ON_RESUME = ("name", "output", "data.path", "activation_checkpointing", "deepspeed", "batch.micro_rows")
-_FREE_SECTIONS = ("logging.", "validation.", "checkpoint.", "kernels.")
+_FREE_ON_RESUME = re.compile(
+    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)|activation_checkpointing"
+    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels)\..+"
+)
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Dotted keys whose values differ and must not when a run is resumed."""
     before, after = (dict(_leaves(config.model_dump(mode="json"), "config")) for config in (old, new))
-    return [
-        key
-        for key in KEYS
-        if before[key] != after[key] and key not in _FREE_ON_RESUME and not key.startswith(_FREE_SECTIONS)
-    ]
+    differing = [key for key in before | after if before.get(key) != after.get(key)]
+    return [key for key in differing if not _FREE_ON_RESUME.fullmatch(key)]
 
 
 # --- what the configuration points at --------------------------------------------------------------------------------
@@ -437,29 +554,46 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def dataset_manifest(config: RunConfig) -> dict[str, Any]:
-    """The manifest of the run's dataset, checked against the model.
+def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:
+    """Check the manifest of every dataset of the run against the model; return the first one's.
+
+    An address (``s3://...``) is left to the process that opens it: None.
 
     Raises:
         UserError: no dataset given, none there, or its tokens do not fit the model's vocabulary.
     """
-    folder = config.data.path
-    if folder is None:
+    locations = config.data.locations
+    if not locations:
         raise UserError("data.path is missing; add data.path=DIR, a folder made by `fusiontree data build`")
-    path = folder / "manifest.json"
+    manifests = [
+        None if "://" in location else _local_manifest(f"data.sources.{name}.path" if name else "data.path", location)
+        for name, location in locations.items()
+    ]
+    for location, manifest in zip(locations.values(), manifests, strict=True):
+        if manifest is not None:
+            require_vocabulary(config, location, manifest["tokenizer"]["vocab_size"])
+    return manifests[0]
+
+
+def _local_manifest(key: str, folder: str) -> dict[str, Any]:
+    path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise UserError(f"data.path {folder}: no manifest.json there; build it with `fusiontree data build`")
+        raise UserError(f"{key} {folder}: no manifest.json there; build it with `fusiontree data build`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        vocab_size = int(manifest["tokenizer"]["vocab_size"])
+        int(manifest["tokenizer"]["vocab_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a dataset's manifest ({error!r}); build the dataset again") from None
+    return manifest
+
+
+def require_vocabulary(config: RunConfig, location: str, vocab_size: int) -> None:
+    """Raise UserError if the model has no embedding for some tokens of the dataset at `location`."""
     if vocab_size > config.model.vocab_size:
         raise UserError(
-            f"data.path {folder}: its tokenizer has {vocab_size} tokens, more than model.vocab_size "
+            f"dataset {location}: its tokenizer has {vocab_size} tokens, more than model.vocab_size "
             f"{config.model.vocab_size}; raise model.vocab_size or build the data with a smaller tokenizer"
         )
-    return manifest
 
 
 def _require(holds: bool, message: str) -> None:

@@ -74,6 +74,13 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """The `value` of every rank (anything that pickles), in their order, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone: a consequence, not the cause."""
     gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")

@@ -8,8 +8,9 @@ import torch
 
 from fusiontree.console import progress_bar
 from fusiontree.data.format import Dataset
+from fusiontree.data.sources import Sources
 from fusiontree.data.stream import validation_batches
-from fusiontree.errors import UserError
+from fusiontree.errors import RunError, UserError
 from fusiontree.generate import check_positions, load_export, read_facts
 from fusiontree.model.documents import to_device
 
@@ -29,6 +30,7 @@ def evaluate(
 
     Raises:
         UserError: an unknown task, or shards made with another tokenizer.
+        RunError: a row is damaged.
     """
     for name, value in (("--seq-len", seq_len), ("--limit", limit)):
         if value is not None and value < 1:
@@ -51,7 +53,9 @@ def perplexity(folder: Path, data: Path, seq_len: int | None, limit: int | None)
     loss, tokens = 0.0, 0
     with progress_bar() as bar:
         task = bar.add_task("perplexity", total=None, note="")
-        for batch in validation_batches(dataset, length, ROWS_PER_FORWARD, 0, 1, limit):
+        for batch in validation_batches(Sources({"": dataset}), length, ROWS_PER_FORWARD, 0, 1, limit):
+            if batch.damaged:
+                raise RunError(f"{batch.damaged[0]}; restore the shard or build it again")
             ids, labels, documents = to_device(batch, device)
             loss += model(ids, documents, labels=labels).loss_sum.item()
             tokens += batch.real_tokens

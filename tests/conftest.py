@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data_tools.build import build as build_shards
 from data_tools.tokenizer import train_tokenizer
+from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
+from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.writer import write_split
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
@@ -67,6 +71,22 @@ def documents_of(rows: list[list[int]]) -> Documents:
     """Documents from their lengths, row by row."""
     numbers = [[i for i, length in enumerate(row) for _ in range(length)] for row in rows]
     return Documents.from_seq_idx(torch.tensor(numbers, dtype=torch.int32))
+
+
+def counting_dataset(folder: Path, rows: int, first: int, row_len: int = 32, tokenizer: str = "f") -> Dataset:
+    """`rows` rows of two documents; every token tells its place: first + row_len * row + position."""
+    folder.mkdir()
+    packed = [
+        PackedRow(
+            tokens=np.arange(row_len * i, row_len * (i + 1), dtype=np.uint16) + first,
+            ends=np.array([20, row_len], dtype=np.int32),
+            spans=[Span(f"{i}a", 0, 20, 0), Span(f"{i}b", 20, row_len - 20, 0)],
+        )
+        for i in range(rows)
+    ]
+    splits = {"train": write_split(folder, "train", packed, "s", shard_rows=40), "validation": []}
+    Manifest(row_len, "uint16", "s", TokenizerInfo(tokenizer, 60_000, 0, 1), splits).save(folder)
+    return Dataset(folder)
 
 
 # --- real runs -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 from fusiontree.data.batch import IGNORE, Batch, collate, slice_ends
 from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
-from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import TrainStream, one_source, validation_batches
 from fusiontree.data.writer import write_split
 from fusiontree.errors import UserError
 
@@ -64,6 +65,13 @@ def test_a_bound_on_the_edge_of_a_slice_makes_no_empty_segment() -> None:
     assert [slice_ends(ends, 8, part).tolist() for part in range(4)] == [[8], [8], [8], [8]]
 
 
+def stream_of(
+    dataset: Dataset, seq_len: int, seed: int, batch_rows: int, rank: int, world: int, micro_rows: int
+) -> TrainStream:
+    recipe = one_source(seed, batch_rows * seq_len, seq_len)
+    return TrainStream(Sources({"": dataset}), recipe, micro_rows, rank, world)
+
+
 def rows_of(stream_ranks: list[list[Batch]]) -> list[int]:
     """First tokens of the rows of one step in global order, from each rank's micro-batches."""
     return [int(t) for m in zip(*stream_ranks, strict=True) for batch in m for t in batch.input_ids[:, 0]]
@@ -71,8 +79,8 @@ def rows_of(stream_ranks: list[list[Batch]]) -> list[int]:
 
 def test_the_global_sequence_is_the_same_for_any_number_of_ranks(dataset: Dataset) -> None:
     def sequence(world: int, micro: int) -> list[list[int]]:
-        streams = [TrainStream(dataset, 8, 3, 16, rank, world, micro) for rank in range(world)]
-        return [rows_of([stream.micro_batches(step) for stream in streams]) for step in range(12)]
+        streams = [stream_of(dataset, 8, 3, 16, rank, world, micro) for rank in range(world)]
+        return [rows_of([next(stream) for stream in streams]) for _ in range(12)]
 
     alone = sequence(1, 16)
     assert sequence(2, 4) == alone
@@ -81,22 +89,23 @@ def test_the_global_sequence_is_the_same_for_any_number_of_ranks(dataset: Datase
 
 
 def test_an_epoch_of_steps_holds_each_slice_once(dataset: Dataset) -> None:
-    stream = TrainStream(dataset, 8, 0, 16, 0, 1, 16)
-    seen = [token for step in range(10) for token in rows_of([stream.micro_batches(step)])]
+    stream = stream_of(dataset, 8, 0, 16, 0, 1, 16)
+    seen = [token for _ in range(10) for token in rows_of([next(stream)])]
     assert sorted(seen) == list(range(2, 40 * ROW + 2, 8))
 
 
 def test_a_step_does_not_depend_on_the_steps_before(dataset: Dataset) -> None:
-    walked = TrainStream(dataset, 8, 0, 16, 0, 1, 4)
-    for step in range(25):
-        expected = walked.micro_batches(step)
-    fresh = TrainStream(dataset, 8, 0, 16, 0, 1, 4).micro_batches(24)
-    assert [b.input_ids.tolist() for b in fresh] == [b.input_ids.tolist() for b in expected]
+    walked = stream_of(dataset, 8, 0, 16, 0, 1, 4)
+    for _ in range(25):
+        expected = next(walked)
+    fresh = stream_of(dataset, 8, 0, 16, 0, 1, 4)
+    fresh.seek(24 * 16)
+    assert [b.input_ids.tolist() for b in next(fresh)] == [b.input_ids.tolist() for b in expected]
 
 
 def test_a_cut_document_starts_again_in_the_next_slice(dataset: Dataset) -> None:
-    stream = TrainStream(dataset, 8, 0, 160, 0, 1, 160)
-    (batch,) = stream.micro_batches(0)
+    stream = stream_of(dataset, 8, 0, 160, 0, 1, 160)
+    (batch,) = next(stream)
     third = batch.input_ids[:, 0] % ROW == 16 + 2  # tokens 16 to 24 of a row: 4 of its first document, 4 of its second
     assert third.sum() == 40
     assert batch.position_ids[third].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 40
@@ -113,7 +122,7 @@ def padded_row(number: int) -> PackedRow:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path, world: int) -> None:
     held_out = make_dataset(tmp_path, [padded_row(i) for i in range(11)], "validation")
-    ranks = [list(validation_batches(held_out, 8, 2, rank, world)) for rank in range(world)]
+    ranks = [list(validation_batches(Sources({"": held_out}), 8, 2, rank, world)) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {-(-11 // (2 * world))}
     assert all(batch.input_ids.shape == (2, 8) for batches in ranks for batch in batches)
     rows = sorted(row[0] for batches in ranks for batch in batches for row in batch.input_ids.tolist())
@@ -122,19 +131,19 @@ def test_validation_is_the_same_for_any_number_of_ranks(tmp_path: Path, world: i
 
 
 def test_limited_validation_is_spread_over_the_split(dataset: Dataset, tmp_path: Path) -> None:
-    batches = list(validation_batches(dataset, 8, 1, 0, 1, limit_rows=4))
+    batches = list(validation_batches(Sources({"": dataset}), 8, 1, 0, 1, limit_rows=4))
     assert [int(batch.input_ids[0, 0] - 2) // ROW for batch in batches] == [0, 10, 20, 30]
 
 
 def test_what_does_not_divide_is_refused_with_what_would(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=r"seq_len 12 .* 8 or 16"):
-        TrainStream(dataset, 12, 0, 8, 0, 1, 1)
+        stream_of(dataset, 12, 0, 8, 0, 1, 1)
     with pytest.raises(UserError, match=r"10 rows .* 2 ranks of 4 .* 8 or 16"):
-        TrainStream(dataset, 8, 0, 10, 0, 2, 4)
+        stream_of(dataset, 8, 0, 10, 0, 2, 4)
     with pytest.raises(UserError, match=r"seq_len 64 "):
-        validation_batches(dataset, 64, 1, 0, 1)
+        validation_batches(Sources({"": dataset}), 64, 1, 0, 1)
 
 
 def test_an_empty_split_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match="validation is empty"):
-        validation_batches(Dataset(dataset.folder, "validation"), 8, 1, 0, 1)
+        Sources({"": Dataset(dataset.folder, "validation")})

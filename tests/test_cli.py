@@ -16,8 +16,8 @@ from fusiontree import cli
 from fusiontree.errors import RunError, UserError
 
 COMMANDS = [
-    *("data tokenizer", "data build", "data verify", "data inspect"),
-    *("train", "launch", "export", "generate", "eval", "doctor", "demo"),
+    *("data tokenizer", "data build", "data verify", "data inspect", "data plan", "data at"),
+    *("train", "launch", "export", "generate", "eval", "doctor", "demo", "bench loader"),
 ]
 
 

@@ -160,6 +160,61 @@ def test_values_that_disagree_are_both_named(overrides, both):
     assert all(part in message for part in both), message
 
 
+MIXED = [
+    *("data.sources.web.path=data/web", "data.sources.web.weight=0.7", "data.sources.code.path=s3://bucket/code"),
+    *("data.sources.code.max_epochs=4", "data.weights={50: {code: 0.5}}", "data.curriculum={0: 256, 50: 512}"),
+    "data.seq_len=512",
+]
+
+
+def test_tables_merge_entry_by_entry_and_null_takes_one_out(write):
+    base = write(
+        "base: tiny\ndata:\n  sources: {web: {path: a}, code: {path: b, weight: 2}}\n"
+        "  weights: {20: {web: 0}, 60: {web: 3}}\n  curriculum: {0: 256, 40: 1024}\n",
+        "base.yaml",
+    )
+    config = load_config(str(base))
+    assert config.data.locations == {"web": "a", "code": "b"}
+    both = ({"web": 1.0, "code": 2.0}, {"web": 0.0, "code": 2.0}, {"web": 3.0, "code": 2.0})
+    assert config.data.weight_table == tuple(zip((0, 20, 60), both, strict=True))
+    assert config.data.lengths == ((0, 256), (40, 1024))
+    path = write("base: base.yaml\ndata: {sources: {code: {path: c}}, curriculum: {40: 512, 50: 1024}}\n")
+    child = load_config(str(path), ["data.weights.20=null", "data.sources.code.max_epochs=2"])
+    assert child.data.sources["code"].model_dump() == {"path": "c", "weight": 2.0, "max_epochs": 2.0}
+    assert [step for step, _ in child.data.weight_table] == [0, 60]
+    assert child.data.lengths == ((0, 256), (40, 512), (50, 1024))
+    alone = load_config(str(path), ["data.sources=null", "data.weights=null", "data.curriculum=null", "data.path=d"])
+    assert alone.data == load_config("tiny", ["data.path=d"]).data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.sources.web=a"], ["data.sources.web is 'a'", "give data.sources.NAME.path"]),
+        (["data.sources.web.path=a", "data.sources.web.pth=a"], ["unknown key 'data.sources.web.pth'"]),
+        (["data.sources.web.weight=1"], ["data.sources.web.path is missing"]),
+        (["data.sources.web.path=a", "data.path=b"], ["path b", "sources web", "both given"]),
+        (["data.sources.web.path=a", "data.sources.web.weight=0"], ["every weight is 0"]),
+        (["data.sources.web.path=a", "data.weights.5.web=0"], ["weights.5: every weight is 0"]),
+        (["data.sources.web.path=a", "data.weights.5.wbe=1"], ["weights.5: wbe is not one of sources (web)"]),
+        (["data.weights.5.web=1"], ["weights.5: web is not one of sources (none given)"]),
+        (["data.sources.web.path=a", "data.weights.0.web=1"], ["weights.0", "sources.NAME.weight"]),
+        (["data.sources.web.path=a", "data.weights.100.web=1"], ["data.weights.100", "schedule.steps 100"]),
+        (["data.curriculum.10=512"], ["curriculum begins at step 10"]),
+        (["data.curriculum.0=512"], ["curriculum ends at length 512, seq_len is 1024"]),
+        (["data.curriculum={0: 512, 9: 256, 10: 1024}"], ["curriculum.9: length 256 is not above", "512"]),
+        (["data.curriculum={0: 300, 10: 1024}"], ["curriculum.0: length 300 does not divide seq_len 1024"]),
+        (["data.curriculum={0: 512, 100: 1024}"], ["data.curriculum.100 is not below schedule.steps 100"]),
+        (["data.curriculum={0: 512, x: 1024}"], ["data.curriculum.x", "valid integer"]),
+        (["data.curriculum=512"], ["data.curriculum is 512", "give data.curriculum.STEP"]),
+        (["data.curriculum={0: {a: 4}}"], ["data.curriculum.0.a is 4", "give data.curriculum.STEP"]),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused_by_name(overrides, words):
+    message = refusal("tiny", *overrides)
+    assert all(word in message for word in words), message
+
+
 def test_limits_of_the_cross_checks_are_allowed():
     assert load_config("tiny", ["schedule.warmup_steps=99"]).schedule.warmup_steps == 99
     assert load_config("tiny", ["model.srte=learned", "model.max_positions=1024"]).model.max_positions == 1024
@@ -188,7 +243,9 @@ def test_a_batch_that_does_not_divide_names_what_would(ranks, batches, counts):
     assert str(caught.value).endswith(f"nearest rank counts for this batch: {counts}")
 
 
-@pytest.mark.parametrize("overrides", [[], ["name='1e4'"], ["name=no", "data.path=a b/ü", "optimizer.eps=1e-20"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["name='1e4'"], ["name=no", "data.path=a b/ü", "optimizer.eps=1e-20"], MIXED]
+)
 @pytest.mark.parametrize("preset", preset_names())
 def test_yaml_reads_back_as_the_same_configuration(preset, overrides, write):
     config = load_config(preset, overrides)
@@ -207,6 +264,20 @@ def test_differences_name_what_may_not_change_on_resume():
     assert config_differences(old, new) == ["seed", "model.window", "optimizer.lr", "schedule.steps"]
 
 
+def test_differences_name_entries_of_tables():
+    old, new = load_config("tiny", MIXED), load_config("tiny", [*MIXED, "data.sources.web.path=moved"])
+    assert config_differences(old, new) == []
+    changes = [
+        "data.weights.50.code=1",
+        "data.sources.web.weight=2",
+        "data.curriculum.40=512",
+        "data.curriculum.50=null",
+    ]
+    assert config_differences(old, load_config("tiny", [*MIXED, *changes])) == [
+        *("data.sources.web.weight", "data.weights.50.code", "data.curriculum.50", "data.curriculum.40")
+    ]
+
+
 def test_differences_leave_free_what_moves_neither_data_nor_mathematics():
     free = [
         *(
@@ -217,6 +288,7 @@ def test_differences_leave_free_what_moves_neither_data_nor_mathematics():
             "deepspeed=zero1",
             "batch.micro_rows=1",
         ),
+        *("data.workers=5", "data.max_bad_rows=1"),
         *("logging.every=1", "validation.rows=3", "checkpoint.every=7", "kernels.scan=reference"),
     ]
     new = load_config("tiny", free)

@@ -48,6 +48,7 @@ FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
+    "fusiontree.training.data",
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
     "fusiontree.flops",
 )

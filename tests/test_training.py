@@ -14,6 +14,7 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM
+from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
 from fusiontree.training.schedule import learning_rate
 from fusiontree.training.step import parameter_groups
 
@@ -33,9 +34,8 @@ def losses(run: Path) -> list[float]:
 
 def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
     """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss."""
-    assert config.data.path is not None
-    rows = config.batch.tokens // config.data.seq_len
-    stream = TrainStream(Dataset(config.data.path, "train"), config.data.seq_len, config.seed, rows, 0, 1, rows)
+    data = open_data(config)
+    stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
     torch.manual_seed(config.seed)
     model = HybridLM(config.model)
     optimizer = torch.optim.AdamW(
@@ -45,7 +45,7 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
     for step in range(config.schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step)
-        (batch,) = stream.micro_batches(step)
+        (batch,) = next(stream)
         ids, labels, documents = to_device(batch, "cpu")
         loss = torch.nn.functional.cross_entropy(model(ids, documents).logits.flatten(0, 1), labels.flatten())
         loss.backward()
@@ -53,10 +53,10 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
         optimizer.step()
         optimizer.zero_grad()
         curve.append(loss.item())
-    validation = Dataset(config.data.path, "validation")
+    assert data.validation is not None
     with torch.no_grad():
         total = tokens = 0.0
-        for batch in validation_batches(validation, config.data.seq_len, 1, 0, 1, config.validation.rows):
+        for batch in validation_batches(data.validation, config.data.seq_len, 1, 0, 1, config.validation.rows):
             ids, labels, documents = to_device(batch, "cpu")
             total += model(ids, documents, labels=labels).loss_sum.item()
             tokens += batch.real_tokens
@@ -107,6 +107,53 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
     assert [path.name for path in checkpoint.list_checkpoints(two_ranks / "checkpoints")] == ["step-4", "step-8"]
     assert (two_ranks / "checkpoints" / "latest").read_text() == "step-8\n"
     assert {path.name for path in (two_ranks / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+
+
+@pytest.fixture(scope="module")
+def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run over two sources, one damaged, with a curriculum, other weights and a cap that is reached."""
+    words = [word for word in settings(shards, tmp_path_factory.mktemp("mixed")) if not word.startswith("data.path")]
+    second = shards.parent / "second"
+    shutil.copytree(shards, second)
+    words = [
+        *(*words, "name=mixed", f"data.sources.a.path={shards}", f"data.sources.b.path={second}"),
+        *("data.sources.b.max_epochs=0.3", "data.weights={4: {a: 3}}", "data.curriculum={0: 32, 3: 64, 5: 128}"),
+    ]
+    config = load_config("tiny", words)
+    (met, *_) = [p for batch in open_stream(config, open_training(config)).places(0) for p in batch if p.source == 1]
+    shard, row = Dataset(second).place(met.row)
+    with open(shard.path, "r+b") as stream:
+        stream.seek(int(shard.index["tokens"][row]))
+        stream.write(b"\xff\xff")
+    return words
+
+
+def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
+    mixed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = load_config("tiny", mixed).run_dir
+    cli("train", "tiny", *mixed)
+    whole = metrics(run)
+    expected, norms, last_validation = plain_losses(load_config(str(run / "config.yaml")))
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert [line["grad_norm"] for line in whole if "loss" in line] == pytest.approx(norms, rel=1e-4)
+    validation = [line for line in whole if "val_loss" in line]
+    assert validation[-1]["val_loss"] == pytest.approx(last_validation, rel=1e-5)
+    assert {line["tokens"] // line["step"] for line in whole if "loss" in line} == {1024}
+    assert checkpoint.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
+    bad_rows = checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"]
+    assert [entry["source"] for entry in bad_rows] == ["b"]
+    shutil.rmtree(run / "checkpoints" / "step-8")
+    (run / "checkpoints" / "latest").write_text("step-4\n")
+    cli("train", "tiny", *mixed, "data.workers=0")
+    assert metrics(run) == whole
+    assert checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"] == bad_rows
+
+
+def test_other_weights_are_refused_on_resume(mixed: list[str]) -> None:
+    done = cli("train", "tiny", *mixed, "data.weights.4.a=2", code=2)
+    assert "other values of data.weights.4.a;" in done.stderr
 
 
 def interrupted_copy(run: Path, output: Path) -> Path:

@@ -1,11 +1,25 @@
 """Rows to batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or a stretch of padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 IGNORE = -100  # the label that carries no loss
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A stored row that could not be read, or not as it was written: training has a masked row in its place."""
+
+    source: str
+    shard: str  # its name in the dataset
+    row: int  # in the shard
+    location: str = field(compare=False)  # the shard's path or address: a dataset that has moved has the same rows
+    reason: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.location}: row {self.row} {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,7 @@ class Batch:
     seq_idx: np.ndarray  # int32 [B, L], the segment's number in its row, from 0, never falling along the row
     cu_seqlens: np.ndarray  # int32 [segments + 1], bounds of all segments over the flattened B·L tokens
     max_seqlen: int  # tokens of the longest segment
+    damaged: tuple[BadRow, ...] = ()  # stored rows that a masked row stands for
 
     @property
     def real_tokens(self) -> int:
@@ -40,12 +55,13 @@ def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
     return np.sign(ends[inside]) * (np.minimum(bounds[inside], stop) - start)
 
 
-def collate(tokens: np.ndarray, ends: Sequence[np.ndarray]) -> Batch:
+def collate(tokens: np.ndarray, ends: Sequence[np.ndarray], damaged: tuple[BadRow, ...] = ()) -> Batch:
     """Build a batch.
 
     Args:
         tokens: any integer dtype [B, L].
         ends: for each row int32 [segments], as in the format: exclusive ends, negative for padding, the last ±L.
+        damaged: stored rows that a masked row stands for.
     """
     B, L = tokens.shape
     assert len(ends) == B, (len(ends), B)
@@ -57,15 +73,20 @@ def collate(tokens: np.ndarray, ends: Sequence[np.ndarray]) -> Batch:
     lengths = np.diff(cu_seqlens)
     number = np.arange(len(stops)) - np.repeat(np.cumsum(segments) - segments, segments)
 
-    flat = tokens.reshape(-1).astype(np.int64)
-    labels = np.append(flat[1:], IGNORE)
+    flat = tokens.reshape(-1)
+    labels = np.empty(B * L, dtype=np.int64)
+    labels[:-1] = flat[1:]  # from the narrow tokens: between two equal buffers a shifted copy is many times slower
     labels[stops - 1] = IGNORE
-    labels[np.repeat(signed < 0, lengths)] = IGNORE
+    for padding in np.flatnonzero(signed < 0):
+        labels[cu_seqlens[padding] : stops[padding]] = IGNORE
+    position_ids = np.arange(B * L)
+    position_ids -= np.repeat(cu_seqlens[:-1], lengths)
     return Batch(
-        input_ids=flat.reshape(B, L),
+        input_ids=tokens.astype(np.int64),
         labels=labels.reshape(B, L),
-        position_ids=(np.arange(B * L) - np.repeat(cu_seqlens[:-1], lengths)).reshape(B, L),
+        position_ids=position_ids.reshape(B, L),
         seq_idx=np.repeat(number.astype(np.int32), lengths).reshape(B, L),
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(lengths.max()),
+        damaged=damaged,
     )

@@ -10,16 +10,17 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from fusiontree import __version__
 from fusiontree.data.packing import PACKER_VERSION, Span
-from fusiontree.data.tokenizer import require_golden
+from fusiontree.data.remote import Cache, Store, UnreachableError, is_address
+from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, require_golden
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 
@@ -36,6 +37,7 @@ INDEX = np.dtype(
     ]
 )
 ENDS = np.dtype("<i4")
+_LARGEST_HEADER = 1024  # bytes, of an .npy member; ours have 128
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _Record = TypeVar("_Record")
 
@@ -60,7 +62,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
         UserError: there is none, or it is no JSON.
     """
     try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer folder {folder} cannot be read ({error}); restore or train it again") from None
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -181,18 +183,34 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Dataset:
-    """One split of a dataset folder, its packed rows read by number and checked on every read.
+    """One split of a dataset, its packed rows read by number and checked on every read.
+
+    Args:
+        location: the dataset's folder, or its address: s3://, gs:// or http(s)://.
+        split: train or validation.
+        cache: where rows from an address are kept.
 
     Raises:
-        UserError: no dataset there, no such split, or a shard or index is missing or of another size.
+        UserError: no dataset there, no such split, a shard or index is missing or of another size, or an index is not
+            that of its shard.
+        RunError: the address does not answer.
     """
 
-    def __init__(self, folder: Path | str, split: str = "train"):
-        self.folder, self.split = Path(folder), split
+    def __init__(self, location: Path | str, split: str = "train", cache: Cache | None = None):
+        self.location, self.split = str(location), split
+        store = Store(self.location, cache or Cache()) if is_address(location) else None
+        self.folder = Path(location) if store is None else store.folder  # that of the small files, if at an address
         self.manifest = Manifest.load(self.folder)
         if split not in self.manifest.splits:
-            raise UserError(f"{self.folder} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
-        self.shards = [Shard(self.folder, info, self.manifest) for info in self.manifest.splits[split]]
+            raise UserError(f"{self.location} has no split {split!r}; it has {', '.join(self.manifest.splits)}")
+        infos = self.manifest.splits[split]
+        if store is None:
+            self.shards = [Shard(self.folder, info, self.manifest) for info in infos]
+        else:
+            _mirror(store, infos)
+            self.shards = [RemoteShard(store, info, self.manifest) for info in infos]
+        for shard in self.shards:
+            shard.require_own_index()
         self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
 
     @property
@@ -221,18 +239,20 @@ class Dataset:
         return shard.read(row)
 
     def spans(self, number: int) -> list[Span]:
-        """The documents of a row. Reads the shard from its beginning: for people, not for training."""
+        """The documents of a row. Reads a whole sample: for people, not for training.
+
+        Raises:
+            RunError: the sample is damaged.
+        """
         shard, row = self.place(number)
-        for group in read_groups(shard.path):
-            if row < len(group.tokens):
-                return group.spans[row]
-            row -= len(group.tokens)
-        raise RunError(f"{shard.path}: its tar ends before row {row}; restore the shard or build it again")
+        return shard.spans(row)
 
     def place(self, number: int) -> tuple["Shard", int]:
         """The shard that holds a row, and the row's number in it."""
         if not 0 <= number < self.num_rows:
-            raise UserError(f"{self.folder}: no row {number} in split {self.split}, which has {self.num_rows}, from 0")
+            raise UserError(
+                f"{self.location}: no row {number} in split {self.split}, which has {self.num_rows}, from 0"
+            )
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.shards[shard], number - int(self._starts[shard])
 
@@ -245,15 +265,22 @@ class Shard:
     """
 
     def __init__(self, folder: Path, info: ShardInfo, manifest: Manifest):
-        self.info, self.path = info, folder / info.name
-        self.row_len, self.dtype = manifest.row_len, np.dtype(manifest.dtype).newbyteorder("<")
+        self._set_up(folder, info, manifest)
         if not self.path.is_file():
             raise UserError(f"shard {self.path} is missing; restore it or build the dataset again")
         if (size := self.path.stat().st_size) != info.bytes:
             raise UserError(f"shard {self.path} has {size} bytes, not {info.bytes}; restore it or build again")
+        self._read_index()
+
+    def _set_up(self, folder: Path, info: ShardInfo, manifest: Manifest) -> None:
+        self.info, self.path = info, folder / info.name
+        self.where = str(self.path)  # for messages
+        self.row_len, self.dtype = manifest.row_len, np.dtype(manifest.dtype).newbyteorder("<")
+
+    def _read_index(self) -> None:
         self.index = read_index(self.path)
-        if len(self.index) != info.rows:
-            rows = f"{len(self.index)} rows, not {info.rows}"
+        if len(self.index) != self.info.rows:
+            rows = f"{len(self.index)} rows, not {self.info.rows}"
             raise UserError(f"{index_path(self.path)} lists {rows}; restore it or build the dataset again")
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -262,17 +289,125 @@ class Shard:
         Raises:
             RunError: the bytes do not match the row's checksum.
         """
+        content = self._bytes(row)
+        if zlib.crc32(content) != self.index["crc"][row]:
+            raise RunError(
+                f"{self.where}: row {row} is damaged (checksum differs); restore the shard or build it again"
+            )
+        size = self.row_len * self.dtype.itemsize
+        return np.frombuffer(content[:size], self.dtype), np.frombuffer(content[size:], ENDS)
+
+    def _ranges(self, row: int) -> list[tuple[int, int]]:
+        """Offset and length, in bytes, of a row's tokens and of its segment ends."""
         entry = self.index[row]
+        tokens, ends = self.row_len * self.dtype.itemsize, int(entry["segments"]) * ENDS.itemsize
+        return [(int(entry["tokens"]), tokens), (int(entry["ends"]), ends)]
+
+    def _bytes(self, row: int) -> bytes:
+        """The bytes of a row's tokens, then of its segment ends, as far as they are there."""
         # opened for each row: a few microseconds, and no descriptors to bound, to share with forks or to leak
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            tokens = os.pread(descriptor, self.row_len * self.dtype.itemsize, int(entry["tokens"]))
-            ends = os.pread(descriptor, int(entry["segments"]) * ENDS.itemsize, int(entry["ends"]))
+            return b"".join(os.pread(descriptor, length, offset) for offset, length in self._ranges(row))
         finally:
             os.close(descriptor)
-        if zlib.crc32(ends, zlib.crc32(tokens)) != entry["crc"]:
-            raise RunError(f"{self.path}: row {row} is damaged (checksum differs); restore the shard or build it again")
-        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, ENDS)
+
+    def require_own_index(self) -> None:
+        """Raise UserError if the index is not that of this shard; a few hundred bytes of it are read.
+
+        Damage to the shard itself is left to the reading of its rows, which can go on without one.
+        """
+        counted = int(self.index["valid"].sum(dtype=np.int64))
+        if counted != self.info.tokens:
+            raise UserError(self._foreign_index(f"it counts {counted} tokens, the manifest {self.info.tokens}"))
+        if len(self.index) and not any(self._ends_fit(row) for row in {0, len(self.index) - 1}):
+            raise UserError(self._foreign_index("it points to other rows"))
+
+    def _foreign_index(self, sign: str) -> str:
+        return f"{index_path(self.path)} is not the index of {self.where} ({sign}); restore both or build again"
+
+    def _ends_fit(self, row: int) -> bool:
+        """Whether what the index takes for a row's segment ends looks like them and holds as many tokens."""
+        entry = self.index[row]
+        with open(self.path, "rb") as stream:
+            stream.seek(int(entry["ends"]))
+            content = stream.read(int(entry["segments"]) * ENDS.itemsize)
+        ends = np.frombuffer(content[: len(content) // ENDS.itemsize * ENDS.itemsize], ENDS)
+        if len(ends) != entry["segments"] or not len(ends) or abs(int(ends[-1])) != self.row_len:
+            return False
+        return int(np.diff(np.abs(ends), prepend=0)[ends > 0].sum()) == entry["valid"]
+
+    def spans(self, row: int) -> list[Span]:
+        """The documents of a row.
+
+        Raises:
+            RunError: its sample is damaged.
+        """
+        offsets = self.index["tokens"].astype(np.int64)
+        breaks = np.flatnonzero(np.diff(offsets) != self.row_len * self.dtype.itemsize) + 1
+        first = int(np.searchsorted(breaks, row, side="right"))
+        first = int(breaks[first - 1]) if first else 0  # the sample's first row: samples do not join seamlessly
+        ends = int(self.index["ends"][first])
+        path = self._whole()
+        # its first member begins with a header of the tar's and one of NumPy's, right before the ends
+        before = _LARGEST_HEADER + tarfile.BLOCKSIZE
+        with open(path, "rb") as stream:
+            stream.seek(max(0, ends - before))
+            start = ends - before + stream.read(before).rfind(b"\x93NUMPY") - tarfile.BLOCKSIZE
+        group = next(read_groups(path, max(0, start)), None)
+        if group is None or row - first >= len(group.spans):
+            raise RunError(f"{self.where}: the sample of row {row} is damaged; restore the shard or build it again")
+        return group.spans[row - first]
+
+    def _whole(self) -> Path:
+        """The whole tar as a file."""
+        return self.path
+
+
+class RemoteShard(Shard):
+    """A shard at an address: its index is mirrored, its rows are fetched one by one.
+
+    Raises:
+        UserError: the index does not fit the manifest.
+    """
+
+    def __init__(self, store: Store, info: ShardInfo, manifest: Manifest):
+        self._set_up(store.folder, info, manifest)
+        self.store, self.where = store, f"{store.address}/{info.name}"
+        self._read_index()
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """As of a shard on disk; what does not match its checksum is fetched again when it is asked for again.
+
+        Raises:
+            RunError: the bytes do not match the row's checksum, or the address does not answer.
+        """
+        try:
+            return super().read(row)
+        except UnreachableError:
+            raise
+        except RunError:
+            self.store.forget(self.info.name, row)
+            raise
+
+    def _bytes(self, row: int) -> bytes:
+        return self.store.row(self.info.name, row, self._ranges(row))
+
+    def _ends_fit(self, row: int) -> bool:
+        return True  # no request for each shard at the start: what is wrong shows in the checksums
+
+    def _whole(self) -> Path:
+        self.store.files([self.info.name])
+        return self.path
+
+
+def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
+    """Fetch the indexes of shards at an address, and the tokenizer that every run needs."""
+    try:
+        tokenizer = [f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)]
+        store.files([*tokenizer, *(str(index_path(Path(info.name))) for info in infos)])
+    except OSError as error:
+        raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
 
 
 @dataclass(frozen=True)
@@ -286,25 +421,30 @@ class Group:
     ends_offset: int  # of the first end in the tar, bytes
 
 
-def read_groups(path: Path) -> Iterator[Group]:
-    """The samples of a shard, in order.
+def read_groups(path: Path, offset: int = 0) -> Iterator[Group]:
+    """The samples of a shard, in order, from the one that begins at byte `offset` of the tar.
 
     Raises:
         RunError: something in it cannot be read.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as stream, tarfile.open(fileobj=_at(stream, offset), mode="r:") as tar:
             members: dict[str, tuple[bytes, int]] = {}
             for member in tar:
-                stream = tar.extractfile(member)
-                if stream is None:
+                content = tar.extractfile(member)
+                if content is None:
                     raise ValueError(f"{member.name} is no file")
-                members[member.name.partition(".")[2]] = stream.read(), member.offset_data
+                members[member.name.partition(".")[2]] = content.read(), member.offset_data
                 if len(members) == 3:
                     yield _group(members)
                     members = {}
     except (KeyError, TypeError, ValueError, tarfile.TarError) as error:
         raise RunError(f"{path} is damaged ({error!r}); restore the shard or build it again") from None
+
+
+def _at(stream: BinaryIO, offset: int) -> BinaryIO:
+    stream.seek(offset)
+    return stream
 
 
 def _group(members: dict[str, tuple[bytes, int]]) -> Group:

@@ -1,66 +1,154 @@
-"""The order of training as a function of (seed, index): nothing to store, nothing to replay on resume.
+"""The order of training as a function of (seed, token): nothing to store, nothing to replay on resume.
 
-A training row is a slice of a packed row. Each epoch permutes the packed rows, then the slices inside consecutive
-windows of the permuted rows: thorough mixing, while a packed row's slices stay near enough to be read once.
+The packed rows of all sources stand in one endless sequence, which depends on no length: the mixture says which source
+gives the next, and each source permutes its rows anew in every epoch. A training row is a slice of a packed row, as
+long as the curriculum's stage says; the slices are permuted inside consecutive windows of the sequence. That mixes
+thoroughly, while a packed row's slices stay near enough to be read once. No window crosses a change of length or of
+weights, so a change leaves nothing out and repeats nothing.
 """
 
 import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from fusiontree.data.mixture import Mixture
 
 WINDOW_SLICES = 4096
+KEPT_WINDOWS = 4  # a batch lies in one or two; prefetching reaches into the next
 _ROUNDS = 6
-_MASK64 = (1 << 64) - 1
+
+
+class Place(NamedTuple):
+    """Where a training row lies."""
+
+    source: int  # its place among the mixture's sources
+    epoch: int  # of the source, from 0
+    row: int  # packed row of the source
+    part: int  # slice of the packed row, of the stage's length
+
+
+class Stage(NamedTuple):
+    """A stretch of training with rows of one length."""
+
+    first_token: int  # of the global sequence, a multiple of the packed row's length
+    seq_len: int  # tokens per training row
 
 
 class RowOrder:
     """Where the training rows lie.
 
     Args:
-        num_rows: packed rows.
-        slices_per_row: training rows per packed row.
+        mixture: the sequence of the packed rows.
+        row_len: tokens of a packed row.
+        stages: ascending, the first at token 0; every length divides `row_len`.
         seed: chooses the order.
     """
 
-    def __init__(self, num_rows: int, slices_per_row: int, seed: int):
-        assert num_rows > 0, "no rows to order"
-        assert slices_per_row > 0, "no slices in a row"
-        self.num_rows, self.slices_per_row, self.seed = num_rows, slices_per_row, seed
-        self.window_rows = max(1, WINDOW_SLICES // slices_per_row)
+    def __init__(self, mixture: Mixture, row_len: int, stages: Sequence[Stage], seed: int):
+        assert stages[0].first_token == 0, "no length for the first row"
+        assert all(row_len % stage.seq_len == stage.first_token % row_len == 0 for stage in stages), stages
+        self.mixture, self.row_len, self.stages, self.seed = mixture, row_len, tuple(stages), seed
+        self._stage_starts = [stage.first_token for stage in stages]
+        cuts = {stage.first_token // row_len for stage in stages} | {phase.first for phase in mixture.phases}
+        self._cuts = sorted(cuts if mixture.end is None else cuts | {mixture.end})
+        self._window = lru_cache(KEPT_WINDOWS)(self._make_window)
+        self._recent = _Window(0, 0, 1, [], [], [], [])  # most rows lie where the one before did
 
-    def locate(self, index: int) -> tuple[int, int, int]:
-        """(epoch, packed row, slice) of global training row `index` >= 0."""
-        assert index >= 0, index
-        epoch, place = divmod(index, self.num_rows * self.slices_per_row)
-        window, inside = divmod(place, self.window_rows * self.slices_per_row)
-        first = window * self.window_rows
-        slices = min(self.window_rows, self.num_rows - first) * self.slices_per_row
-        row, part = divmod(permute(inside, slices, self._key(epoch, window)), self.slices_per_row)
-        return epoch, permute(first + row, self.num_rows, self._key(epoch, "rows")), part
+    def stage(self, token: int) -> Stage:
+        """The stage that trains on `token` of the global sequence."""
+        return self.stages[bisect_right(self._stage_starts, token) - 1]
 
-    def _key(self, epoch: int, what: int | str) -> int:
-        text = f"{self.seed}/{epoch}/{what}"
+    def locate(self, token: int) -> Place:
+        """The place of the training row that begins at `token` of the global sequence, in O(1)."""
+        window = self._recent
+        if not window.first_token <= token < window.end_token:
+            seq_len = self.stage(token).seq_len
+            window = self._recent = self._window(*self._window_bounds(token // self.row_len, seq_len), seq_len)
+        return window.place(token)
+
+    def _window_bounds(self, row: int, seq_len: int) -> tuple[int, int, str]:
+        """First packed row of the window around packed row `row`, the one behind it, and the name of its key."""
+        cut = bisect_right(self._cuts, row)
+        begin, ends, epoch = self._cuts[cut - 1], self._cuts[cut : cut + 1], 0
+        if len(self.mixture.sources) == 1:  # its epochs are those of the whole: keep them apart
+            rows = self.mixture.sources[0].rows
+            epoch = row // rows
+            begin, ends = max(begin, epoch * rows), [*ends, (epoch + 1) * rows]
+        size = max(1, WINDOW_SLICES * seq_len // self.row_len)
+        number = (row - begin) // size
+        first = begin + number * size
+        return first, min(first + size, *ends) if ends else first + size, f"{epoch}/{number}"
+
+    def _make_window(self, first: int, end: int, name: str, seq_len: int) -> "_Window":
+        sources, epochs, rows = self._packed_rows(first, end)
+        slices = self.row_len // seq_len
+        order = permute(np.arange((end - first) * slices), (end - first) * slices, self._key(name))
+        packed, parts = np.divmod(order, slices)
+        lists = [values.tolist() for values in (sources[packed], epochs[packed], rows[packed], parts)]
+        return _Window(first * self.row_len, end * self.row_len, seq_len, *lists)
+
+    def _packed_rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, epoch and row in the source of the packed rows from `first` to before `end`, int64 each."""
+        located = np.array([self.mixture.locate(row) for row in range(first, end)])
+        found, ordinals = located[:, 0], located[:, 1]
+        sizes = np.array([source.rows for source in self.mixture.sources])
+        epochs, rows = np.divmod(ordinals, sizes[found])
+        for source, epoch in {*zip(found.tolist(), epochs.tolist(), strict=True)}:
+            chosen = (found == source) & (epochs == epoch)
+            name = self.mixture.sources[source].name
+            key = self._key(*([name] if name else []), epoch, "rows")
+            rows[chosen] = permute(rows[chosen], int(sizes[source]), key)
+        return found, epochs, rows
+
+    def _key(self, *parts: object) -> int:
+        text = "/".join(map(str, (self.seed, *parts)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def permute(index: int, size: int, key: int) -> int:
-    """The image of `index` under the pseudo-random permutation of range(size) that the 64-bit `key` chooses.
+class _Window(NamedTuple):
+    """The training rows of a window, in their order."""
+
+    first_token: int
+    end_token: int
+    seq_len: int
+    sources: list[int]
+    epochs: list[int]
+    rows: list[int]
+    parts: list[int]
+
+    def place(self, token: int) -> Place:
+        number, rest = divmod(token - self.first_token, self.seq_len)
+        assert rest == 0, f"no training row begins at token {token}"
+        return Place(self.sources[number], self.epochs[number], self.rows[number], self.parts[number])
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """The images of `index`, int64 [n], under the permutation of range(size) that the 64-bit `key` chooses.
 
     A Feistel network permutes the next power of four; walking on from an image outside the range keeps it a bijection.
     """
-    assert 0 <= index < size, (index, size)
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
+    assert len(index) == 0 or 0 <= index.min() <= index.max() < size, size
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    image = index.astype(np.uint64)
+    outside = np.ones(len(image), dtype=bool)
+    while outside.any():
+        left, right = image[outside] >> half, image[outside] & mask
         for turn in range(_ROUNDS):
-            left, right = right, left ^ (_mix(key + right * _ROUNDS + turn) & mask)
-        index = left << half | right
-        if index < size:
-            return index
+            mixed = _mix(np.uint64(key) + right * np.uint64(_ROUNDS) + np.uint64(turn))
+            left, right = right, left ^ (mixed & mask)
+        image[outside] = left << half | right
+        outside = image >= size
+    return image.astype(np.int64)
 
 
-def _mix(value: int) -> int:
-    """SplitMix64's finaliser: every bit of the result depends on every bit of `value`."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
+def _mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of the result depends on every bit of `value`, uint64, modulo 2^64."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,64 +1,243 @@
-"""Which rows a rank trains on, as a function of the step, and the held-out rows it validates on."""
+"""Which rows a rank trains on, as a function of how many were consumed, and the held-out rows it validates on."""
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache, partial
+from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 import numpy as np
 
-from fusiontree.data.batch import Batch, collate, slice_ends
-from fusiontree.data.format import Dataset
-from fusiontree.data.order import RowOrder
+from fusiontree.data.batch import BadRow, Batch, collate, slice_ends
+from fusiontree.data.mixture import Mixture, SourceRows
+from fusiontree.data.order import Place, RowOrder, Stage
+from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 
 CACHED_ROWS = 512  # packed rows kept, 32 MiB of 16-bit tokens: a whole window of the order from 8 slices a row on
+_Promise: TypeAlias = "SimpleQueue[Batch | BaseException]"  # for one batch
+_LARGEST_BLOCK = 24 << 20  # bytes; below glibc's own limit for its threshold, 32 MiB
+AHEAD = 4  # batches per worker that wait or are being made, at least; at most twice as many
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the global sequence of training rows, besides the shards."""
+
+    seed: int
+    batch_tokens: int  # per optimizer step, over all ranks
+    lengths: tuple[tuple[int, int], ...]  # (first step, tokens per training row), ascending, the first at step 0
+    weights: tuple[tuple[int, tuple[Fraction, ...]], ...]  # (first step, weight of each source), likewise
+    max_epochs: tuple[Fraction | None, ...]  # of each source
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per training row at the end of the curriculum: the unit in which rows are counted."""
+        return self.lengths[-1][1]
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of `seq_len` tokens per optimizer step."""
+        return self.batch_tokens // self.seq_len
+
+
+def one_source(seed: int, batch_tokens: int, seq_len: int) -> Recipe:
+    """The recipe of a single source, always at one length."""
+    return Recipe(seed, batch_tokens, ((0, seq_len),), ((0, (Fraction(1),)),), (None,))
+
+
+def make_order(sources: Sources, recipe: Recipe) -> RowOrder:
+    """The order that `recipe` makes of the rows of `sources`.
+
+    Raises:
+        UserError: a length does not divide the packed row, or a step of the tables lies inside a packed row.
+    """
+    for _, length in recipe.lengths:
+        _check_length(sources, length)
+    row_len, tokens = sources.row_len, recipe.batch_tokens
+    whole = row_len // math.gcd(row_len, tokens)  # so many steps end with a packed row
+    for step, _ in (*recipe.lengths, *recipe.weights):
+        if step % whole:
+            below = step // whole * whole
+            raise UserError(
+                f"step {step} of data.curriculum or data.weights lies inside a packed row of {row_len} tokens; nearest "
+                f"steps that do not, at {tokens} tokens a step: {below} or {below + whole}"
+            )
+    rows = [
+        SourceRows(name, dataset.num_rows, cap)
+        for name, dataset, cap in zip(sources.names, sources.datasets, recipe.max_epochs, strict=True)
+    ]
+    mixture = Mixture(rows, [(step * tokens // row_len, weights) for step, weights in recipe.weights])
+    return RowOrder(mixture, row_len, [Stage(step * tokens, length) for step, length in recipe.lengths], recipe.seed)
 
 
 class TrainStream:
-    """The training batches of one rank.
+    """The training batches of one rank, step by step: an iterator whose whole state is `rows_consumed`.
 
-    Step s owns the global training rows [s * batch_rows, (s + 1) * batch_rows), whatever the number of ranks.
+    A step owns the next `batch_tokens` tokens of the global sequence, whatever the number of ranks and workers. Rows
+    are counted at the final length, so one integer tells the place over all lengths.
 
     Args:
-        dataset: the packed rows.
-        seq_len: tokens per training row; divides the packed row.
-        seed: chooses the order.
-        batch_rows: training rows per step, over all ranks.
+        sources: the packed rows.
+        recipe: decides the order.
+        micro_rows: rows of the final length per batch returned; earlier in the curriculum as many tokens in more rows.
         rank: this process, from 0.
         world_size: processes that share each step.
-        micro_rows: training rows per batch returned.
+        workers: threads that make batches ahead; 0: none, they are made when they are asked for.
 
     Raises:
-        UserError: the split is empty, or the numbers do not divide.
+        UserError: the batch does not divide among the ranks, or see `make_order`.
     """
 
     def __init__(
-        self, dataset: Dataset, seq_len: int, seed: int, batch_rows: int, rank: int, world_size: int, micro_rows: int
+        self,
+        sources: Sources,
+        recipe: Recipe,
+        micro_rows: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
     ):
         share = micro_rows * world_size
-        if batch_rows < 1 or batch_rows % share:
-            below = batch_rows // share * share
+        if recipe.batch_rows < 1 or recipe.batch_rows % share:
+            below = recipe.batch_rows // share * share
             fitting = f"{below} or {below + share}" if below else f"{share}"
             raise UserError(
-                f"a batch of {batch_rows} rows does not divide among {world_size} ranks of {micro_rows} rows each; "
-                f"nearest that do: {fitting} rows"
+                f"a batch of {recipe.batch_rows} rows does not divide among {world_size} ranks of {micro_rows} rows "
+                f"each; nearest that do: {fitting} rows"
             )
-        self.batch_rows, self.rank, self.world_size, self.micro_rows = batch_rows, rank, world_size, micro_rows
-        self._slices = _Slices(dataset, seq_len)
-        self._order = RowOrder(dataset.num_rows, self._slices.per_row, seed)
+        self.recipe, self.sources, self.order = recipe, sources, make_order(sources, recipe)
+        self.rank, self.world_size, self.micro_tokens = rank, world_size, micro_rows * recipe.seq_len
+        self.rows_consumed = 0  # of the final length, by all ranks together
+        self._slices = _Slices(sources)
+        self._workers = workers
+        _keep_freed_memory()
+        self._ahead: _ReadAhead | None = None
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's batches of global step `step`, counted from 0."""
-        firsts = range(
-            step * self.batch_rows + self.rank * self.micro_rows,
-            (step + 1) * self.batch_rows,
-            self.world_size * self.micro_rows,
+    def seek(self, rows_consumed: int) -> None:
+        """Go to the place behind `rows_consumed` rows, in O(1)."""
+        assert rows_consumed % self.recipe.batch_rows == 0, "not the end of a step"
+        self.close()
+        self.rows_consumed = rows_consumed
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """This rank's batches of the next step, in order; StopIteration where the sources are used up."""
+        if self._ahead is None:
+            self._ahead = _ReadAhead(self._tasks(self.rows_consumed), self._workers)
+        count = self.recipe.batch_tokens // (self.micro_tokens * self.world_size)
+        batches = [next(self._ahead) for _ in range(count)]
+        self.rows_consumed += self.recipe.batch_rows
+        return batches
+
+    def close(self) -> None:
+        """End the workers; the next step starts them again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def places(self, rows_consumed: int) -> list[list[Place]]:
+        """Where the rows of this rank's batches lie, for the step behind `rows_consumed` rows."""
+        first = rows_consumed * self.recipe.seq_len
+        length = self.order.stage(first).seq_len
+        starts = range(
+            first + self.rank * self.micro_tokens,
+            first + self.recipe.batch_tokens,
+            self.world_size * self.micro_tokens,
         )
-        locate = self._order.locate
-        return [self._slices.batch([locate(first + i)[1:] for i in range(self.micro_rows)]) for first in firsts]
+        locate = self.order.locate
+        return [[locate(token) for token in range(start, start + self.micro_tokens, length)] for start in starts]
+
+    @property
+    def last_step(self) -> int | None:
+        """Steps that the sources are enough for; None: without end."""
+        end = self.order.mixture.end
+        return None if end is None else end * self.sources.row_len // self.recipe.batch_tokens
+
+    def _tasks(self, rows_consumed: int) -> Iterator[Callable[[], Batch]]:
+        step = rows_consumed // self.recipe.batch_rows
+        while self.last_step is None or step < self.last_step:
+            row = step * self.recipe.batch_rows
+            length = self.order.stage(row * self.recipe.seq_len).seq_len
+            for places in self.places(row):
+                yield partial(self._slices.batch, places, length)
+            step += 1
+
+
+class _ReadAhead:
+    """Batches made by threads in a known order: what takes their time (files, checksums, copies) releases the GIL.
+
+    The threads take the tasks one after the other, so that asking for a batch that is ready costs microseconds. All
+    that the consumer touches is SimpleQueue, which is written in C.
+    """
+
+    def __init__(self, tasks: Iterator[Callable[[], Batch]], workers: int):
+        self._tasks = tasks
+        self._turn = threading.Lock()  # who holds it takes the next task, and its place in the order
+        self._room: SimpleQueue[bool] = SimpleQueue()  # a True for each batch that may be made, a False to end a thread
+        self._promised: SimpleQueue[_Promise] = SimpleQueue()
+        self._consumed = 0
+        self._failed: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            for _ in range(2 * AHEAD):
+                self._room.put(True)
+            thread.start()
+
+    def __next__(self) -> Batch:
+        """The next batch; what its worker raised, with the worker's traceback; StopIteration at the end."""
+        if not self._threads:
+            return next(self._tasks)()
+        made = self._failed or self._promised.get().get()
+        if isinstance(made, BaseException):
+            self._failed = made  # the batches behind it are not the next one
+            raise made
+        self._consumed += 1
+        if self._consumed % AHEAD == 0:  # waking a thread costs more than all else here
+            for _ in range(AHEAD):
+                self._room.put(True)
+        return made
+
+    def _work(self) -> None:
+        while self._make_next():
+            pass
+
+    def _make_next(self) -> bool:
+        """Make the next batch, if there is one and it is still wanted."""
+        promise: _Promise = SimpleQueue()
+        with self._turn:
+            if not self._room.get():
+                return False
+            self._promised.put(promise)
+            try:
+                task = next(self._tasks)
+            except BaseException as error:  # the consumer's to handle, as below
+                promise.put(error)
+                return False
+        try:
+            promise.put(task())
+        except BaseException as error:
+            promise.put(error)
+        return True
+
+    def close(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self._room.get_nowait()
+        for _ in self._threads:
+            self._room.put(False)
+        for thread in self._threads:
+            thread.join()
 
 
 def validation_batches(
-    dataset: Dataset, seq_len: int, micro_rows: int, rank: int, world_size: int, limit_rows: int | None = None
+    sources: Sources, seq_len: int, micro_rows: int, rank: int, world_size: int, limit_rows: int | None = None
 ) -> Iterator[Batch]:
     """This rank's share of the held-out slices, the same slices over all ranks for any number of them.
 
@@ -66,51 +245,71 @@ def validation_batches(
     Every rank yields equally many batches of `micro_rows` rows: the last ones are filled up with masked rows.
 
     Raises:
-        UserError: the split is empty, or `seq_len` does not divide the packed row.
+        UserError: `seq_len` does not divide the packed row.
     """
-    slices = _Slices(dataset, seq_len)
-    real = slices.with_documents()
+    _check_length(sources, seq_len)
+    slices = _Slices(sources)
+    real = slices.with_documents(seq_len)
     count = len(real) if limit_rows is None else min(limit_rows, len(real))
-    chosen = real[np.arange(count) * len(real) // max(1, count)].tolist()
+    chosen = [real[i * len(real) // count] for i in range(count)]
     share = micro_rows * world_size
     firsts = range(rank * micro_rows, -(-count // share) * share, share)
-    return (slices.batch(chosen[first : first + micro_rows], micro_rows) for first in firsts)
+    return (slices.batch(chosen[first : first + micro_rows], seq_len, micro_rows) for first in firsts)
 
 
 class _Slices:
-    """A dataset's packed rows, cut to `seq_len`."""
+    """The packed rows of all sources, cut to a length."""
 
-    def __init__(self, dataset: Dataset, seq_len: int):
-        row_len = dataset.manifest.row_len
-        if dataset.num_rows == 0:
-            raise UserError(f"{dataset.folder}: split {dataset.split} is empty; build it from more documents")
-        if not 0 < seq_len <= row_len or row_len % seq_len:
-            fitting = [length for length in range(1, row_len + 1) if row_len % length == 0]
-            near = sorted(sorted(fitting, key=lambda length: abs(length - seq_len))[:2])
-            raise UserError(
-                f"data.seq_len {seq_len} does not divide the {row_len}-token rows of {dataset.folder}; "
-                f"nearest that do: {' or '.join(map(str, near))}"
-            )
-        self.dataset, self.seq_len, self.per_row = dataset, seq_len, row_len // seq_len
-        # a row's slices are used near one another: read and check it once
-        self._row = lru_cache(CACHED_ROWS if self.per_row > 1 else 0)(dataset.row)
+    def __init__(self, sources: Sources):
+        self.sources = sources
+        self._kept = lru_cache(CACHED_ROWS)(sources.read)
 
-    def batch(self, places: Sequence[Sequence[int]], rows: int | None = None) -> Batch:
-        """The slices at `places`, (packed row, slice) each, filled up to `rows` with masked rows."""
+    def batch(self, places: Sequence[Place], seq_len: int, rows: int | None = None) -> Batch:
+        """The slices at `places`, filled up to `rows` with masked rows."""
         B = len(places) if rows is None else rows
-        tokens = np.full((B, self.seq_len), self.dataset.manifest.tokenizer.pad_id, dtype=np.int64)
-        ends = [np.array([-self.seq_len], dtype=np.int32)] * B
-        for i, (row, part) in enumerate(places):
-            row_tokens, row_ends = self._row(row)
-            tokens[i] = row_tokens[part * self.seq_len : (part + 1) * self.seq_len]
-            ends[i] = slice_ends(row_ends, self.seq_len, part)
-        return collate(tokens, ends)
+        # a row's slices are used near one another: read and check it once
+        read = self._kept if seq_len < self.sources.row_len else self.sources.read
+        tokens = np.empty((B, seq_len), dtype=self.sources.dtype)
+        tokens[len(places) :] = self.sources.pad_id
+        ends = [np.array([-seq_len], dtype=np.int32)] * B
+        bad: dict[BadRow, None] = {}
+        for i, (source, _, row, part) in enumerate(places):
+            row_tokens, row_ends, damage = read(source, row)
+            if damage is not None:
+                bad[damage] = None
+            tokens[i] = row_tokens[part * seq_len : (part + 1) * seq_len]
+            ends[i] = row_ends if len(row_tokens) == seq_len else slice_ends(row_ends, seq_len, part)
+        return collate(tokens, ends, tuple(bad))
 
-    def with_documents(self) -> np.ndarray:
-        """All (packed row, slice) that hold more than padding, in the order on disk: int64 [slices, 2]."""
-        real = np.ones((self.dataset.num_rows, self.per_row), dtype=bool)
-        padding = self.dataset.manifest.row_len - self.dataset.valid_tokens
-        for row in np.flatnonzero(padding >= self.seq_len):  # in the others no slice can be empty
-            ends = self._row(int(row))[1]
-            real[row] = [(slice_ends(ends, self.seq_len, part) > 0).any() for part in range(self.per_row)]
-        return np.argwhere(real)
+    def with_documents(self, seq_len: int) -> list[Place]:
+        """All slices that hold more than padding, in the order on disk."""
+        found = []
+        for source, dataset in enumerate(self.sources.datasets):
+            parts = self.sources.row_len // seq_len
+            padding = self.sources.row_len - dataset.valid_tokens
+            for row in range(dataset.num_rows):
+                real = [*range(parts)]
+                if padding[row] >= seq_len:  # in the others no slice can be empty
+                    ends = self._kept(source, row)[1]
+                    real = [part for part in range(parts) if (slice_ends(ends, seq_len, part) > 0).any()]
+                found += [Place(source, 0, row, part) for part in real]
+        return found
+
+
+def _keep_freed_memory() -> None:
+    """Let the allocator reuse the memory of batches: unmapped and mapped anew, their pages cost most of their time.
+
+    glibc maps blocks above a threshold on their own, and raises it to the size of the largest such block it has freed.
+    """
+    np.empty(_LARGEST_BLOCK, dtype=np.uint8)
+
+
+def _check_length(sources: Sources, seq_len: int) -> None:
+    row_len = sources.row_len
+    if not 0 < seq_len <= row_len or row_len % seq_len:
+        fitting = [length for length in range(1, row_len + 1) if row_len % length == 0]
+        near = sorted(sorted(fitting, key=lambda length: abs(length - seq_len))[:2])
+        raise UserError(
+            f"data.seq_len {seq_len} does not divide the {row_len}-token rows of {sources.datasets[0].location}; "
+            f"nearest that do: {' or '.join(map(str, near))}"
+        )

@@ -5,6 +5,7 @@ from typing import Any
 
 from fusiontree.errors import UserError
 
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # what a dataset keeps of one
 # what libraries and versions have disagreed on: spaces, digits, contractions, line ends, scripts, combining marks,
 # emoji, white space that is not ASCII, a token spelled out
 GOLDEN_TEXTS = (
@@ -25,7 +26,7 @@ def open_tokenizer(folder: Path) -> Any:
     """
     from tokenizers import Tokenizer  # readers of a dataset need none
 
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise UserError(f"tokenizer folder {folder} holds no tokenizer.json; make one with `fusiontree data tokenizer`")
     try:

@@ -8,18 +8,20 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fusiontree import checkpoint, distributed
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
-from fusiontree.data.format import Dataset, tokenizer_fingerprint
+from fusiontree.data.format import tokenizer_fingerprint
+from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.metrics import Metrics, summarise
 from fusiontree.training.step import TrainingStep, Update
 
@@ -43,17 +45,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     data = open_data(config)
     world = distributed.start()
     try:
-        stream = TrainStream(
-            data.train,
-            seq_len=config.data.seq_len,
-            seed=config.seed,
-            batch_rows=config.batch.tokens // config.data.seq_len,
-            rank=world.rank,
-            world_size=world.size,
-            micro_rows=config.batch.micro_rows,
-        )
+        stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
         resume_from = prepare_folder(config, world, data.train)
-        with log_to_file(config, world):
+        with log_to_file(config, world), contextlib.closing(stream):
             trainer = Trainer(config, world, data, stream, resume_from)
             trainer.run()
         distributed.leave()
@@ -73,19 +67,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     }
 
 
-class Data(NamedTuple):
-    """The splits of the run's dataset; nothing held out if validation is off."""
-
-    train: Dataset
-    validation: Dataset | None
-
-
 class Trainer:
     """One rank's run: the training step, where the data stands, and the loop that joins them."""
 
     def __init__(self, config: RunConfig, world: World, data: Data, stream: TrainStream, resume_from: Path | None):
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
+        self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world)
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
@@ -107,7 +95,8 @@ class Trainer:
                 self._validate()
             self._start_lap()
             while self.step < steps:
-                batches = self.stream.micro_batches(self.step)
+                batches = next(self.stream)
+                self.ledger.meet(batches)
                 update = self.training.update(batches, self.step)
                 self.step += 1
                 if self._due(self.config.logging.every):
@@ -127,6 +116,7 @@ class Trainer:
 
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
+        self._share_damage()
         figures = torch.stack([update.loss, update.gates.mean()])
         loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
         since, step = self.lap_start
@@ -159,19 +149,33 @@ class Trainer:
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
+            self.ledger.meet([batch])
             total[0] += self.training.forward(batch)[0]
             total[1] += batch.real_tokens
+        self._share_damage()
         loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
         if self.metrics is not None:
             self.metrics.record({"step": self.step, "tokens": self.tokens, "val_loss": loss_sum / tokens})
         self._start_lap()
 
+    def _share_damage(self) -> None:
+        """Tell all ranks which stored rows any of them could not use, so that they stop together."""
+        if not distributed.sum_over_ranks(torch.tensor(len(self.ledger.unshared), device=self.world.device)).item():
+            return
+        for row in self.ledger.share(distributed.gather(self.ledger.unshared)):
+            log.warning("%s: a masked row stands in for it", row)
+            if self.world.is_main:
+                console.print(f"{row}: a masked row stands in for it (at most {self.ledger.limit} may)")
+        self.ledger.check()
+
     def _save(self) -> None:
-        manifest = self.data.train.manifest
+        self._share_damage()
+        manifest = self.data.train.datasets[0].manifest
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "rows_consumed": self.step * self.stream.batch_rows,
+            "rows_consumed": self.stream.rows_consumed,
+            "bad_rows": self.ledger.to_json(),
             "world_size": self.world.size,
             "zero_stage": self.training.engine.zero_optimization_stage(),
             "data_fingerprint": self.data.train.fingerprint,
@@ -192,6 +196,8 @@ class Trainer:
         checkpoint.load(self.training.engine, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
+        self.stream.seek(state["rows_consumed"])
+        self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
         self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
             console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
@@ -207,26 +213,7 @@ class Trainer:
         self.metrics = None
 
 
-def open_data(config: RunConfig) -> Data:
-    """The run's dataset.
-
-    Raises:
-        UserError: it is missing, or has nothing held out though validation is on.
-    """
-    assert config.data.path is not None
-    train = Dataset(config.data.path, "train")
-    if config.validation.every == 0:
-        return Data(train, None)
-    validation = Dataset(config.data.path, "validation")
-    if validation.num_rows == 0:
-        raise UserError(
-            f"{config.data.path} has nothing held out; build it with --holdout from two documents or more, or train "
-            "without validation: validation.every=0"
-        )
-    return Data(train, validation)
-
-
-def prepare_folder(config: RunConfig, world: World, data: Dataset) -> Path | None:
+def prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
     """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
 
     Raises:
@@ -244,10 +231,11 @@ def prepare_folder(config: RunConfig, world: World, data: Dataset) -> Path | Non
     return found
 
 
-def _prepare_folder(config: RunConfig, world: World, data: Dataset) -> Path | None:
+def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
     run = config.run_dir
-    if run.resolve().is_relative_to(data.folder.resolve()) or data.folder.resolve().is_relative_to(run.resolve()):
-        raise UserError(f"run folder {run} and data.path {data.folder} lie in each other; set another output or name")
+    for folder in (dataset.folder for dataset in data.datasets):
+        if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
     refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
     checkpoint.clear_partials(run / "checkpoints")
     found, damaged = checkpoint.newest(run / "checkpoints")
@@ -255,15 +243,15 @@ def _prepare_folder(config: RunConfig, world: World, data: Dataset) -> Path | No
         console.print(line)
     if found is not None:
         check_resumable(config, world, data, found)
-    tokenizer = data.folder / "tokenizer"
-    data.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    tokenizer = data.datasets[0].folder / "tokenizer"
+    data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
     run.mkdir(parents=True, exist_ok=True)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     return found
 
 
-def check_resumable(config: RunConfig, world: World, data: Dataset, path: Path) -> None:
+def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) -> None:
     """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
     state = checkpoint.read_state(path)
     where = f"{config.run_dir} was trained"
@@ -271,7 +259,8 @@ def check_resumable(config: RunConfig, world: World, data: Dataset, path: Path) 
     if differing:
         raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
     if state["data_fingerprint"] != data.fingerprint:
-        raise UserError(f"{where} on other shards than {data.folder} holds; restore them or set another name")
+        folders = ", ".join(dataset.location for dataset in data.datasets)
+        raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
     stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
     if state["zero_stage"] != stage:
         raise UserError(f"{where} at ZeRO stage {state['zero_stage']}, not {stage}; set deepspeed as it was")

@@ -1,0 +1,143 @@
+"""How fast training batches come, beside webdataset's own pipeline on the same shards: measured, asserted nowhere."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusiontree.console import progress_bar
+from fusiontree.data.batch import collate, slice_ends
+from fusiontree.data.format import Dataset
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import TrainStream, one_source
+
+REPEATS = 5  # the median of so many is told
+SECONDS = 1.0  # of each repeat, about
+CONSUMER = 5_000_000  # tokens/s, more than a GPU trains a billion parameters on
+WORKERS = 2
+MANY_BATCHES = 10_000
+
+
+def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) -> dict[str, Any]:
+    """Measure the loader on a dataset, its files in the page cache, with checksums on.
+
+    Rates are tokens per second of one core's work (CPU time of one thread), so that other load on the machine hardly
+    moves them; each is the median of five.
+
+    Args:
+        folder: the dataset.
+        seq_len: tokens per training row; None: the stored row.
+        rows: training rows per batch.
+
+    Returns:
+        rows_tokens_per_s (read and checked), batches_tokens_per_s (in order, made up for training),
+        webdataset_rows_tokens_per_s and webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order
+        that can be resumed), waiting_share (of a consumer's time, with two workers), memory_bytes (of the process, by
+        batches made) and what was measured.
+
+    Raises:
+        UserError: no dataset there, or `seq_len` does not divide its rows.
+    """
+    sources = Sources({"": Dataset(folder)})
+    length = seq_len or sources.row_len
+    stream = TrainStream(sources, one_source(0, length * rows, length), rows)
+    measures: dict[str, Callable[[], Iterator[int]]] = {
+        "rows_tokens_per_s": lambda: _rows(sources),
+        "batches_tokens_per_s": lambda: (batch.labels.size for batches in stream for batch in batches),
+        "webdataset_rows_tokens_per_s": lambda: _webdataset_rows(sources),
+        "webdataset_batches_tokens_per_s": lambda: _webdataset_batches(sources, length, rows),
+    }
+    figures: dict[str, Any] = {"data": str(folder), "seq_len": length, "rows_per_batch": rows}
+    with progress_bar() as bar:
+        task = bar.add_task("bench loader", total=len(measures) + 2, note="")
+        for name, make in measures.items():
+            bar.update(task, note=name)
+            figures[name] = statistics.median(_rate(make()) for _ in range(REPEATS))
+            bar.advance(task)
+        bar.update(task, note="waiting")
+        figures["waiting_share"] = statistics.median(_waiting(sources, length, rows) for _ in range(REPEATS))
+        bar.update(task, advance=1, note="memory")
+        figures["memory_bytes"] = _memory(sources, length, rows)
+        bar.advance(task)
+    return figures | {"consumer_tokens_per_s": CONSUMER, "workers": WORKERS, "repeats": REPEATS}
+
+
+def _rate(counts: Iterator[int]) -> float:
+    """Tokens per second of CPU time; what comes first warms up."""
+    next(counts)
+    tokens, started, deadline = 0, time.thread_time(), time.perf_counter() + SECONDS
+    for count in counts:
+        tokens += count
+        if time.perf_counter() > deadline:
+            break
+    return tokens / (time.thread_time() - started)
+
+
+def _rows(sources: Sources) -> Iterator[int]:
+    while True:
+        for row in range(sources.datasets[0].num_rows):
+            yield len(sources.read(0, row)[0])
+
+
+def _webdataset_samples(sources: Sources) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    import webdataset
+
+    urls = [str(shard.path) for shard in sources.datasets[0].shards]
+    while True:
+        yield from webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("tok.npy", "ends.npy")
+
+
+def _webdataset_rows(sources: Sources) -> Iterator[int]:
+    for tokens, _ in _webdataset_samples(sources):
+        yield tokens.size
+
+
+def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[int]:
+    """Its samples cut and collated as ours are, in the order on disk."""
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    for tokens, ends in _webdataset_samples(sources):
+        for row, row_ends in zip(tokens, ends, strict=True):
+            for part in range(len(row) // seq_len):
+                cut = row[part * seq_len : (part + 1) * seq_len]
+                waiting.append((cut, slice_ends(row_ends[row_ends != 0], seq_len, part)))
+                if len(waiting) == rows:
+                    batch = collate(np.stack([cut for cut, _ in waiting]), [ends for _, ends in waiting])
+                    waiting = []
+                    yield batch.labels.size
+
+
+def _waiting(sources: Sources, seq_len: int, rows: int) -> float:
+    """Share of its time that a consumer of CONSUMER tokens/s waits for batches from WORKERS threads."""
+    stream = TrainStream(sources, one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
+    next(stream)
+    waited, started = 0.0, time.perf_counter()
+    while time.perf_counter() < started + SECONDS:
+        asked = time.perf_counter()
+        batches = next(stream)
+        waited += time.perf_counter() - asked
+        time.sleep(seq_len * rows * len(batches) / CONSUMER)  # as one that waits for its device
+        del batches  # its memory is given back in the consumer's own time
+    share = waited / (time.perf_counter() - started)
+    stream.close()
+    return share
+
+
+def _memory(sources: Sources, seq_len: int, rows: int) -> dict[str, int]:
+    """Resident bytes of the process after a tenth of MANY_BATCHES, and after all."""
+    stream = TrainStream(sources, one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
+    found = {}
+    for number in range(1, MANY_BATCHES + 1):
+        next(stream)
+        if number in (MANY_BATCHES // 10, MANY_BATCHES):
+            found[f"after_{number}_batches"] = _resident()
+    stream.close()
+    return found
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,134 @@
+"""What a run will train on, before it runs; and what it trained on at a step, for the forensics of a loss spike."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from fusiontree.data.order import Place
+from fusiontree.data.packing import Span
+from fusiontree.data.stream import TrainStream
+
+MANY_EPOCHS = 4  # up to here repeated tokens are worth nearly as much as new ones (arXiv 2305.16264)
+
+
+def plan(stream: TrainStream, steps: int) -> dict[str, Any]:
+    """The tokens of a run of `steps` steps: in all, by source and by stage (padding counted unless said otherwise).
+
+    Returns:
+        steps, tokens, batch_tokens, padding (share of all tokens), sources (by name: tokens_per_epoch, tokens, share,
+        epochs, padding, used_up_at_step or None), stages_from_step (by first step: steps, seq_len, rows_per_step,
+        tokens, epochs by source) and warnings, a line each.
+    """
+    recipe, sources = stream.recipe, stream.sources
+    total = steps * recipe.batch_tokens
+    cuts = sorted({step for step, _ in (*recipe.lengths, *recipe.weights) if step < steps})
+    given = _given(stream, total)
+    epoch_tokens = [dataset.num_rows * sources.row_len for dataset in sources.datasets]
+    padding = [1 - int(d.valid_tokens.sum()) / epoch for d, epoch in zip(sources.datasets, epoch_tokens, strict=True)]
+    by_source: dict[str, dict[str, Any]] = {
+        label: {
+            "tokens_per_epoch": epoch,
+            "tokens": tokens,
+            "share": tokens / total,
+            "epochs": tokens / epoch,
+            "padding": pad,
+            "used_up_at_step": _used_up_at(stream, i, steps),
+        }
+        for i, (label, epoch, tokens, pad) in enumerate(zip(sources.labels, epoch_tokens, given, padding, strict=True))
+    }
+    return {
+        "steps": steps,
+        "tokens": total,
+        "batch_tokens": recipe.batch_tokens,
+        "padding": sum(tokens * pad for tokens, pad in zip(given, padding, strict=True)) / total,
+        "sources": by_source,
+        "stages_from_step": {
+            str(first): _stage(stream, first, end, epoch_tokens)
+            for first, end in zip(cuts, [*cuts[1:], steps], strict=True)
+        },
+        "warnings": [
+            f"{label} is read {figures['epochs']:.1f} times: beyond {MANY_EPOCHS} epochs repeated tokens teach less "
+            "and less; give it a smaller weight or max_epochs, or more data"
+            for label, figures in by_source.items()
+            if figures["epochs"] > MANY_EPOCHS
+        ],
+    }
+
+
+def _stage(stream: TrainStream, first: int, end: int, epoch_tokens: list[int]) -> dict[str, Any]:
+    batch_tokens = stream.recipe.batch_tokens
+    before, after = _given(stream, first * batch_tokens), _given(stream, end * batch_tokens)
+    seq_len = stream.order.stage(first * batch_tokens).seq_len
+    epochs = [(b - a) / epoch for a, b, epoch in zip(before, after, epoch_tokens, strict=True)]
+    return {
+        "steps": end - first,
+        "seq_len": seq_len,
+        "rows_per_step": batch_tokens // seq_len,
+        "tokens": (end - first) * batch_tokens,
+        "epochs": dict(zip(stream.sources.labels, epochs, strict=True)),
+    }
+
+
+def _given(stream: TrainStream, tokens: int) -> list[int]:
+    """Of the first `tokens` tokens, those of each source; a packed row that is begun counts as far as it is begun."""
+    rows, rest = divmod(tokens, stream.sources.row_len)
+    given = [count * stream.sources.row_len for count in stream.order.mixture.counts(rows)]
+    if rest:
+        given[stream.order.mixture.locate(rows)[0]] += rest
+    return given
+
+
+def _used_up_at(stream: TrainStream, source: int, steps: int) -> int | None:
+    """The step in which a source gives its last row to the mixture, if one of the first `steps` is."""
+    mixture = stream.order.mixture
+    limit = mixture.sources[source].limit
+    ends = [phase.first for phase in mixture.phases if limit is not None and phase.given[source] >= limit]
+    step = (ends[0] * stream.sources.row_len - 1) // stream.recipe.batch_tokens if ends else None
+    return step if step is not None and step < steps else None
+
+
+def documents_at(stream: TrainStream, step: int) -> dict[str, Any]:
+    """The rows that the stream's rank trains on at `step`, counted from 0, and their documents.
+
+    Returns:
+        step, rank, world_size, seq_len and rows, in order: batch (of the rank's accumulation), source, epoch, shard,
+        row (in the shard), first_token (of the stored row) and documents: id, start (in the training row), length,
+        offset (tokens of the document before), continues (whether it goes on after this row).
+
+    Raises:
+        RunError: a shard cannot be read.
+    """
+    recipe = stream.recipe
+    seq_len = stream.order.stage(step * recipe.batch_tokens).seq_len
+    return {
+        "step": step,
+        "rank": stream.rank,
+        "world_size": stream.world_size,
+        "seq_len": seq_len,
+        "rows": [
+            {"batch": number, **_row(stream, place, seq_len)}
+            for number, places in enumerate(stream.places(step * recipe.batch_rows))
+            for place in places
+        ],
+    }
+
+
+def _row(stream: TrainStream, place: Place, seq_len: int) -> dict[str, Any]:
+    dataset = stream.sources.datasets[place.source]
+    shard, row = dataset.place(place.row)
+    first = place.part * seq_len
+    spans = [_clip(span, first, first + seq_len) for span in dataset.spans(place.row)]
+    return {
+        "source": stream.sources.labels[place.source],
+        "epoch": place.epoch,
+        "shard": shard.where,
+        "row": row,
+        "first_token": first,
+        "documents": [asdict(span) for span in spans if span.length > 0],
+    }
+
+
+def _clip(span: Span, first: int, end: int) -> Span:
+    """The part of a document that lies in tokens `first` to `end` of its row; without length if none does."""
+    start, stop = max(span.start, first), min(span.start + span.length, end)
+    offset, continues = span.offset + start - span.start, span.continues or span.start + span.length > end
+    return replace(span, start=start - first, length=stop - start, offset=offset, continues=continues)

@@ -1,0 +1,223 @@
+"""Datasets at an address (s3://, gs://, http(s)://): ranged reads of single rows into a cache that a node shares.
+
+A row is the unit, because the order of training draws rows from anywhere: whole shards would be fetched for one row
+each wherever the cache is smaller than the dataset. The cache lies in files that appear whole; a lock makes one of the
+node's processes fetch what several want; what was used longest ago goes first. A process may be killed at any time:
+what it leaves half-written is never read, and is removed later.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusiontree.errors import RunError, UserError
+
+ATTEMPTS = 6
+FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, and drawn from half of it to all
+TIMEOUT = 30.0  # seconds for one request
+PIECE = 8 << 20  # bytes of one request for a whole file: what a lost connection costs at most
+PARALLEL = 16  # requests for whole files at once
+LOCKS = 256
+STALE = 3600.0  # seconds after which a half-written file is nobody's any more
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+
+
+class UnreachableError(RunError):
+    """An address does not answer: no damage of the data, so nothing stands in for what is missing."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where fetched rows are kept on this node, and how many bytes of them."""
+
+    folder: Path = Path("~/.cache/fusiontree")
+    limit: int = 100 << 30  # bytes; a process may pass it by a twentieth
+
+
+def is_address(location: Path | str) -> bool:
+    """Whether a dataset's location is an address rather than a folder."""
+    return "://" in str(location)
+
+
+class Store:
+    """A dataset at an address, its small files mirrored in `folder`.
+
+    Args:
+        address: of the dataset's folder, e.g. s3://bucket/books.
+        cache: where to keep what is fetched.
+
+    Raises:
+        UserError: the address has no dataset, may not be read, or its protocol needs a package that is missing.
+        UnreachableError: it does not answer.
+    """
+
+    def __init__(self, address: str, cache: Cache):
+        self.address, self.cache = address.rstrip("/"), cache
+        self.fs, self.root = _open(self.address)
+        try:
+            manifest = self._whole("manifest.json")
+        except OSError as error:
+            raise UserError(f"{self.address} holds no manifest.json that can be read ({error}); check it") from None
+        digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
+        self.cached = cache.folder.expanduser()
+        self.folder = self.cached / digest
+        self._added = 0  # bytes since this process last looked at the size of the cache
+        self._put(self.folder / "manifest.json", manifest)
+
+    def files(self, names: Sequence[str]) -> None:
+        """Fetch whole files into `folder`, unless they are there.
+
+        Raises:
+            OSError: one is not at the address. UnreachableError: it does not answer.
+        """
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            for _ in pool.map(self._mirror, missing):
+                pass
+        self._evict_if_due()
+
+    def _mirror(self, name: str) -> None:
+        with self._lock(name):
+            if not (self.folder / name).is_file():
+                self._put(self.folder / name, self._whole(name))
+
+    def row(self, shard: str, row: int, ranges: Sequence[tuple[int, int]]) -> bytes:
+        """The bytes at `ranges`, (offset, length) each, of a row, one after the other; from the cache if it is there.
+
+        Raises:
+            OSError: the shard is not at the address, or too short. UnreachableError: it does not answer.
+        """
+        path = self._row_path(shard, row)
+        with contextlib.suppress(FileNotFoundError):
+            return _use(path)
+        with self._lock(str(path)):
+            with contextlib.suppress(FileNotFoundError):  # another process has fetched it meanwhile
+                return _use(path)
+            content = b"".join(self._range(shard, offset, length) for offset, length in ranges)
+            self._put(path, content)
+        self._evict_if_due()
+        return content
+
+    def forget(self, shard: str, row: int) -> None:
+        """Take a row out of the cache: it did not match its checksum."""
+        self._row_path(shard, row).unlink(missing_ok=True)
+
+    def _row_path(self, shard: str, row: int) -> Path:
+        return self.folder / f"{shard}.rows" / str(row)
+
+    def _whole(self, name: str) -> bytes:
+        """A whole file, in pieces, so that a connection that is lost costs one of them only."""
+        path = f"{self.root}/{name}"
+        size = self._ask(name, lambda timeout: self._call(self.fs._info, path, timeout=timeout)["size"])
+        if size is None:  # a server that does not tell sizes ahead
+            return self._ask(name, lambda timeout: self._call(self.fs._cat_file, path, timeout=timeout))
+        pieces = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
+        return b"".join(self._range(name, offset, length) for offset, length in pieces)
+
+    def _range(self, name: str, offset: int, length: int) -> bytes:
+        path = f"{self.root}/{name}"
+
+        def fetch(timeout: float) -> bytes:
+            content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
+            if len(content) != length:
+                raise ConnectionError(f"{len(content)} bytes came instead of {length}")
+            return content
+
+        return self._ask(name, fetch)
+
+    def _call(self, function: Callable[..., Any], *args: Any, timeout: float, **options: Any) -> Any:
+        from fsspec.asyn import sync
+
+        return sync(self.fs.loop, function, *args, timeout=timeout, **options)
+
+    def _ask(self, name: str, request: Callable[[float], Any]) -> Any:
+        """The answer to a request, tried again with growing delays.
+
+        Raises:
+            OSError: there is no such file, or it may not be read. UnreachableError: every attempt failed.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                return request(TIMEOUT)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:  # each protocol has its own errors for lost connections and busy servers
+                last = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))
+        raise UnreachableError(f"{self.address}/{name} does not answer after {ATTEMPTS} attempts ({last}); check it")
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Hold one of the node's locks, chosen by `name`; the system releases it when a process dies."""
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % LOCKS
+        path = self.cached / "locks" / str(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def _put(self, path: Path, content: bytes) -> None:
+        """Write a cached file, whole or not at all; rows are checked when they are read, so it need not be durable."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+        with open(descriptor, "wb") as stream:
+            stream.write(content)
+        os.replace(partial, path)
+        self._added += len(content)
+
+    def _evict_if_due(self) -> None:
+        if self._added > self.cache.limit / 20:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Bring rows and shards on this node back below nine tenths of the limit, the longest unused first."""
+        self._added = 0
+        with self._lock("evict"):
+            rows, total = [], 0
+            for path in (*self.cached.glob("*/*/*.rows/*"), *self.cached.glob("*/*/*.tar")):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    if path.name.startswith(".partial-"):
+                        if status.st_mtime < time.time() - STALE:
+                            path.unlink()
+                        continue
+                    rows.append((status.st_mtime_ns, status.st_size, path))
+                    total += status.st_size
+            if total <= self.cache.limit:
+                return
+            for _, size, path in sorted(rows):
+                path.unlink(missing_ok=True)
+                total -= size
+                if total <= self.cache.limit * 0.9:
+                    return
+
+
+def _use(path: Path) -> bytes:
+    """The content of a cached row, marked as used now."""
+    content = path.read_bytes()
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)
+    return content
+
+
+def _open(address: str) -> tuple[Any, str]:
+    """The file system of an address and the path in it."""
+    protocol = address.partition("://")[0]
+    if protocol not in EXTRAS:
+        raise UserError(f"{address}: protocol {protocol} is none of {', '.join(EXTRAS)}; copy the dataset, or use one")
+    try:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(address)
+    except ImportError as error:
+        raise UserError(f"{address} needs {EXTRAS[protocol]} ({error}); pip install 'fusiontree[remote]'") from None

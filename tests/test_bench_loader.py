@@ -1,0 +1,42 @@
+"""`bench loader` measures what it says it measures; how fast that is, no test asserts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import cli
+
+from fusiontree.data import bench
+from fusiontree.data.bench import bench_loader
+
+RATES = [
+    *("rows_tokens_per_s", "batches_tokens_per_s"),
+    *("webdataset_rows_tokens_per_s", "webdataset_batches_tokens_per_s"),
+]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(bench, "SECONDS", 0.05)
+    monkeypatch.setattr(bench, "MANY_BATCHES", 50)
+
+
+def test_every_figure_is_there(shards: Path) -> None:
+    figures = json.loads(json.dumps(bench_loader(shards, seq_len=128, rows=2)))
+    assert all(figures[name] > 0 for name in RATES)
+    assert 0 <= figures["waiting_share"] < 1
+    assert set(figures["memory_bytes"]) == {"after_5_batches", "after_50_batches"}
+    assert (figures["seq_len"], figures["rows_per_batch"], figures["workers"]) == (128, 2, 2)
+
+
+def test_tokens_are_counted_against_the_work_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.5])  # seconds of work
+    monkeypatch.setattr(bench.time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(bench.time, "perf_counter", iter([0.0, 0.01, 0.1]).__next__)
+    assert bench._rate(iter([1000, 30, 70, 500])) == 200  # the first warms up, the last comes after the end
+
+
+def test_a_length_that_does_not_divide_is_refused_in_one_line(shards: Path) -> None:
+    error = cli("bench", "loader", "--data", shards, "--seq-len", 100, code=2).stderr
+    assert "100 does not divide the 512-token rows" in error

@@ -1,0 +1,212 @@
+"""Damage to the shards is refused at the start or survived: named, masked in its place, counted, never trained on."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cli, counting_dataset, metrics, settings
+
+from fusiontree import checkpoint
+from fusiontree.data import sources as sources_module
+from fusiontree.data.batch import IGNORE, BadRow, Batch
+from fusiontree.data.format import Dataset, index_path
+from fusiontree.data.sources import Ledger, Sources
+from fusiontree.data.stream import TrainStream, one_source, validation_batches
+from fusiontree.errors import RunError, UserError
+
+ROW, ROWS = 32, 100  # shards of 40, 40 and 20 rows
+
+
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    counting_dataset(tmp_path / "set", ROWS, 2)
+    return tmp_path / "set"
+
+
+def edit(path: Path, offset: int, content: bytes) -> None:
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+
+
+def epoch(dataset: Dataset, seq_len: int = 16, workers: int = 0) -> list[Batch]:
+    """All batches of an epoch, of 10 packed rows each."""
+    recipe = one_source(3, 10 * ROW, seq_len)
+    stream = TrainStream(Sources({"": dataset}), recipe, 10 * ROW // seq_len, workers=workers)
+    batches = [batch for _ in range(ROWS // 10) for batch in next(stream)]
+    stream.close()
+    return batches
+
+
+def compare(folder: Path, damaged: list[Batch], rows: set[int]) -> None:
+    """`damaged` is what an undamaged dataset gives, but for the stored rows that are masked, each in its place."""
+    twin = folder.parent / "twin"
+    whole = epoch(counting_dataset(twin, ROWS, 2))
+    masked = set()
+    for one, other in zip(whole, damaged, strict=True):
+        for i, (tokens, stored) in enumerate(zip(one.input_ids, (one.input_ids[:, 0] - 2) // ROW, strict=True)):
+            if stored in rows:
+                masked.add(int(stored))
+                assert (other.labels[i] == IGNORE).all()
+                assert (other.input_ids[i] == 1).all()
+            else:
+                assert (other.input_ids[i] == tokens).all()
+                assert (other.labels[i] == one.labels[i]).all()
+    assert masked == rows
+    named = {(bad.location, bad.row) for batch in damaged for bad in batch.damaged}
+    assert named == {(str(folder / f"train/{row // 40:06d}.tar"), row % 40) for row in rows}
+
+
+@pytest.mark.parametrize("field", ["tokens", "ends"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_bit_masks_its_row_and_no_other(folder: Path, field: str, workers: int) -> None:
+    shard = Dataset(folder).shards[1]
+    offset = int(shard.index[field][33])
+    edit(shard.path, offset, bytes([shard.path.read_bytes()[offset] ^ 4]))
+    batches = epoch(Dataset(folder), workers=workers)
+    compare(folder, batches, {73})
+    (reason,) = {bad.reason for batch in batches for bad in batch.damaged}
+    assert reason == "is damaged (checksum differs)"
+    assert sum(len(batch.damaged) for batch in batches) in (1, 2)  # once for each batch that holds a slice of it
+
+
+def test_a_zeroed_header_costs_nothing(folder: Path) -> None:
+    shard = Dataset(folder).shards[0]
+    for row in (0, 32):  # of both samples' tokens
+        edit(shard.path, int(shard.index["tokens"][row]) - 128 - 512, bytes(512))
+    compare(folder, epoch(Dataset(folder)), set())
+
+
+def test_a_shard_that_is_cut_while_training_loses_the_rows_behind_the_cut(folder: Path) -> None:
+    dataset = Dataset(folder)
+    os.truncate(dataset.shards[1].path, int(dataset.shards[1].index["tokens"][20]) + 10)
+    compare(folder, epoch(dataset), {*range(60, 80)})
+
+
+def test_a_shard_that_goes_while_training_is_named(folder: Path) -> None:
+    dataset = Dataset(folder)
+    dataset.shards[2].path.unlink()
+    batches = epoch(dataset)
+    compare(folder, batches, {*range(80, 100)})
+    assert "cannot be read (No such file or directory)" in {bad.reason for b in batches for bad in b.damaged}
+
+
+def test_rows_changed_since_the_manifest_are_masked(folder: Path) -> None:
+    shard = Dataset(folder).shards[0]
+    edit(shard.path, int(shard.index["tokens"][3]), np.arange(2 * ROW, dtype=np.uint16).tobytes())
+    compare(folder, epoch(Dataset(folder)), {3, 4})
+
+
+def test_a_row_that_comes_back_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, failures = Dataset(folder), {7: 2, 55: 1}
+    read = dataset.row
+
+    def shaky(row: int) -> tuple[np.ndarray, np.ndarray]:
+        if failures.get(row, 0):
+            failures[row] -= 1
+            raise OSError(5, "Input/output error")
+        return read(row)
+
+    monkeypatch.setattr(dataset, "row", shaky)
+    compare(folder, epoch(dataset), set())
+    assert failures == {7: 0, 55: 0}
+
+
+# --- refused at the start --------------------------------------------------------------------------------------------
+
+
+def change_index(folder: Path, field: str, by: int) -> None:
+    path = index_path(folder / "train/000001.tar")
+    index = np.load(path)
+    index[field] += by
+    path.write_bytes(path.read_bytes()[: -index.nbytes] + index.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda folder: change_index(folder, "valid", 1),
+            r"000001\.idx is not the index of .*000001\.tar \(it counts 1320 tokens, the manifest 1280\)",
+        ),
+        (
+            lambda folder: change_index(folder, "ends", 4),
+            r"000001\.idx is not the index of .*000001\.tar \(it points to other rows\)",
+        ),
+        (lambda folder: edit(folder / "train/000001.idx", 0, bytes(64)), r"000001\.idx is no shard's index"),
+        (lambda folder: os.truncate(folder / "train/000001.tar", 5000), r"000001\.tar has 5000 bytes, not"),
+        (lambda folder: (folder / "train/000001.tar").unlink(), r"000001\.tar is missing"),
+        (lambda folder: (folder / "train/000001.idx").unlink(), r"000001\.idx is missing"),
+    ],
+)
+def test_what_is_seen_at_once_is_refused_by_name(folder: Path, damage: Callable[[Path], object], words: str) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        Dataset(folder)
+    assert "\n" not in str(caught.value)
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def bad(row: int, where: str = "data", reason: str = "is damaged") -> BadRow:
+    return BadRow("web", "train/0.tar", row, f"{where}/train/0.tar", reason)
+
+
+def batch_with(*rows: BadRow) -> Batch:
+    empty = np.zeros((1, 1), dtype=np.int64)
+    return Batch(empty, empty, empty, empty, empty, 1, rows)
+
+
+def test_the_ledger_counts_each_row_once_over_all_ranks_and_resumes() -> None:
+    one, other = Ledger(3), Ledger(3)
+    one.meet([batch_with(bad(1)), batch_with(bad(1), bad(2))])
+    other.meet([batch_with(bad(2))])
+    gathered = [one.unshared, other.unshared]
+    assert one.share(gathered) == other.share(gathered) == [bad(1), bad(2)]
+    one.meet([batch_with(bad(2))])
+    assert one.unshared == []
+    again = Ledger(3)
+    again.restore(json.loads(json.dumps(one.to_json())))
+    again.meet([batch_with(bad(1, "moved", "cannot be read"), bad(3))])
+    with pytest.raises(RunError, match=r"4 stored rows .* data\.max_bad_rows 3; the last: data/train/0\.tar: row 9"):
+        again.meet([batch_with(bad(9))])
+
+
+def test_held_out_rows_are_masked_and_named_too(tmp_path: Path, shards: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    shard = Dataset(copy, "validation").shards[0]
+    edit(shard.path, int(shard.index["tokens"][0]), b"\xff\xff")
+    batches = list(validation_batches(Sources({"": Dataset(copy, "validation")}), 512, 1, 0, 1))
+    assert [bad.row for batch in batches for bad in batch.damaged] == [0]
+    assert batches[0].real_tokens == 0 < batches[1].real_tokens
+
+
+# --- a run over damage -----------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_over_damage_says_so_and_remembers_it(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    shard = Dataset(copy).shards[0]
+    for row in (1, 5):
+        edit(shard.path, int(shard.index["tokens"][row]) + 100, b"\xff\xff\xff")
+    steps = -(-shard.info.rows * 512 // 4096)  # an epoch: every stored row is met
+    changes = {"batch__tokens": 4096, "schedule__steps": steps, "validation__every": 0, "checkpoint__every": 100}
+    done = cli("launch", "tiny", "--local", 2, *settings(copy, tmp_path / "runs", name="r", **changes))
+    run = tmp_path / "runs" / "r"
+    kept = checkpoint.read_state(run / "checkpoints" / f"step-{steps}")["bad_rows"]
+    assert sorted((entry["shard"], entry["row"]) for entry in kept) == [(shard.info.name, 1), (shard.info.name, 5)]
+    for row in (1, 5):
+        assert f"{shard.path}: row {row} is damaged (checksum differs): a masked row stands in" in done.stderr
+    assert all(np.isfinite(line["loss"]) for line in metrics(run))

@@ -1,0 +1,127 @@
+"""A run's data is known before it runs: what `data plan` counts and `data at` names is what the stream then gives."""
+
+import json
+import shutil
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from conftest import cli, counting_dataset
+
+from fusiontree.cli import main
+from fusiontree.data.plan import documents_at, plan
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import Recipe, TrainStream
+
+ROW = 32  # tokens of a packed row
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    root = tmp_path_factory.mktemp("sources")
+    return Sources({"web": counting_dataset(root / "web", 90, 2), "code": counting_dataset(root / "code", 10, 10_002)})
+
+
+RECIPE = Recipe(
+    seed=1,
+    batch_tokens=8 * ROW,
+    lengths=((0, 8), (5, 32)),
+    weights=((0, (Fraction(3), Fraction(1))), (10, (Fraction(1), Fraction(1)))),
+    max_epochs=(None, Fraction(6)),
+)
+
+
+def test_the_plan_counts_what_the_stream_gives(sources: Sources) -> None:
+    stream = TrainStream(sources, RECIPE, 1)
+    figures = plan(stream, 40)
+    tokens: Counter[str] = Counter()
+    for batches in (next(stream) for _ in range(40)):
+        for batch in batches:
+            for row in batch.input_ids.tolist():
+                tokens["code" if row[0] > 10_000 else "web"] += len(row)
+    assert {name: source["tokens"] for name, source in figures["sources"].items()} == tokens
+    assert figures["tokens"] == 40 * 8 * ROW == tokens.total()
+    assert tokens["code"] == 60 * ROW  # its cap of 6 epochs
+    assert figures["sources"]["code"]["epochs"] == 6
+    assert figures["sources"]["code"]["used_up_at_step"] == 19  # 20 rows in 10 steps, then 4 rows a step
+    assert figures["sources"]["web"]["used_up_at_step"] is None
+    assert figures["padding"] == 0
+
+
+def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
+    stages = plan(TrainStream(sources, RECIPE, 1), 40)["stages_from_step"]
+    shape = [(first, stage["steps"], stage["seq_len"], stage["rows_per_step"]) for first, stage in stages.items()]
+    assert shape == [("0", 5, 8, 32), ("5", 5, 32, 8), ("10", 30, 32, 8)]
+    assert [stage["epochs"]["code"] for stage in stages.values()] == pytest.approx([1, 1, 4])
+    assert plan(TrainStream(sources, RECIPE, 1), 3)["stages_from_step"].keys() == {"0"}
+
+
+def test_the_plan_warns_of_more_than_four_epochs_and_not_of_four(sources: Sources) -> None:
+    (warning,) = plan(TrainStream(sources, RECIPE, 1), 16)["warnings"]
+    assert warning.startswith("code is read 4.4 times")
+    assert plan(TrainStream(sources, RECIPE, 1), 15)["sources"]["code"]["epochs"] == 4
+    assert plan(TrainStream(sources, RECIPE, 1), 15)["warnings"] == []
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])
+def test_a_run_that_ends_inside_a_packed_row_counts_every_token(sources: Sources, steps: int) -> None:
+    recipe = Recipe(0, 8, ((0, 8),), ((0, (Fraction(3), Fraction(1))),), (None, None))
+    figures = plan(TrainStream(sources, recipe, 1), steps)
+    assert sum(source["tokens"] for source in figures["sources"].values()) == figures["tokens"] == 8 * steps
+    assert sum(source["share"] for source in figures["sources"].values()) == pytest.approx(1)
+
+
+def test_padding_is_that_of_the_sources(shards: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [f"data.path={shards}", "data.seq_len=128", "batch.tokens=1024", "schedule.steps=20"]
+    assert main(["data", "plan", "tiny", *words, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    totals = json.loads((shards / "manifest.json").read_text())["totals"]["train"]
+    assert figures["padding"] == pytest.approx(1 - totals["tokens"] / (totals["rows"] * 512))
+    (source,) = figures["sources"].values()
+    assert (source["tokens"], source["share"]) == (20 * 1024, 1)
+
+
+@pytest.mark.parametrize("step", [0, 4, 5, 21])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (3, 4)])
+def test_documents_at_a_step_are_those_of_the_batch(sources: Sources, step: int, rank: int, world: int) -> None:
+    stream = TrainStream(sources, RECIPE, 1, rank, world)
+    figures = documents_at(stream, step)
+    stream.seek(step * RECIPE.batch_rows)
+    batches = next(stream)
+    rows = [(number, row) for number, batch in enumerate(batches) for row in batch.input_ids.tolist()]
+    assert len(rows) == len(figures["rows"])
+    for (number, row), told in zip(rows, figures["rows"], strict=True):
+        assert told["batch"] == number
+        lowest = {"web": 2, "code": 10_002}[told["source"]]
+        shard_first = int(Path(told["shard"]).stem) * 40
+        assert row[0] == lowest + (shard_first + told["row"]) * ROW + told["first_token"]
+        stored = (row[0] - lowest) // ROW
+        first, end = told["first_token"], told["first_token"] + len(row)
+        whole = [("a", 0, 20), ("b", 20, 32)]
+        clipped = [(n, start, stop, max(start, first), min(stop, end)) for n, start, stop in whole]
+        assert told["documents"] == [
+            {"id": f"{stored}{n}", "start": a - first, "length": b - a, "offset": a - start, "continues": b < stop}
+            for n, start, stop, a, b in clipped
+            if b > a
+        ]
+
+
+def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(shards, twin)
+    words = ["tiny", "data.seq_len=128", "batch.tokens=1024", f"data.sources.a.path={shards}"]
+    words += [f"data.sources.b.path={twin}", "schedule.steps=20", "data.curriculum={0: 64, 8: 128}"]
+    shown = cli("data", "plan", *words).stdout
+    assert "stages from step" in shown
+    assert "used up at step" in shown
+    shown = cli("data", "at", *words, "--step", 3, "--rank", 1, "--world-size", 2).stdout.splitlines()
+    assert sum(line.startswith("batch ") for line in shown) == 8
+    assert any(line.endswith(".txt from 0") for line in shown)
+    capped = ["data.sources.a.max_epochs=0.1", "data.sources.b.max_epochs=0.1", "schedule.steps=200"]
+    error = cli("data", "plan", *words, *capped, code=2).stderr
+    assert "used up after step" in error
+    assert "max_epochs of a or b" in error
+    assert error.count("\n") == 1
+    assert "--step is 20; the steps of the run are 0 to 19" in cli("data", "at", *words, "--step", 20, code=2).stderr
+    assert "--rank is 2" in cli("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr

@@ -1,0 +1,315 @@
+"""A dataset at an address gives the same rows as on disk, through every fault of the way, fetched once per node."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cli
+
+from fusiontree.data import remote
+from fusiontree.data.format import Dataset
+from fusiontree.data.remote import Cache, UnreachableError
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import TrainStream, one_source
+from fusiontree.errors import UserError
+
+pytest.importorskip("aiohttp")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder with byte ranges, and fails as told."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.faults: list[str] = []  # of the next GET requests, one each; the last stays if it is "always ..."
+        self.asked: list[tuple[str, str | None]] = []  # path and range of each GET
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fault(self) -> str | None:
+        if self.faults and self.faults[0].startswith("always "):
+            return self.faults[0].removeprefix("always ")
+        return self.faults.pop(0) if self.faults else None
+
+    def handle_error(self, *_: object) -> None:
+        """A client that goes away is what some tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Range")))
+        fault = self.server.fault()
+        if fault in ("500", "429"):
+            self.send_error(int(fault))
+            return
+        if fault == "stall":
+            time.sleep(1.0)
+            return
+        self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
+
+    def answer(self, body: bool, cut: bool = False, ranges: bool = True) -> None:
+        path = self.server.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content, span = path.read_bytes(), self.headers.get("Range") if ranges else None
+        size, status = len(content), 200
+        if span:
+            first, last = span.removeprefix("bytes=").split("-")
+            content, status = content[int(first) : int(last) + 1], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Accept-Ranges", "bytes")
+        if span:
+            self.send_header("Content-Range", f"bytes {span.removeprefix('bytes=')}/{size}")
+        self.end_headers()
+        if body:
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+
+
+@pytest.fixture
+def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.5)
+    server = Server(shards)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def same_rows(one: Dataset, other: Dataset) -> bool:
+    return one.num_rows == other.num_rows and all(
+        np.array_equal(a, b) for row in range(one.num_rows) for a, b in zip(one.row(row), other.row(row), strict=True)
+    )
+
+
+def rows_asked(server: Server) -> list[tuple[str, str | None]]:
+    return [asked for asked in server.asked if asked[0].endswith(".tar")]
+
+
+def test_rows_are_those_on_disk_and_are_fetched_once(server: Server, shards: Path, tmp_path: Path) -> None:
+    dataset = Dataset(server.address, "train", Cache(tmp_path))
+    assert same_rows(dataset, Dataset(shards))
+    fetched = rows_asked(server)
+    assert len(fetched) == 2 * dataset.num_rows == len(set(fetched))
+    again = Dataset(server.address, "train", Cache(tmp_path))
+    assert same_rows(again, Dataset(shards))
+    assert rows_asked(server) == fetched
+    assert again.fingerprint == Dataset(shards).fingerprint
+    assert dataset.spans(3) == Dataset(shards).spans(3)
+
+
+@pytest.mark.parametrize("fault", ["500", "429", "drop", "stall", "whole"])
+def test_a_fault_is_tried_again(server: Server, shards: Path, tmp_path: Path, fault: str) -> None:
+    dataset = Dataset(server.address, "train", Cache(tmp_path))
+    server.asked.clear()
+    server.faults = [fault, fault]
+    for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
+        assert np.array_equal(one, other)
+    assert Counter(rows_asked(server)).most_common()[0][1] == 3
+
+
+@pytest.mark.parametrize("fault", ["500", "stall", "drop"])
+def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
+    server.asked.clear()
+    server.faults = [f"always {fault}"]
+    stream = TrainStream(sources, one_source(0, 1024, 512), 1, workers=1)
+    with pytest.raises(UnreachableError, match=r"http.*\.tar does not answer after 3 attempts") as caught:
+        next(stream)
+    stream.close()
+    assert "\n" not in str(caught.value)
+    assert Counter(rows_asked(server)).most_common()[0][1] == 3
+
+
+def test_a_whole_file_goes_on_where_it_was_cut(
+    server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PIECE", 10_000)
+    dataset = Dataset(server.address, "train", Cache(tmp_path))
+    server.asked.clear()
+    server.faults = ["ok", "ok", "drop"]
+    assert dataset.spans(0) == Dataset(shards).spans(0)
+    asked = Counter(span for _, span in server.asked)
+    assert asked["bytes=20000-29999"] == 2
+    assert {count for span, count in asked.items() if span != "bytes=20000-29999"} == {1}
+    whole = dataset.folder / dataset.shards[0].info.name
+    assert whole.read_bytes() == (shards / dataset.shards[0].info.name).read_bytes()
+
+
+READER = """
+import sys
+from pathlib import Path
+from fusiontree.data.format import Dataset
+from fusiontree.data.remote import Cache
+dataset = Dataset(sys.argv[1], "train", Cache(Path(sys.argv[2])))
+print("open", flush=True)
+sys.stdin.readline()
+for row in range(dataset.num_rows):
+    dataset.row(row)
+"""
+
+
+def reader(server: Server, cache: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", READER, server.address, str(cache)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def test_two_processes_of_a_node_fetch_each_row_once(server: Server, shards: Path, tmp_path: Path) -> None:
+    readers = [reader(server, tmp_path) for _ in range(2)]
+    for process in readers:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in readers:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    fetched = Counter(rows_asked(server))
+    assert len(fetched) == 2 * Dataset(shards).num_rows
+    assert set(fetched.values()) == {1}
+
+
+def test_a_killed_process_leaves_nothing_that_is_read_and_no_lock(server: Server, shards: Path, tmp_path: Path) -> None:
+    process = reader(server, tmp_path)
+    server.faults = ["always stall"]
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 20
+    while not rows_asked(server) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    server.faults = []
+    dataset = Dataset(server.address, "train", Cache(tmp_path))
+    half = dataset.folder / f"{dataset.shards[0].info.name}.rows" / ".partial-x"
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
+    assert same_rows(dataset, Dataset(shards))
+    dataset.shards[0].store._evict()
+    assert not half.exists()
+
+
+def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(
+    server: Server, shards: Path, tmp_path: Path
+) -> None:
+    size = 512 * 2 + 64  # bytes of a row, about
+    dataset = Dataset(server.address, "train", Cache(tmp_path, limit=10 * size))
+    rows = [*range(min(30, dataset.num_rows))]
+    for row in rows:
+        dataset.row(0)
+        dataset.row(row)
+        kept = [path.stat().st_size for path in tmp_path.glob("*/*/*.rows/*")]
+        assert sum(kept) <= 11 * size
+    names = {int(path.name) for path in tmp_path.glob("*/*/*.rows/*")}
+    first = dataset.shards[0]._ranges(0)[0][0]
+    assert sum(span.startswith(f"bytes={first}-") for _, span in rows_asked(server)) == 1  # row 0 was always in use
+    assert 0 in names
+    assert names >= {*rows[-5:]}
+    assert 1 not in names
+
+
+def test_a_row_that_was_damaged_in_the_cache_is_fetched_again(server: Server, shards: Path, tmp_path: Path) -> None:
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
+    sources.read(0, 4)
+    (cached,) = tmp_path.glob("*/*/*.rows/*")
+    cached.write_bytes(cached.read_bytes()[:-3] + b"xyz")
+    tokens, _, bad = sources.read(0, 4)
+    assert bad is None
+    assert np.array_equal(tokens, Dataset(shards).row(4)[0])
+
+
+def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    server.folder = tmp_path / "copy"
+    shard = Dataset(server.folder).shards[0]
+    with open(shard.path, "r+b") as stream:
+        stream.seek(int(shard.index["tokens"][1]))
+        stream.write(b"\xff\xff")
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path / "cache"))})
+    assert str(sources.read(0, 1)[2]) == f"{server.address}/{shard.info.name}: row 1 is damaged (checksum differs)"
+    assert sources.read(0, 2)[2] is None
+    shard.path.unlink()
+    assert "row 3 cannot be read" in str(sources.read(0, 3)[2])
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [("ftp://host/books", "protocol ftp is none of s3, gs"), ("{server}/nowhere", "nowhere holds no manifest.json")],
+)
+def test_an_address_without_a_dataset_is_one_line(server: Server, location: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        Dataset(location.format(server=server.address), "train", Cache(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# --- an object store -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The dataset in a real object store on loopback."""
+    moto_server = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    store = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    store.start()
+    host, port = store.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem()
+    files.mkdir("bucket")
+    files.put(str(shards) + "/", "bucket/books/", recursive=True)
+    yield "s3://bucket/books"
+    store.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_dataset_in_an_object_store_trains_as_on_disk(bucket: str, shards: Path, tmp_path: Path) -> None:
+    def batches(location: str) -> list:
+        sources = Sources({"": Dataset(location, "train", Cache(tmp_path))})
+        stream = TrainStream(sources, one_source(0, 2048, 128), 4, workers=3)
+        found = [batch.input_ids.tolist() for _ in range(6) for batch in next(stream)]
+        stream.close()
+        return found
+
+    assert batches(bucket) == batches(str(shards))
+    words = [f"data.path={bucket}", f"data.cache={tmp_path}", "data.seq_len=128", "model.vocab_size=512"]
+    assert "padding" in cli("data", "plan", "tiny", *words).stdout
+    shown = cli("data", "at", "tiny", *words, "--step", 3).stdout
+    assert f"{bucket}/train/" in shown
+    assert ".txt from" in shown
+    assert (
+        "more than model.vocab_size 100"
+        in cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
+    )
