@@ -277,7 +277,7 @@ def _bench_kernels(args: argparse.Namespace) -> int:
 
 
 def _bench_loader(args: argparse.Namespace) -> int:
-    from fusiontree.data.bench import bench_loader
+    from fusiontree.bench.loader import bench_loader
 
     return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import cli
 
-from fusiontree.data import bench
-from fusiontree.data.bench import bench_loader
+from fusiontree.bench import loader
+from fusiontree.bench.loader import bench_loader
 
 RATES = [
     *("rows_tokens_per_s", "batches_tokens_per_s"),
@@ -17,9 +17,9 @@ RATES = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    monkeypatch.setattr(bench, "SECONDS", 0.05)
-    monkeypatch.setattr(bench, "MANY_BATCHES", 50)
+    monkeypatch.setattr(loader, "REPEATS", 1)
+    monkeypatch.setattr(loader, "SECONDS", 0.05)
+    monkeypatch.setattr(loader, "MANY_BATCHES", 50)
 
 
 def test_every_figure_is_there(shards: Path) -> None:
@@ -32,9 +32,9 @@ def test_every_figure_is_there(shards: Path) -> None:
 
 def test_tokens_are_counted_against_the_work_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.5])  # seconds of work
-    monkeypatch.setattr(bench.time, "thread_time", lambda: next(clock))
-    monkeypatch.setattr(bench.time, "perf_counter", iter([0.0, 0.01, 0.1]).__next__)
-    assert bench._rate(iter([1000, 30, 70, 500])) == 200  # the first warms up, the last comes after the end
+    monkeypatch.setattr(loader.time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(loader.time, "perf_counter", iter([0.0, 0.01, 0.1]).__next__)
+    assert loader._rate(iter([1000, 30, 70, 500])) == 200  # the first warms up, the last comes after the end
 
 
 def test_a_length_that_does_not_divide_is_refused_in_one_line(shards: Path) -> None:

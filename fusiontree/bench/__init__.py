@@ -1,1 +1,4 @@
-"""Measurements: training and its peers, decoding, kernels. They run the code that users run, on made-up tokens."""
+"""Measurements: training and its peers, decoding and kernels on made-up tokens, the loader on a dataset.
+
+They run the code that users run.
+"""
