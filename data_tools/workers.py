@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,8 +107,7 @@ def process_pool(
     if number == 1:
         yield None
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(number, context, initializer=_start_process, initargs=(prepare, arguments))
+    pool = ProcessPoolExecutor(number, _Context(), initializer=_start_process, initargs=(prepare, arguments))
     try:
         yield pool
     except BrokenProcessPool:
@@ -116,8 +116,31 @@ def process_pool(
         pool.shutdown(cancel_futures=True)
 
 
+class _Process(SpawnProcess):
+    """A worker that Ctrl-C, which reaches the whole group, never disturbs: the parent ends its workers."""
+
+    def start(self) -> None:
+        """Start it with the signal blocked: its interpreter takes a while before it could see to that itself.
+
+        An interrupt meanwhile waits until the worker has been given all that it starts from.
+        """
+        came: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.signal(signal.SIGINT, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
 def _start_process(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
     if prepare:
         prepare(*arguments)

@@ -236,18 +236,60 @@ def interrupted(arguments: list, folder: Path, started: str) -> subprocess.Compl
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def test_ctrl_c_in_a_build_and_in_training(corpus: Path, tokenizer_folder: Path, shards: Path, tmp_path: Path) -> None:
-    many = tmp_path / "many"
-    for number in range(40):
-        shutil.copytree(corpus, many / str(number))
-        (many / str(number) / "own.txt").write_text(f"tree {number}\n" * 20_000)
+MOMENTS = {
+    "while the interpreter of a worker starts": """
+if "--multiprocessing-fork" in sys.orig_argv:
+    press()
+""",
+    "when workers have done three of the files": """
+left = 12  # each goes to a worker, and eight may wait
+def count(event, arguments):
+    global left
+    if event == "open" and str(arguments[0]).endswith(".txt"):
+        left -= 1
+        if not left:
+            press()
+sys.addaudithook(count)
+""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_in_a_build(moment: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """One of the build's processes presses it itself at that moment, whatever the machine's speed."""
+    site, many = tmp_path / "site", tmp_path / "many"
+    site.mkdir()
+    many.mkdir()
+    (site / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+mark = {str(site / "pressed")!r}
+def press():
+    try:
+        open(mark, "x").close()
+    except FileExistsError:
+        return  # the other worker has
+    os.killpg(0, signal.SIGINT)
+{MOMENTS[moment]}""")
+    for number in range(16):
+        (many / f"{number}.txt").write_text("tree gate\n" * (1 << 17))
     command = ["data", "build", "--input", many, "--tokenizer", tokenizer_folder, "--output", tmp_path / "out"]
-    done = interrupted([*command, "--workers", 2], tmp_path, ".out.partial/train")
+    done = subprocess.run(
+        [sys.executable, "-m", "fusiontree", *map(str, command), "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        start_new_session=True,
+    )
+    assert (site / "pressed").exists()
     assert done.returncode == 1, done.stderr
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    assert {path.name for path in tmp_path.iterdir()} == {"many", "site"}
 
+
+def test_ctrl_c_in_training(shards: Path, tmp_path: Path) -> None:
     train = ["launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="run", schedule__steps=100_000)]
     done = interrupted(train, tmp_path, "run/metrics.jsonl")
     assert done.returncode == 1, done.stderr
