@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +106,8 @@ def process_pool(
     if number == 1:
         yield None
         return
-    pool = ProcessPoolExecutor(number, _Context(), initializer=_start_process, initargs=(prepare, arguments))
+    context = multiprocessing.get_context("spawn")
+    pool = _Pool(number, context, initializer=_start_process, initargs=(prepare, arguments))
     try:
         yield pool
     except BrokenProcessPool:
@@ -116,28 +116,24 @@ def process_pool(
         pool.shutdown(cancel_futures=True)
 
 
-class _Process(SpawnProcess):
-    """A worker that Ctrl-C, which reaches the whole group, never disturbs: the parent ends its workers."""
+class _Pool(ProcessPoolExecutor):
+    """A pool whose processes Ctrl-C, which reaches the whole group, never disturbs: the parent ends them."""
 
-    def start(self) -> None:
-        """Start it with the signal blocked: its interpreter takes a while before it could see to that itself.
+    def submit(self, fn: Callable[..., _Result], /, *args: Any, **kwargs: Any) -> "Future[_Result]":
+        """Start work. New processes inherit that the signal is blocked: they could not ignore it from the beginning.
 
-        An interrupt meanwhile waits until the worker has been given all that it starts from.
+        An interrupt meanwhile is held back, so that no process is started that the pool does not know.
         """
         came: list[int] = []
         handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            super().start()
+            return super().submit(fn, *args, **kwargs)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             signal.signal(signal.SIGINT, handler)
-        for number in came:
-            signal.raise_signal(number)
-
-
-class _Context(SpawnContext):
-    Process = _Process
+            if came:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _start_process(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

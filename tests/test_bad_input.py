@@ -220,11 +220,21 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert not list(small_disk.iterdir())
 
 
+def hear_ctrl_c() -> None:
+    """A suite in the background hands on that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(arguments: list, folder: Path, started: str) -> subprocess.CompletedProcess[str]:
     """Run a command and press Ctrl-C as soon as something in `folder` matches the pattern `started`."""
     command = [sys.executable, "-m", "fusiontree", *map(str, arguments)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     ) as process:
         deadline = time.monotonic() + 120
         while not list(folder.glob(started)):
@@ -281,6 +291,7 @@ def press():
         timeout=120,
         check=False,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert (site / "pressed").exists()
     assert done.returncode == 1, done.stderr
