@@ -135,3 +135,5 @@ def _against(scan: Scan, index: np.ndarray, info: ShardInfo, vocab_size: int) ->
     for name in ("rows", "tokens", "documents"):
         if getattr(found, name) != getattr(info, name):
             yield f"has {getattr(found, name)} {name}, the manifest says {getattr(info, name)}"
+    if found.index_sha256 != info.index_sha256:
+        yield "calls for another index than the manifest lists"

@@ -78,6 +78,7 @@ class ShardInfo:
     rows: int
     tokens: int  # padding not counted
     documents: int  # that begin in it
+    index_sha256: str  # see `index_digest`
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,8 @@ class Dataset:
         cache: where rows from an address are kept.
 
     Raises:
-        UserError: no dataset there, no such split, a shard or index is missing or of another size, or an index is not
-            that of its shard.
+        UserError: no dataset there, no such split, a shard is missing or of another size, or an index is not the one
+            that the manifest means.
         RunError: the address does not answer.
     """
 
@@ -209,8 +210,6 @@ class Dataset:
         else:
             _mirror(store, infos)
             self.shards = [RemoteShard(store, info, self.manifest) for info in infos]
-        for shard in self.shards:
-            shard.require_own_index()
         self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
 
     @property
@@ -261,7 +260,8 @@ class Shard:
     """A shard and its index, open for reading.
 
     Raises:
-        UserError: the tar or its index is missing, or not of the size that the manifest says.
+        UserError: the tar is missing, or not of the size that the manifest says, or the index is not that of the
+            manifest, or not that of the tar.
     """
 
     def __init__(self, folder: Path, info: ShardInfo, manifest: Manifest):
@@ -271,6 +271,11 @@ class Shard:
         if (size := self.path.stat().st_size) != info.bytes:
             raise UserError(f"shard {self.path} has {size} bytes, not {info.bytes}; restore it or build again")
         self._read_index()
+        if len(self.index) and not any(self._ends_fit(row) for row in {0, len(self.index) - 1}):
+            raise UserError(
+                f"{self.where} is not the shard that {index_path(self.path)} describes (it holds other rows); "
+                "restore it or build the dataset again"
+            )
 
     def _set_up(self, folder: Path, info: ShardInfo, manifest: Manifest) -> None:
         self.info, self.path = info, folder / info.name
@@ -279,9 +284,11 @@ class Shard:
 
     def _read_index(self) -> None:
         self.index = read_index(self.path)
-        if len(self.index) != self.info.rows:
-            rows = f"{len(self.index)} rows, not {self.info.rows}"
-            raise UserError(f"{index_path(self.path)} lists {rows}; restore it or build the dataset again")
+        if index_digest(self.index) != self.info.index_sha256:
+            raise UserError(
+                f"{index_path(self.path)} is not the index that the manifest lists for {self.where} (sha256 differs); "
+                "restore both or build the dataset again"
+            )
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [row_len] and segment ends, int32 [segments], of a row.
@@ -312,22 +319,11 @@ class Shard:
         finally:
             os.close(descriptor)
 
-    def require_own_index(self) -> None:
-        """Raise UserError if the index is not that of this shard; a few hundred bytes of it are read.
-
-        Damage to the shard itself is left to the reading of its rows, which can go on without one.
-        """
-        counted = int(self.index["valid"].sum(dtype=np.int64))
-        if counted != self.info.tokens:
-            raise UserError(self._foreign_index(f"it counts {counted} tokens, the manifest {self.info.tokens}"))
-        if len(self.index) and not any(self._ends_fit(row) for row in {0, len(self.index) - 1}):
-            raise UserError(self._foreign_index("it points to other rows"))
-
-    def _foreign_index(self, sign: str) -> str:
-        return f"{index_path(self.path)} is not the index of {self.where} ({sign}); restore both or build again"
-
     def _ends_fit(self, row: int) -> bool:
-        """Whether what the index takes for a row's segment ends looks like them and holds as many tokens."""
+        """Whether what the index takes for a row's segment ends looks like them and holds as many tokens.
+
+        A few hundred bytes are read. Damage to single rows is left to their reading, which can go on without them.
+        """
         entry = self.index[row]
         with open(self.path, "rb") as stream:
             stream.seek(int(entry["ends"]))
@@ -392,9 +388,6 @@ class RemoteShard(Shard):
 
     def _bytes(self, row: int) -> bytes:
         return self.store.row(self.info.name, row, self._ranges(row))
-
-    def _ends_fit(self, row: int) -> bool:
-        return True  # no request for each shard at the start: what is wrong shows in the checksums
 
     def _whole(self) -> Path:
         self.store.files([self.info.name])
@@ -465,6 +458,11 @@ def _read_array(content: bytes, offset: int) -> tuple[np.ndarray, int]:
 def index_path(shard: Path) -> Path:
     """The index beside a shard."""
     return shard.with_suffix(".idx")
+
+
+def index_digest(index: np.ndarray) -> str:
+    """sha256 of an index's entries: with it the manifest knows the checksum of every row."""
+    return hashlib.sha256(index.tobytes()).hexdigest()
 
 
 def read_index(shard: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.data.format import ENDS, INDEX, ShardInfo
+from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBERS = ("ends.npy", "json", "tok.npy")
@@ -52,7 +52,8 @@ class Scan:
     def info(self, name: str) -> ShardInfo:
         """What a manifest says of this shard."""
         tokens = sum(row[3] for row in self.rows)
-        return ShardInfo(name, self.sha256, self.bytes, len(self.rows), tokens, self.documents)
+        digest = index_digest(self.index)
+        return ShardInfo(name, self.sha256, self.bytes, len(self.rows), tokens, self.documents, digest)
 
 
 def row_crc(tokens: np.ndarray, ends: np.ndarray) -> int:
