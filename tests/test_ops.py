@@ -85,7 +85,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("limit", "least"), [(10**9, 1), (2200, 2), (600, 4), (300, 12)])
+@pytest.mark.parametrize(("limit", "least"), [(10**9, 1), (2200, 2), (1300, 4), (600, 4), (300, 12)])
 def test_a_scan_beyond_the_limit_is_split_and_equal(
     groups: int, limit: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
