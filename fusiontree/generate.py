@@ -198,7 +198,13 @@ def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Gene
         logits = logits.index_put((seen,), penalised)
     if sampling.temperature == 0:
         return logits.argmax()
-    ordered, order = (logits / sampling.temperature).sort(descending=True, stable=True)
+    probabilities, order = candidates(logits / sampling.temperature, sampling)
+    return order[torch.multinomial(probabilities, 1, generator=generator)[0]]
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities of `logits` [V], likeliest first and 0 where `sampling` rules the token out, and the tokens."""
+    ordered, order = logits.sort(descending=True, stable=True)
     probabilities = ordered.softmax(0)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if sampling.top_k:
@@ -207,8 +213,7 @@ def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Gene
         keep &= probabilities.cumsum(0) - probabilities < sampling.top_p
     keep &= probabilities >= sampling.min_p * probabilities[0]
     keep[0] = True
-    choice = torch.multinomial(probabilities * keep, 1, generator=generator)
-    return order[choice[0]]
+    return probabilities * keep, order
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

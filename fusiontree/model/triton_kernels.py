@@ -400,10 +400,12 @@ def _decode_kernel(
 
 
 @triton.jit
-def _decode_join_kernel(part, top, mass, out, splits, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr):
+def _decode_join_kernel(
+    part, top, mass, out, splits, G: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr
+):
     """The stretches' parts, weighed by their masses."""
     pair, g = tl.program_id(0), tl.program_id(1)
-    s, d = tl.arange(0, BS), tl.arange(0, D)
+    s, d = tl.arange(0, BS), tl.program_id(2) * BD + tl.arange(0, BD)
     place = (pair * splits + s) * G + g
     tops = tl.load(top + place, mask=s < splits, other=float("-inf"))
     peak = tl.max(tops, 0)
@@ -422,7 +424,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: T
     B, _, N, D = q.shape
     T, K = k.shape[1:3]
     G, BT = N // K, 64
-    splits = max(1, min(triton.cdiv(T, BT), triton.cdiv(264, B * K)))  # two programs for each multiprocessor
+    splits = max(1, min(triton.cdiv(T, BT), triton.cdiv(132, B * K)))  # a program for each multiprocessor
     blocks = triton.cdiv(triton.cdiv(T, splits), BT)
     splits = triton.cdiv(T, blocks * BT)
     part = torch.empty(B * K, splits, G, D, dtype=torch.float32, device=q.device)
@@ -433,5 +435,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: T
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), K,
         G=G, BG=max(16, triton.next_power_of_2(G)), D=D, BT=BT, BLOCKS=blocks,
     )  # fmt: skip
-    _decode_join_kernel[(B * K, G)](part, top, mass, out, splits, G=G, D=D, BS=triton.next_power_of_2(splits))
+    BD = 16  # the join is short: it takes as long as the one program that reads most
+    _decode_join_kernel[(B * K, G, D // BD)](
+        part, top, mass, out, splits, G=G, D=D, BS=triton.next_power_of_2(splits), BD=BD
+    )
     return out

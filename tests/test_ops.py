@@ -1,0 +1,160 @@
+"""A back-end that cannot run is refused by name, passed over by `auto`, and none is given more than it can count."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import SMALL, documents_of
+
+from fusiontree.model import backends, ops, reference
+from fusiontree.model.config import ModelConfig
+
+GPU_SHAPE = dataclasses.replace(SMALL, head_dim=16, ssm_head_dim=8, ssm_state_size=16)
+
+
+def needs_absent(module: str) -> pytest.MarkDecorator:
+    """What an absent package brings can only be tested where it is absent."""
+    return pytest.mark.skipif(importlib.util.find_spec(module) is not None, reason=f"{module} is installed here")
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "package"),
+    [
+        pytest.param("scan", "mamba_ssm", "mamba-ssm>=2.3.2", marks=needs_absent("mamba_ssm")),
+        pytest.param("attention", "flash2", "flash-attn>=2.8", marks=needs_absent("flash_attn")),
+        pytest.param("attention", "flash4", "flash-attn-4", marks=needs_absent("flash_attn")),
+        pytest.param("loss", "liger", "liger-kernel", marks=needs_absent("liger_kernel")),
+    ],
+)
+def test_an_absent_package_is_named(op: str, name: str, package: str) -> None:
+    with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here: ModuleNotFoundError: .*") as caught:
+        ops.select({op: name}, "cuda", GPU_SHAPE, torch.bfloat16)
+    assert str(caught.value).endswith(f"pip install '{package}'")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "change", "words"),
+    [
+        ("scan", "mamba_ssm", {"chunk_size": 48}, "chunk_size 48 is not a power of two from 16 to 512"),
+        ("scan", "mamba_ssm", {"ssm_head_dim": 12}, "ssm_head_dim 12 is not a multiple of 8"),
+        ("scan", "mamba_ssm", {"ssm_state_size": 512}, "ssm_state_size 512 is not a multiple of 8 from 8 to 256"),
+        ("convolution", "triton", {"conv_kernel": 5}, "conv_kernel 5 is above 4"),
+        ("attention", "flash4", {"head_dim": 192}, "head_dim 192 is not a multiple of 8 up to 128"),
+        ("attention", "flash2", {"head_dim": 20}, "head_dim 20 is not a multiple of 8"),
+        ("decode", "triton", {"head_dim": 24}, "head_dim 24 is not a power of two"),
+    ],
+)
+def test_a_shape_that_a_kernel_cannot_take_is_refused_by_field(op: str, name: str, change: dict, words: str) -> None:
+    shape = dataclasses.replace(GPU_SHAPE, **change)
+    with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here") as caught:
+        ops.select({op: name}, "cuda", shape, torch.bfloat16)
+    assert words in str(caught.value)
+    assert ops.select({}, "cuda", shape, torch.bfloat16).names[op] != name
+
+
+def test_a_precision_that_a_kernel_cannot_take_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes bfloat16 or float16, not float32"):
+        ops.select({"attention": "flash4"}, "cuda", GPU_SHAPE, torch.float32)
+
+
+def test_on_a_cpu_only_the_reference_runs_unless_asked_for() -> None:
+    assert set(ops.select({}, "cpu", GPU_SHAPE).names.values()) == {"reference"}
+    with pytest.raises(ValueError, match="kernels.scan 'mamba_ssm' cannot run here: needs a CUDA device"):
+        ops.select({"scan": "mamba_ssm"}, "cpu")
+
+
+# --- 32-bit offsets --------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """The reference in the place of a kernel with 32-bit offsets: refuses what they would not reach."""
+
+    calls = 0
+
+    @classmethod
+    def apply(cls, x: torch.Tensor, dt, A, B, C, D, seq, initial, Q: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cls.calls += 1
+        for tensor in (x, B, C):
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            assert span <= backends.MAX_OFFSET
+        before = torch.zeros(len(x), dtype=torch.int32)
+        return reference.scan_chunked(x, dt, A, B, C, D, seq, initial, before, chunk_size=Q)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("limit", "least"), [(10**9, 1), (2200, 2), (1300, 4), (600, 4), (300, 12)])
+def test_a_scan_beyond_the_limit_is_split_and_equal(
+    groups: int, limit: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    B, L, H, P, S = 2, 40, 6, 5, 4
+    draw = torch.Generator().manual_seed(0)
+    joint = torch.randn(B, L, H * P + 2 * groups * S, generator=draw)  # x, B and C are views of wider rows, as always
+    x, b, c = joint.split([H * P, groups * S, groups * S], -1)
+    dt, A = torch.rand(B, L, H, generator=draw), -torch.rand(H, generator=draw)
+    seq, initial = documents_of([[25, 15], [40]]).seq_idx, torch.randn(B, H, P, S, generator=draw)
+    arguments = (
+        *(x.unflatten(-1, (H, P)), dt, A, b.unflatten(-1, (groups, S)), c.unflatten(-1, (groups, S))),
+        *(torch.randn(H, generator=draw), seq, initial),
+    )
+    whole = Counted.apply(*arguments, 16)
+    monkeypatch.setattr(backends, "_Scan", Counted)
+    monkeypatch.setattr(backends, "MAX_OFFSET", limit)
+    monkeypatch.setattr(Counted, "calls", 0)
+    y, state = backends._scan_within_limits(*arguments, 16)
+    assert Counted.calls >= least
+    torch.testing.assert_close(y, whole[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(state, whole[1], rtol=0, atol=1e-5)
+
+
+def test_a_scan_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_Scan", Counted)
+    monkeypatch.setattr(backends, "MAX_OFFSET", 100)
+    x, small = torch.randn(1, 40, 2, 5), torch.randn(1, 40, 1, 4)
+    with pytest.raises(ValueError, match="shorten the rows"):
+        backends._scan_within_limits(
+            x, torch.rand(1, 40, 2), -torch.rand(2), small, small, torch.rand(2), torch.zeros(1, 40).int(), None, 16
+        )
+
+
+def flash(limit: int) -> Callable[..., torch.Tensor]:
+    """A FlashAttention that reaches `limit` values, in the reference's arithmetic."""
+
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, **options
+    ) -> torch.Tensor:
+        assert q.numel() <= limit
+        window = options["window_size"][0] + 1 if "window_size" in options else None
+        numbers = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff())
+        documents = documents_of([numbers.bincount().tolist()])
+        return reference.attention(q[None], k[None], v[None], documents, window)[0]
+
+    return call
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("limit", [10**9, 1100, 500])
+def test_attention_beyond_the_limit_is_split_and_equal(
+    window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = documents_of([[25, 15]])
+    q, k, v = torch.randn(1, 40, 6, 8), torch.randn(1, 40, 3, 8), torch.randn(1, 40, 3, 8)
+    monkeypatch.setattr(backends, "MAX_OFFSET", max(limit, 640))
+    if limit < 640:  # two query heads of one group are the least
+        monkeypatch.setattr(backends, "MAX_OFFSET", limit)
+        with pytest.raises(ValueError, match="shorten the rows"):
+            backends._attention_by(flash(limit))(q, k, v, documents, window)
+        return
+    found = backends._attention_by(flash(limit))(q, k, v, documents, window)
+    torch.testing.assert_close(found, reference.attention(q, k, v, documents, window), rtol=0, atol=1e-5)
+
+
+def test_every_limit_names_a_field_of_the_model() -> None:
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    impossible = dataclasses.replace(SMALL, head_dim=6, chunk_size=5, conv_kernel=9, ssm_state_size=3)
+    for backends_of_op in ops._BACKENDS.values():
+        for backend in backends_of_op.values():
+            reason = backend.limits(impossible)
+            assert reason is None or reason.split()[0] in fields

@@ -1,0 +1,62 @@
+"""On a live engine the scan's state parameters are fp32, stored and used, whatever the precision and the ZeRO stage."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MICRO
+
+PROGRAM = """
+import dataclasses, json, sys
+import numpy as np, torch
+from fusiontree import distributed
+from fusiontree.config import load_config
+from fusiontree.data.batch import collate
+from fusiontree.training.step import TrainingStep
+
+world = distributed.start()
+results = []
+for deepspeed in sys.argv[1].split(","):
+    settings = [f"deepspeed={deepspeed}", "precision=bf16", "batch.tokens=256", *sys.argv[2:]]
+    training = TrainingStep(load_config("tiny", settings), world)
+    model, used = training.engine.module, set()
+    for block in model.blocks:
+        scan, stream = block.mamba.kernels.scan, []
+
+        def recording(x, dt, A, B_in, C_out, D, *rest, scan=scan, **options):
+            used.add(("A", A.dtype)), used.add(("D", D.dtype)), used.add(("dt", dt.dtype)), used.add(("x", x.dtype))
+            return scan(x, dt, A, B_in, C_out, D, *rest, **options)
+
+        block.mamba.kernels = dataclasses.replace(block.mamba.kernels, scan=recording)
+        block.register_forward_hook(lambda _m, _i, out: used.add(("stream", out[0].dtype)))
+    tokens = np.arange(256).reshape(2, 128) % 500
+    batch = collate(tokens, [np.array([100, 128])] * 2)
+    losses = [float(training.update([batch], step).loss) for step in range(3)]
+    stored = {str(p.dtype) for n, p in model.named_parameters() if n.rpartition(".")[2] in ("A_log", "D", "dt_bias")}
+    results.append({"used": sorted([n, str(d)] for n, d in used), "stored": sorted(stored), "losses": losses})
+distributed.leave()
+print(json.dumps(results))
+"""
+
+
+def test_state_parameters_are_fp32_at_every_stage(tmp_path: Path) -> None:
+    gathered = tmp_path / "zero3.json"  # no parameter is small enough to stay whole on every rank
+    gathered.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    stages = ["zero1", "zero0", "zero2", "zero3", str(gathered)]
+    shape = [f"{key}={value}" for key, value in MICRO.items() if key not in ("batch.tokens",)]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, ",".join(stages), *shape], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(results) == len(stages)
+    for stage, result in zip(stages, results, strict=True):
+        assert result["stored"] == ["torch.float32"], stage
+        assert dict(result["used"]) == {
+            **dict.fromkeys(("A", "D", "dt"), "torch.float32"),
+            **dict.fromkeys(("x", "stream"), "torch.bfloat16"),
+        }, stage
+        assert result["losses"] == pytest.approx(results[0]["losses"], rel=2e-2), stage
+        assert result["losses"][2] < result["losses"][0], stage
