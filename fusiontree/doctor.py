@@ -110,7 +110,7 @@ def _kernels(config: RunConfig | None, device_type: str, problems: list[str]) ->
     chosen = {}
     for op in ops.OPS:
         try:
-            uses = ops.select({op: requested.get(op, "auto")}, device_type, *fit).names[op]
+            uses = ops.choose(op, requested.get(op, "auto"), device_type, *fit)
         except ValueError as error:
             problems.append(str(error))
             uses = "none"

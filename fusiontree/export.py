@@ -17,7 +17,7 @@ from fusiontree.console import console
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.generate import FACTS
-from fusiontree.kernels import DTYPES, choose_kernels
+from fusiontree.kernels import DTYPES
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 
@@ -53,7 +53,7 @@ def export(source: Path, output: Path, dtype: str = "fp32", overwrite: bool = Fa
     tokenizer = found.parent.parent / "tokenizer"
     if not tokenizer.is_dir():
         raise UserError(f"no tokenizer at {tokenizer}; copy the one that the data was built with there")
-    trained = HybridLM(config.model, choose_kernels("cpu"), compute_dtype=DTYPES[dtype])
+    trained = HybridLM(config.model, compute_dtype=DTYPES[dtype])
     trained.load_state_dict(checkpoint.read_weights(found), strict=True)
     with staged_folder(output, overwrite, marker=FACTS) as partial, tempfile.TemporaryDirectory() as modules:
         # transformers copies a folder's code there to import it; read when it is first imported, below

@@ -139,11 +139,14 @@ class Decoder:
     def __init__(self, model: HybridLM, rows: int, room: int):
         """`room`: tokens per row, of prompt and answer together, that the cache makes room for at once."""
         self.model, self.cache = model, model.new_cache(rows)
-        self.cache.reserve(room)
         self.token = torch.zeros(rows, dtype=torch.int64, device=model.embedding.weight.device)
+        self._make_room(room)
+
+    def _make_room(self, tokens: int) -> None:
+        """The cache moves, and a graph of where it was is worth nothing."""
+        self.cache.reserve(tokens)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.steps = 0  # since the cache's tensors were new
-        self.room = room
+        self.steps = 0  # since then
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -156,6 +159,8 @@ class Decoder:
             Logits of the last token, fp32 [B, V].
         """
         B, L = ids.shape
+        if self.cache.length + L > self.cache.room:
+            self._make_room(self.cache.length + L)
         if mask is not None and bool(mask.all()):
             mask = None  # whole rows, which need no masks and take the faster kernels
         piece = max(1, PREFILL_TOKENS[ids.device.type] // B)
@@ -168,10 +173,8 @@ class Decoder:
     @torch.inference_mode()
     def step(self, token: Tensor) -> Tensor:
         """Take in one more token of every row, int64 [B]; logits fp32 [B, V], which the next step may overwrite."""
-        if self.cache.length == self.room:  # more than was asked for: the cache moves, and a graph with it
-            self.room *= 2
-            self.cache.reserve(self.room)
-            self.graph, self.steps = None, 0
+        if self.cache.length == self.cache.room:  # more than was asked for
+            self._make_room(self.cache.length + 1)
         self.steps += 1
         if token.device.type != "cuda" or self.steps <= self._EAGER_STEPS:
             return self._forward(token)
@@ -251,6 +254,8 @@ def load_export(folder: Path) -> tuple[HybridLM, Tokenizer]:
             model = HybridLM(shape, kernels)
         model.load_state_dict(weights, strict=True, assign=True)
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except UserError:  # the choice of kernels, which is no damage
+        raise
     except Exception as error:  # `tokenizers` raises bare Exception
         reason = str(error).splitlines()[0]
         raise RunError(f"{folder} is a damaged export ({reason}); export it again") from None

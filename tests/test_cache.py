@@ -6,6 +6,7 @@ from conftest import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusiontree.generate import Decoder
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 
@@ -85,3 +86,41 @@ def test_memory_grows_with_the_global_heads_only(global_heads: int) -> None:
 
     growth = numbers(200) - numbers(100)
     assert growth == 100 * 3 * 2 * (global_heads // 2) * 8  # tokens, layers, keys and values, heads, head size
+
+
+def test_no_gradient_passes_through_the_cache_and_it_holds_no_graph() -> None:
+    model = build()
+    ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
+    cache = model.new_cache(2)
+    for piece in (ids[:, :30], ids[:, 30:39], ids[:, 39:]):
+        model(piece, cache=cache)
+    tensors = [value for layer in cache.layers for value in vars(layer).values()]
+    assert not any(value.requires_grad for value in tensors)
+
+
+def test_recomputation_leaves_a_cache_alone() -> None:
+    model = build()
+    ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for recompute in (False, True):
+        model.checkpoint_blocks = recompute
+        output = model(ids, cache=model.new_cache(2)).logits.square().sum()
+        gradients.append(torch.autograd.grad(output, list(model.blocks[0].parameters())))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_convolution_of_one_tap_decodes() -> None:
+    model = build(conv_kernel=1)
+    ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(40) >= torch.tensor([0, 9])[:, None]
+    stepped = with_cache(model, ids, mask, [20, *range(21, 40)])
+    torch.testing.assert_close(stepped, model(ids, Documents.from_mask(mask)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
+    model = build()
+    ids = torch.randint(96, (1, 300), generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(model, 1, room=10)
+    steps = [decoder.prefill(ids[:, :150])] + [decoder.step(ids[:, t]) for t in range(150, 300)]
+    assert decoder.cache.room >= 300
+    torch.testing.assert_close(torch.stack(steps, 1), model(ids).logits[:, 149:], rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 from conftest import cli, settings
 
 from fusiontree import checkpoint
+from fusiontree import model as model_package
 from fusiontree.config import load_config
 from fusiontree.errors import RunError
 from fusiontree.export import prove
@@ -53,7 +54,7 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: 
 
 WITHOUT_US = """
 import sys
-for name in ("fusiontree", "deepspeed", "mamba_ssm", "webdataset", "launcher", "data_tools"):
+for name in ("fusiontree", "deepspeed", "mamba_ssm", "triton", "webdataset", "launcher", "data_tools"):
     sys.modules[name] = None  # importing it raises
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +72,11 @@ alone = tokenizer("tree gate", return_tensors="pt")["input_ids"]
 texts["alone"] = model.generate(alone, max_new_tokens=12, do_sample=False)
 output = model(alone, labels=alone)
 output.loss.backward()
+gradients = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+model.gradient_checkpointing_enable()
+model(alone, labels=alone).loss.backward()
+assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(model.parameters(), gradients))
 ids = torch.arange(2, 202)[None]
 torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
 model.save_pretrained(folder + "-again")
@@ -91,6 +97,18 @@ def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, 
     assert torch.equal(given["greedy"], given["slow"])
     assert torch.equal(given["greedy"][0, -12:], given["alone"][0, -12:])
     assert given["beams"].shape[0] == 2
+
+
+def test_the_whole_model_goes_along(exported: Path) -> None:
+    source = Path(model_package.__file__).parent
+    assert {path.name for path in source.glob("*.py")} - {"__init__.py"} <= {p.name for p in exported.glob("*.py")}
+
+
+def test_a_kernel_that_cannot_run_is_no_damage_of_the_export(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONTREE_SCAN", "warp")
+    done = cli("generate", exported, "tree", code=2)
+    assert "kernels.scan 'warp' is unknown" in done.stderr
+    assert "damaged" not in done.stderr
 
 
 def test_bf16_keeps_the_scan_parameters_in_fp32(run: Path, tmp_path: Path) -> None:

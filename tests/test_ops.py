@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,6 +59,11 @@ def test_a_precision_that_a_kernel_cannot_take_is_refused() -> None:
         ops.select({"attention": "flash4"}, "cuda", GPU_SHAPE, torch.float32)
 
 
+def test_the_environment_has_no_say_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONTREE_SCAN", "mamba_ssm")  # for the GPU of the same machine
+    assert set(ops.reference_kernels().names.values()) == {"reference"}
+
+
 def test_on_a_cpu_only_the_reference_runs_unless_asked_for() -> None:
     assert set(ops.select({}, "cpu", GPU_SHAPE).names.values()) == {"reference"}
     with pytest.raises(ValueError, match="kernels.scan 'mamba_ssm' cannot run here: needs a CUDA device"):
@@ -99,11 +103,11 @@ def test_a_scan_beyond_the_limit_is_split_and_equal(
         *(x.unflatten(-1, (H, P)), dt, A, b.unflatten(-1, (groups, S)), c.unflatten(-1, (groups, S))),
         *(torch.randn(H, generator=draw), seq, initial),
     )
-    whole = Counted.apply(*arguments, 16)
+    whole = Counted.apply(*arguments, 4)
     monkeypatch.setattr(backends, "_Scan", Counted)
     monkeypatch.setattr(backends, "MAX_OFFSET", limit)
     monkeypatch.setattr(Counted, "calls", 0)
-    y, state = backends._scan_within_limits(*arguments, 16)
+    y, state = backends._scan_within_limits(*arguments, 4)
     assert Counted.calls >= least
     torch.testing.assert_close(y, whole[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(state, whole[1], rtol=0, atol=1e-5)
@@ -119,36 +123,32 @@ def test_a_scan_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.Monke
         )
 
 
-def flash(limit: int) -> Callable[..., torch.Tensor]:
-    """A FlashAttention that reaches `limit` values, in the reference's arithmetic."""
-
-    def call(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, **options
-    ) -> torch.Tensor:
-        assert q.numel() <= limit
-        window = options["window_size"][0] + 1 if "window_size" in options else None
-        numbers = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff())
-        documents = documents_of([numbers.bincount().tolist()])
-        return reference.attention(q[None], k[None], v[None], documents, window)[0]
-
-    return call
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, **options: object):
+    """A FlashAttention with 32-bit offsets, in the reference's arithmetic."""
+    assert all(backends._span(t) <= backends.MAX_OFFSET for t in (q, k, v))
+    window = options["window_size"][0] + 1 if "window_size" in options else None
+    numbers = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff())
+    documents = documents_of([numbers.bincount().tolist()])
+    return reference.attention(q[None], k[None], v[None], documents, window)[0]
 
 
 @pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("limit", [10**9, 1100, 500])
+@pytest.mark.parametrize("limit", [10**9, 1919, 700])
 def test_attention_beyond_the_limit_is_split_and_equal(
     window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = documents_of([[25, 15]])
     q, k, v = torch.randn(1, 40, 6, 8), torch.randn(1, 40, 3, 8), torch.randn(1, 40, 3, 8)
-    monkeypatch.setattr(backends, "MAX_OFFSET", max(limit, 640))
-    if limit < 640:  # two query heads of one group are the least
-        monkeypatch.setattr(backends, "MAX_OFFSET", limit)
-        with pytest.raises(ValueError, match="shorten the rows"):
-            backends._attention_by(flash(limit))(q, k, v, documents, window)
-        return
-    found = backends._attention_by(flash(limit))(q, k, v, documents, window)
+    monkeypatch.setattr(backends, "MAX_OFFSET", limit)
+    found = backends._attention_by(flash)(q, k, v, documents, window)
     torch.testing.assert_close(found, reference.attention(q, k, v, documents, window), rtol=0, atol=1e-5)
+
+
+def test_attention_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MAX_OFFSET", 500)  # below the 640 values of one group's two query heads
+    q, k, v = torch.randn(1, 40, 6, 8), torch.randn(1, 40, 3, 8), torch.randn(1, 40, 3, 8)
+    with pytest.raises(ValueError, match="shorten the rows"):
+        backends._attention_by(flash)(q, k, v, documents_of([[25, 15]]), None)
 
 
 def test_every_limit_names_a_field_of_the_model() -> None:

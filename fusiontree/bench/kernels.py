@@ -311,7 +311,6 @@ def _pointwise(model: ModelConfig, documents: Documents, device: torch.device, d
 
     # title, call, and the inputs' shapes: activations of one row, fp32 parameters
     table: list[tuple[str, Callable[[Any, Sequence[Tensor]], list[Tensor]], list[list[int]], list[list[int]]]] = [
-        ("norm", lambda p, v: [p.norm(*v, eps)], [[H]], [[H]]),
         ("norm with time", lambda p, v: list(p.norm_with_time(*v, eps)), [[H], [H]], [[H]]),
         ("attention inputs", split_heads, [[(N + 2 * K) * D]], [[D], [D]]),
         (

@@ -26,6 +26,11 @@ def fits(elements: int) -> bool:
     return elements <= MAX_OFFSET
 
 
+def _span(t: Tensor) -> int:
+    """Elements from the first to the last of a tensor, those between that are not its own included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 # --- state-space scan ------------------------------------------------------------------------------------------------
 
 
@@ -160,8 +165,9 @@ def _scan_within_limits(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq: Tensor, initial: Tensor | None, Q: int
 ) -> tuple[Tensor, Tensor]:
     rows, L, H, P = x.shape
-    G = B.shape[2]
-    if fits(rows * L * max(x.stride(1), B.stride(1), C.stride(1), H * P)):
+    G, S = B.shape[2:]
+    made = rows * L * max(H * P, H * P * S // Q, G * Q)  # outputs, states and scores by chunk
+    if fits(max(_span(x), _span(B), _span(C), made)):
         return _Scan.apply(x, dt, A, B, C, D, seq, initial, Q)
     if rows > 1:
         halves = [slice(0, rows // 2), slice(rows // 2, rows)]
@@ -171,7 +177,7 @@ def _scan_within_limits(
         ]
         return torch.cat([y for y, _ in parts]), torch.cat([state for _, state in parts])
     if H == 1:
-        raise ValueError(f"the scan's kernels reach {MAX_OFFSET:,} values of a head, not {L * P:,}; shorten the rows")
+        raise ValueError(f"one head of a row of {L:,} tokens is beyond the scan's 32-bit offsets; shorten the rows")
     cut = H // G * (G // 2) if G > 1 else H // 2  # where a group ends, or inside the only one
     parts = []
     for h, g in ((slice(0, cut), slice(0, max(1, G // 2))), (slice(cut, H), slice(G // 2, G))):
@@ -212,7 +218,7 @@ def _within_limits(
     flash: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, queries: _Bounds, keys: _Bounds, window: int | None
 ) -> Tensor:
     K = k.shape[2]
-    if fits(max(q.numel(), k.numel())):
+    if fits(max(_span(q), _span(k), _span(v), q.numel())):
         reach = {} if window is None or window >= keys[1] else {"window_size": (window - 1, 0)}
         out = flash(
             *(t.flatten(0, 1) for t in (q, k, v)),
@@ -225,12 +231,13 @@ def _within_limits(
         )
         return (out[0] if isinstance(out, tuple) else out).view_as(q)
     if K == 1:
-        raise ValueError(f"attention's kernels reach {MAX_OFFSET:,} values of a group of heads; shorten the rows")
+        raise ValueError("one group of heads is beyond the 32-bit offsets of attention's kernels; shorten the rows")
     cut = K // 2
     halves = zip(
         q.tensor_split([q.shape[2] // K * cut], 2), k.tensor_split([cut], 2), v.tensor_split([cut], 2), strict=True
     )
-    return torch.cat([_within_limits(flash, a, b, c, queries, keys, window) for a, b, c in halves], 2)
+    parts = [tuple(t.contiguous() for t in half) for half in halves]
+    return torch.cat([_within_limits(flash, a, b, c, queries, keys, window) for a, b, c in parts], 2)
 
 
 def attention_flash4() -> Callable[..., Tensor]:
@@ -294,3 +301,17 @@ def loss_liger() -> Callable[..., Tensor]:
         return loss
 
     return linear_cross_entropy
+
+
+_LOADERS = {
+    loader.__name__: loader
+    for loader in (
+        *(scan_mamba_ssm, loss_liger, attention_flash4, attention_flash2, attention_flex),
+        *(prefill_flash4, prefill_flash2),
+    )
+}
+
+
+def load_backend(name: str) -> Callable[..., Any]:
+    """The function of back-end `name`; raises what its import raises."""
+    return _LOADERS[name]()

@@ -1,10 +1,13 @@
 """What decoding remembers. Axes: B rows, T tokens there is room for, K key-value heads, D head size, W window.
 
 Tensors keep their place and their shape from one token to the next, and where a token goes is a number on the device:
-so one step can be captured in a CUDA graph. Only `reserve` makes room, and then the tensors are new ones.
+so one step can be captured in a CUDA graph. Only `reserve`, when there is too little room, and `select` make new ones.
+No gradient passes through the cache: what it remembers is a value.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +58,9 @@ class Cache:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # the same, on the device
         self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)  # in its document, if it goes on
         self.seq_idx = torch.full((rows, 0), -1, dtype=torch.int32, device=device)  # [B, T], -1 where there is none
+        self.last_document = torch.full((rows,), -1, dtype=torch.int32, device=device)  # -1 when nothing was seen
         self.tail_documents = torch.full((rows, config.conv_kernel - 1), -1, dtype=torch.int32, device=device)
+        self._made: dict[Hashable, Any] = {}  # what the layers of one forward share
         self.layers = [
             LayerCache(
                 conv_tail=zeros(config.conv_kernel - 1, config.conv_size),
@@ -69,16 +74,15 @@ class Cache:
         ]
 
     @property
-    def last_document(self) -> Tensor:
-        """Document of the last token seen, int32 [B]; -1 (none) when nothing was seen."""
-        return self.tail_documents[:, -1]
+    def room(self) -> int:
+        """Tokens that fit before the cache's tensors must be new ones."""
+        return self.seq_idx.shape[1]
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all; room that must grow at least doubles."""
-        room = self.seq_idx.shape[1]
-        if tokens <= room:
+        if tokens <= self.room:
             return
-        more = max(tokens, 2 * room, _LEAST_ROOM) - room
+        more = max(tokens, 2 * self.room, _LEAST_ROOM) - self.room
         self.seq_idx = torch.nn.functional.pad(self.seq_idx, (0, more), value=-1)
         for layer in self.layers:
             layer.global_k = torch.nn.functional.pad(layer.global_k, (0, 0, 0, 0, 0, more))
@@ -86,6 +90,7 @@ class Cache:
 
     def begin(self, documents: Documents) -> None:
         """Take in which documents the new tokens belong to, before any layer sees them."""
+        self._made.clear()
         L = documents.seq_idx.shape[1]
         if L == 1:
             self.seq_idx.index_copy_(1, self.position, documents.seq_idx)
@@ -98,8 +103,8 @@ class Cache:
         self.length += L
         self.position += L
         self.next_position.copy_(documents.position_ids[:, -1] + 1)
-        kept = torch.cat([self.tail_documents, documents.seq_idx], 1)[:, -self.tail_documents.shape[1] :]
-        self.tail_documents.copy_(kept)
+        self.last_document.copy_(documents.seq_idx[:, -1])
+        self.tail_documents.copy_(torch.cat([self.tail_documents, documents.seq_idx], 1)[:, L:])
 
     def next_token(self) -> Documents:
         """Documents of one more token that goes on with the document of its row; it does not wait for the device."""
@@ -109,7 +114,7 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat, or reorder) `rows`, int64 [new B]: beams, or rows that are not finished."""
-        for name in ("next_position", "seq_idx", "tail_documents"):
+        for name in ("next_position", "seq_idx", "last_document", "tail_documents"):
             setattr(self, name, getattr(self, name)[rows])
         for layer in self.layers:
             layer.select(rows)
@@ -157,8 +162,22 @@ class Cache:
     def visible(self, documents: Documents, window: int | None) -> Tensor:
         """Which of the keys that `attend` gave one new token it sees: bool [B, room or W]."""
         if window is None:
-            return documents.once("visible", lambda: self.seq_idx == documents.seq_idx)
-        return documents.once(("visible", window), lambda: self._visible_in_ring(documents, window))
+            return self._once("visible", lambda: self.seq_idx == documents.seq_idx)
+        return self._once(("visible", window), lambda: self._visible_in_ring(documents, window))
+
+    def continues(self, documents: Documents) -> tuple[Tensor, Tensor]:
+        """Which of the convolution's last inputs, and whether the scan's state, are of the one new token's document.
+
+        Bool [B, taps - 1], the newest last, and bool [B].
+        """
+        new = documents.seq_idx
+        return self._once("continues", lambda: (self.tail_documents == new, self.last_document == new[:, 0]))
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made for the first layer of a forward that asks for `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _visible_in_ring(self, documents: Documents, window: int) -> Tensor:
         slot = torch.arange(window, device=self.position.device)
@@ -172,7 +191,7 @@ class Cache:
 
     def mask(self, documents: Documents, window: int | None) -> Tensor:
         """Which of the keys that `attend` gave several new tokens each of them sees: bool [B, L, keys]."""
-        return documents.once(("mask", window), lambda: self._mask(documents, window))
+        return self._once(("mask", window), lambda: self._mask(documents, window))
 
     def _mask(self, documents: Documents, window: int | None) -> Tensor:
         end = self.length + documents.seq_idx.shape[1]

@@ -73,7 +73,11 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first forward makes the cache
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int | None = None
+    ) -> None:
+        if every_n_layers not in (None, 1):
+            raise ValueError(f"every_n_layers is {every_n_layers}; this model recomputes every block or none")
         self.model.checkpoint_blocks = enable
 
     def get_input_embeddings(self) -> torch.nn.Module:

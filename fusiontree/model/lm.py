@@ -15,7 +15,7 @@ from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
 from .layers import Linear, RMSNorm
-from .ops import Kernels, select
+from .ops import Kernels, reference_kernels
 from .reference import IGNORE
 from .srte import time_encoding
 
@@ -44,7 +44,7 @@ class HybridLM(nn.Module):
         """`checkpoint_blocks`: keep only the blocks' inputs for the backward pass and compute the rest again."""
         super().__init__()
         self.config = config
-        self.kernels = kernels or select(config=config)
+        self.kernels = kernels or reference_kernels()
         self.compute_dtype = compute_dtype
         self.checkpoint_blocks = checkpoint_blocks
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -125,7 +125,8 @@ class HybridLM(nn.Module):
 
     def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The block's outputs; what has a gradient must be an argument of its own for the recomputation to see it."""
-        if self.checkpoint_blocks and torch.is_grad_enabled():
+        cached = arguments[2].cache is not None  # computed again, a block would meet the cache behind its own tokens
+        if self.checkpoint_blocks and torch.is_grad_enabled() and not cached:
             # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
             return checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
         return block(*arguments)

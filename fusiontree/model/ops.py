@@ -43,20 +43,23 @@ class Kernels:
 
 def _of_backends(name: str) -> Callable[[], Any]:
     def load() -> Any:
-        from . import backends
+        from .backends import load_backend
 
-        return getattr(backends, name)()
-
-    return load
-
-
-def _of_triton(name: str) -> Callable[[], Any]:
-    def load() -> Any:
-        from . import triton_kernels
-
-        return getattr(triton_kernels, name)
+        return load_backend(name)
 
     return load
+
+
+def _triton_convolution() -> Callable[..., Any]:
+    from .triton_kernels import convolution
+
+    return convolution
+
+
+def _triton_decode() -> Callable[..., Any]:
+    from .triton_kernels import decode_attention
+
+    return decode_attention
 
 
 def _compiled() -> Pointwise:
@@ -99,7 +102,7 @@ _BACKENDS: dict[str, dict[str, Backend]] = {
         "reference": Backend(lambda: reference.scan_chunked),
     },
     "convolution": {
-        "triton": Backend(_of_triton("convolution"), "triton", interpreted=True, limits=_conv_limits),
+        "triton": Backend(_triton_convolution, "triton", interpreted=True, limits=_conv_limits),
         "reference": Backend(lambda: reference.convolution),
     },
     "attention": {
@@ -114,9 +117,7 @@ _BACKENDS: dict[str, dict[str, Backend]] = {
         "reference": Backend(lambda: reference.attention_continued),
     },
     "decode": {
-        "triton": Backend(
-            _of_triton("decode_attention"), "triton", interpreted=True, limits=_head_limits(256, power=True)
-        ),
+        "triton": Backend(_triton_decode, "triton", interpreted=True, limits=_head_limits(256, power=True)),
         "reference": Backend(lambda: reference.decode_attention),
     },
     "loss": {
@@ -183,21 +184,32 @@ def select(
     Raises:
         ValueError: one asked for by name is unknown or cannot run here.
     """
-    names = {}
-    for op in OPS:
-        reasons = available(op, device_type, config, dtype)
-        if device_type != "cuda":  # the interpreter is for tests: only by name
-            automatic = next(name for name in reasons if not _BACKENDS[op][name].install)
-        else:
-            automatic = next(name for name, reason in reasons.items() if reason is None)
-        names[op] = _choose(op, (requested or {}).get(op, "auto"), reasons, automatic)
+    return _load({op: choose(op, (requested or {}).get(op, "auto"), device_type, config, dtype) for op in OPS})
+
+
+def reference_kernels() -> Kernels:
+    """The reference of every operation, on any device, whatever the environment says."""
+    return _load(dict.fromkeys(OPS, "reference"))
+
+
+def _load(names: Mapping[str, str]) -> Kernels:
     return Kernels(**{op: _BACKENDS[op][name].load() for op, name in names.items()}, names=names)
 
 
-def _choose(op: str, requested: str, reasons: Mapping[str, str | None], automatic: str) -> str:
+def choose(
+    op: str,
+    requested: str,
+    device_type: str,
+    config: ModelConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The name of the back-end of `op` that `select` takes; arguments and errors as there."""
     requested = os.environ.get(f"FUSIONTREE_{op.upper()}", requested)
+    reasons = available(op, device_type, config, dtype)
+    if requested == "auto" and device_type != "cuda":  # the interpreter is for tests: only by name
+        return next(name for name in reasons if not _BACKENDS[op][name].install)
     if requested == "auto":
-        return automatic
+        return next(name for name, reason in reasons.items() if reason is None)
     if requested not in reasons:
         raise ValueError(f"kernels.{op} {requested!r} is unknown; choose auto or one of {', '.join(reasons)}")
     if reasons[requested] is not None:

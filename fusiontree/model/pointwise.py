@@ -72,7 +72,7 @@ def mamba_step(
     xBC: Tensor,
     dt: Tensor,
     tail: Tensor,
-    seen: Tensor,
+    continues: tuple[Tensor, Tensor],
     state: Tensor,
     conv: tuple[Tensor, Tensor],
     scan: tuple[Tensor, Tensor, Tensor],
@@ -83,7 +83,8 @@ def mamba_step(
     Args:
         xBC: [B, 1, channels], the convolution's new input. dt: [B, 1, heads].
         tail: [B, taps - 1, channels], its last inputs. state: fp32 [B, heads, P, S].
-        seen: bool [B, taps - 1], which of the last inputs, the newest last, are of the new token's document.
+        continues: which of the last inputs, the newest last, are of the new token's document, bool [B, taps - 1]; and
+            whether the state is, bool [B].
         conv: weight [channels, taps] and bias [channels]. scan: A_log, D and dt_bias, fp32 [heads] each.
 
     Returns:
@@ -91,7 +92,8 @@ def mamba_step(
     """
     weight, bias = conv
     A_log, D, dt_bias = scan
-    joined = torch.cat([tail.masked_fill(~seen[..., None], 0), xBC], 1)
+    inputs_seen, state_seen = continues
+    joined = torch.cat([tail.masked_fill(~inputs_seen[..., None], 0), xBC], 1)
     x = F.silu((joined.float() * weight.T.float()).sum(1) + bias.float()).to(xBC.dtype)
     heads, P, S = state.shape[1:]
     values, B_in, C_out = x.split([heads * P, groups * S, groups * S], -1)
@@ -102,10 +104,10 @@ def mamba_step(
         B_in.unflatten(-1, (groups, S)),
         C_out.unflatten(-1, (groups, S)),
         D,
-        state.masked_fill(~seen[:, -1, None, None, None], 0),
+        state.masked_fill(~state_seen[:, None, None, None], 0),
     )
-    tail.copy_(torch.cat([tail[:, 1:], xBC], 1))
-    state.copy_(new)
+    tail.copy_(torch.cat([tail, xBC.detach()], 1)[:, 1:])
+    state.copy_(new.detach())
     return y[:, None]
 
 
@@ -156,7 +158,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class Pointwise(NamedTuple):
     """The functions of this file that a model calls, as they stand or compiled."""
 
-    norm: Callable[..., Any] = norm
     norm_with_time: Callable[..., Any] = norm_with_time
     attention_inputs: Callable[..., Any] = attention_inputs
     joined_norm: Callable[..., Any] = joined_norm

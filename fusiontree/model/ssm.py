@@ -75,12 +75,12 @@ class MambaBranch(nn.Module):
             chunk_size=c.chunk_size,
         )
         if cache is not None:
-            cache.layers[self.layer].state.copy_(state)
+            cache.layers[self.layer].state.copy_(state.detach())
         return y
 
     def _step(self, xBC: Tensor, dt: Tensor, documents: Documents, cache: Cache) -> Tensor:
         layer = cache.layers[self.layer]
-        seen = documents.once("conv tail", lambda: cache.tail_documents == documents.seq_idx)
+        seen = cache.continues(documents)
         scan = self.A_log, self.D, self.dt_bias
         conv = self.conv_weight, self.conv_bias
         groups = self.config.ssm_groups

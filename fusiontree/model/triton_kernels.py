@@ -45,9 +45,10 @@ def _weight(weight, d, back, D: tl.constexpr):
 def _conv_forward_kernel(
     x, weight, bias, seq, y, L, stride_b, stride_t, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
 ):
-    row = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    row = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(D, BD)
+    d = tl.program_id(0) % across * BD + tl.arange(0, BD)
+    t = tl.program_id(0) // across * BT + tl.arange(0, BT)
     x += row * stride_b
     seq += row * L
     here = tl.load(seq + t, mask=t < L, other=-1)
@@ -65,8 +66,10 @@ def _conv_inner_kernel(
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Gradient before the SiLU, `g`, and this program's part of the gradients of the taps and the bias."""
-    row = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    row = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(D, BD)
+    part, parts = tl.program_id(0) // across, tl.num_programs(0) // across
+    d = tl.program_id(0) % across * BD + tl.arange(0, BD)
     inside = d < D
     x += row * stride_b
     seq += row * L
@@ -76,7 +79,7 @@ def _conv_inner_kernel(
     sums = tl.zeros((BT, BD), tl.float32)
     sums0, sums1, sums2, sums3 = sums, sums, sums, sums
     for step in range(STEPS):
-        t = (tl.program_id(1) * STEPS + step) * BT + tl.arange(0, BT)
+        t = (part * STEPS + step) * BT + tl.arange(0, BT)
         here = tl.load(seq + t, mask=t < L, other=-1)
         x0, x1 = _tap(x, seq, here, t, d, 0, L, stride_t, D), _tap(x, seq, here, t, d, 1, L, stride_t, D)
         x2, x3 = _tap(x, seq, here, t, d, 2, L, stride_t, D), _tap(x, seq, here, t, d, 3, L, stride_t, D)
@@ -94,7 +97,7 @@ def _conv_inner_kernel(
         sums1 += value * x1
         sums2 += value * x2
         sums3 += value * x3
-    out = partial + (row * tl.num_programs(1) + tl.program_id(1)) * (TAPS + 1) * D + d
+    out = partial + (row * parts + part) * (TAPS + 1) * D + d
     tl.store(out, tl.sum(sums3, 0), mask=inside)
     tl.store(out + D, tl.sum(sums2, 0), mask=inside)
     tl.store(out + 2 * D, tl.sum(sums1, 0), mask=inside)
@@ -105,9 +108,10 @@ def _conv_inner_kernel(
 @triton.jit
 def _conv_input_kernel(g, weight, seq, dx, L, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Gradient of the input: each token collects from those whose taps reached it."""
-    row = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    row = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(D, BD)
+    d = tl.program_id(0) % across * BD + tl.arange(0, BD)
+    t = tl.program_id(0) // across * BT + tl.arange(0, BT)
     g += row * L * D
     seq += row * L
     here = tl.load(seq + t, mask=t < L, other=-1)
@@ -132,7 +136,7 @@ class _Convolution(torch.autograd.Function):
         padded = F.pad(weight, (4 - ctx.taps, 0)).contiguous()
         seq_idx = seq_idx.contiguous()
         y = torch.empty(B, L, D, dtype=x.dtype, device=x.device)
-        _conv_forward_kernel[(triton.cdiv(D, 128), triton.cdiv(L, 32), B)](
+        _conv_forward_kernel[(triton.cdiv(D, 128) * triton.cdiv(L, 32), B)](
             x, padded, bias, seq_idx, y, L, x.stride(0), x.stride(1), D=D, BT=32, BD=128
         )
         ctx.save_for_backward(x, padded, bias, seq_idx)
@@ -150,11 +154,11 @@ class _Convolution(torch.autograd.Function):
         BT, BD, steps = 16, 64, 32
         parts = triton.cdiv(L, BT * steps)
         partial = torch.empty(B * parts, 5, D, dtype=torch.float32, device=x.device)
-        _conv_inner_kernel[(triton.cdiv(D, BD), parts, B)](
+        _conv_inner_kernel[(triton.cdiv(D, BD) * parts, B)](
             x, weight, bias, seq_idx, dy, g, partial, L, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
             D=D, BT=BT, BD=BD, STEPS=steps,
         )  # fmt: skip
-        _conv_input_kernel[(triton.cdiv(D, 128), triton.cdiv(L, 16), B)](g, weight, seq_idx, dx, L, D=D, BT=16, BD=128)
+        _conv_input_kernel[(triton.cdiv(D, 128) * triton.cdiv(L, 16), B)](g, weight, seq_idx, dx, L, D=D, BT=16, BD=128)
         *taps, d_bias = partial.sum(0)
         d_weight = torch.stack(taps[4 - ctx.taps :], 1)
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None

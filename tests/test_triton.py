@@ -1,0 +1,64 @@
+"""Our Triton kernels, in Triton's interpreter where there is no GPU, equal the functions they stand in for."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import documents_of
+
+from fusiontree.model import pointwise
+from fusiontree.model.triton_kernels import decay_sums, gated_norm, swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def outcome(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output and the inputs' gradients."""
+    leaves = [value.to(DEVICE).requires_grad_() for value in inputs]
+    output = function(*leaves)
+    weights = torch.linspace(-1, 2, output.numel(), device=DEVICE).view(output.shape)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), leaves)]
+
+
+@pytest.mark.parametrize("inner", [8, 44, 1100])  # below and above what one program takes
+def test_swiglu(inner: int) -> None:
+    inputs = [torch.randn(2, 5, 2 * inner, generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(outcome(swiglu, inputs), outcome(pointwise.swiglu, inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 40, 600])
+def test_the_gated_norm_of_a_strided_gate(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=generator) for shape in ((2, 5, size), (2, 5, 3 * size), (size,))]
+
+    def strided(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda y, wide, weight: function(y, wide[..., size : 2 * size], weight, 1e-5)
+
+    found, expected = outcome(strided(gated_norm), inputs), outcome(strided(pointwise.gated_norm), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prefix_sums_begin_anew_in_each_document_and_chunk() -> None:
+    lengths, Q, H = [[20, 1, 22], [16, 27]], 16, 3
+    dt, A = torch.rand(2, 43, H, generator=torch.Generator().manual_seed(0)), torch.tensor([-0.5, -1.0, -2.0])
+    seq = documents_of(lengths).seq_idx
+    steps, sums = (t.cpu() for t in decay_sums(dt.to(DEVICE), A.to(DEVICE), seq.to(DEVICE), Q))
+    assert steps.shape == sums.shape == (2, H, 3, Q)
+    for row in range(2):
+        for t in range(3 * Q):
+            chunk, q = divmod(t, Q)
+            value = dt[row, t] * A if t < 43 else torch.zeros(H)  # the padding goes on with the last document
+            if q > 0 and (t >= 43 or seq[row, t] == seq[row, t - 1]):
+                value = value + sums[row, :, chunk, q - 1]
+            torch.testing.assert_close(sums[row, :, chunk, q], value)
+            torch.testing.assert_close(steps[row, :, chunk, q], dt[row, t] if t < 43 else torch.zeros(H))
+
+
+def test_the_sums_of_a_document_do_not_depend_on_the_others_by_a_bit() -> None:
+    seq = documents_of([[30, 34]]).seq_idx.to(DEVICE)
+    dt, A = torch.rand(1, 64, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE), -torch.ones(4, device=DEVICE)
+    other = dt.clone()
+    other[:, :30] *= 1000
+    before, after = (decay_sums(value, A, seq, 64)[1] for value in (dt, other))
+    assert not torch.equal(before[..., :30], after[..., :30])
+    assert torch.equal(before[..., 30:], after[..., 30:])
