@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,8 +91,10 @@ def write_split(
 
 def write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, about: dict[str, str]) -> None:
     """Write a shard: its rows as samples, each with `about`; `first_row` is the number in the split of the first."""
-    # `tarfile` alone, because importing webdataset imports torch
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    from webdataset.writer import TarWriter  # slow to import, and readers never need it
+
+    # whatever could differ between two builds (time, user, umask) is fixed
+    with TarWriter(stream, user="fusiontree", group="fusiontree", mode=0o644, mtime=0, encoder=False) as tar:
         for at in range(0, len(rows), GROUP_ROWS):
             group = rows[at : at + GROUP_ROWS]
             ends = np.zeros((len(group), max(len(row.ends) for row in group)), dtype=ENDS)
@@ -103,18 +104,14 @@ def write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, about: di
             tokens = tokens.astype(tokens.dtype.newbyteorder("<"))
             crcs = [row_crc(row, kept.ends.astype(ENDS)) for row, kept in zip(tokens, group, strict=True)]
             sample = about | {"crc": crcs, "documents": [[_span_json(span) for span in row.spans] for row in group]}
-            key = f"{first_row + at:09d}"
-            _add_member(tar, f"{key}.ends.npy", _encode_array(ends))
-            _add_member(tar, f"{key}.json", json.dumps(sample, separators=(",", ":")).encode())
-            _add_member(tar, f"{key}.tok.npy", _encode_array(tokens))
-
-
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Whatever could differ between two builds (time, user, umask) is fixed."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = len(content), 0o644, 0
-    member.uname = member.gname = "fusiontree"
-    tar.addfile(member, io.BytesIO(content))
+            tar.write(
+                {
+                    "__key__": f"{first_row + at:09d}",
+                    "ends.npy": _encode_array(ends),
+                    "json": json.dumps(sample, separators=(",", ":")).encode(),
+                    "tok.npy": _encode_array(tokens),
+                }
+            )
 
 
 def _span_json(span: Span) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def _gated_norm_backward_kernel(
         value = tl.load(y + row * y_stride + c, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(z + row * z_stride + c, mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(d_out + row * d_stride + c, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(inverse + row, mask=row < rows, other=0.0)
+        scale = tl.load(inverse + tl.minimum(row, rows - 1))
         sigmoid = tl.sigmoid(gate)
         normed = value * gate * sigmoid * scale
         sums += upstream * normed
