@@ -252,7 +252,7 @@ def _gated_norm_backward_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     for step in range(STEPS):
         row = (first + step * programs).to(tl.int64)
-        inside = (c < size) & (row < rows)
+        inside = c < tl.where(row < rows, size, 0)
         value = tl.load(y + row * y_stride + c, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(z + row * z_stride + c, mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(d_out + row * d_stride + c, mask=inside, other=0.0).to(tl.float32)
