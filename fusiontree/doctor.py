@@ -40,8 +40,9 @@ def diagnose(config: RunConfig | None, ranks: int = 1) -> dict[str, Any]:
         versions = _versions(problems)
     if any(problem.startswith("torch ") for problem in problems):
         return {"versions": versions, "machine": _machine([]), "kernels": {}, "install": [], "problems": problems}
-    gpus = _gpus()
-    device_type = "cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+    from fusiontree.distributed import accelerator
+
+    gpus, device_type = _gpus(), accelerator()
     report: dict[str, Any] = {
         "versions": versions,
         "machine": _machine(gpus),

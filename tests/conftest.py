@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 
 from data_tools.build import build as build_shards
 from data_tools.tokenizer import train_tokenizer
-from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
+from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
-from fusiontree.data.writer import write_split
+from fusiontree.data.writer import SHARD_ROWS, ShardWriter
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
@@ -71,6 +72,15 @@ def documents_of(rows: list[list[int]]) -> Documents:
     """Documents from their lengths, row by row."""
     numbers = [[i for i, length in enumerate(row) for _ in range(length)] for row in rows]
     return Documents.from_seq_idx(torch.tensor(numbers, dtype=torch.int32))
+
+
+def write_split(
+    folder: Path, split: str, rows: Iterable[PackedRow], source: str, shard_rows: int = SHARD_ROWS
+) -> list[ShardInfo]:
+    """Write all rows of a split of a dataset folder."""
+    writer = ShardWriter(folder, split, source, shard_rows=shard_rows)
+    writer.add(rows)
+    return writer.finish()
 
 
 def counting_dataset(folder: Path, rows: int, first: int, row_len: int = 32, tokenizer: str = "f") -> Dataset:

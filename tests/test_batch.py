@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_split
 
 from fusiontree.data.batch import IGNORE, Batch, collate, slice_ends
 from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source, validation_batches
-from fusiontree.data.writer import write_split
 from fusiontree.errors import UserError
 
 ROW, PAD = 32, 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cli
+from conftest import cli, write_split
 
 from data_tools.reindex import reindex
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
@@ -16,7 +16,6 @@ from data_tools.verify import verify
 from fusiontree.data.format import Dataset, Manifest, read_index
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.tokenizer import open_tokenizer
-from fusiontree.data.writer import write_split
 from fusiontree.errors import UserError
 
 ROW, ROWS, SHARD_ROWS = 64, 200, 96  # shards of 96, 96 and 8 rows; samples of 32, so three in the first

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
+from conftest import write_split
 
 from fusiontree.data.format import Dataset, Manifest, TokenizerInfo, token_dtype
 from fusiontree.data.packing import PackedRow, Span
-from fusiontree.data.writer import write_split
 from fusiontree.errors import RunError, UserError
 
 ROW, ROWS, SHARD_ROWS = 64, 100, 40  # groups of 32 and 8, shards of 40, 40 and 20 rows

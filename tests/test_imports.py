@@ -36,7 +36,9 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
     },
-    "fusiontree.doctor": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model", "fusiontree.data"},
+    "fusiontree.doctor": {
+        *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
+    },
     "launcher": {"fusiontree.config"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),

@@ -79,16 +79,6 @@ class ShardWriter:
         self.shards.append(scan.info(name))
 
 
-def write_split(
-    folder: Path, split: str, rows: Iterable[PackedRow], source: str, shard_rows: int = SHARD_ROWS
-) -> list[ShardInfo]:
-    """Write all rows of a split, see `ShardWriter`; one shard's rows are held at a time."""
-    writer = ShardWriter(folder, split, source, shard_rows=shard_rows)
-    for row in rows:
-        writer.add([row])
-    return writer.finish()
-
-
 def write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, about: dict[str, str]) -> None:
     """Write a shard: its rows as samples, each with `about`; `first_row` is the number in the split of the first."""
     from webdataset.writer import TarWriter  # slow to import, and readers never need it
