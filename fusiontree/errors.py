@@ -11,3 +11,15 @@ class RunError(RuntimeError):
     """The run could not go on though the input was right (damage, a full disk); the command exits with 1."""
 
     exit_code = 1
+
+
+class StoppedError(RunError):
+    """The run was asked to stop and has saved: started again it goes on from there. Launchers requeue on this code."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class HungError(RunError):
+    """A step took so long that the watchdog ended the job; every rank's stacks lie in the run's folder."""
+
+    exit_code = 76

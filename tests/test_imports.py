@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
-LEAVES = {"fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"}
+LEAVES = {
+    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
+    "fusiontree.incidents",
+}
 
 # part of the project → the parts it may import, besides itself and the leaves
 ARROWS = {
@@ -45,6 +48,7 @@ ARROWS = {
     "fusiontree.files": set(),
     "fusiontree.console": set(),
     "fusiontree.network": set(),
+    "fusiontree.incidents": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -52,7 +56,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     "fusiontree.training.data",
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    "fusiontree.flops",
+    *("fusiontree.flops", "fusiontree.incidents"),
 )
 
 
