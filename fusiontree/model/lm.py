@@ -76,6 +76,12 @@ class HybridLM(nn.Module):
         """Dtype of the residual stream."""
         return self.compute_dtype or self.embedding.weight.dtype
 
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Compute with `kernels` from now on."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
+
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` rows."""
         return Cache(self.config, rows, self.activation_dtype, self.embedding.weight.device)
@@ -147,6 +153,6 @@ def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | Non
     drops: list[Branch | None] = []
     for layer in range(config.num_layers):
         draw = random.Random(f"branch drop {seed} {step} {layer}")
-        hit = draw.random() < config.branch_drop
+        hit = draw.random() < config.branch_drop and config.kind_at(layer) == "hybrid"
         drops.append(draw.choice(("mamba", "attention")) if hit else None)
     return drops
