@@ -196,7 +196,15 @@ def _launch(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export import export
 
-    return _show(export(args.source, args.output, dtype=args.dtype, overwrite=args.overwrite), args.json)
+    figures = export(
+        args.source,
+        args.output,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        trust=args.trust_checkpoint,
+    )
+    return _show(figures, args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -581,6 +589,12 @@ def _add_model(commands: Any) -> None:
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
     export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
+    )
+    export.add_argument(
+        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+    )
     _add_overwrite(export)
 
     generate = _command(

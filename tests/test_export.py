@@ -13,8 +13,8 @@ from fusiontree import checkpoint
 from fusiontree import model as model_package
 from fusiontree.config import load_config
 from fusiontree.errors import RunError
-from fusiontree.export import prove
 from fusiontree.model.lm import HybridLM
+from fusiontree.parity import prove
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: 
     }
     assert cli("export", "step-8", run / "other", cwd=run / "checkpoints")
     parity = json.loads((exported / "parity.json").read_text())
-    assert parity["logits"] == parity["left_padding"] == 0
+    assert parity["logits"] == parity["left_padding"] == parity["packed"] == 0
     assert parity["cached_decoding"] < 1e-4
 
 
@@ -123,11 +123,12 @@ def test_bf16_keeps_the_scan_parameters_in_fp32(run: Path, tmp_path: Path) -> No
 
 
 def test_weights_that_differ_fail_the_proof(exported: Path, run: Path) -> None:
-    model = trained(run)
-    with torch.no_grad():
-        model.blocks[1].fusion.bias += 0.1
+    weights = dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    config = load_config(str(run / "config.yaml")).model
+    assert prove(exported, config, weights, "fp32")["packed"] == 0
+    weights["blocks.1.fusion.bias"] = weights["blocks.1.fusion.bias"] + 0.1
     with pytest.raises(RunError, match="export fails its proof: logits differs"):
-        prove(exported, model, "fp32")
+        prove(exported, config, weights, "fp32")
 
 
 def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Path) -> None:

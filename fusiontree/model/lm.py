@@ -127,7 +127,7 @@ class HybridLM(nn.Module):
             loss_sum = self.kernels.loss(x.flatten(0, 1), self.head_weight, labels.flatten())
             return Output(loss_sum, None, torch.stack(gates))
         kept = x if keep_logits is None else x[:, -keep_logits:]
-        return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), None)
+        return Output(None, F.linear(kept, self.head_weight.to(x.device, x.dtype)).float(), None)
 
     def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The block's outputs; what has a gradient must be an argument of its own for the recomputation to see it."""
