@@ -22,6 +22,8 @@ from fusiontree.kernels import DTYPES
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.parity import prove
+from fusiontree.prune.plan import PrunedWeights
+from fusiontree.prune.pruner import Pruner
 from fusiontree.weights import Spec, write_safetensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -35,12 +37,16 @@ def export(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     trust: bool = False,
+    prune: str | None = None,
+    prune_heads: int = 0,
+    data: Path | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Export the newest checkpoint of a run, or a checkpoint, to `output`, whatever ZeRO stage and ranks it is of.
 
     The folder loads with ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` where this project
     is not installed. It appears only if its logits equal the trained model's (`parity.json`). No more of the model is
-    ever in memory than the embedding and the tensor at hand.
+    ever in memory than the embedding and the tensor at hand; but what is pruned is measured, which takes all of it.
 
     Args:
         source: a run's folder or a checkpoint's.
@@ -48,9 +54,14 @@ def export(
         overwrite: replace what `output` holds.
         max_shard_size: of one file of weights, e.g. `5GB` (10^9 bytes).
         trust: unpickle whatever the checkpoint holds, which may run any code.
+        prune: what to prune: a plan's path; `auto`, the plan that `fusiontree prune` would make; or the number of
+            branches to prune, those whose loss costs least.
+        prune_heads: so many global key-value heads are pruned with their queries, those whose loss costs least.
+        data: dataset whose held-out rows measure the loss; by default the run's own.
+        limit: of those rows, at most.
 
     Returns:
-        Where, the step, parameters, bytes of the weights, and the parity figures.
+        Where, the step, parameters, bytes of the weights, the parity figures, and what pruning did.
 
     Raises:
         UserError: no checkpoint, one that is not only tensors, or `output` holds something.
@@ -66,14 +77,19 @@ def export(
     tokenizer = found.parent.parent / "tokenizer"
     if not tokenizer.is_dir():
         raise UserError(f"no tokenizer at {tokenizer}; copy the one that the data was built with there")
-    weights = checkpoint.read_weights(found, trust)
+    weights: Mapping[str, Tensor] = checkpoint.read_weights(found, trust)
+    shape, pruned = config.model, {}
+    if prune is not None or prune_heads:
+        pruning, pruned["pruning"] = Pruner(found, config, weights, data, limit).prune(prune, prune_heads)
+        gates = checkpoint.read_gates(found)
+        shape, weights = pruning.config(config.model), PrunedWeights(weights, config.model, pruning, gates)
     with staged_folder(output, overwrite, marker=FACTS) as partial, tempfile.TemporaryDirectory() as modules:
         # transformers copies a folder's code there to import it; read when it is first imported, below
         os.environ["HF_MODULES_CACHE"] = modules
-        _write_weights(partial, config.model, weights, dtype, max_shard_bytes)
-        _write_rest(partial, config, config.model, state, tokenizer, dtype)
+        _write_weights(partial, shape, weights, dtype, max_shard_bytes)
+        _write_rest(partial, config, shape, {**state, **pruned}, tokenizer, dtype)
         console.print("proving the export: logits and cached decoding against the trained model")
-        parity = prove(partial, config.model, weights, dtype)
+        parity = prove(partial, shape, weights, dtype)
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     return {
@@ -81,9 +97,10 @@ def export(
         "checkpoint": str(found),
         "step": state["step"],
         "dtype": dtype,
-        "parameters": config.model.parameter_count(),
+        "parameters": shape.parameter_count(),
         "weights_bytes": size,
         "parity": parity,
+        **pruned,
     }
 
 
@@ -137,12 +154,27 @@ def _write_rest(
         shutil.copyfile(path, folder / path.name)
     facts = {"fusiontree_version": __version__, "seq_len": config.data.seq_len, "run": config.name, **state}
     write_atomic(folder / FACTS, json.dumps(facts, indent=1))
-    write_atomic(folder / "README.md", model_card(config, state))
+    write_atomic(folder / "README.md", model_card(config, shape, state))
 
 
-def model_card(config: RunConfig, state: dict[str, Any]) -> str:
-    """The exported folder's README, from the run's facts."""
-    model = config.model
+def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> str:
+    """The exported folder's README, from the run's facts and the exported shape."""
+    lines = [
+        ("updates", f"{state['step']:,}"),
+        ("tokens", f"{state['tokens']:,}"),
+        ("row length", f"{config.data.seq_len:,} tokens"),
+        ("peak learning rate", f"{config.optimizer.lr:g}"),
+        ("precision", config.precision),
+    ]
+    if "pruning" in state:
+        before, after = (state["pruning"][when] for when in ("before", "after"))
+        kinds = ", ".join(f"{layer}: {kind}" for layer, kind in enumerate(model.layer_kinds or ()) if kind != "hybrid")
+        lines += [
+            ("layers pruned to one branch", kinds or "none"),
+            ("parameters before pruning", f"{before['parameters']:,}"),
+            ("held-out loss before and after", f"{before['loss']:.4f} and {after['loss']:.4f} nats per token"),
+        ]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -156,11 +188,7 @@ of them global, the rest with a window of {model.window} tokens), fused by a lea
 
 | | |
 |---|---|
-| updates | {state["step"]:,} |
-| tokens | {state["tokens"]:,} |
-| row length | {config.data.seq_len:,} tokens |
-| peak learning rate | {config.optimizer.lr:g} |
-| precision | {config.precision} |
+{facts}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

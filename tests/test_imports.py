@@ -26,6 +26,10 @@ ARROWS = {
     "fusiontree.weights": set(),
     "fusiontree.parity": {"fusiontree.model", "fusiontree.kernels", "fusiontree.weights"},
     "fusiontree.prune": {"fusiontree.model"},
+    "fusiontree.prune.pruner": {
+        *("fusiontree.prune", "fusiontree.checkpoint", "fusiontree.config", "fusiontree.distributed"),
+        *("fusiontree.kernels", "fusiontree.model", "fusiontree.evaluate", "fusiontree.bench.decoding"),
+    },
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
@@ -36,7 +40,12 @@ ARROWS = {
         "fusiontree.generate",  # the reader of an exported folder owns what it looks for there
     },
     "fusiontree.generate": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model"},
-    "fusiontree.evaluate": {"fusiontree.generate", "fusiontree.model", "fusiontree.data"},
+    "fusiontree.evaluate": {
+        *("fusiontree.generate", "fusiontree.model", "fusiontree.data"),
+        "fusiontree.bench.decoding",  # throughput is measured in one way
+    },
+    "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
+    "fusiontree.bench.measure": set(),
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
