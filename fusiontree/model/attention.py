@@ -44,9 +44,11 @@ class AttentionBranch(nn.Module):
         """Attention of one kind of head; [B, L, heads, D]."""
         if cache is None:
             return self.kernels.attention(q, k, v, documents, window)
-        keys, values = cache.attend(self.layer, k, v, window)
         if q.shape[1] == 1:
+            keys, values, slot = cache.place(self.layer, window)
+            self.kernels.pointwise.remember(keys, values, k.detach(), v.detach(), slot)
             return self.kernels.decode(q, keys, values, cache.visible(documents, window), cache.filled(window))
+        keys, values = cache.extend(self.layer, k, v, window)
         if cache.length == 0:
             return self.kernels.attention(q, k, v, documents, window)
         if cache.whole:
