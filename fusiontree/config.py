@@ -132,12 +132,37 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    """Learning rate by step."""
+    """Learning rate by step. A length in tokens becomes one in steps as it is read: the first that reach the tokens."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
     steps: Count  # optimizer steps of the whole run
-    warmup_steps: int = Field(default=0, ge=0)  # optimizer steps of linear warm-up, the first of `steps`
-    min_lr_ratio: Fraction = 0.1  # learning rate at the end of the cosine, as a share of the peak
+    tokens: Count | None = None  # or its tokens
+    warmup_steps: Step = 0  # optimizer steps of linear warm-up, the first of `steps`
+    warmup_tokens: Step | None = None
+    decay_steps: Count | None = None  # wsd: optimizer steps of decay, the last of `steps`; null: a fifth of them
+    decay_tokens: Count | None = None
+    min_lr_ratio: Fraction = 0.1  # learning rate at the end of cosine or decay, as a share of the peak
+
+    @property
+    def decay(self) -> int:
+        """Optimizer steps of the decay of `wsd`."""
+        return self.decay_steps or max(1, self.steps // 5)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleConfig":
+        wsd = self.kind == "wsd"
+        _require(wsd or self.decay_steps is None, f"decay_steps is for kind wsd, but kind is {self.kind}; take one out")
+        _require(
+            self.warmup_steps < self.steps,
+            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end before it has "
+            "warmed up; lower warmup_steps or raise steps",
+        )
+        _require(
+            not wsd or self.warmup_steps + self.decay <= self.steps,
+            f"warmup_steps {self.warmup_steps} and decay_steps {self.decay} are together more than steps {self.steps}; "
+            f"lower one of them or raise steps to {self.warmup_steps + self.decay}",
+        )
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -200,11 +225,6 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _values_agree(self) -> "RunConfig":
         schedule, row_tokens = self.schedule, self.data.seq_len * self.batch.micro_rows
-        _require(
-            schedule.warmup_steps < schedule.steps,
-            f"schedule.warmup_steps {schedule.warmup_steps} is not below schedule.steps {schedule.steps}: the schedule "
-            "would end before it has warmed up; lower warmup_steps or raise steps",
-        )
         _require(
             self.batch.tokens % row_tokens == 0,
             f"batch.tokens {self.batch.tokens} is not a multiple of data.seq_len {self.data.seq_len} x "
@@ -273,6 +293,10 @@ _TABLE_HINTS = {
     "data.curriculum": "give data.curriculum.STEP: the tokens per row from that step on",
 }
 
+# a length's key in the other unit
+_LENGTHS = {f"schedule.{name}steps": f"schedule.{name}tokens" for name in ("", "warmup_", "decay_")}
+_LENGTHS |= {tokens: steps for steps, tokens in _LENGTHS.items()}
+
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -292,15 +316,41 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for where, tree in layers:
-        for key, value in _leaves(tree, where):
+        leaves = dict(_leaves(tree, where))
+        for key, value in leaves.items():
+            other = _LENGTHS.get(key)
+            if other is not None and value is not None:
+                _require_one_length(where, key, leaves)
+                values[other] = None  # a length given in a later layer replaces one given in another unit
             _put(values, key, value)
             origins[key] = where
+    _lengths_to_steps(values, origins)
     try:
         # through JSON, where pydantic's strict mode takes a string for a path and a mapping for a dataclass
         return RunConfig.model_validate_json(json.dumps(_nested(values)))
     except ValidationError as error:
         whole = " ".join([source, *overrides])
         raise UserError(_one_line(error.errors(), origins, whole)) from None
+
+
+def _lengths_to_steps(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Turn the schedule's lengths in tokens into steps."""
+    batch = values.get("batch.tokens")
+    for name in (name for name in _LENGTHS if name.endswith("tokens") and values.get(name) is not None):
+        if type(values[name]) is not int:
+            raise UserError(f"{origins[name]}: {name} is {_short(values[name])}; it must be a number of tokens")
+        if type(batch) is int and batch > 0:  # else that is told with the rest
+            values[_LENGTHS[name]], values[name] = -(-values[name] // batch), None
+            origins[_LENGTHS[name]] = origins[name]
+    for name in ("schedule.steps", "schedule.warmup_steps"):
+        if name in values and values[name] is None:
+            del values[name]
+
+
+def _require_one_length(where: str, key: str, leaves: Mapping[str, Any]) -> None:
+    other = _LENGTHS[key]
+    if leaves.get(other) is not None:
+        raise UserError(f"{where}: {key} {leaves[key]} and {other} {leaves[other]} are both given; take one out")
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
