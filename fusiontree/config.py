@@ -33,6 +33,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 class SourceConfig(_Section):
     """One of several datasets that are mixed."""
 
@@ -165,6 +170,23 @@ class ScheduleConfig(_Section):
         return self
 
 
+class CheckpointingConfig(_Section):
+    """Which activations the backward pass computes again. ``activation_checkpointing: full`` sets `policy` alone."""
+
+    policy: Literal["none", "full", "every_n", "branch"] = "none"
+    every: Count = 2  # every_n: one block of so many is computed again
+    branch: Literal["mamba", "attention", "both"] = "both"  # branch: what is computed again of every block
+    offload: bool = False  # what is kept of a recomputed part, its input, waits in the host's memory
+
+    @model_validator(mode="after")
+    def _offloads_something(self) -> "CheckpointingConfig":
+        _require(
+            not self.offload or self.policy != "none",
+            "offload moves the inputs of recomputed parts, and policy none has none; set policy or offload: false",
+        )
+        return self
+
+
 class CheckpointConfig(_Section):
     """When checkpoints are written and how many stay."""
 
@@ -215,7 +237,7 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -287,6 +309,7 @@ KEYS = tuple(
 )  # every dotted key, in order
 # keys below which the user chooses names, and how many names lead to a value: data.sources.NAME.weight, ...
 TABLES = {"data.sources": 2, "data.weights": 2, "data.curriculum": 1}
+SHORT_FORMS = {"activation_checkpointing": "policy"}  # a single value given to the section is that of this key
 _TABLE_HINTS = {
     "data.sources": "give data.sources.NAME.path and, if you like, weight and max_epochs",
     "data.weights": "give data.weights.STEP.NAME: the weight of source NAME from that step on",
@@ -435,6 +458,8 @@ def _leaves(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[t
     """The dotted keys of `tree` and their values; each key must be one of KEYS."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
+        if key in SHORT_FORMS and isinstance(value, str):
+            key = f"{key}.{SHORT_FORMS[key]}"
         table = _table(key)
         if isinstance(value, dict) and (value or key in SECTIONS):
             yield from _leaves(value, where, f"{key}.")
@@ -547,8 +572,8 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)|activation_checkpointing"
-    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels)\..+"
+    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels|activation_checkpointing)\..+"
 )
 
 
@@ -644,11 +669,6 @@ def require_vocabulary(config: RunConfig, location: str, vocab_size: int) -> Non
             f"dataset {location}: its tokenizer has {vocab_size} tokens, more than model.vocab_size "
             f"{config.model.vocab_size}; raise model.vocab_size or build the data with a smaller tokenizer"
         )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 def _multiples_around(value: int, unit: int) -> list[int]:

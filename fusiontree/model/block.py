@@ -11,6 +11,7 @@ from .config import ModelConfig
 from .documents import Documents
 from .layers import Linear
 from .ops import Kernels
+from .recompute import Recompute
 from .srte import time_encoding
 from .ssm import MambaBranch
 
@@ -65,6 +66,7 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # of `rotary_embedding`
     real: Tensor | None  # bool [B, L], tokens that count in the gate's statistics; None: none are kept
     cache: Cache | None
+    recompute: Recompute
 
 
 class SwiGLU(nn.Module):
@@ -110,8 +112,9 @@ class HybridBlock(nn.Module):
         if self.srte is not None:
             time = self.srte(context.documents.position_ids, x.dtype)
         h, timed = self.pointwise.norm_with_time(x, time, self.norm, self.eps)
-        m = self.mamba(timed, context.documents, context.cache)
-        a = self.attention(h, context.rotary, context.documents, context.cache)
+        recompute = context.recompute
+        m = recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
+        a = recompute.branch("attention", self.attention, h, context.rotary, context.documents, context.cache)
         if dropped is not None:
             m, a = (m * 0, a) if dropped == "mamba" else (m, a * 0)
         x, h, gate = self.fusion(x, m, a, context.real, self.mlp_norm)

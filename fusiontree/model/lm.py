@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import rotary_embedding
 from .block import Branch, Context, HybridBlock
@@ -16,6 +15,7 @@ from .config import ModelConfig
 from .documents import Documents
 from .layers import Linear, RMSNorm
 from .ops import Kernels, reference_kernels
+from .recompute import KEEP, Recompute
 from .reference import IGNORE
 from .srte import time_encoding
 
@@ -39,14 +39,13 @@ class HybridLM(nn.Module):
         config: ModelConfig,
         kernels: Kernels | None = None,
         compute_dtype: torch.dtype | None = None,
-        checkpoint_blocks: bool = False,
+        recompute: Recompute = KEEP,
     ):
-        """`checkpoint_blocks`: keep only the blocks' inputs for the backward pass and compute the rest again."""
         super().__init__()
         self.config = config
         self.kernels = kernels or reference_kernels()
         self.compute_dtype = compute_dtype
-        self.checkpoint_blocks = checkpoint_blocks
+        self.recompute = recompute
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.srte = time_encoding(config) if config.srte_shared else None
         self.blocks = nn.ModuleList(HybridBlock(config, i, self.kernels) for i in range(config.num_layers))
@@ -107,12 +106,15 @@ class HybridLM(nn.Module):
         if cache is not None:
             cache.begin(documents)
         rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
-        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache)
+        # computed again, a block would meet the cache behind its own tokens
+        recompute = self.recompute if cache is None else KEEP
+        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache, recompute)
         time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
         x = self.embedding(input_ids).to(self.activation_dtype)
         gates: list[Any] = []  # nothing where nothing is labelled
-        for block, dropped in zip(self.blocks, branch_drops or [None] * len(self.blocks), strict=True):
-            x, gate = self._run(block, x, time, context, dropped)
+        drops = branch_drops or [None] * len(self.blocks)
+        for layer, (block, dropped) in enumerate(zip(self.blocks, drops, strict=True)):
+            x, gate = recompute.block(layer, block, x, time, context, dropped)
             gates.append(gate)
         if cache is not None:
             cache.end(documents)
@@ -122,14 +124,6 @@ class HybridLM(nn.Module):
             return Output(loss_sum, None, torch.stack(gates))
         kept = x if keep_logits is None else x[:, -keep_logits:]
         return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), None)
-
-    def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """The block's outputs; what has a gradient must be an argument of its own for the recomputation to see it."""
-        cached = arguments[2].cache is not None  # computed again, a block would meet the cache behind its own tokens
-        if self.checkpoint_blocks and torch.is_grad_enabled() and not cached:
-            # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
-            return checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
-        return block(*arguments)
 
     def _continue(self, input_ids: Tensor, cache: Cache | None) -> Documents:
         """Documents of new tokens that go on with the cached document of their row."""

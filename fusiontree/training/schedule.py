@@ -10,9 +10,9 @@ from fusiontree.config import ScheduleConfig
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
     """Learning rate of update `step` (from 0): linear warm-up to `peak`, then by kind.
 
-    `cosine` falls along half a cosine (arXiv 1608.03983); `wsd` stays at the peak until the last `decay` updates and then
-    falls as one minus the square root of the share of them that is done (arXiv 2405.18392); `constant` stays. What falls
-    arrives at ``min_lr_ratio * peak`` with the last update.
+    `cosine` falls along half a cosine (arXiv 1608.03983); `wsd` stays at the peak until its last `decay` updates and
+    then falls as one minus the square root of the share of them that is done (arXiv 2405.18392); `constant` stays.
+    What falls arrives at ``min_lr_ratio * peak`` with the last update.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

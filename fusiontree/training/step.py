@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fusiontree import distributed
-from fusiontree.config import RunConfig, deepspeed_json
+from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.data.batch import Batch
 from fusiontree.distributed import World
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.block import Branch
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, branch_drops
+from fusiontree.model.recompute import Recompute
 from fusiontree.training.gates import GateStatistics
 from fusiontree.training.schedule import learning_rate
 
@@ -95,7 +96,7 @@ def _build_engine(config: RunConfig, world: World) -> Any:
         config.model,
         choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype),
         compute_dtype=dtype,
-        checkpoint_blocks=config.activation_checkpointing == "full",
+        recompute=_recompute(config.activation_checkpointing),
     ).to(world.device)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),
@@ -117,6 +118,12 @@ def _build_engine(config: RunConfig, world: World) -> Any:
         settings["zero_optimization"]["overlap_comm"] = False
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+def _recompute(config: CheckpointingConfig) -> Recompute:
+    every = {"full": 1, "every_n": config.every}.get(config.policy, 0)
+    branches = ("mamba", "attention") if config.branch == "both" else (config.branch,)
+    return Recompute(every, branches if config.policy == "branch" else (), config.offload)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
