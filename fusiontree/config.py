@@ -126,14 +126,25 @@ class BatchConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW."""
+    """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) for the blocks' matrices and AdamW for the rest."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0.0)  # peak learning rate, reached at the end of the warm-up
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)  # matrices only: norms, biases, gates and scan state are exempt
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # Muon's
     grad_clip: float = Field(default=1.0, ge=0.0)  # largest norm of the whole gradient; 0 = never clip
+
+    @model_validator(mode="after")
+    def _clips_gradients_only(self) -> "OptimizerConfig":
+        _require(
+            self.kind == "adamw" or self.grad_clip == 0,
+            f"grad_clip {self.grad_clip:g} would cut Muon's update, which DeepSpeed makes before it clips; with kind "
+            "muon set optimizer.grad_clip=0",
+        )
+        return self
 
 
 class ScheduleConfig(_Section):

@@ -15,8 +15,8 @@ from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM
 from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
+from fusiontree.training.optimizer import parameter_groups
 from fusiontree.training.schedule import learning_rate
-from fusiontree.training.step import parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
     torch.manual_seed(config.seed)
     model = HybridLM(config.model)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay), betas=(config.optimizer.beta1, config.optimizer.beta2)
+        parameter_groups(model, config.optimizer), betas=(config.optimizer.beta1, config.optimizer.beta2)
     )
     curve, norms = [], []
     for step in range(config.schedule.steps):

@@ -17,6 +17,7 @@ from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, branch_drops
 from fusiontree.model.recompute import Recompute
 from fusiontree.training.gates import GateStatistics
+from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.schedule import learning_rate
 
 
@@ -34,6 +35,7 @@ class TrainingStep:
     def __init__(self, config: RunConfig, world: World):
         self.config, self.world = config, world
         self.engine = _build_engine(config, world)
+        self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
     @property
@@ -81,9 +83,8 @@ class TrainingStep:
         return output.loss_sum, output.gates
 
     def _set_learning_rate(self, step: int) -> None:
-        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = learning_rate(self.config.schedule, peak, step)
 
 
 def _build_engine(config: RunConfig, world: World) -> Any:
@@ -98,13 +99,6 @@ def _build_engine(config: RunConfig, world: World) -> Any:
         compute_dtype=dtype,
         recompute=_recompute(config.activation_checkpointing),
     ).to(world.device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.eps,
-        fused=True,
-    )
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
@@ -113,10 +107,12 @@ def _build_engine(config: RunConfig, world: World) -> Any:
         "steps_per_print": sys.maxsize,
         **deepspeed_json(config),
     }
+    if config.optimizer.kind == "muon" and "zero_optimization" in settings:
+        settings["zero_optimization"]["reduce_scatter"] = False  # Muon needs whole gradients
     if world.size == 1 and "zero_optimization" in settings:
         # nothing to overlap with, and the engine would wait for the device before every update
         settings["zero_optimization"]["overlap_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config.optimizer), config=settings)
     return engine
 
 
@@ -124,16 +120,6 @@ def _recompute(config: CheckpointingConfig) -> Recompute:
     every = {"full": 1, "every_n": config.every}.get(config.policy, 0)
     branches = ("mamba", "attention") if config.branch == "both" else (config.branch,)
     return Recompute(every, branches if config.policy == "branch" else (), config.offload)
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, the scan's state parameters and the gate do not."""
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        spare = parameter.ndim < 2 or ".fusion." in name
-        (spared if spare else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 def _total_norm(model: torch.nn.Module) -> Tensor:
