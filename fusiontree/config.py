@@ -614,6 +614,10 @@ _OWNED = {
     "activation_checkpointing": "activation_checkpointing",
     "steps_per_print": "logging.every",
     "wandb": "logging.wandb",
+    "elasticity": "batch.*",
+    "curriculum_learning": "data.curriculum",
+    "data_efficiency": "data.*",
+    "progressive_layer_drop": "model.branch_drop",
 }
 
 

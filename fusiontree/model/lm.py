@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .block import Branch, Context, HybridBlock
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
-from .layers import Linear, RMSNorm
+from .layers import Embedding, Linear, RMSNorm
 from .ops import Kernels, reference_kernels
 from .recompute import KEEP, Recompute
 from .reference import IGNORE
@@ -46,24 +47,12 @@ class HybridLM(nn.Module):
         self.kernels = kernels or reference_kernels()
         self.compute_dtype = compute_dtype
         self.recompute = recompute
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        std = 0.5 / math.sqrt(config.hidden_size)  # so that logits start with a deviation of one half
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, std)
         self.srte = time_encoding(config) if config.srte_shared else None
         self.blocks = nn.ModuleList(HybridBlock(config, i, self.kernels) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start the matrices: small enough that the first loss is near ln V and depth does not raise the scale."""
-        H = self.config.hidden_size
-        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
-        nn.init.normal_(self.embedding.weight, std=0.5 / math.sqrt(H))  # logits of deviation one half
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                into_residual = name.endswith(("out_proj", "mlp.down"))
-                nn.init.normal_(module.weight, std=residual if into_residual else 0.02)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.5 / math.sqrt(H))
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, std)
 
     @property
     def head_weight(self) -> Tensor:
@@ -134,6 +123,22 @@ class HybridLM(nn.Module):
             return cache.next_token()
         new = cache.last_document[:, None].expand(B, L)
         return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
+
+
+def materialise(model: HybridLM, seed: int, device: torch.device) -> Iterator[nn.Module]:
+    """Give a model made on the meta device its initial weights on `device`, a function of `seed` and their names alone.
+
+    Yields:
+        Each module as soon as its own parameters are there: who cuts them up never holds the whole model.
+    """
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        module.to_empty(device="cpu", recurse=False)  # drawn on the host, so that every device starts alike
+        module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, own, nn.Parameter(parameter.detach().to(device)))
+        yield module
 
 
 def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:

@@ -1,23 +1,20 @@
 """One optimizer update under DeepSpeed: all that training and its benchmark must do alike."""
 
-import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusiontree import distributed
-from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
+from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
 from fusiontree.distributed import World
-from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.block import Branch
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, branch_drops
-from fusiontree.model.recompute import Recompute
+from fusiontree.model.lm import branch_drops
+from fusiontree.training.build import build_engine
 from fusiontree.training.gates import GateStatistics
-from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.schedule import learning_rate
 
 
@@ -34,7 +31,7 @@ class TrainingStep:
 
     def __init__(self, config: RunConfig, world: World):
         self.config, self.world = config, world
-        self.engine = _build_engine(config, world)
+        self.engine = build_engine(config, world)
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
@@ -85,41 +82,6 @@ class TrainingStep:
     def _set_learning_rate(self, step: int) -> None:
         for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = learning_rate(self.config.schedule, peak, step)
-
-
-def _build_engine(config: RunConfig, world: World) -> Any:
-    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
-    import deepspeed
-
-    torch.manual_seed(config.seed)
-    dtype = DTYPES[config.precision]
-    model = HybridLM(
-        config.model,
-        choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype),
-        compute_dtype=dtype,
-        recompute=_recompute(config.activation_checkpointing),
-    ).to(world.device)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
-        "gradient_accumulation_steps": config.accumulation_steps(world.size),
-        "gradient_clipping": config.optimizer.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": sys.maxsize,
-        **deepspeed_json(config),
-    }
-    if config.optimizer.kind == "muon" and "zero_optimization" in settings:
-        settings["zero_optimization"]["reduce_scatter"] = False  # Muon needs whole gradients
-    if world.size == 1 and "zero_optimization" in settings:
-        # nothing to overlap with, and the engine would wait for the device before every update
-        settings["zero_optimization"]["overlap_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config.optimizer), config=settings)
-    return engine
-
-
-def _recompute(config: CheckpointingConfig) -> Recompute:
-    every = {"full": 1, "every_n": config.every}.get(config.policy, 0)
-    branches = ("mamba", "attention") if config.branch == "both" else (config.branch,)
-    return Recompute(every, branches if config.policy == "branch" else (), config.offload)
 
 
 def _total_norm(model: torch.nn.Module) -> Tensor:
