@@ -11,6 +11,7 @@ from .config import ModelConfig
 from .documents import Documents
 from .layers import Linear
 from .ops import Kernels
+from .recompute import Recompute
 from .srte import time_encoding
 from .ssm import MambaBranch
 
@@ -32,10 +33,10 @@ class Fusion(nn.Module):
             self.bias = nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Zero what leads to the gate's logits: g is one half."""
         if self.kind in ("channel", "token"):
-            nn.init.normal_(self.down, std=0.02)
+            nn.init.normal_(self.down, std=0.02, generator=generator)
             nn.init.zeros_(self.up)
         if self.kind != "sum":
             nn.init.zeros_(self.bias)
@@ -65,6 +66,7 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # of `rotary_embedding`
     real: Tensor | None  # bool [B, L], tokens that count in the gate's statistics; None: none are kept
     cache: Cache | None
+    recompute: Recompute
 
 
 class SwiGLU(nn.Module):
@@ -74,7 +76,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.gate_up = Linear(config.hidden_size, 2 * config.mlp_size)
-        self.down = Linear(config.mlp_size, config.hidden_size)
+        self.down = Linear(config.mlp_size, config.hidden_size, config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
@@ -88,14 +90,20 @@ class HybridBlock(nn.Module):
         super().__init__()
         self.kind, self.kernels, self.eps = config.kind_at(layer), kernels, config.norm_eps
         # norms are made together with what stands around them: a block owns their weights
-        self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
         has_mamba, has_attention = config.has("mamba", layer), config.has("attention", layer)
         self.srte = time_encoding(config) if has_mamba and not config.srte_shared else None
         self.mamba = MambaBranch(config, layer, kernels) if has_mamba else None
         self.attention = AttentionBranch(config, layer, kernels) if has_attention else None
         self.fusion = Fusion(config, kernels) if has_mamba and has_attention else None
         self.mlp = SwiGLU(config, kernels)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start the norms without scaling."""
+        nn.init.ones_(self.norm)
+        nn.init.ones_(self.mlp_norm)
 
     def forward(
         self, x: Tensor, time: Tensor | None, context: Context, dropped: Branch | None = None
@@ -114,9 +122,11 @@ class HybridBlock(nn.Module):
         m: Any = None
         a: Any = None
         if self.mamba is not None:
-            m = self.mamba(timed, context.documents, context.cache)
+            m = context.recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
         if self.attention is not None:
-            a = self.attention(h, context.rotary, context.documents, context.cache)
+            a = context.recompute.branch(
+                "attention", self.attention, h, context.rotary, context.documents, context.cache
+            )
         if self.fusion is None:
             x, h = self.kernels.pointwise.add_norm(x, a if m is None else m, self.mlp_norm, self.eps)
             gate = None if context.real is None else x.new_full(x.shape[-1:], float(a is None), dtype=torch.float32)

@@ -161,6 +161,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def remember(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
+    """Write the keys and values of one token, [B, 1, K, D], into the cache's, [B, T, K, D], at `slot`, int64 [1]."""
+    keys.index_copy_(1, slot, k)
+    values.index_copy_(1, slot, v)
+
+
 class Pointwise(NamedTuple):
     """The functions of this file that a model calls, as they stand or compiled."""
 
@@ -173,3 +179,4 @@ class Pointwise(NamedTuple):
     fuse: Callable[..., Any] = fuse
     add_norm: Callable[..., Any] = add_norm
     swiglu: Callable[..., Any] = swiglu
+    remember: Callable[..., Any] = remember
