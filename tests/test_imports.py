@@ -48,7 +48,7 @@ ARROWS = {
     "fusiontree.bench.measure": set(),
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
     },
     "fusiontree.doctor": {
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
