@@ -31,7 +31,7 @@ class TrainingStep:
 
     def __init__(self, config: RunConfig, world: World):
         self.config, self.world = config, world
-        self.engine = build_engine(config, world)
+        self.engine, self.clipping = build_engine(config, world)
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
@@ -58,13 +58,13 @@ class TrainingStep:
             loss_sum, batch_gates = self.forward(batch, drops)
             # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
             self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
-            if self.engine.zero_optimization_stage() == 0 and self.engine.is_gradient_accumulation_boundary():
-                norm = _total_norm(self.engine.module)  # without ZeRO the engine clips but does not tell the norm
+            if self.clipping is not None and self.engine.is_gradient_accumulation_boundary():
+                norm = self.clipping.prepare()
             self.engine.step()
             loss += loss_sum.detach() / tokens
             gates += batch_gates.detach() * (batch.real_tokens / tokens)
         self.gates.update(gates)
-        if self.engine.zero_optimization_stage() > 0:
+        if self.clipping is None:
             norm = self.engine.get_global_grad_norm()
         return Update(loss, norm, gates)
 
@@ -82,8 +82,3 @@ class TrainingStep:
     def _set_learning_rate(self, step: int) -> None:
         for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = learning_rate(self.config.schedule, peak, step)
-
-
-def _total_norm(model: torch.nn.Module) -> Tensor:
-    """Euclidean norm of the whole gradient, ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
