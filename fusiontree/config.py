@@ -159,6 +159,7 @@ class LoggingConfig(_Section):
 
     every: Count = 10  # optimizer steps between two lines of metrics
     wandb: bool = False
+    tensorboard: bool = False  # event files in the run's folder
 
 
 class KernelsConfig(_Section):

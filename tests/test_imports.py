@@ -26,7 +26,7 @@ ARROWS = {
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),

@@ -39,6 +39,11 @@ class Batch:
         """Tokens whose label carries loss."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return np.diff(self.cu_seqlens).tolist()
+
 
 def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
     """Segment ends of slice `part` of a packed row, counted from the slice's start.

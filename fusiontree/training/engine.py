@@ -21,8 +21,9 @@ from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.flops import update_flops
 from fusiontree.training.data import Data, open_data, open_stream
-from fusiontree.training.metrics import Metrics, summarise
+from fusiontree.training.metrics import Metrics, summarise, utilisation
 from fusiontree.training.step import TrainingStep, Update
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Trainer:
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
+        self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
             self._resume(resume_from)
@@ -97,6 +99,7 @@ class Trainer:
             while self.step < steps:
                 batches = next(self.stream)
                 self.ledger.meet(batches)
+                self.lap_documents += (length for batch in batches for length in batch.lengths)
                 update = self.training.update(batches, self.step)
                 self.step += 1
                 if self._due(self.config.logging.every):
@@ -112,15 +115,19 @@ class Trainer:
 
     def _start_lap(self) -> None:
         """Time updates from here: validation and checkpoints are no part of tokens/s."""
-        self.lap_start = (time.perf_counter(), self.step)
+        self.lap_start, self.lap_documents = (time.perf_counter(), self.step), []
 
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        figures = torch.stack([update.loss, update.gates.mean()])
-        loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
+        flops = sum(update_flops(self.config.model, self.lap_documents).values())
+        shares = torch.stack([update.loss, update.gates.mean(), update.loss.new_tensor(float(flops))])
+        loss_value, gate_value, flops = distributed.sum_over_ranks(shares).tolist()
+        memory = torch.tensor(distributed.peak_memory(self.world.device), device=self.world.device)
+        memory_value = distributed.max_over_ranks(memory).item()
         since, step = self.lap_start
-        seconds = (time.perf_counter() - since) / (self.step - step)
+        lap = time.perf_counter() - since
+        seconds = lap / (self.step - step)
         self.step_seconds.append(seconds)
         self._start_lap()
         if self.metrics is None:
@@ -134,6 +141,8 @@ class Trainer:
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
+                **utilisation(flops / lap / self.world.size, distributed.device_name(self.world.device)),
+                "memory_gib": memory_value / 2**30,
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
         )
