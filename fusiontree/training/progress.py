@@ -30,7 +30,8 @@ class ProgressLine:
 
     def stop(self) -> None:
         """Leave the last line as it is."""
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
 
     def show(self, figures: Mapping[str, float], eta_s: float | None = None) -> None:
         """Show the figures of an update; `eta_s`: seconds to the end of the run."""

@@ -132,5 +132,6 @@ def open_sinks(config: RunConfig, step: int | None, wandb_id: str | None) -> lis
         try:
             sinks.append(make())
         except ImportError:
-            console.print(f"{name} is not installed: figures go without it (pip install 'fusiontree[{name}]')")
+            hint = f"pip install 'fusiontree[{name}]'"
+            console.print(f"{name} is not installed: figures go without it ({hint})", markup=False)
     return sinks
