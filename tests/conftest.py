@@ -125,6 +125,7 @@ MICRO = {  # a model and a schedule that two ranks finish in seconds
     "validation.every": 4,
     "validation.rows": 6,
     "logging.every": 1,
+    "logging.layers_every": 4,
 }
 
 

@@ -54,7 +54,7 @@ FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
-    "fusiontree.training.data",
+    *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
     *("fusiontree.flops", "fusiontree.incidents"),
 )

@@ -15,6 +15,7 @@ import torch
 from fusiontree import checkpoint, distributed
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
+from fusiontree.data.batch import Batch
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
@@ -23,6 +24,7 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.flops import update_flops
 from fusiontree.training.data import Data, open_data, open_stream
+from fusiontree.training.layers import LayerWatch
 from fusiontree.training.metrics import Metrics, summarise, utilisation
 from fusiontree.training.step import TrainingStep, Update
 
@@ -100,7 +102,7 @@ class Trainer:
                 batches = next(self.stream)
                 self.ledger.meet(batches)
                 self.lap_documents += (length for batch in batches for length in batch.lengths)
-                update = self.training.update(batches, self.step)
+                update = self._update(batches)
                 self.step += 1
                 if self._due(self.config.logging.every):
                     self._record(update)
@@ -109,9 +111,22 @@ class Trainer:
                 if self._due(every):
                     self._save()
 
-    def _due(self, every: int) -> bool:
-        """Whether something that happens `every` steps (0: never), and at the end, happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
+    def _update(self, batches: list[Batch]) -> Update:
+        """Make the next update; now and then, watch and write down what its layers do."""
+        if not self._due(self.config.logging.layers_every, self.step + 1):
+            return self.training.update(batches, self.step)
+        with LayerWatch(self.training.engine, self.world) as watch:
+            update = self.training.update(batches, self.step, watch)
+        figures = watch.figures(update.gates)
+        if self.metrics is not None:
+            lengths = [length for batch in batches for length in batch.lengths]
+            self.metrics.record_layers(self.step + 1, figures, lengths)
+        return update
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens `every` steps (0: never), and at the end, happens behind `step`, by default now."""
+        step = self.step if step is None else step
+        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _start_lap(self) -> None:
         """Time updates from here: validation and checkpoints are no part of tokens/s."""

@@ -1,20 +1,37 @@
-"""Where figures go: ``metrics.jsonl``, the console's progress line, and the trackers asked for (`sinks.py`)."""
+"""Where figures go: ``metrics.jsonl``, ``layers.jsonl``, the console's progress line, and trackers (`sinks.py`).
+
+Free of torch, for reports read here what runs have written.
+"""
 
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusiontree.config import RunConfig
 from fusiontree.console import console
 from fusiontree.files import read_json_lines, write_atomic
-from fusiontree.flops import peak_flops
+from fusiontree.flops import peak_flops, update_flops
 from fusiontree.training.progress import ProgressLine
-from fusiontree.training.sinks import WandbSink, open_sinks
+from fusiontree.training.sinks import Histogram, WandbSink, open_sinks
 
 FILE = "metrics.jsonl"
+LAYERS = "layers.jsonl"
+BINS = 20  # of a gate's histogram, from 0 to 1
+
+
+class LayerFigures(NamedTuple):
+    """Figures of one update, by layer, over all ranks and accumulation steps."""
+
+    gate_mean: list[float]  # over the real tokens and the channels; 1 is all Mamba
+    gate_std: list[float]  # of the channels' means
+    gate_histogram: list[list[int]]  # [layers, BINS], channels by their mean
+    mamba_rms: list[float]  # root mean square of the branch's output, over the real tokens and the channels
+    attention_rms: list[float]
+    grad_norm: list[float]  # of the layer's part of the whole gradient, before clipping
+    other_grad_norm: list[float]  # [1], of what belongs to no layer: embedding, last norm, head
 
 
 class Metrics:
@@ -22,19 +39,22 @@ class Metrics:
 
     def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
         """Continue the record behind `step` updates, or begin it (None); lines of lost updates are dropped."""
-        self.path = config.run_dir / FILE
-        _keep_until(self.path, -1 if step is None else step)
+        self.model, self.folder = config.model, config.run_dir
+        for name in (FILE, LAYERS):
+            _keep_until(self.folder / name, -1 if step is None else step)
         self.sinks = open_sinks(config, step, wandb_id)
         self.progress = ProgressLine(config.schedule.steps, step or 0)
 
     def __enter__(self) -> "Metrics":
-        self.file = open(self.path, "a", buffering=1)
+        self.figures = open(self.folder / FILE, "a", buffering=1)
+        self.layers = open(self.folder / LAYERS, "a", buffering=1)
         self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        self.file.close()
+        self.figures.close()
+        self.layers.close()
         for sink in self.sinks:
             sink.close()
 
@@ -49,13 +69,38 @@ class Metrics:
         Perplexities are added.
         """
         figures = {**figures, **_perplexities(figures)}
-        self.file.write(json.dumps(figures) + "\n")
+        self.figures.write(json.dumps(figures) + "\n")
         for sink in self.sinks:
             sink.log(int(figures["step"]), {name: value for name, value in figures.items() if name != "step"})
         if "val_loss" in figures:
             console.print(f"step {figures['step']:>6,}  validation loss {figures['val_loss']:.4f}")
         else:
             self.progress.show(figures, eta_s)
+
+    def record_layers(self, step: int, figures: LayerFigures, documents: Sequence[int]) -> None:
+        """Write a line of what each layer does, and how the model's FLOPs divide among its parts.
+
+        `documents`: lengths, in tokens, of those that the main rank trained on in this update.
+        """
+        flops = update_flops(self.model, documents)
+        shares = {part: round(count / sum(flops.values()), 6) for part, count in flops.items() if count}
+        line = {"step": step, **figures._asdict(), "flop_share": shares}
+        self.layers.write(json.dumps(line) + "\n")
+        for sink in self.sinks:
+            sink.log(step, _by_layer(figures) | {f"flop_share/{part}": share for part, share in shares.items()})
+
+
+def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:
+    """The figures as trackers show them: a name for each layer's."""
+    values = figures._asdict()
+    edges = [i / BINS for i in range(BINS + 1)]
+    named: dict[str, float | Histogram] = {}
+    for layer, counts in enumerate(values.pop("gate_histogram")):
+        named[f"gate/layer_{layer:02}"] = Histogram(counts, edges)
+    named["grad_norm/other"] = values.pop("other_grad_norm")[0]
+    for name, by_layer in values.items():
+        named |= {f"{name}/layer_{layer:02}": value for layer, value in enumerate(by_layer)}
+    return named
 
 
 def utilisation(flops_per_s: float, device_name: str) -> dict[str, float]:
