@@ -207,6 +207,23 @@ def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return words
 
 
+@torch.no_grad()
+def loss_by_source(run: Path) -> dict[str, float]:
+    """Held-out loss of each source's rows under the run's last weights, one row at a time."""
+    config = load_config(str(run / "config.yaml"))
+    model = HybridLM(config.model)
+    model.load_state_dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    held_out = open_data(config).validation
+    assert held_out is not None
+    sums = {name: [0.0, 0] for name in held_out.names}
+    for batch in validation_batches(held_out, config.data.seq_len, 1, 0, 1, config.validation.rows):
+        ids, labels, documents = to_device(batch, "cpu")
+        name = held_out.names[batch.sources[0]]
+        sums[name][0] += model(ids, documents, labels=labels).loss_sum.item()
+        sums[name][1] += batch.real_tokens
+    return {f"val_loss/{name}": loss / tokens for name, (loss, tokens) in sums.items()}
+
+
 def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
     mixed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +236,7 @@ def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
     assert [line["grad_norm"] for line in whole if "loss" in line] == pytest.approx(norms, rel=1e-4)
     validation = [line for line in whole if "val_loss" in line]
     assert validation[-1]["val_loss"] == pytest.approx(last_validation, rel=1e-5)
+    assert {key: value for key, value in validation[-1].items() if "/" in key} == pytest.approx(loss_by_source(run))
     assert {line["tokens"] // line["step"] for line in whole if "loss" in line} == {1024}
     assert checkpoint.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
     bad_rows = checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"]

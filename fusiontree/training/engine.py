@@ -27,6 +27,7 @@ from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.metrics import Metrics, summarise, utilisation
 from fusiontree.training.step import TrainingStep, Update
+from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
 
@@ -164,22 +165,21 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Mean loss over the held-out tokens, the same for any number of ranks."""
+        """Write down the mean loss of the held-out tokens, the same for any number of ranks, and of parts of them."""
         if self.data.validation is None:
             return
         self.training.engine.eval()
-        total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
+        held_out = HeldOutLoss(self.data.validation, self.world)
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
             self.ledger.meet([batch])
-            total[0] += self.training.forward(batch)[0]
-            total[1] += batch.real_tokens
+            held_out.add(batch, self.training.token_losses(batch))
         self._share_damage()
-        loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
+        figures = held_out.figures()
         if self.metrics is not None:
-            self.metrics.record({"step": self.step, "tokens": self.tokens, "val_loss": loss_sum / tokens})
+            self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
         self._start_lap()
 
     def _share_damage(self) -> None:

@@ -83,6 +83,11 @@ class TrainingStep:
         output = self.engine(input_ids, documents, labels=labels, branch_drops=drops)
         return output.loss_sum, output.gates
 
+    def token_losses(self, batch: Batch) -> Tensor:
+        """The batch's loss by token in nats, fp32 [B, L], 0 where there is no label; without gradient."""
+        input_ids, labels, documents = to_device(batch, self.world.device)
+        return self.engine(input_ids, documents, labels=labels, by_token=True).token_losses
+
     def _set_learning_rate(self, step: int) -> None:
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step)
         for group in self.engine.optimizer.param_groups:
