@@ -282,6 +282,12 @@ def _bench_loader(args: argparse.Namespace) -> int:
     return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from fusiontree.report import write_report
+
+    return _show(write_report(args.runs, args.out), args.json)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from fusiontree.demo import run_demo
 
@@ -386,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_training(commands)
     _add_model(commands)
+    _add_report(commands)
     _add_machine(commands)
     _add_bench(commands)
     return parser
@@ -616,6 +623,20 @@ def _add_model(commands: Any) -> None:
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
     evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: as trained)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "Write a run's curves, gates, incidents and configuration as one HTML page; several runs are compared.",
+        "report runs/demo",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html, compare.html of several)"
+    )
 
 
 def _add_machine(commands: Any) -> None:

@@ -216,7 +216,9 @@ class LoggingConfig(_Section):
     """What is reported while the run goes on."""
 
     every: Count = 10  # optimizer steps between two lines of metrics
+    layers_every: int = Field(default=100, ge=0)  # optimizer steps between two looks at each layer; 0 = never
     wandb: bool = False
+    tensorboard: bool = False  # event files in the run's folder
 
 
 class KernelsConfig(_Section):

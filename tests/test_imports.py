@@ -26,7 +26,7 @@ ARROWS = {
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
@@ -39,6 +39,9 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
     },
+    "fusiontree.report": {
+        *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
+    },
     "fusiontree.doctor": {
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
@@ -50,11 +53,11 @@ ARROWS = {
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
 }
-FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
+FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
-    "fusiontree.training.data",
+    *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
     *("fusiontree.flops", "fusiontree.incidents"),
 )

@@ -17,7 +17,7 @@ from .documents import Documents
 from .layers import Embedding, Linear, RMSNorm
 from .ops import Kernels, reference_kernels
 from .recompute import KEEP, Recompute
-from .reference import IGNORE
+from .reference import IGNORE, token_losses
 from .srte import time_encoding
 
 
@@ -27,6 +27,7 @@ class Output(NamedTuple):
     loss_sum: Tensor | None  # (), fp32: nats summed over the labelled tokens
     logits: Tensor | None  # [B, kept L, V], fp32
     gates: Tensor | None  # [layers, H], fp32: mean gate by channel over the labelled tokens; 1 is all Mamba
+    token_losses: Tensor | None = None  # [B, L], fp32: nats, 0 where nothing is labelled; without gradient
 
 
 class HybridLM(nn.Module):
@@ -76,6 +77,7 @@ class HybridLM(nn.Module):
         cache: Cache | None = None,
         keep_logits: int | None = None,
         branch_drops: list[Branch | None] | None = None,
+        by_token: bool = False,
     ) -> Output:
         """One forward over packed rows, or over the next tokens of cached ones.
 
@@ -86,6 +88,7 @@ class HybridLM(nn.Module):
             cache: what came before; continued in place.
             keep_logits: make logits of the last so many tokens only; None for all.
             branch_drops: by layer, the branch to zero in this training step.
+            by_token: with labels, give the token losses and nothing else.
         """
         if cache is not None:
             cache.reserve(cache.length + input_ids.shape[1])
@@ -108,6 +111,9 @@ class HybridLM(nn.Module):
         if cache is not None:
             cache.end(documents)
         x = self.norm(x)
+        if labels is not None and by_token:
+            losses = token_losses(x.flatten(0, 1), self.head_weight, labels.flatten())
+            return Output(None, None, None, losses.view_as(labels))
         if labels is not None:
             loss_sum = self.kernels.loss(x.flatten(0, 1), self.head_weight, labels.flatten())
             return Output(loss_sum, None, torch.stack(gates))

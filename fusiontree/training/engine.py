@@ -15,15 +15,19 @@ import torch
 from fusiontree import checkpoint, distributed
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
+from fusiontree.data.batch import Batch
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.flops import update_flops
 from fusiontree.training.data import Data, open_data, open_stream
-from fusiontree.training.metrics import Metrics, summarise
+from fusiontree.training.layers import LayerWatch
+from fusiontree.training.metrics import Metrics, summarise, utilisation
 from fusiontree.training.step import TrainingStep, Update
+from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class Trainer:
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
+        self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
             self._resume(resume_from)
@@ -97,7 +102,8 @@ class Trainer:
             while self.step < steps:
                 batches = next(self.stream)
                 self.ledger.meet(batches)
-                update = self.training.update(batches, self.step)
+                self.lap_documents += (length for batch in batches for length in batch.lengths)
+                update = self._update(batches)
                 self.step += 1
                 if self._due(self.config.logging.every):
                     self._record(update)
@@ -106,21 +112,38 @@ class Trainer:
                 if self._due(every):
                     self._save()
 
-    def _due(self, every: int) -> bool:
-        """Whether something that happens `every` steps (0: never), and at the end, happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
+    def _update(self, batches: list[Batch]) -> Update:
+        """Make the next update; now and then, watch and write down what its layers do."""
+        if not self._due(self.config.logging.layers_every, self.step + 1):
+            return self.training.update(batches, self.step)
+        with LayerWatch(self.training.engine, self.world) as watch:
+            update = self.training.update(batches, self.step, watch)
+        figures = watch.figures(update.gates)
+        if self.metrics is not None:
+            lengths = [length for batch in batches for length in batch.lengths]
+            self.metrics.record_layers(self.step + 1, figures, lengths)
+        return update
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens `every` steps (0: never), and at the end, happens behind `step`, by default now."""
+        step = self.step if step is None else step
+        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _start_lap(self) -> None:
         """Time updates from here: validation and checkpoints are no part of tokens/s."""
-        self.lap_start = (time.perf_counter(), self.step)
+        self.lap_start, self.lap_documents = (time.perf_counter(), self.step), []
 
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        figures = torch.stack([update.loss, update.gates.mean()])
-        loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
+        flops = sum(update_flops(self.config.model, self.lap_documents).values())
+        shares = torch.stack([update.loss, update.gates.mean(), update.loss.new_tensor(float(flops))])
+        loss_value, gate_value, flops = distributed.sum_over_ranks(shares).tolist()
+        memory = torch.tensor(distributed.peak_memory(self.world.device), device=self.world.device)
+        memory_value = distributed.max_over_ranks(memory).item()
         since, step = self.lap_start
-        seconds = (time.perf_counter() - since) / (self.step - step)
+        lap = time.perf_counter() - since
+        seconds = lap / (self.step - step)
         self.step_seconds.append(seconds)
         self._start_lap()
         if self.metrics is None:
@@ -134,28 +157,29 @@ class Trainer:
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
+                **utilisation(flops / lap / self.world.size, distributed.device_name(self.world.device)),
+                "memory_gib": memory_value / 2**30,
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
         )
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Mean loss over the held-out tokens, the same for any number of ranks."""
+        """Write down the mean loss of the held-out tokens, the same for any number of ranks, and of parts of them."""
         if self.data.validation is None:
             return
         self.training.engine.eval()
-        total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
+        held_out = HeldOutLoss(self.data.validation, self.world)
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
             self.ledger.meet([batch])
-            total[0] += self.training.forward(batch)[0]
-            total[1] += batch.real_tokens
+            held_out.add(batch, self.training.token_losses(batch))
         self._share_damage()
-        loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
+        figures = held_out.figures()
         if self.metrics is not None:
-            self.metrics.record({"step": self.step, "tokens": self.tokens, "val_loss": loss_sum / tokens})
+            self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
         self._start_lap()
 
     def _share_damage(self) -> None:

@@ -15,6 +15,7 @@ from fusiontree.model.documents import to_device
 from fusiontree.model.lm import branch_drops
 from fusiontree.training.build import build_engine
 from fusiontree.training.gates import GateStatistics
+from fusiontree.training.layers import LayerWatch
 from fusiontree.training.schedule import learning_rate
 
 
@@ -40,12 +41,13 @@ class TrainingStep:
         """Learning rate of the last update."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
-    def update(self, batches: Sequence[Batch], step: int) -> Update:
+    def update(self, batches: Sequence[Batch], step: int, watch: LayerWatch | None = None) -> Update:
         """Make update `step` (from 0) from this rank's share of its batch.
 
         Args:
             batches: one for each accumulation step.
             step: decides the learning rate and the branches that are dropped.
+            watch: what looks at this update layer by layer, entered.
         """
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
@@ -60,6 +62,8 @@ class TrainingStep:
             self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
             if self.clipping is not None and self.engine.is_gradient_accumulation_boundary():
                 norm = self.clipping.prepare()
+            if watch is not None and self.engine.is_gradient_accumulation_boundary():
+                watch.meet_gradients()
             self.engine.step()
             loss += loss_sum.detach() / tokens
             gates += batch_gates.detach() * (batch.real_tokens / tokens)
@@ -78,6 +82,11 @@ class TrainingStep:
         input_ids, labels, documents = to_device(batch, self.world.device)
         output = self.engine(input_ids, documents, labels=labels, branch_drops=drops)
         return output.loss_sum, output.gates
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """The batch's loss by token in nats, fp32 [B, L], 0 where there is no label; without gradient."""
+        input_ids, labels, documents = to_device(batch, self.world.device)
+        return self.engine(input_ids, documents, labels=labels, by_token=True).token_losses
 
     def _set_learning_rate(self, step: int) -> None:
         for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
