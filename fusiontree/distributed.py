@@ -62,6 +62,26 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+class HostSum:
+    """The sum of a few figures over all ranks, on its way to the host while the device goes on."""
+
+    def __init__(self, figures: Tensor):
+        """Start it; all ranks do so together. `figures` is used up."""
+        dist.all_reduce(figures)
+        self._figures, self._arrived = figures, None
+        if figures.is_cuda:
+            self._figures = torch.empty_like(figures, device="cpu", pin_memory=True)
+            self._figures.copy_(figures, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The sums; waits for no work that was given to the device after this one."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._figures.tolist()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     dist.barrier()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    "fusiontree.incidents",
+    *("fusiontree.incidents", "fusiontree.signals"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -49,6 +49,7 @@ ARROWS = {
     "fusiontree.console": set(),
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
+    "fusiontree.signals": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -56,7 +57,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     "fusiontree.training.data",
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.signals"),
 )
 
 

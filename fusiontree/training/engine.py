@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed
+from fusiontree import checkpoint, distributed, incidents, signals
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, StoppedError, UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.metrics import Metrics, summarise
@@ -51,6 +51,9 @@ def train(config: RunConfig) -> dict[str, Any]:
             trainer = Trainer(config, world, data, stream, resume_from)
             trainer.run()
         distributed.leave()
+    except StoppedError:
+        distributed.leave()
+        raise
     except torch.OutOfMemoryError as error:
         hint = "lower batch.micro_rows or set activation_checkpointing=full"
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
@@ -97,14 +100,25 @@ class Trainer:
             while self.step < steps:
                 batches = next(self.stream)
                 self.ledger.meet(batches)
-                update = self.training.update(batches, self.step)
+                update = self.training.update(batches, self.step, signals.requested() is not None)
                 self.step += 1
                 if self._due(self.config.logging.every):
                     self._record(update)
                 if self._due(self.config.validation.every):
                     self._validate()
-                if self._due(every):
+                if self._due(every) or update.stop:
                     self._save()
+                if update.stop and self.step < steps:
+                    self._stop()
+
+    def _stop(self) -> None:
+        """Leave as asked, after the checkpoint of this step."""
+        (name, *_) = [number.name for number in distributed.gather(signals.requested()) if number is not None]
+        if self.world.is_main:
+            incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
+        raise StoppedError(
+            f"stopped by {name} after step {self.step:,}, which is saved: start again to go on from there"
+        )
 
     def _due(self, every: int) -> bool:
         """Whether something that happens `every` steps (0: never), and at the end, happens now."""
@@ -117,8 +131,7 @@ class Trainer:
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        figures = torch.stack([update.loss, update.gates.mean()])
-        loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
+        gate_value = distributed.sum_over_ranks(update.gates.mean()).item()
         since, step = self.lap_start
         seconds = (time.perf_counter() - since) / (self.step - step)
         self.step_seconds.append(seconds)
@@ -129,7 +142,7 @@ class Trainer:
             {
                 "step": self.step,
                 "tokens": self.tokens,
-                "loss": loss_value,
+                "loss": update.loss,
                 "lr": self.training.lr,
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,

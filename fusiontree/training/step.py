@@ -1,5 +1,6 @@
 """One optimizer update under DeepSpeed: all that training and its benchmark must do alike."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,11 +21,14 @@ from fusiontree.training.schedule import learning_rate
 
 
 class Update(NamedTuple):
-    """What an update leaves on the device; a share is this rank's, and the shares of all ranks add up to the mean."""
+    """What an update has come to; a share is this rank's, and the shares of all ranks add up to the mean."""
 
-    loss: Tensor  # (), fp32: share of the mean loss, nats per token
+    loss: float  # mean over the batch, nats per token, the same on every rank
+    own_loss: Tensor  # (), fp32, on the device: share of `loss`
     grad_norm: Tensor | float  # of the whole gradient before clipping, the same on every rank
-    gates: Tensor  # [layers, H], fp32: share of the mean gates
+    gates: Tensor  # [layers, H], fp32, on the device: share of the mean gates
+    skipped: bool  # loss or gradient was not finite, so weights and optimizer are as before; the same on every rank
+    stop: bool  # some rank has been asked to stop
 
 
 class TrainingStep:
@@ -40,12 +44,13 @@ class TrainingStep:
         """Learning rate of the last update."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
-    def update(self, batches: Sequence[Batch], step: int) -> Update:
-        """Make update `step` (from 0) from this rank's share of its batch.
+    def update(self, batches: Sequence[Batch], step: int, stop: bool = False) -> Update:
+        """Make update `step` (from 0) from this rank's share of its batch, unless loss or gradient is not finite.
 
         Args:
             batches: one for each accumulation step.
             step: decides the learning rate and the branches that are dropped.
+            stop: whether this rank has been asked to stop; all are told.
         """
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
@@ -56,17 +61,38 @@ class TrainingStep:
         self.engine.train()
         for batch in batches:
             loss_sum, batch_gates = self.forward(batch, drops)
-            # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
-            self.engine.backward(loss_sum * (self.world.size / tokens), scale_wrt_gas=False)
-            if self.engine.zero_optimization_stage() == 0 and self.engine.is_gradient_accumulation_boundary():
-                norm = _total_norm(self.engine.module)  # without ZeRO the engine clips but does not tell the norm
-            self.engine.step()
             loss += loss_sum.detach() / tokens
             gates += batch_gates.detach() * (batch.real_tokens / tokens)
-        self.gates.update(gates)
+            # the engine averages gradients over the ranks: the factor turns that into the sum over all tokens
+            factor = self.world.size / tokens
+            # and makes the gradient of a loss that is not finite NaN, on all ranks, though it might be finite itself
+            self.engine.backward(loss_sum * (factor + 0 * loss_sum.detach()), scale_wrt_gas=False)
+            if self.engine.is_gradient_accumulation_boundary():
+                told = distributed.HostSum(torch.stack([loss, torch.full_like(loss, stop)]))
+                norm, skipped = self._step()
+            else:
+                self.engine.step()
+        mean_loss, stops = told.read()
+        if not skipped:
+            self.gates.update(gates)
+        return Update(mean_loss, loss, norm, gates, skipped, stops > 0)
+
+    def _step(self) -> tuple[Tensor | float, bool]:
+        """Let the optimizer step if the gradient is finite: its norm, and whether the step was left out.
+
+        Finding that out waits for the backward pass; in ZeRO, DeepSpeed does.
+        """
         if self.engine.zero_optimization_stage() > 0:
-            norm = self.engine.get_global_grad_norm()
-        return Update(loss, norm, gates)
+            self.engine.step()
+            return self.engine.get_global_grad_norm(), self.engine.optimizer.overflow
+        parameters = list(self.engine.module.parameters())
+        norm = _total_norm(parameters)  # without ZeRO the engine clips but does not tell the norm
+        skipped = not math.isfinite(norm.item())
+        if skipped:
+            for parameter in parameters:
+                parameter.grad = None  # a step without gradients is none
+        self.engine.step()
+        return norm, skipped
 
     def forward(self, batch: Batch, drops: list[Branch | None] | None = None) -> tuple[Tensor, Tensor]:
         """The batch's summed loss in nats, (), and its mean gates, [layers, H]; both fp32.
@@ -129,6 +155,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
-def _total_norm(model: torch.nn.Module) -> Tensor:
+def _total_norm(parameters: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of the whole gradient, ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
