@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusiontree import distributed
+from fusiontree import distributed, resize
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
@@ -76,8 +76,15 @@ def clear_partials(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def load(engine: Any, checkpoint: Path) -> None:
-    """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together."""
+def load(engine: Any, world: World, checkpoint: Path) -> None:
+    """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
+
+    On another number of ranks or at another ZeRO stage than it was saved at, its pieces are cut anew.
+    """
+    state = read_state(checkpoint)
+    if (state["zero_stage"], state["world_size"]) != (engine.zero_optimization_stage(), world.size):
+        resize.load(engine, checkpoint, state["zero_stage"], state["world_size"])
+        return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise RunError(f"checkpoint {checkpoint} could not be loaded by DeepSpeed; see the run's logs")

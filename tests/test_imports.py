@@ -22,7 +22,8 @@ ARROWS = {
     "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
-    "fusiontree.checkpoint": {"fusiontree.distributed"},
+    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize"},
+    "fusiontree.resize": set(),
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),

@@ -206,14 +206,17 @@ class Trainer:
         self._start_lap()
 
     def _resume(self, path: Path) -> None:
-        checkpoint.load(self.training.engine, path)
+        checkpoint.load(self.training.engine, self.world, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
         self.stream.seek(state["rows_consumed"])
         self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
         self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
-            console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
+            saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
+            message = f"resuming {self.config.run_dir} from step {self.step:,}"
+            console.print(message)
+            incidents.record(self.config.run_dir, "resume", self.step, f"{message}, {saved}")
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -274,11 +277,14 @@ def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) 
     if state["data_fingerprint"] != data.fingerprint:
         folders = ", ".join(dataset.location for dataset in data.datasets)
         raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
-    stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
-    if state["zero_stage"] != stage:
-        raise UserError(f"{where} at ZeRO stage {state['zero_stage']}, not {stage}; set deepspeed as it was")
-    if state["world_size"] != world.size:
-        raise UserError(f"{where} on {state['world_size']} ranks, not {world.size}; start it on as many")
+    zero = deepspeed_json(config).get("zero_optimization", {})
+    stage, ranks = state["zero_stage"], state["world_size"]
+    resized = (stage, ranks) != (zero.get("stage", 0), world.size)
+    if resized and zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(
+            f"{where} on {ranks} ranks at ZeRO stage {stage}, and states on NVMe cannot be cut anew; start it so, or "
+            "take deepspeed=zero3_offload"
+        )
 
 
 @contextlib.contextmanager
