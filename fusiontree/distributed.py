@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -87,17 +88,22 @@ def barrier() -> None:
     dist.barrier()
 
 
-def from_main(value: Any) -> Any:
+def side_group() -> Any:
+    """A group of all ranks for a thread beside training, over the hosts' network and without a time-out to speak of."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def from_main(value: Any, group: Any = None) -> Any:
     """The main rank's `value` (anything that pickles), on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """The `value` of every rank (anything that pickles), in their order, on every rank."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 

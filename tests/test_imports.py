@@ -23,11 +23,12 @@ ARROWS = {
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
     "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize"},
+    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed"},
     "fusiontree.resize": set(),
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
+        *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),

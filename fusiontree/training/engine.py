@@ -21,6 +21,7 @@ from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, StoppedError, UserError
 from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.metrics import Metrics, summarise
 from fusiontree.training.step import TrainingStep, Update
@@ -66,6 +67,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "steps": trainer.step,
         "tokens": trainer.tokens,
         **summarise(config.run_dir),
+        "checkpoint_wait_seconds": trainer.saver.waited,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -78,6 +80,8 @@ class Trainer:
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world)
+        retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self.saver = Saver(self.training.engine, world, config.run_dir, retention)
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
@@ -110,9 +114,11 @@ class Trainer:
                     self._save()
                 if update.stop and self.step < steps:
                     self._stop()
+            self.saver.finish()
 
     def _stop(self) -> None:
         """Leave as asked, after the checkpoint of this step."""
+        self.saver.finish()
         (name, *_) = [number.name for number in distributed.gather(signals.requested()) if number is not None]
         if self.world.is_main:
             incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
@@ -197,12 +203,8 @@ class Trainer:
             "pad_id": manifest.tokenizer.pad_id,
             "wandb_id": self.metrics.wandb_id if self.metrics else None,
         }
-        folder = self.config.run_dir / "checkpoints"
-        texts = {checkpoint.CONFIG: to_yaml(self.config)}
-        keep_last = self.config.checkpoint.keep_last
-        gates = self.training.gates.mean()
-        path = checkpoint.save(self.training.engine, self.world, folder, state, texts, gates, keep_last)
-        log.info("saved %s", path)
+        self.saver.save(state, {checkpoint.CONFIG: to_yaml(self.config)}, self.training.gates.mean())
+        log.info("saving step %d", self.step)
         self._start_lap()
 
     def _resume(self, path: Path) -> None:
@@ -253,7 +255,7 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | No
         if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
             raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
     refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
-    checkpoint.clear_partials(run / "checkpoints")
+    checkpoint.tidy(run / "checkpoints")
     found, damaged = checkpoint.newest(run / "checkpoints")
     for line in damaged:
         console.print(line)
