@@ -166,9 +166,11 @@ def _data_at(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from fusiontree import signals
     from launcher import local
 
     local.join_launcher()
+    signals.listen()
     from fusiontree.config import load_config
 
     config = load_config(args.config, args.overrides)

@@ -203,6 +203,7 @@ class CheckpointConfig(_Section):
 
     every: Count = 1000  # optimizer steps; the last step always writes one
     keep_last: Count = 3  # checkpoints that stay, the newest
+    keep_every: Step = 0  # and those of a step that is a multiple of this, for ever; 0: none
 
 
 class ValidationConfig(_Section):

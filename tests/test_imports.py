@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    "fusiontree.incidents",
+    *("fusiontree.incidents", "fusiontree.signals"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -22,11 +22,13 @@ ARROWS = {
     "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
-    "fusiontree.checkpoint": {"fusiontree.distributed"},
+    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize"},
+    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed"},
+    "fusiontree.resize": set(),
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
+        *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
@@ -52,6 +54,7 @@ ARROWS = {
     "fusiontree.console": set(),
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
+    "fusiontree.signals": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -59,7 +62,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.signals"),
 )
 
 

@@ -10,12 +10,12 @@ from fusiontree.distributed import World
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.model.recompute import Recompute
-from fusiontree.training.clipping import FusedClipping, is_fused
+from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
 from fusiontree.training.optimizer import build_optimizer
 
 
-def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | None]:
-    """The model under DeepSpeed, and what clips its gradients unless DeepSpeed does.
+def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | EngineClipping]:
+    """The model under DeepSpeed, and what clips its gradients.
 
     Weights are fp32 and are the master weights, activations follow `precision`.
     """
@@ -26,7 +26,7 @@ def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | 
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     fused = is_fused(config.optimizer, settings["zero_optimization"])
-    return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else None
+    return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
 
 
 def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
