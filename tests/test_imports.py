@@ -27,6 +27,7 @@ ARROWS = {
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
+        "fusiontree.generate",  # the reader of exported folders: a teacher is one
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),

@@ -117,8 +117,8 @@ class Trainer:
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        figures = torch.stack([update.loss, update.gates.mean()])
-        loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
+        figures = torch.stack([update.loss, update.gates.mean(), *update.parts.values()])
+        loss_value, gate_value, *parts = distributed.sum_over_ranks(figures).tolist()
         since, step = self.lap_start
         seconds = (time.perf_counter() - since) / (self.step - step)
         self.step_seconds.append(seconds)
@@ -134,6 +134,7 @@ class Trainer:
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
+                **dict(zip(update.parts, parts, strict=True)),
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
         )
