@@ -20,7 +20,7 @@ from fusiontree.training.schedule import learning_rate
 
 
 class Update(NamedTuple):
-    """What an update has come to; a share is this rank's, on the device, and the shares of all ranks add up to the mean."""
+    """What an update has come to. A share is this rank's, on the device; the shares of all ranks add up to the mean."""
 
     loss: float  # mean cross-entropy of the batch, nats per token, the same on every rank
     own_loss: Tensor  # (), fp32: share of `loss`
