@@ -351,6 +351,7 @@ SECTIONS = _keys_by_section()
 KEYS = tuple(
     f"{name}.{key}" if key else name for name in RunConfig.model_fields for key in SECTIONS.get(name, (None,))
 )  # every dotted key, in order
+_LISTS = ("model.layer_kinds", "model.layer_global_heads")  # keys whose value is a list
 # keys below which the user chooses names, and how many names lead to a value: data.sources.NAME.weight, ...
 TABLES = {"data.sources": 2, "data.weights": 2, "data.curriculum": 1}
 # tables of values by step, joined by straight lines; a single value holds from step 0 on
@@ -533,6 +534,8 @@ def _table(key: str) -> str | None:
 
 def _plain(value: Any, key: str, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if key in _LISTS and isinstance(value, list):
         return value
     raise UserError(f"{where}: {key} is {_short(value)}; it must be a single value")
 

@@ -67,6 +67,12 @@ class HybridLM(nn.Module):
         """Dtype of the residual stream."""
         return self.compute_dtype or self.embedding.weight.dtype
 
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Compute with `kernels` from now on."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
+
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` rows."""
         return Cache(self.config, rows, self.activation_dtype, self.embedding.weight.device)
@@ -99,7 +105,7 @@ class HybridLM(nn.Module):
         x, gates = self.hidden(input_ids, documents, labels, cache, branch_drops)
         if labels is None:
             kept = x if keep_logits is None else x[:, -keep_logits:]
-            return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), None)
+            return Output(None, F.linear(kept, self.head_weight.to(x.device, x.dtype)).float(), None)
         head = x.flatten(0, 1), self.head_weight
         if by_token:
             return Output(None, None, None, token_losses(*head, labels.flatten()).view_as(labels))
@@ -170,6 +176,6 @@ def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | Non
     drops: list[Branch | None] = []
     for layer in range(config.num_layers):
         draw = random.Random(f"branch drop {seed} {step} {layer}")
-        hit = draw.random() < config.branch_drop
+        hit = draw.random() < config.branch_drop and config.kind_at(layer) == "hybrid"
         drops.append(draw.choice(("mamba", "attention")) if hit else None)
     return drops
