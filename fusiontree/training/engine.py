@@ -19,7 +19,7 @@ from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import LOST_PEER, RunError, UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.metrics import Metrics, summarise
@@ -56,7 +56,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            raise RunError("another rank has ended; its own line says why") from None
+            raise RunError(LOST_PEER) from None
         raise
     return {
         "run": str(config.run_dir),
