@@ -94,10 +94,11 @@ Host *
 """
 
 
-def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
-    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    lacking = [program for program in PROGRAMS if shutil.which(program) is None]
+def why_not() -> str | None:
+    """Why there will be no cluster here; None if there will."""
+    if not os.environ.get("FUSIONTREE_CLUSTER"):
+        return "the tests on a real SLURM cluster and real ssh hosts run by `make test-cluster`"
+    lacking = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if lacking:
         return f"no {', '.join(lacking)} here (Debian: slurm-wlm munge pdsh openssh-server iproute2)"
     tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
