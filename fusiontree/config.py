@@ -33,6 +33,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 class SourceConfig(_Section):
     """One of several datasets that are mixed."""
 
@@ -121,23 +126,76 @@ class BatchConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW."""
+    """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) for the blocks' matrices and AdamW for the rest."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0.0)  # peak learning rate, reached at the end of the warm-up
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)  # matrices only: norms, biases, gates and scan state are exempt
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # Muon's
     grad_clip: float = Field(default=1.0, ge=0.0)  # largest norm of the whole gradient; 0 = never clip
+
+    @model_validator(mode="after")
+    def _clips_gradients_only(self) -> "OptimizerConfig":
+        _require(
+            self.kind == "adamw" or self.grad_clip == 0,
+            f"grad_clip {self.grad_clip:g} would cut Muon's update, which DeepSpeed makes before it clips; with kind "
+            "muon set optimizer.grad_clip=0",
+        )
+        return self
 
 
 class ScheduleConfig(_Section):
-    """Learning rate by step."""
+    """Learning rate by step. A length in tokens becomes one in steps as it is read: the first that reach the tokens."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
     steps: Count  # optimizer steps of the whole run
-    warmup_steps: int = Field(default=0, ge=0)  # optimizer steps of linear warm-up, the first of `steps`
-    min_lr_ratio: Fraction = 0.1  # learning rate at the end of the cosine, as a share of the peak
+    tokens: Count | None = None  # or its tokens
+    warmup_steps: Step = 0  # optimizer steps of linear warm-up, the first of `steps`
+    warmup_tokens: Step | None = None
+    decay_steps: Count | None = None  # wsd: optimizer steps of decay, the last of `steps`; null: a fifth of them
+    decay_tokens: Count | None = None
+    min_lr_ratio: Fraction = 0.1  # learning rate at the end of cosine or decay, as a share of the peak
+
+    @property
+    def decay(self) -> int:
+        """Optimizer steps of the decay of `wsd`."""
+        return self.decay_steps or max(1, self.steps // 5)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleConfig":
+        wsd = self.kind == "wsd"
+        _require(wsd or self.decay_steps is None, f"decay_steps is for kind wsd, but kind is {self.kind}; take one out")
+        _require(
+            self.warmup_steps < self.steps,
+            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end before it has "
+            "warmed up; lower warmup_steps or raise steps",
+        )
+        _require(
+            not wsd or self.warmup_steps + self.decay <= self.steps,
+            f"warmup_steps {self.warmup_steps} and decay_steps {self.decay} are together more than steps {self.steps}; "
+            f"lower one of them or raise steps to {self.warmup_steps + self.decay}",
+        )
+        return self
+
+
+class CheckpointingConfig(_Section):
+    """Which activations the backward pass computes again. ``activation_checkpointing: full`` sets `policy` alone."""
+
+    policy: Literal["none", "full", "every_n", "branch"] = "none"
+    every: Count = 2  # every_n: one block of so many is computed again
+    branch: Literal["mamba", "attention", "both"] = "both"  # branch: what is computed again of every block
+    offload: bool = False  # what is kept of a recomputed part, its input, waits in the host's memory
+
+    @model_validator(mode="after")
+    def _offloads_something(self) -> "CheckpointingConfig":
+        _require(
+            not self.offload or self.policy != "none",
+            "offload moves the inputs of recomputed parts, and policy none has none; set policy or offload: false",
+        )
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -190,7 +248,7 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -200,11 +258,6 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _values_agree(self) -> "RunConfig":
         schedule, row_tokens = self.schedule, self.data.seq_len * self.batch.micro_rows
-        _require(
-            schedule.warmup_steps < schedule.steps,
-            f"schedule.warmup_steps {schedule.warmup_steps} is not below schedule.steps {schedule.steps}: the schedule "
-            "would end before it has warmed up; lower warmup_steps or raise steps",
-        )
         _require(
             self.batch.tokens % row_tokens == 0,
             f"batch.tokens {self.batch.tokens} is not a multiple of data.seq_len {self.data.seq_len} x "
@@ -267,11 +320,16 @@ KEYS = tuple(
 )  # every dotted key, in order
 # keys below which the user chooses names, and how many names lead to a value: data.sources.NAME.weight, ...
 TABLES = {"data.sources": 2, "data.weights": 2, "data.curriculum": 1}
+SHORT_FORMS = {"activation_checkpointing": "policy"}  # a single value given to the section is that of this key
 _TABLE_HINTS = {
     "data.sources": "give data.sources.NAME.path and, if you like, weight and max_epochs",
     "data.weights": "give data.weights.STEP.NAME: the weight of source NAME from that step on",
     "data.curriculum": "give data.curriculum.STEP: the tokens per row from that step on",
 }
+
+# a length's key in the other unit
+_LENGTHS = {f"schedule.{name}steps": f"schedule.{name}tokens" for name in ("", "warmup_", "decay_")}
+_LENGTHS |= {tokens: steps for steps, tokens in _LENGTHS.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -292,15 +350,41 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for where, tree in layers:
-        for key, value in _leaves(tree, where):
+        leaves = dict(_leaves(tree, where))
+        for key, value in leaves.items():
+            other = _LENGTHS.get(key)
+            if other is not None and value is not None:
+                _require_one_length(where, key, leaves)
+                values[other] = None  # a length given in a later layer replaces one given in another unit
             _put(values, key, value)
             origins[key] = where
+    _lengths_to_steps(values, origins)
     try:
         # through JSON, where pydantic's strict mode takes a string for a path and a mapping for a dataclass
         return RunConfig.model_validate_json(json.dumps(_nested(values)))
     except ValidationError as error:
         whole = " ".join([source, *overrides])
         raise UserError(_one_line(error.errors(), origins, whole)) from None
+
+
+def _lengths_to_steps(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Turn the schedule's lengths in tokens into steps."""
+    batch = values.get("batch.tokens")
+    for name in (name for name in _LENGTHS if name.endswith("tokens") and values.get(name) is not None):
+        if type(values[name]) is not int:
+            raise UserError(f"{origins[name]}: {name} is {_short(values[name])}; it must be a number of tokens")
+        if type(batch) is int and batch > 0:  # else that is told with the rest
+            values[_LENGTHS[name]], values[name] = -(-values[name] // batch), None
+            origins[_LENGTHS[name]] = origins[name]
+    for name in ("schedule.steps", "schedule.warmup_steps"):
+        if name in values and values[name] is None:
+            del values[name]
+
+
+def _require_one_length(where: str, key: str, leaves: Mapping[str, Any]) -> None:
+    other = _LENGTHS[key]
+    if leaves.get(other) is not None:
+        raise UserError(f"{where}: {key} {leaves[key]} and {other} {leaves[other]} are both given; take one out")
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -385,6 +469,8 @@ def _leaves(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[t
     """The dotted keys of `tree` and their values; each key must be one of KEYS."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
+        if key in SHORT_FORMS and isinstance(value, str):
+            key = f"{key}.{SHORT_FORMS[key]}"
         table = _table(key)
         if isinstance(value, dict) and (value or key in SECTIONS):
             yield from _leaves(value, where, f"{key}.")
@@ -497,8 +583,8 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)|activation_checkpointing"
-    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels)\..+"
+    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels|activation_checkpointing)\..+"
 )
 
 
@@ -528,6 +614,10 @@ _OWNED = {
     "activation_checkpointing": "activation_checkpointing",
     "steps_per_print": "logging.every",
     "wandb": "logging.wandb",
+    "elasticity": "batch.*",
+    "curriculum_learning": "data.curriculum",
+    "data_efficiency": "data.*",
+    "progressive_layer_drop": "model.branch_drop",
 }
 
 
@@ -594,11 +684,6 @@ def require_vocabulary(config: RunConfig, location: str, vocab_size: int) -> Non
             f"dataset {location}: its tokenizer has {vocab_size} tokens, more than model.vocab_size "
             f"{config.model.vocab_size}; raise model.vocab_size or build the data with a smaller tokenizer"
         )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 def _multiples_around(value: int, unit: int) -> list[int]:

@@ -167,14 +167,34 @@ def _activation_bytes(config: RunConfig) -> int:
     model, tokens = config.model, config.data.seq_len * config.batch.micro_rows
     item = 2 if config.precision == "bf16" else 4
     block = _block_width(model) * item
-    kept = model.num_layers * (4 * model.hidden_size if config.activation_checkpointing == "full" else block)
-    return tokens * (kept + block)
+    return tokens * (block + sum(_kept_bytes(config, layer, item) for layer in range(model.num_layers)))
+
+
+def _kept_bytes(config: RunConfig, layer: int, item: int) -> int:
+    """Bytes per token that block `layer` keeps for the backward pass, of `item` bytes a value."""
+    model, chosen = config.model, config.activation_checkpointing
+    kept = 0 if chosen.offload else 4 * model.hidden_size  # of a part that is computed again: its input
+    if chosen.policy == "full" or (chosen.policy == "every_n" and layer % chosen.every == 0):
+        return kept
+    block = _block_width(model) * item
+    if chosen.policy != "branch":
+        return block
+    widths = {"mamba": _mamba_width(model), "attention": _attention_width(model)}
+    again = widths if chosen.branch == "both" else [chosen.branch]
+    return block + sum(kept - widths[branch] * item for branch in again)
 
 
 def _block_width(model: ModelConfig) -> int:
     """Values per token that one block keeps: both branches' projections, the MLP's, norms and the gate."""
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    return 2 * model.ssm_projection_size + attention + 4 * model.mlp_size + 12 * model.hidden_size
+    return _mamba_width(model) + _attention_width(model) + 4 * model.mlp_size + 12 * model.hidden_size
+
+
+def _mamba_width(model: ModelConfig) -> int:
+    return 2 * model.ssm_projection_size
+
+
+def _attention_width(model: ModelConfig) -> int:
+    return 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
 
 
 def _run_problems(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:

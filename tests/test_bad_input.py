@@ -108,7 +108,7 @@ def test_a_run_that_cannot_start_starts_nothing(command: list, shards: Path, tmp
         ({"model__vocab_size": 256}, "more than model.vocab_size 256"),
         ({"model__widow": 3}, "did you mean 'model.window'?"),
         ({"batch__tokens": 1000}, "batch.tokens 1000 is not a multiple"),
-        ({"schedule__warmup_steps": 8}, "schedule.warmup_steps 8 is not below schedule.steps 8"),
+        ({"schedule__warmup_steps": 8}, "schedule: warmup_steps 8 is not below steps 8"),
         ({"deepspeed": "zero9"}, "deepspeed 'zero9'"),
         ({"optimizer__lr": "fast"}, "optimizer.lr"),
     ):

@@ -64,10 +64,10 @@ def test_a_single_document_fills_the_row() -> None:
 def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -> None:
     config = bench.bench_config("tiny", [], CPU)
     assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (1024, 1024, "zero1")
-    assert (config.activation_checkpointing, config.precision) == ("none", "fp32")
+    assert (config.activation_checkpointing.policy, config.precision) == ("none", "fp32")
     config = bench.bench_config("tiny", ["deepspeed=zero2"], CPU, 512, 2048, "full")
     assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (2048, 512, "zero2")
-    assert config.activation_checkpointing == "full"
+    assert config.activation_checkpointing.policy == "full"
     assert bench.bench_config("1b", [], torch.device("cuda")).precision == "bf16"
 
 
@@ -151,7 +151,7 @@ def test_lack_of_memory_is_one_line() -> None:
         (["train", "--preset", "tiny", "--steps", "0"], "--steps is 0; it must be at least 1"),
         (["train", "--preset", "tiny", "--seq-len", "0"], "data.seq_len is 0"),
         (["train", "--preset", "tiny", "--profile", "no/such/file.md"], "there is no folder no/such; make it first"),
-        (["train", "--preset", "tiny", "--recompute", "some"], "activation_checkpointing is 'some'"),
+        (["train", "--preset", "tiny", "--recompute", "some"], "activation_checkpointing.policy is 'some'"),
         (["decode", "--preset", "tiny", "--batch", "0"], "--batch is 0; it must be at least 1"),
         (["kernels", "--preset", "tiny", "--repeats", "0"], "--repeats is 0; it must be at least 1"),
     ],

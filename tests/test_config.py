@@ -147,7 +147,7 @@ def test_what_is_missing_is_named(write):
 @pytest.mark.parametrize(
     ("overrides", "both"),
     [
-        (["schedule.warmup_steps=100"], ["schedule.warmup_steps 100", "schedule.steps 100", "lower warmup_steps"]),
+        (["schedule.warmup_steps=100"], ["schedule: warmup_steps 100", "steps 100", "lower warmup_steps"]),
         (["batch.tokens=5000"], ["batch.tokens 5000", "data.seq_len 1024 x batch.micro_rows 1 = 1024", "4096 or 5120"]),
         (
             ["model.srte=learned", "model.max_positions=512"],

@@ -63,5 +63,5 @@ def test_the_one_billion_preset_has_the_published_shape():
 def test_the_tiny_preset_is_the_demos():
     config = load_config("tiny")
     assert (config.data.seq_len, config.precision, config.deepspeed) == (1024, "fp32", "zero2")
-    assert config.activation_checkpointing == "full"
+    assert config.activation_checkpointing.policy == "full"
     assert config.accumulation_steps(2) > 1

@@ -13,10 +13,10 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM
+from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
+from fusiontree.training.optimizer import parameter_groups
 from fusiontree.training.schedule import learning_rate
-from fusiontree.training.step import parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,11 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
     """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss."""
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
-    torch.manual_seed(config.seed)
-    model = HybridLM(config.model)
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    list(materialise(model, config.seed, torch.device("cpu")))
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay), betas=(config.optimizer.beta1, config.optimizer.beta2)
+        parameter_groups(model, config.optimizer), betas=(config.optimizer.beta1, config.optimizer.beta2)
     )
     curve, norms = [], []
     for step in range(config.schedule.steps):

@@ -113,7 +113,7 @@ def bench_config(
 
 def _measure_own(config: RunConfig, workload: Workload, world: World, profile: Path | None) -> dict[str, Any]:
     device, tried = world.device, f"{config.name}, {config.batch.micro_rows} x {config.data.seq_len} tokens"
-    with measure.naming_lack_of_memory(f"{tried}, activation_checkpointing {config.activation_checkpointing}"):
+    with measure.naming_lack_of_memory(f"{tried}, activation_checkpointing {config.activation_checkpointing.policy}"):
         measure.reset_memory(device)
         training = TrainingStep(config, world)
         losses: list[torch.Tensor] = []
@@ -151,7 +151,7 @@ def _describe(config: RunConfig, workload: Workload) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "batch_tokens": config.batch.tokens,
         "documents": workload.documents,
-        "recompute": config.activation_checkpointing,
+        "recompute": config.activation_checkpointing.policy,
         "precision": config.precision,
         "deepspeed": config.deepspeed,
         "steps": workload.steps,

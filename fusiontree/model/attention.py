@@ -22,10 +22,16 @@ class AttentionBranch(nn.Module):
         self.config, self.layer, self.kernels = config, layer, kernels
         width = config.num_heads * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, width + 2 * config.num_kv_heads * config.head_dim)
-        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
-        self.norm = nn.Parameter(torch.ones(width))
-        self.out_proj = Linear(width, config.hidden_size)
+        self.q_norm = nn.Parameter(torch.empty(config.head_dim))
+        self.k_norm = nn.Parameter(torch.empty(config.head_dim))
+        self.norm = nn.Parameter(torch.empty(width))
+        self.out_proj = Linear(width, config.hidden_size, config.residual_std)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start the norms without scaling."""
+        for weight in (self.q_norm, self.k_norm, self.norm):
+            nn.init.ones_(weight)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents, cache: Cache | None) -> Tensor:
         """[B, L, hidden_size] to [B, L, hidden_size]; continues and updates `cache` when there is one."""
@@ -44,9 +50,11 @@ class AttentionBranch(nn.Module):
         """Attention of one kind of head; [B, L, heads, D]."""
         if cache is None:
             return self.kernels.attention(q, k, v, documents, window)
-        keys, values = cache.attend(self.layer, k, v, window)
         if q.shape[1] == 1:
+            keys, values, slot = cache.place(self.layer, window)
+            self.kernels.pointwise.remember(keys, values, k.detach(), v.detach(), slot)
             return self.kernels.decode(q, keys, values, cache.visible(documents, window), cache.filled(window))
+        keys, values = cache.extend(self.layer, k, v, window)
         if cache.length == 0:
             return self.kernels.attention(q, k, v, documents, window)
         if cache.whole:

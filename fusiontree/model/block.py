@@ -11,6 +11,7 @@ from .config import ModelConfig
 from .documents import Documents
 from .layers import Linear
 from .ops import Kernels
+from .recompute import Recompute
 from .srte import time_encoding
 from .ssm import MambaBranch
 
@@ -32,10 +33,10 @@ class Fusion(nn.Module):
             self.bias = nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Zero what leads to the gate's logits: g is one half."""
         if self.kind in ("channel", "token"):
-            nn.init.normal_(self.down, std=0.02)
+            nn.init.normal_(self.down, std=0.02, generator=generator)
             nn.init.zeros_(self.up)
         if self.kind != "sum":
             nn.init.zeros_(self.bias)
@@ -65,6 +66,7 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor]  # of `rotary_embedding`
     real: Tensor | None  # bool [B, L], tokens that count in the gate's statistics; None: none are kept
     cache: Cache | None
+    recompute: Recompute
 
 
 class SwiGLU(nn.Module):
@@ -74,7 +76,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.pointwise = kernels.pointwise
         self.gate_up = Linear(config.hidden_size, 2 * config.mlp_size)
-        self.down = Linear(config.mlp_size, config.hidden_size)
+        self.down = Linear(config.mlp_size, config.hidden_size, config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
@@ -88,13 +90,19 @@ class HybridBlock(nn.Module):
         super().__init__()
         self.pointwise, self.eps = kernels.pointwise, config.norm_eps
         # norms are made together with what stands around them: a block owns their weights
-        self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.mlp_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
         self.srte = None if config.srte_shared else time_encoding(config)
         self.mamba = MambaBranch(config, layer, kernels)
         self.attention = AttentionBranch(config, layer, kernels)
         self.fusion = Fusion(config, kernels)
         self.mlp = SwiGLU(config, kernels)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start the norms without scaling."""
+        nn.init.ones_(self.norm)
+        nn.init.ones_(self.mlp_norm)
 
     def forward(
         self, x: Tensor, time: Tensor | None, context: Context, dropped: Branch | None = None
@@ -110,8 +118,9 @@ class HybridBlock(nn.Module):
         if self.srte is not None:
             time = self.srte(context.documents.position_ids, x.dtype)
         h, timed = self.pointwise.norm_with_time(x, time, self.norm, self.eps)
-        m = self.mamba(timed, context.documents, context.cache)
-        a = self.attention(h, context.rotary, context.documents, context.cache)
+        recompute = context.recompute
+        m = recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
+        a = recompute.branch("attention", self.attention, h, context.rotary, context.documents, context.cache)
         if dropped is not None:
             m, a = (m * 0, a) if dropped == "mamba" else (m, a * 0)
         x, h, gate = self.fusion(x, m, a, context.real, self.mlp_norm)

@@ -105,6 +105,11 @@ class ModelConfig:
         """Width of the Mamba branch's input projection: z, the convolution's channels and dt."""
         return self.ssm_size + self.conv_size + self.ssm_heads
 
+    @property
+    def residual_std(self) -> float:
+        """Deviation that projections into the residual stream start with: depth does not raise the stream's scale."""
+        return 0.02 / (2 * self.num_layers) ** 0.5
+
     def window_at(self, layer: int) -> int:
         """Tokens that the windowed heads of `layer` (from 0) see, the current one included."""
         if self.window_schedule == "constant":

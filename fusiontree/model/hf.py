@@ -13,6 +13,7 @@ from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
 from .lm import HybridLM
+from .recompute import KEEP, Recompute
 from .reference import IGNORE
 
 
@@ -76,9 +77,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int | None = None
     ) -> None:
-        if every_n_layers not in (None, 1):
-            raise ValueError(f"every_n_layers is {every_n_layers}; this model recomputes every block or none")
-        self.model.checkpoint_blocks = enable
+        self.model.recompute = Recompute(every=every_n_layers or 1) if enable else KEEP
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The token embedding."""

@@ -13,14 +13,31 @@ from .pointwise import norm
 
 
 class Linear(nn.Linear):
-    """A projection without bias in the dtype of its input."""
+    """A projection without bias in the dtype of its input; its weights start with deviation `std`."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, std: float = 0.02):
+        self.std = std  # before the parent's constructor, which starts the weights
         super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self.weight, std=self.std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """Vectors by token; they start with deviation `std`."""
+
+    def __init__(self, tokens: int, size: int, std: float):
+        self.std = std
+        super().__init__(tokens, size)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the vectors anew."""
+        nn.init.normal_(self.weight, std=self.std, generator=generator)
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +45,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start without scaling."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""

@@ -2,20 +2,21 @@
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import rotary_embedding
 from .block import Branch, Context, HybridBlock
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
-from .layers import Linear, RMSNorm
+from .layers import Embedding, Linear, RMSNorm
 from .ops import Kernels, reference_kernels
+from .recompute import KEEP, Recompute
 from .reference import IGNORE
 from .srte import time_encoding
 
@@ -39,32 +40,19 @@ class HybridLM(nn.Module):
         config: ModelConfig,
         kernels: Kernels | None = None,
         compute_dtype: torch.dtype | None = None,
-        checkpoint_blocks: bool = False,
+        recompute: Recompute = KEEP,
     ):
-        """`checkpoint_blocks`: keep only the blocks' inputs for the backward pass and compute the rest again."""
         super().__init__()
         self.config = config
         self.kernels = kernels or reference_kernels()
         self.compute_dtype = compute_dtype
-        self.checkpoint_blocks = checkpoint_blocks
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.recompute = recompute
+        std = 0.5 / math.sqrt(config.hidden_size)  # so that logits start with a deviation of one half
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, std)
         self.srte = time_encoding(config) if config.srte_shared else None
         self.blocks = nn.ModuleList(HybridBlock(config, i, self.kernels) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start the matrices: small enough that the first loss is near ln V and depth does not raise the scale."""
-        H = self.config.hidden_size
-        residual = 0.02 / math.sqrt(2 * self.config.num_layers)
-        nn.init.normal_(self.embedding.weight, std=0.5 / math.sqrt(H))  # logits of deviation one half
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                into_residual = name.endswith(("out_proj", "mlp.down"))
-                nn.init.normal_(module.weight, std=residual if into_residual else 0.02)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.5 / math.sqrt(H))
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, std)
 
     @property
     def head_weight(self) -> Tensor:
@@ -107,12 +95,15 @@ class HybridLM(nn.Module):
         if cache is not None:
             cache.begin(documents)
         rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
-        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache)
+        # computed again, a block would meet the cache behind its own tokens
+        recompute = self.recompute if cache is None else KEEP
+        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache, recompute)
         time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
         x = self.embedding(input_ids).to(self.activation_dtype)
         gates: list[Any] = []  # nothing where nothing is labelled
-        for block, dropped in zip(self.blocks, branch_drops or [None] * len(self.blocks), strict=True):
-            x, gate = self._run(block, x, time, context, dropped)
+        drops = branch_drops or [None] * len(self.blocks)
+        for layer, (block, dropped) in enumerate(zip(self.blocks, drops, strict=True)):
+            x, gate = recompute.block(layer, block, x, time, context, dropped)
             gates.append(gate)
         if cache is not None:
             cache.end(documents)
@@ -123,14 +114,6 @@ class HybridLM(nn.Module):
         kept = x if keep_logits is None else x[:, -keep_logits:]
         return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), None)
 
-    def _run(self, block: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """The block's outputs; what has a gradient must be an argument of its own for the recomputation to see it."""
-        cached = arguments[2].cache is not None  # computed again, a block would meet the cache behind its own tokens
-        if self.checkpoint_blocks and torch.is_grad_enabled() and not cached:
-            # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
-            return checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
-        return block(*arguments)
-
     def _continue(self, input_ids: Tensor, cache: Cache | None) -> Documents:
         """Documents of new tokens that go on with the cached document of their row."""
         B, L = input_ids.shape
@@ -140,6 +123,22 @@ class HybridLM(nn.Module):
             return cache.next_token()
         new = cache.last_document[:, None].expand(B, L)
         return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
+
+
+def materialise(model: HybridLM, seed: int, device: torch.device) -> Iterator[nn.Module]:
+    """Give a model made on the meta device its initial weights on `device`, a function of `seed` and their names alone.
+
+    Yields:
+        Each module as soon as its own parameters are there: who cuts them up never holds the whole model.
+    """
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        module.to_empty(device="cpu", recurse=False)  # drawn on the host, so that every device starts alike
+        module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, own, nn.Parameter(parameter.detach().to(device)))
+        yield module
 
 
 def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:

@@ -155,6 +155,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def remember(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
+    """Write the keys and values of one token, [B, 1, K, D], into the cache's, [B, T, K, D], at `slot`, int64 [1]."""
+    keys.index_copy_(1, slot, k)
+    values.index_copy_(1, slot, v)
+
+
 class Pointwise(NamedTuple):
     """The functions of this file that a model calls, as they stand or compiled."""
 
@@ -166,3 +172,4 @@ class Pointwise(NamedTuple):
     mamba_step: Callable[..., Any] = mamba_step
     fuse: Callable[..., Any] = fuse
     swiglu: Callable[..., Any] = swiglu
+    remember: Callable[..., Any] = remember

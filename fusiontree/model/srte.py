@@ -29,9 +29,9 @@ class LearnedTimeEncoding(nn.Module):
         self.up = nn.Parameter(torch.empty(config.srte_rank, config.hidden_size))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random table, zero projection: the encoding starts as a no-op that has a gradient."""
-        nn.init.normal_(self.table, std=1.0)
+        nn.init.normal_(self.table, std=1.0, generator=generator)
         nn.init.zeros_(self.up)
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:

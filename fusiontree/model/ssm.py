@@ -27,19 +27,20 @@ class MambaBranch(nn.Module):
         self.A_log = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(config.ssm_heads, dtype=torch.float32))
-        self.norm = nn.Parameter(torch.ones(config.ssm_size))
-        self.out_proj = Linear(config.ssm_size, config.hidden_size)
+        self.norm = nn.Parameter(torch.empty(config.ssm_size))
+        self.out_proj = Linear(config.ssm_size, config.hidden_size, config.residual_std)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Decay rates in [1, 16], time steps log-uniform in [0.001, 0.1], as Mamba-2's authors start them."""
         bound = 1 / math.sqrt(self.config.conv_kernel)
-        nn.init.uniform_(self.conv_weight, -bound, bound)
-        nn.init.uniform_(self.conv_bias, -bound, bound)
+        nn.init.uniform_(self.conv_weight, -bound, bound, generator)
+        nn.init.uniform_(self.conv_bias, -bound, bound, generator)
         nn.init.ones_(self.D)
+        nn.init.ones_(self.norm)
         with torch.no_grad():
-            self.A_log.uniform_(1, 16).log_()
-            dt = self.dt_bias.uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
+            self.A_log.uniform_(1, 16, generator=generator).log_()
+            dt = self.dt_bias.uniform_(math.log(0.001), math.log(0.1), generator=generator).exp_().clamp_(min=1e-4)
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def forward(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:

@@ -1,20 +1,37 @@
-"""The learning rate, a pure function of the step."""
+"""What changes with the step, as pure functions of it: a resumed run goes on with the same values."""
 
 import math
+from collections.abc import Mapping
+from itertools import pairwise
 
 from fusiontree.config import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up to `peak`, then constant or a cosine (arXiv 1608.03983).
+    """Learning rate of update `step` (from 0): linear warm-up to `peak`, then by kind.
 
-    The cosine ends at ``min_lr_ratio * peak`` with the last update.
+    `cosine` falls along half a cosine (arXiv 1608.03983); `wsd` stays at the peak until its last `decay` updates and
+    then falls as one minus the square root of the share of them that is done (arXiv 2405.18392); `constant` stays.
+    What falls arrives at ``min_lr_ratio * peak`` with the last update.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return peak
-    decay_steps = schedule.steps - 1 - schedule.warmup_steps
-    progress = (step - schedule.warmup_steps) / max(1, decay_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * cosine)
+    if schedule.kind == "wsd":
+        done = (step + 1 - (schedule.steps - schedule.decay)) / schedule.decay
+        share = 1 - math.sqrt(min(1.0, max(0.0, done)))
+    else:
+        done = (step - schedule.warmup_steps) / max(1, schedule.steps - 1 - schedule.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)
+
+
+def value_at(points: Mapping[int, float], step: int) -> float:
+    """The value at `step` of a line through `points` (value by step), level before the first and after the last."""
+    steps = sorted(points)
+    for before, after in pairwise(steps):
+        if before <= step < after:
+            done = (step - before) / (after - before)
+            return points[before] + done * (points[after] - points[before])
+    return points[steps[0]] if step < steps[0] else points[steps[-1]]

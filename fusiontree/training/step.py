@@ -1,20 +1,19 @@
 """One optimizer update under DeepSpeed: all that training and its benchmark must do alike."""
 
-import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusiontree import distributed
-from fusiontree.config import RunConfig, deepspeed_json
+from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
 from fusiontree.distributed import World
-from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.block import Branch
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, branch_drops
+from fusiontree.model.lm import branch_drops
+from fusiontree.training.build import build_engine
 from fusiontree.training.gates import GateStatistics
 from fusiontree.training.schedule import learning_rate
 
@@ -32,7 +31,8 @@ class TrainingStep:
 
     def __init__(self, config: RunConfig, world: World):
         self.config, self.world = config, world
-        self.engine = _build_engine(config, world)
+        self.engine = build_engine(config, world)
+        self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
     @property
@@ -80,53 +80,8 @@ class TrainingStep:
         return output.loss_sum, output.gates
 
     def _set_learning_rate(self, step: int) -> None:
-        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-
-
-def _build_engine(config: RunConfig, world: World) -> Any:
-    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
-    import deepspeed
-
-    torch.manual_seed(config.seed)
-    dtype = DTYPES[config.precision]
-    model = HybridLM(
-        config.model,
-        choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype),
-        compute_dtype=dtype,
-        checkpoint_blocks=config.activation_checkpointing == "full",
-    ).to(world.device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.eps,
-        fused=True,
-    )
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
-        "gradient_accumulation_steps": config.accumulation_steps(world.size),
-        "gradient_clipping": config.optimizer.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": sys.maxsize,
-        **deepspeed_json(config),
-    }
-    if world.size == 1 and "zero_optimization" in settings:
-        # nothing to overlap with, and the engine would wait for the device before every update
-        settings["zero_optimization"]["overlap_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, the scan's state parameters and the gate do not."""
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        spare = parameter.ndim < 2 or ".fusion." in name
-        (spared if spare else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = learning_rate(self.config.schedule, peak, step)
 
 
 def _total_norm(model: torch.nn.Module) -> Tensor:

@@ -1,0 +1,71 @@
+"""From a configuration to the model under DeepSpeed."""
+
+import sys
+from typing import Any
+
+import torch
+
+from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
+from fusiontree.distributed import World
+from fusiontree.kernels import DTYPES, choose_kernels
+from fusiontree.model.lm import HybridLM, materialise
+from fusiontree.model.recompute import Recompute
+from fusiontree.training.optimizer import build_optimizer
+
+
+def build_engine(config: RunConfig, world: World) -> Any:
+    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
+    import deepspeed  # now that `distributed.start` has told it what computes here
+
+    settings = engine_settings(config, world)
+    model = build_model(config, world, settings)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's own settings, and all that the run's configuration decides of the rest."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "gradient_accumulation_steps": config.accumulation_steps(world.size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+        **deepspeed_json(config),
+    }
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    # a single rank has nothing to overlap with, and would wait for the device before every update
+    zero.setdefault("overlap_comm", world.size > 1)
+    zero.setdefault("reduce_scatter", config.optimizer.kind != "muon")  # Muon needs whole gradients
+    return settings
+
+
+def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> HybridLM:
+    """The model with its initial weights, the same whatever the ranks and the ZeRO stage.
+
+    At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
+    """
+    import deepspeed
+
+    dtype = DTYPES[config.precision]
+    kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
+    with torch.device("meta"):
+        model = HybridLM(config.model, kernels, dtype, _recompute(config.activation_checkpointing))
+    first: Any = None
+    for module in materialise(model, config.seed, world.device):
+        if settings["zero_optimization"].get("stage", 0) < 3:
+            continue
+        own = list(module.parameters(recurse=False))
+        if first is None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            first = own[0]
+        else:
+            first.convert_to_zero_parameters(param_list=own)
+    return model
+
+
+def _recompute(config: CheckpointingConfig) -> Recompute:
+    every = {"full": 1, "every_n": config.every}.get(config.policy, 0)
+    branches = ("mamba", "attention") if config.branch == "both" else (config.branch,)
+    return Recompute(every, branches if config.policy == "branch" else (), config.offload)
