@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusiontree import distributed
+from fusiontree import distributed, lease
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
@@ -178,6 +178,7 @@ def _write_rest(partial: Path, texts: Mapping[str, str], gates: Tensor) -> None:
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
+    lease.check(final.parent.parent)  # cut off while another start goes on, this one must not put its own in the way
     shutil.rmtree(final, ignore_errors=True)  # one that did not verify: training has come to its step again
     os.replace(partial, final)
     fsync_folder(final.parent)

@@ -282,6 +282,12 @@ def _submit(script: Path, logs: Path, wait: bool) -> int:
     return slurm.follow(job, logs, sys.stdout) if wait else 0
 
 
+def _status(args: argparse.Namespace) -> int:
+    from fusiontree.status import status
+
+    return _show(status(args.run), args.json)
+
+
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export import export
 
@@ -474,6 +480,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data(commands)
     _add_training(commands)
+    _add_status(commands)
     _add_model(commands)
     _add_machine(commands)
     _add_bench(commands)
@@ -715,6 +722,17 @@ def _add_slurm(launch: argparse.ArgumentParser) -> None:
         "--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a job array over values; repeated: product"
     )
     group.add_argument("--wait", action="store_true", help="follow the job; exit with its code")
+
+
+def _add_status(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "status",
+        _status,
+        "Tell how a run is doing: queue, step, last figures, checkpoint, incidents.",
+        "status runs/books",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
 
 
 def _add_model(commands: Any) -> None:

@@ -96,6 +96,9 @@ def end(run: Path, code: int) -> int:
     """
     record = read_attempts(run)
     logs = run / "logs" / f"{record['job']}-{record['start']}"
+    if os.environ["FUSIONTREE_LAUNCH"] != str(logs):
+        _say(f"a newer start of the run has taken over ({logs.name}); this one ends")
+        return code
     if code == 0:
         return 0
     reports = [json.loads(path.read_text()) for path in logs.glob("rank-*.json")]

@@ -27,10 +27,11 @@ from fusiontree.files import write_atomic
 from launcher.plan import Plan
 
 SCRIPT = "job.sbatch"  # in the run's folder
+SUBMITTED = "job.id"  # beside it: what sbatch answered
 _POLL = 1.0  # seconds between two looks at a job that is followed
 _DISK_RATE = 0.5e9  # bytes/s that one node is taken to write of a checkpoint, at least
 _MARGIN = 60  # seconds for the step that is under way when a job is asked to save
-_LIVING = (
+LIVING = (
     "PENDING",
     "RUNNING",
     "CONFIGURING",
@@ -273,7 +274,15 @@ def submit(script: Path) -> str:
         if done.returncode:
             reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "sbatch failed")
             raise UserError(f"SLURM refuses {script}: {reason.removeprefix('allocation failure: ')}")
-    return done.stdout.strip().split(";")[0]
+    job_id = done.stdout.strip().split(";")[0]
+    write_atomic(script.with_name(SUBMITTED), job_id + "\n")
+    return job_id
+
+
+def submitted(run: Path) -> str | None:
+    """The id of the job that `submit` last made for `run`; None if it never did."""
+    path = run / SUBMITTED
+    return path.read_text().strip() if path.exists() else None
 
 
 def _ask(*command: str) -> str:
@@ -309,7 +318,7 @@ def follow(job_id: str, logs: Path, out: TextIO) -> int:
         for pattern in (f"slurm-{job_id}*.log", f"{job_id}-*/rank-0.out", f"{job_id}-*/node-0.out"):
             for path in sorted(logs.glob(pattern)):
                 positions[path] = _copy(path, positions.get(path, 0), out)
-        if not any(task.get("JobState") in _LIVING for task in known):
+        if not any(task.get("JobState") in LIVING for task in known):
             return max(_exit_code(job_id, task) for task in known or [{}])
         time.sleep(_POLL)
 

@@ -41,6 +41,18 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def begin(run, monkeypatch):
+    """Begins a start on up to two nodes and gives the rest of the script what it said."""
+
+    def start() -> dict[str, str]:
+        facts = allocation.begin(run, 1, 1, 2)
+        monkeypatch.setenv("FUSIONTREE_LAUNCH", facts["FUSIONTREE_LAUNCH"])
+        return facts
+
+    return start
+
+
 def save(run, step: int) -> None:
     (run / "checkpoints" / "latest").write_text(f"step-{step}\n")
 
@@ -132,15 +144,15 @@ def test_a_job_submitted_anew_counts_anew(run, monkeypatch):
 # --- end -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_ends_its_job(run):
-    allocation.begin(run, 1, 1, 2)
+def test_a_finished_run_ends_its_job(run, begin):
+    begin()
     assert allocation.end(run, 0) == 0
     assert requeued(run) == []
 
 
-def test_a_stopped_run_is_requeued_as_often_as_it_takes(run, monkeypatch, capsys):
+def test_a_stopped_run_is_requeued_as_often_as_it_takes(run, begin, monkeypatch, capsys):
     for start in range(4):
-        allocation.begin(run, 1, 1, 2)
+        begin()
         save(run, 10 * (start + 1))
         report(run, monkeypatch, 0, 75, "stopped by SIGUSR1 at step 10, saved", start)
         assert allocation.end(run, 75) == 75
@@ -148,8 +160,20 @@ def test_a_stopped_run_is_requeued_as_often_as_it_takes(run, monkeypatch, capsys
     assert "stopped by SIGUSR1 at step 10, saved" in capsys.readouterr().err
 
 
-def test_a_users_mistake_is_not_repeated(run, monkeypatch, capsys):
-    allocation.begin(run, 1, 1, 2)
+def test_a_start_that_was_cut_off_leaves_the_newer_one_alone(run, begin, monkeypatch, capsys):
+    old = begin()
+    begin()
+    save(run, 8)
+    before = allocation.read_attempts(run)
+    monkeypatch.setenv("FUSIONTREE_LAUNCH", old["FUSIONTREE_LAUNCH"])
+    assert allocation.end(run, 76) == 76
+    assert requeued(run) == []
+    assert allocation.read_attempts(run) == before
+    assert "a newer start of the run has taken over (12345-1)" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_not_repeated(run, begin, monkeypatch, capsys):
+    begin()
     save(run, 10)
     report(run, monkeypatch, 1, 2, "data.path nowhere: no manifest.json there")
     assert allocation.end(run, 137) == 2  # srun's code is that of a rank it has killed for it
@@ -157,28 +181,28 @@ def test_a_users_mistake_is_not_repeated(run, monkeypatch, capsys):
     assert f"rank 1 on {os.uname().nodename}: data.path nowhere" in capsys.readouterr().err
 
 
-def test_failing_twice_without_progress_ends_the_job(run, capsys):
-    allocation.begin(run, 1, 1, 2)
+def test_failing_twice_without_progress_ends_the_job(run, begin, capsys):
+    begin()
     assert allocation.end(run, 1) == 1
     assert requeued(run) == ["requeue 12345"]
-    allocation.begin(run, 1, 1, 2)
+    begin()
     assert allocation.end(run, 1) == 1
     assert requeued(run) == ["requeue 12345"]
     assert "not requeued: 2 starts from step 0 without a checkpoint beyond it" in capsys.readouterr().err
 
 
-def test_progress_between_two_failures_keeps_the_job_going(run):
+def test_progress_between_two_failures_keeps_the_job_going(run, begin):
     for step in (0, 4, 8):
         save(run, step)
-        allocation.begin(run, 1, 1, 2)
+        begin()
         save(run, step + 2)
         allocation.end(run, 1)
     assert len(requeued(run)) == 3
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "COMPLETING", "NODE_FAIL"])
-def test_a_job_that_is_ended_from_outside_does_not_come_back(state, run, monkeypatch):
-    allocation.begin(run, 1, 1, 2)
+def test_a_job_that_is_ended_from_outside_does_not_come_back(state, run, begin, monkeypatch):
+    begin()
     save(run, 3)
     monkeypatch.setenv("STATE", state)
     assert allocation.end(run, 75) == 75
@@ -188,8 +212,8 @@ def test_a_job_that_is_ended_from_outside_does_not_come_back(state, run, monkeyp
 # --- the first error -------------------------------------------------------------------------------------------------
 
 
-def test_the_first_failure_in_time_is_shown_not_what_came_of_it(run, monkeypatch, capsys):
-    allocation.begin(run, 1, 1, 2)
+def test_the_first_failure_in_time_is_shown_not_what_came_of_it(run, begin, monkeypatch, capsys):
+    begin()
     report(run, monkeypatch, 0, 1, LOST_PEER)
     report(run, monkeypatch, 3, 1, "checkpoint could not be written: disk full")
     report(run, monkeypatch, 2, 1, "something later")
@@ -197,9 +221,9 @@ def test_the_first_failure_in_time_is_shown_not_what_came_of_it(run, monkeypatch
     assert f"rank 3 on {os.uname().nodename}: checkpoint could not be written: disk full" in capsys.readouterr().err
 
 
-def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, monkeypatch, capsys):
+def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, begin, monkeypatch, capsys):
     logs = run / "logs" / "12345-0"
-    allocation.begin(run, 1, 1, 2)
+    begin()
     (logs / "rank-0.out").write_text("step 1\n")
     (logs / "rank-1.out").write_text("\n".join(f"line {n}" for n in range(30)))
     report(run, monkeypatch, 0, 1, LOST_PEER)
@@ -210,8 +234,8 @@ def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, monkeyp
     assert "line 29" in said
 
 
-def test_a_traceback_is_shown_from_the_ranks_output(run, monkeypatch, capsys):
-    allocation.begin(run, 1, 1, 2)
+def test_a_traceback_is_shown_from_the_ranks_output(run, begin, monkeypatch, capsys):
+    begin()
     (run / "logs" / "12345-0" / "rank-1.out").write_text("Traceback\nZeroDivisionError: division by zero\n")
     report(run, monkeypatch, 1, 1, None)
     allocation.end(run, 1)

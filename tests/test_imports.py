@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    "fusiontree.incidents",
+    *("fusiontree.incidents", "fusiontree.lease"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -43,12 +43,14 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
     "launcher": {"fusiontree.config"},
+    "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
     "fusiontree.files": set(),
     "fusiontree.console": set(),
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
+    "fusiontree.lease": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -56,7 +58,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     "fusiontree.training.data",
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.status"),
 )
 
 

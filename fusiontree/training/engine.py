@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed
+from fusiontree import checkpoint, distributed, lease
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
@@ -246,6 +246,7 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | No
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
     run.mkdir(parents=True, exist_ok=True)
+    lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     return found
