@@ -100,7 +100,7 @@ def test_the_queue_is_asked_if_there_is_one(run, monkeypatch):
 
 def test_the_command_prints_lines_or_json(run, capsys):
     assert cli.main(["status", str(run)]) == 0
-    assert "state         ended before its last step\n" in capsys.readouterr().out
+    assert "state           ended before its last step\n" in capsys.readouterr().out
     assert cli.main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 500
 
