@@ -213,6 +213,42 @@ def test_a_users_mistake_ends_the_job_with_its_code(calm, shards, tmp_path):
     assert "is neither a file nor a preset" in log(run, job)
 
 
+# --- lost nodes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_lost_a_node_goes_on_with_fewer(calm, shards, tmp_path, long_truth):
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, "--min-nodes", 1, **LONG)
+    training(run, 12)
+    calm.crash("node2")
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert "on 1 of 2 nodes (1 at least)" in log(run, job)
+    assert json.loads((run / "attempts.json").read_text())["nodes"] == ["node1"]
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(long_truth)]
+    for here, there in zip(metrics(run), metrics(long_truth), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)
+
+
+def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, shards, tmp_path):
+    """The half with the main rank and the job's script: it goes on living, on the same files."""
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, "--min-nodes", 1, **LONG)
+    training(run, 12)
+    old = calm.run("pgrep", "-f", f"fusiontree train {run}/config.yaml", on="node1").stdout.split()
+    calm.cut("node1")
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert json.loads((run / "attempts.json").read_text())["nodes"] == ["node2"]
+    assert json.loads((run / "lease.json").read_text())["host"] == "node2"
+    assert steps(run) == [*range(1, LONG["schedule__steps"] + 1)]
+    written = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts}
+    assert calm.run("kill", "-0", *old, on="node1", code=None)  # still there, or ended by its own time-out
+    calm.settle()  # the cable is back: SLURM ends what it finds there
+    until(lambda: not ranks(calm, "node1", run), 60, "the end of the half that was cut off")
+    time.sleep(2)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts} == written
+    assert calm.state(job)["JobState"] == "COMPLETED"
+
+
 # --- refused before anything is submitted ----------------------------------------------------------------------------
 
 
