@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusiontree import resize
+from fusiontree import lease, resize
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
@@ -33,7 +33,12 @@ def partial_of(final: Path) -> Path:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it."""
+    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it.
+
+    Raises:
+        RunError: another start of the run holds it now; cut off from it, this one must not put its own in the way.
+    """
+    lease.check(final.parent.parent)
     old = final.with_name(f".{final.name}.old")
     if final.exists():  # training has come to its step again
         os.replace(final, old)

@@ -6,12 +6,13 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cluster import Cluster
 
 from data_tools.build import build as build_shards
 from data_tools.tokenizer import train_tokenizer
@@ -175,6 +176,13 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
 
 
 MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM cluster of two nodes that are ssh hosts too; a test that harms a node calls ``settle`` first."""
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
 
 
 def metrics(run: Path) -> list[dict]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed, incidents, signals
+from fusiontree import checkpoint, distributed, incidents, lease, signals
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.batch import Batch
@@ -20,7 +20,7 @@ from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, StoppedError, UserError
+from fusiontree.errors import LOST_PEER, RunError, StoppedError, UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.flops import update_flops
 from fusiontree.saver import Retention, Saver
@@ -64,7 +64,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            raise RunError("another rank has ended; its own line says why") from None
+            raise RunError(LOST_PEER) from None
         raise
     return {
         "run": str(config.run_dir),
@@ -291,6 +291,7 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | No
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
     run.mkdir(parents=True, exist_ok=True)
+    lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     return found
