@@ -99,6 +99,7 @@ def _data_build(args: argparse.Namespace) -> int:
         args.tokenizer,
         args.output,
         holdout=args.holdout,
+        holdout_from=args.holdout_from,
         workers=args.workers,
         row_len=args.row_len,
         include=tuple(args.include),
@@ -590,6 +591,12 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     build.add_argument(
         "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+    )
+    build.add_argument(
+        "--holdout-from",
+        choices=("spread", "end"),
+        default="spread",
+        help="spread: evenly over the documents (default); end: the last files",
     )
     build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
     build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
