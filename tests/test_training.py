@@ -73,9 +73,8 @@ def test_two_ranks_follow_the_curve_of_a_plain_loop(two_ranks: Path) -> None:
     assert validation[-1] < validation[0] - 0.5
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
-def test_other_zero_stages_follow_the_same_curve(stage: str, two_ranks: Path, shards: Path, tmp_path: Path) -> None:
-    cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="other", deepspeed=stage))
+def test_zero3_follows_the_same_curve_to_the_same_weights(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="other", deepspeed="zero3"))
     assert losses(tmp_path / "other") == pytest.approx(losses(two_ranks), rel=1e-5)
     weights = checkpoint.read_weights(tmp_path / "other" / "checkpoints" / "step-8")
     reference = checkpoint.read_weights(two_ranks / "checkpoints" / "step-8")
