@@ -227,6 +227,7 @@ class CheckpointConfig(_Section):
 
     every: Count = 1000  # optimizer steps; the last step always writes one
     keep_last: Count = 3  # checkpoints that stay, the newest
+    keep_every: Step = 0  # and those of a step that is a multiple of this, for ever; 0: none
 
 
 class ValidationConfig(_Section):
@@ -240,7 +241,9 @@ class LoggingConfig(_Section):
     """What is reported while the run goes on."""
 
     every: Count = 10  # optimizer steps between two lines of metrics
+    layers_every: int = Field(default=100, ge=0)  # optimizer steps between two looks at each layer; 0 = never
     wandb: bool = False
+    tensorboard: bool = False  # event files in the run's folder
 
 
 class KernelsConfig(_Section):
@@ -348,6 +351,7 @@ SECTIONS = _keys_by_section()
 KEYS = tuple(
     f"{name}.{key}" if key else name for name in RunConfig.model_fields for key in SECTIONS.get(name, (None,))
 )  # every dotted key, in order
+_LISTS = ("model.layer_kinds", "model.layer_global_heads")  # keys whose value is a list
 # keys below which the user chooses names, and how many names lead to a value: data.sources.NAME.weight, ...
 TABLES = {"data.sources": 2, "data.weights": 2, "data.curriculum": 1}
 # tables of values by step, joined by straight lines; a single value holds from step 0 on
@@ -530,6 +534,8 @@ def _table(key: str) -> str | None:
 
 def _plain(value: Any, key: str, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if key in _LISTS and isinstance(value, list):
         return value
     raise UserError(f"{where}: {key} is {_short(value)}; it must be a single value")
 

@@ -125,6 +125,7 @@ MICRO = {  # a model and a schedule that two ranks finish in seconds
     "validation.every": 4,
     "validation.rows": 6,
     "logging.every": 1,
+    "logging.layers_every": 4,
 }
 
 
@@ -173,7 +174,10 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
+
+
 def metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics, without the only figure that two equal runs differ in."""
+    """The lines of a run's metrics, without what was measured of the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

@@ -195,6 +195,7 @@ def test_compiled_pieces_equal_their_functions(name: str) -> None:
         "time_step": ([x, weight], ()),
         "gated_norm": ([x, y, weight], (1e-5,)),
         "mamba_step": None,  # the decoding tests below
+        "remember": None,
         "fuse": ([x, y, z, normal(8, 128, seed=7), normal(64, 8, seed=8), weight, normal(64, seed=9)], (real, 1e-5)),
         "swiglu": ([x], ()),
     }[name]

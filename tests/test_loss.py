@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import build, documents_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusiontree.model.reference import IGNORE, Teacher, linear_cross_entropy, linear_distillation
+from fusiontree.model.reference import IGNORE, Teacher, linear_cross_entropy, linear_distillation, token_losses
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 64])
@@ -23,6 +23,18 @@ def test_sum_and_gradients_equal_plain_cross_entropy(chunk: int) -> None:
     actual = torch.autograd.grad(ours * 0.3, [hidden, weight])
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_losses_by_token_are_plain_cross_entropy(chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 12), torch.randn(30, 12, requires_grad=True)
+    labels = torch.randint(30, (50,)).masked_fill(torch.rand(50) < 0.3, IGNORE)
+    plain = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="none")
+    ours = token_losses(hidden, weight, labels, chunk)
+    torch.testing.assert_close(ours, plain.detach())
+    assert not ours.requires_grad
+    assert (ours[labels == IGNORE] == 0).all()
 
 
 def test_no_labels_give_zero_loss_and_zero_gradients() -> None:
@@ -109,3 +121,16 @@ def test_no_matrix_of_tokens_by_tokens_and_not_all_logits() -> None:
     assert largest.numel <= 2048 * V  # one chunk of logits
     assert largest.numel < L * V  # all logits
     assert largest.numel < L * L // 4
+
+
+@torch.no_grad()
+def test_losses_by_token_add_up_to_the_loss_and_hold_one_chunk_of_logits() -> None:
+    L, V = 4096, 1024
+    model = build(vocab_size=V, num_layers=1, max_positions=L)
+    ids, documents = torch.randint(V, (1, L)), documents_of([[1000, L - 1000]])
+    labels = ids.masked_fill(torch.rand(1, L) < 0.3, IGNORE)
+    with LargestTensor() as largest:
+        losses = model(ids, documents, labels=labels, by_token=True).token_losses
+    torch.testing.assert_close(losses.sum(), model(ids, documents, labels=labels).loss_sum)
+    assert losses.shape == labels.shape
+    assert largest.numel <= 1024 * V

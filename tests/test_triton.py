@@ -7,7 +7,7 @@ import torch
 from conftest import documents_of
 
 from fusiontree.model import pointwise
-from fusiontree.model.triton_kernels import decay_sums, gated_norm, swiglu
+from fusiontree.model.triton_kernels import decay_sums, gated_norm, remember, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,6 +36,19 @@ def test_the_gated_norm_of_a_strided_gate(size: int) -> None:
 
     found, expected = outcome(strided(gated_norm), inputs), outcome(strided(pointwise.gated_norm), inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 160])  # below and above what one program takes
+def test_one_token_is_written_where_it_belongs(heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 7, heads, 8, generator=generator).to(DEVICE)
+    k, v = torch.randn(2, 2, 1, heads, 8, generator=generator).to(DEVICE)
+    slot = torch.tensor([5], device=DEVICE)
+    expected = keys.clone(), values.clone()
+    pointwise.remember(*expected, k, v, slot)
+    remember(keys, values, k, v, slot)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
 
 
 def test_prefix_sums_begin_anew_in_each_document_and_chunk() -> None:

@@ -190,7 +190,7 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
     for step in range(config.schedule.steps):
         mine = rows_of(step)[world.rank :: world.size]
         update = training.update([batch_of([row]) for row in mine], step)
-        figures = {"loss": update.loss, **update.parts}
+        figures = {"loss": update.own_loss, **update.parts}
         sums = distributed.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
         for name, value in zip(figures, sums, strict=True):
             curve.setdefault(name, []).append(value)

@@ -20,8 +20,9 @@ class AttentionBranch(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
         self.config, self.layer, self.kernels = config, layer, kernels
-        width = config.num_heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, width + 2 * config.num_kv_heads * config.head_dim)
+        kv_heads = sum(config.kv_heads_at(layer))
+        width = kv_heads * config.queries_per_kv * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, width + 2 * kv_heads * config.head_dim)
         self.q_norm = nn.Parameter(torch.empty(config.head_dim))
         self.k_norm = nn.Parameter(torch.empty(config.head_dim))
         self.norm = nn.Parameter(torch.empty(width))
@@ -50,9 +51,11 @@ class AttentionBranch(nn.Module):
         """Attention of one kind of head; [B, L, heads, D]."""
         if cache is None:
             return self.kernels.attention(q, k, v, documents, window)
-        keys, values = cache.attend(self.layer, k, v, window)
         if q.shape[1] == 1:
+            keys, values, slot = cache.place(self.layer, window)
+            self.kernels.pointwise.remember(keys, values, k.detach(), v.detach(), slot)
             return self.kernels.decode(q, keys, values, cache.visible(documents, window), cache.filled(window))
+        keys, values = cache.extend(self.layer, k, v, window)
         if cache.length == 0:
             return self.kernels.attention(q, k, v, documents, window)
         if cache.whole:

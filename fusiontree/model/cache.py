@@ -20,7 +20,7 @@ _LEAST_ROOM = 64  # tokens
 
 @dataclass
 class LayerCache:
-    """One layer's memory: constant in size but for the global heads."""
+    """One layer's memory: constant in size but for the global heads, and empty for a branch that it does not have."""
 
     conv_tail: Tensor  # [B, taps - 1, channels], the convolution's last inputs
     state: Tensor  # [B, H, P, S] fp32, the scan's state
@@ -41,6 +41,20 @@ class LayerCache:
         return joined
 
 
+def _empty_layer(config: ModelConfig, layer: int, zeros: Callable[..., Tensor]) -> LayerCache:
+    global_kv, windowed_kv = config.kv_heads_at(layer)
+    window, D = config.window_at(layer), config.head_dim
+    channels, heads = (config.conv_size, config.ssm_heads) if config.has("mamba", layer) else (0, 0)
+    return LayerCache(
+        conv_tail=zeros(config.conv_kernel - 1, channels),
+        state=zeros(heads, config.ssm_head_dim, config.ssm_state_size, dtype=torch.float32),
+        ring_k=zeros(window, windowed_kv, D),
+        ring_v=zeros(window, windowed_kv, D),
+        global_k=zeros(0, global_kv, D),
+        global_v=zeros(0, global_kv, D),
+    )
+
+
 class Cache:
     """The memory of all layers and, shared by them, which document each token seen belongs to."""
 
@@ -50,8 +64,6 @@ class Cache:
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
-        global_kv, D = config.global_kv_heads, config.head_dim
-        windowed_kv = config.num_kv_heads - global_kv
         self.config = config
         self.length = 0  # tokens seen so far, padding included
         self.whole = True  # whether each row is one document, from its first token on
@@ -61,17 +73,7 @@ class Cache:
         self.last_document = torch.full((rows,), -1, dtype=torch.int32, device=device)  # -1 when nothing was seen
         self.tail_documents = torch.full((rows, config.conv_kernel - 1), -1, dtype=torch.int32, device=device)
         self._made: dict[Hashable, Any] = {}  # what the layers of one forward share
-        self.layers = [
-            LayerCache(
-                conv_tail=zeros(config.conv_kernel - 1, config.conv_size),
-                state=zeros(config.ssm_heads, config.ssm_head_dim, config.ssm_state_size, dtype=torch.float32),
-                ring_k=zeros(config.window_at(layer), windowed_kv, D),
-                ring_v=zeros(config.window_at(layer), windowed_kv, D),
-                global_k=zeros(0, global_kv, D),
-                global_v=zeros(0, global_kv, D),
-            )
-            for layer in range(config.num_layers)
-        ]
+        self.layers = [_empty_layer(config, layer, zeros) for layer in range(config.num_layers)]
 
     @property
     def room(self) -> int:
@@ -123,35 +125,35 @@ class Cache:
         """Documents of the convolution's tail and the new tokens, int32 [B, taps - 1 + L]."""
         return torch.cat([self.tail_documents, documents.seq_idx], 1)
 
-    def attend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Remember new keys and values of one kind of head, and give all that their queries may attend to.
+    def place(self, layer: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Where one new token of a kind of head goes: keys and values [B, room or W, K, D], and the slot, int64 [1].
 
         Args:
-            k, v: [B, L, K, D]. window: of these heads; None for the global ones.
+            window: of these heads; None for the global ones.
 
         Returns:
-            Keys and values. For one new token: with room for more behind them, or the whole ring in its own order
-            (`visible`). For several: what came before and the new ones, in order (`mask`).
+            Keys and values, with room for more behind them or the whole ring in its own order (`visible`); the slot.
         """
-        memory, L, start = self.layers[layer], k.shape[1], self.length
+        memory = self.layers[layer]
+        if window is None:
+            return memory.global_k, memory.global_v, self.position
+        return memory.ring_k, memory.ring_v, self._once(("slot", window), lambda: self.position % window)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Remember keys and values [B, L, K, D] of several new tokens; return what came before and them, in order.
+
+        `window`, as in `place`; which of them a token sees says `mask`.
+        """
+        memory, end = self.layers[layer], self.length + k.shape[1]
         k, v = k.detach(), v.detach()
         if window is not None:
-            return self._attend_ring(memory.ring_k, memory.ring_v, k, v, window)
+            return self._extend_ring(memory.ring_k, memory.ring_v, k, v, window)
         keys, values = memory.global_k, memory.global_v
-        if L == 1:
-            keys.index_copy_(1, self.position, k)
-            values.index_copy_(1, self.position, v)
-            return keys, values
-        keys[:, start : start + L], values[:, start : start + L] = k, v
-        return keys[:, : start + L], values[:, : start + L]
+        keys[:, self.length : end], values[:, self.length : end] = k, v
+        return keys[:, :end], values[:, :end]
 
-    def _attend_ring(self, ring_k: Tensor, ring_v: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    def _extend_ring(self, ring_k: Tensor, ring_v: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
         L, start = k.shape[1], self.length
-        if L == 1:
-            slot = self.position % window
-            ring_k.index_copy_(1, slot, k)
-            ring_v.index_copy_(1, slot, v)
-            return ring_k, ring_v
         before = torch.arange(max(0, start - window), start, device=k.device) % window
         seen = torch.cat([ring_k[:, before], k], 1), torch.cat([ring_v[:, before], v], 1)
         kept = min(L, window)
@@ -160,7 +162,7 @@ class Cache:
         return seen
 
     def visible(self, documents: Documents, window: int | None) -> Tensor:
-        """Which of the keys that `attend` gave one new token it sees: bool [B, room or W]."""
+        """Which of the keys that `place` gave one new token it sees: bool [B, room or W]."""
         if window is None:
             return self._once("visible", lambda: self.seq_idx == documents.seq_idx)
         return self._once(("visible", window), lambda: self._visible_in_ring(documents, window))
@@ -187,10 +189,12 @@ class Cache:
 
     def filled(self, window: int | None) -> Tensor:
         """How far the keys that one new token attends to are filled, int64 [1]."""
-        return self.position + 1 if window is None else (self.position + 1).clamp(max=window)
+        if window is None:
+            return self._once("filled", lambda: self.position + 1)
+        return self._once(("filled", window), lambda: (self.position + 1).clamp(max=window))
 
     def mask(self, documents: Documents, window: int | None) -> Tensor:
-        """Which of the keys that `attend` gave several new tokens each of them sees: bool [B, L, keys]."""
+        """Which of the keys that `extend` gave several new tokens each of them sees: bool [B, L, keys]."""
         return self._once(("mask", window), lambda: self._mask(documents, window))
 
     def _mask(self, documents: Documents, window: int | None) -> Tensor:

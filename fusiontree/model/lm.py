@@ -17,7 +17,7 @@ from .documents import Documents
 from .layers import Embedding, Linear, RMSNorm
 from .ops import Kernels, reference_kernels
 from .recompute import KEEP, Recompute
-from .reference import IGNORE, Teacher, linear_distillation
+from .reference import IGNORE, Teacher, linear_distillation, token_losses
 from .srte import time_encoding
 
 
@@ -27,6 +27,7 @@ class Output(NamedTuple):
     loss_sum: Tensor | None  # (), fp32: nats summed over the labelled tokens, z_sum included
     logits: Tensor | None  # [B, kept L, V], fp32
     gates: Tensor | None  # [layers, H], fp32: mean gate by channel over the labelled tokens; 1 is all Mamba
+    token_losses: Tensor | None = None  # [B, L], fp32: nats, 0 where nothing is labelled; without gradient
     z_sum: Tensor | None = None  # (), fp32, without a gradient: what the z-loss is of loss_sum
     distill_sum: Tensor | None = None  # (), fp32: nats from the teacher, summed over the labelled tokens
 
@@ -66,6 +67,12 @@ class HybridLM(nn.Module):
         """Dtype of the residual stream."""
         return self.compute_dtype or self.embedding.weight.dtype
 
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Compute with `kernels` from now on."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
+
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` rows."""
         return Cache(self.config, rows, self.activation_dtype, self.embedding.weight.device)
@@ -78,6 +85,7 @@ class HybridLM(nn.Module):
         cache: Cache | None = None,
         keep_logits: int | None = None,
         branch_drops: list[Branch | None] | None = None,
+        by_token: bool = False,
         z_loss: float = 0.0,
         teacher: Teacher | None = None,
     ) -> Output:
@@ -90,17 +98,20 @@ class HybridLM(nn.Module):
             cache: what came before; continued in place.
             keep_logits: make logits of the last so many tokens only; None for all.
             branch_drops: by layer, the branch to zero in this training step.
+            by_token: with labels, give the token losses and nothing else.
             z_loss: weight of the z-loss, see `reference.linear_cross_entropy`.
             teacher: what to be near, see `reference.linear_distillation`.
         """
         x, gates = self.hidden(input_ids, documents, labels, cache, branch_drops)
         if labels is None:
             kept = x if keep_logits is None else x[:, -keep_logits:]
-            return Output(None, F.linear(kept, self.head_weight.to(x.dtype)).float(), None)
+            return Output(None, F.linear(kept, self.head_weight.to(x.device, x.dtype)).float(), None)
         head = x.flatten(0, 1), self.head_weight
+        if by_token:
+            return Output(None, None, None, token_losses(*head, labels.flatten()).view_as(labels))
         loss_sum, z_sum = self.kernels.loss(*head, labels.flatten(), z_loss)
         far = None if teacher is None else linear_distillation(*head, teacher, (labels != IGNORE).flatten())
-        return Output(loss_sum, None, gates, z_sum, far)
+        return Output(loss_sum, None, gates, None, z_sum, far)
 
     def hidden(
         self,
@@ -165,6 +176,6 @@ def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | Non
     drops: list[Branch | None] = []
     for layer in range(config.num_layers):
         draw = random.Random(f"branch drop {seed} {step} {layer}")
-        hit = draw.random() < config.branch_drop
+        hit = draw.random() < config.branch_drop and config.kind_at(layer) == "hybrid"
         drops.append(draw.choice(("mamba", "attention")) if hit else None)
     return drops

@@ -67,9 +67,9 @@ def _compiled() -> Pointwise:
     # prompts of many lengths and models of many shapes may meet in one process; past the limit it would raise
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     compiled = Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
-    from .triton_kernels import gated_norm, swiglu
+    from .triton_kernels import gated_norm, remember, swiglu
 
-    return compiled._replace(gated_norm=gated_norm, swiglu=swiglu)
+    return compiled._replace(gated_norm=gated_norm, remember=remember, swiglu=swiglu)
 
 
 def _scan_limits(config: ModelConfig) -> str | None:

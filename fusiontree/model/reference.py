@@ -430,3 +430,15 @@ def linear_distillation(hidden: Tensor, weight: Tensor, teacher: Teacher, real: 
         return heat**2 * (loss * real[rows]).sum(), gradient
 
     return _linear_loss(hidden, weight, score, chunk)
+
+
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` by token, nats, fp32 [T], 0 where there is no label; has no gradient.
+
+    Arguments as of `linear_cross_entropy`.
+    """
+    hidden, cast = hidden.detach(), weight.detach().to(hidden.dtype)
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    return torch.cat(
+        [F.cross_entropy((h @ cast.T).float(), y, ignore_index=IGNORE, reduction="none") for h, y in parts]
+    )

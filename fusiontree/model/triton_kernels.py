@@ -367,6 +367,22 @@ def decay_sums(dt: Tensor, A: Tensor, seq_idx: Tensor, chunk_size: int) -> tuple
 
 
 @triton.jit
+def _remember_kernel(keys, values, k, v, slot, row_stride, size, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = row * row_stride + tl.load(slot) * size + i
+    tl.store(keys + place, tl.load(k + row * size + i, mask=i < size), mask=i < size)
+    tl.store(values + place, tl.load(v + row * size + i, mask=i < size), mask=i < size)
+
+
+def remember(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
+    """`pointwise.remember` in one launch: decoding one row, what counts is how many there are."""
+    B, _, K, D = k.shape
+    grid = B, triton.cdiv(K * D, 1024)
+    k, v = k.contiguous(), v.contiguous()
+    _remember_kernel[grid](keys, values, k, v, slot, keys.stride(0), K * D, BLOCK=1024)
+
+
+@triton.jit
 def _decode_kernel(
     q, k, v, visible, length, part, top, mass, T, scale,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, K,

@@ -14,17 +14,21 @@ from fusiontree.model.documents import to_device
 from fusiontree.model.lm import branch_drops
 from fusiontree.training.build import build_engine
 from fusiontree.training.gates import GateStatistics
+from fusiontree.training.layers import LayerWatch
 from fusiontree.training.losses import Objective, gate_penalty
 from fusiontree.training.schedule import learning_rate
 
 
 class Update(NamedTuple):
-    """What an update leaves on the device; a share is this rank's, and the shares of all ranks add up to the mean."""
+    """What an update has come to. A share is this rank's, on the device; the shares of all ranks add up to the mean."""
 
-    loss: Tensor  # (), fp32: share of the mean cross-entropy, nats per token
+    loss: float  # mean cross-entropy of the batch, nats per token, the same on every rank
+    own_loss: Tensor  # (), fp32: share of `loss`
     grad_norm: Tensor | float  # of the whole gradient before clipping, the same on every rank
     gates: Tensor  # [layers, H], fp32: share of the mean gates
     parts: dict[str, Tensor]  # (), fp32: shares of what else was minimised, by the name that metrics give it
+    skipped: bool  # loss or gradient was not finite, so weights and optimizer are as before; the same on every rank
+    stop: bool  # some rank has been asked to stop
 
 
 class TrainingStep:
@@ -33,7 +37,7 @@ class TrainingStep:
     def __init__(self, config: RunConfig, world: World):
         self.config, self.world = config, world
         self.objective = Objective(config, world.device)
-        self.engine = build_engine(config, world)
+        self.engine, self.clipping = build_engine(config, world)
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
@@ -42,12 +46,16 @@ class TrainingStep:
         """Learning rate of the last update."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
-    def update(self, batches: Sequence[Batch], step: int) -> Update:
-        """Make update `step` (from 0) from this rank's share of its batch.
+    def update(
+        self, batches: Sequence[Batch], step: int, stop: bool = False, watch: LayerWatch | None = None
+    ) -> Update:
+        """Make update `step` (from 0) from this rank's share of its batch, unless loss or gradient is not finite.
 
         Args:
             batches: one for each accumulation step.
             step: decides the learning rate, the weights of the losses and the branches that are dropped.
+            stop: whether this rank has been asked to stop; all are told.
+            watch: what looks at this update layer by layer, entered.
         """
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
@@ -62,19 +70,27 @@ class TrainingStep:
             output = self.engine(ids, documents, labels=labels, branch_drops=drops, **options)
             share = output.gates * (batch.real_tokens / tokens)
             total, reported = self.objective.of(output, step)
-            penalty = 0.0 if slope is None else (slope * share).sum()
-            norm = self._descend(total / tokens + penalty)
+            self._backward(total / tokens + (0.0 if slope is None else (slope * share).sum()))
             gates += share.detach()
             for name, value in reported.items():
                 parts[name] = parts.get(name, 0.0) + value / tokens
-        self.gates.update(gates)
-        return Update(parts.pop("loss"), norm, gates, parts)
+            if self.engine.is_gradient_accumulation_boundary():
+                broken = self.clipping.prepare()
+                # on its way to the host while the device makes the step
+                told = distributed.HostSum(torch.stack([parts["loss"], torch.full_like(broken, stop), broken]))
+                if watch is not None:
+                    watch.meet_gradients()
+            self.engine.step()
+        loss, stops, breaks = told.read()
+        norm, skipped = self.clipping.outcome(breaks > 0)
+        if not skipped:
+            self.gates.update(gates)
+        return Update(loss, parts.pop("loss"), norm, gates, parts, skipped, stops > 0)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The batch's summed cross-entropy in nats, (), and its mean gates, [layers, H]; both fp32."""
-        ids, labels, documents = to_device(batch, self.world.device)
-        output = self.engine(ids, documents, labels=labels)
-        return output.loss_sum, output.gates
+    def token_losses(self, batch: Batch) -> Tensor:
+        """The batch's loss by token in nats, fp32 [B, L], 0 where there is no label; without gradient."""
+        input_ids, labels, documents = to_device(batch, self.world.device)
+        return self.engine(input_ids, documents, labels=labels, by_token=True).token_losses
 
     def _gate_penalty(self, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """This rank's share of the penalty on the gates, and the slope of the whole, if the run has one."""
@@ -84,26 +100,11 @@ class TrainingStep:
         penalty, slope = gate_penalty(mean, self.config.losses, step)
         return {"gate_penalty": penalty / self.world.size}, slope
 
-    def _descend(self, objective: Tensor) -> Tensor | float:
-        """Add the gradient of this rank's share of the objective and, with the last batch, update the weights.
-
-        Returns:
-            The norm of the whole gradient, once it is there.
-        """
-        engine = self.engine
-        norm: Tensor | float = 0.0
+    def _backward(self, objective: Tensor) -> None:
+        """Add the gradient of this rank's share of the objective; where that is not finite, all of it is NaN."""
         # the engine averages gradients over the ranks: the factor turns that into their sum
-        engine.backward(objective * self.world.size, scale_wrt_gas=False)
-        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-            norm = _total_norm(engine.module)  # without ZeRO the engine clips but does not tell the norm
-        engine.step()
-        return norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
+        self.engine.backward(objective * (self.world.size + 0 * objective.detach()), scale_wrt_gas=False)
 
     def _set_learning_rate(self, step: int) -> None:
         for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = learning_rate(self.config.schedule, peak, step)
-
-
-def _total_norm(model: torch.nn.Module) -> Tensor:
-    """Euclidean norm of the whole gradient, ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
