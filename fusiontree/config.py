@@ -279,6 +279,7 @@ class RunConfig(_Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
+    nvme_path: Path | None = None  # folder on a local disk, where zero3_nvme keeps weights and moments
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -627,7 +628,7 @@ def to_yaml(config: RunConfig) -> str:
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
     r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
-    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels|activation_checkpointing)\..+"
+    r"|deepspeed|nvme_path|batch\.micro_rows|(logging|validation|checkpoint|kernels|activation_checkpointing)\..+"
 )
 
 
@@ -684,7 +685,33 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if key in settings:
             raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+    zero = settings.get("zero_optimization", {})
+    _place_on_nvme(config, zero)
+    if config.optimizer.kind == "muon":
+        _check_muon(config, zero)
     return settings
+
+
+def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Give what is offloaded to NVMe the folder of the run's configuration."""
+    for part in (zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)):
+        if "nvme_path" in part:
+            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; set nvme_path in the configuration")
+        if part.get("device") == "nvme":
+            if config.nvme_path is None:
+                raise UserError(f"deepspeed {config.deepspeed} keeps states on NVMe; set nvme_path=DIR on a local disk")
+            part["nvme_path"] = str(config.nvme_path)
+
+
+def _check_muon(config: RunConfig, zero: dict[str, Any]) -> None:
+    if not zero.get("stage"):
+        raise UserError(f"optimizer.kind muon needs ZeRO stage 1 to 3, and deepspeed {config.deepspeed} is stage 0")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(f"optimizer.kind muon cannot keep its states on NVMe (deepspeed {config.deepspeed}); take cpu")
+    if zero.get("reduce_scatter"):
+        raise UserError(
+            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', and Muon needs whole gradients; remove it"
+        )
 
 
 def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:

@@ -43,19 +43,13 @@ LOSSES = [
 ]
 MUON = ["optimizer.kind=muon", "optimizer.grad_clip=0", "schedule.steps=6"]
 JOBS = {  # by name: ranks and overrides
-    "zero0 x4": (4, ["deepspeed=zero0"]),
-    "zero1 x4": (4, ["deepspeed=zero1", "activation_checkpointing=full", "activation_checkpointing.offload=true"]),
     "zero2 x4": (4, ["deepspeed=zero2", "activation_checkpointing=branch"]),
-    "zero3 x4": (4, ["deepspeed=zero3", "activation_checkpointing=every_n"]),
-    "zero3_offload x4": (4, ["deepspeed=zero3_offload", "activation_checkpointing=branch"]),
-    "muon zero2 x4": (4, ["deepspeed=zero2", *MUON]),
-    "muon zero3 x4": (4, ["deepspeed=zero3", *MUON]),
+    "zero3_offload x4": (4, ["deepspeed=zero3_offload", "activation_checkpointing=every_n"]),
     "zero0 x2": (2, ["deepspeed=zero0"]),
-    "zero1 x2": (2, ["deepspeed=zero1"]),
-    "zero2 x2": (2, ["deepspeed=zero2", "activation_checkpointing=full"]),
-    "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=full"]),
-    "muon zero0 x2": (2, ["deepspeed=zero0", *MUON]),
+    "zero1 x2": (2, ["deepspeed=zero1", "activation_checkpointing=full", "activation_checkpointing.offload=true"]),
+    "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=branch"]),
     "muon zero1 x2": (2, ["deepspeed=zero1", *MUON]),
+    "muon zero3 x2": (2, ["deepspeed=zero3", *MUON]),
 }
 
 
@@ -196,7 +190,7 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
     for step in range(config.schedule.steps):
         mine = rows_of(step)[world.rank :: world.size]
         update = training.update([batch_of([row]) for row in mine], step)
-        figures = {"loss": update.loss, **update.parts}
+        figures = {"loss": update.own_loss, **update.parts}
         sums = distributed.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
         for name, value in zip(figures, sums, strict=True):
             curve.setdefault(name, []).append(value)
@@ -287,7 +281,7 @@ def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> 
         assert set(found) == set(expected)
         for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
             assert found[figure] == pytest.approx(expected[figure], rel=1e-5), figure
-        if "muon" not in name or "zero0" in name:  # under ZeRO the norm is that of Muon's update
+        if "muon" not in name:  # whose norm is that of its update
             assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
 
 

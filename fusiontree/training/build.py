@@ -7,6 +7,7 @@ import torch
 
 from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed import World
+from fusiontree.errors import UserError
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.model.recompute import Recompute
@@ -22,6 +23,7 @@ def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | 
     import deepspeed  # now that `distributed.start` has told it what computes here
 
     settings = engine_settings(config, world)
+    _require_async_io(settings["zero_optimization"])
     model = build_model(config, world, settings)
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -48,6 +50,18 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
         if zero.get("stage", 0) > 0:
             zero["compute_grad_norm"] = False
     return settings
+
+
+def _require_async_io(zero: dict[str, Any]) -> None:
+    """Raise UserError if states are to be kept on NVMe and DeepSpeed cannot build what reads and writes them."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    parts = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    if any(part.get("device") == "nvme" for part in parts) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds, for some minutes, from libaio-dev, g++ "
+            "and ninja; install them, or take deepspeed=zero3_offload"
+        )
 
 
 def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> HybridLM:
