@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import RunError, UserError
+from fusiontree.files import write_atomic
 
 # what a file system answers when the user's disk, rights or paths are at fault, not this program
 _FILE_ERRORS = {
@@ -19,6 +20,7 @@ _FILE_ERRORS = {
     *(errno.EBUSY, errno.EXDEV, errno.ELOOP, errno.ESTALE, errno.EFBIG),
 }
 _NAMED = 10  # inputs left out that are named, unless --json is given
+EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 _INTERRUPTED = "interrupted; nothing half-written was left under a final name"
 
 
@@ -166,9 +168,11 @@ def _data_at(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from fusiontree import signals
     from launcher import local
 
     local.join_launcher()
+    signals.listen()
     from fusiontree.config import load_config
 
     config = load_config(args.config, args.overrides)
@@ -196,7 +200,30 @@ def _launch(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export import export
 
-    return _show(export(args.source, args.output, dtype=args.dtype, overwrite=args.overwrite), args.json)
+    figures = export(
+        args.source,
+        args.output,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        trust=args.trust_checkpoint,
+        prune=args.prune,
+        prune_heads=args.prune_heads,
+        data=args.data,
+        limit=args.limit,
+    )
+    return _show(figures, args.json)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from fusiontree.prune.pruner import plan_run
+
+    if args.out is not None and args.out.exists() and not args.overwrite:
+        raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
+    plan = plan_run(args.source, args.hi, args.lo)
+    if args.out is not None:
+        write_atomic(args.out, json.dumps(plan, indent=1))
+    return _show(plan, args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -227,7 +254,26 @@ def _stream(text: str) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from fusiontree.evaluate import evaluate
 
-    return _show(evaluate(args.folder, args.tasks, args.data, args.seq_len, args.limit), args.json)
+    figures = evaluate(
+        args.folder,
+        [task for text in args.tasks for task in text.split(",") if task],
+        args.data,
+        lengths=_numbers("--lengths", args.lengths),
+        seq_len=args.seq_len,
+        limit=args.limit,
+        samples=args.samples,
+        output=args.output,
+        overwrite=args.overwrite,
+    )
+    return _show(figures, args.json)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """The whole numbers of a list such as 1024,4096."""
+    try:
+        return [int(part) for part in (text or "").split(",") if part]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers, e.g. 1024,4096") from None
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -600,7 +646,34 @@ def _add_model(commands: Any) -> None:
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
     export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
+    )
+    export.add_argument(
+        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+    )
+    export.add_argument(
+        "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
+    )
+    export.add_argument(
+        "--prune-heads", type=int, default=0, metavar="N", help="global key-value heads to prune, by loss"
+    )
+    export.add_argument("--data", metavar="DIR", type=Path, help="held-out rows that measure it (default: the run's)")
+    export.add_argument("--limit", type=int, metavar="N", help="of these, at most (default: all)")
     _add_overwrite(export)
+
+    prune = _command(
+        commands,
+        "prune",
+        _prune,
+        "Say which branches the gates of a run do without, and what that saves.",
+        "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
+    )
+    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
+    prune.add_argument("--hi", type=float, default=0.8, metavar="G", help="mean gate above which Mamba is enough")
+    prune.add_argument("--lo", type=float, default=0.2, metavar="G", help="mean gate below which attention is enough")
+    prune.add_argument("--out", type=Path, metavar="FILE", help="write the plan, to edit and to give to export --prune")
+    prune.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
 
     generate = _command(
         commands,
@@ -628,13 +701,17 @@ def _add_model(commands: Any) -> None:
         "eval",
         _eval,
         "Measure an exported model.",
-        "eval runs/demo/export --tasks perplexity --data data/books",
+        "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
     )
     evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="perplexity")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"of {', '.join(EVAL_TASKS)}")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: as trained)")
+    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
+    evaluate.add_argument("--lengths", metavar="N,N,...", help="tokens of prompts (default: as trained)")
+    evaluate.add_argument("--samples", type=int, default=5, metavar="N", help="prompts of each kind (default 5)")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="folder to make: results.json, heat maps as PNG")
+    _add_overwrite(evaluate)
 
 
 def _add_report(commands: Any) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 from fusiontree import flops
 from fusiontree.bench import conv1d, kernels, measure, rows
 from fusiontree.bench import train as bench
-from fusiontree.bench.decode import _held_bytes, _model, bench_decode
+from fusiontree.bench.decode import bench_decode, random_model
+from fusiontree.bench.decoding import held_bytes
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
 from fusiontree.bench.profiling import Kernel, _busy_seconds, _device_kernels, kind_of
 from fusiontree.config import RunConfig, load_config
@@ -419,14 +420,15 @@ def test_decoding_is_measured_for_every_batch_and_context() -> None:
 
 
 def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
-    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in _model(micro("precision=bf16"), CPU).named_parameters()}
+    model = random_model(micro("precision=bf16"), CPU)
+    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"A_log", "D", "dt_bias"}
 
 
 def test_memory_held_is_counted_once() -> None:
     whole = torch.zeros(10, dtype=torch.float64)
     held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
-    assert _held_bytes(held) == 80 + 12
+    assert held_bytes(held) == 80 + 12
 
 
 def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:

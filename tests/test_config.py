@@ -354,6 +354,15 @@ def test_reading_a_configuration_needs_no_torch():
 
 def test_sections_keep_their_names():
     assert list(RunConfig.model_fields) == [
-        *("name", "output", "seed", "model", "data", "batch", "optimizer", "schedule", "precision"),
-        *("activation_checkpointing", "deepspeed", "checkpoint", "validation", "logging", "kernels"),
+        *("name", "output", "seed", "model", "data", "batch", "optimizer", "schedule", "losses"),
+        *(
+            "distill",
+            "precision",
+            "activation_checkpointing",
+            "deepspeed",
+            "checkpoint",
+            "validation",
+            "logging",
+            "kernels",
+        ),
     ]

@@ -302,16 +302,11 @@ def test_another_configuration_is_refused_by_name(changes: dict, words: str, two
     assert load_config(str(two_ranks / "config.yaml")).optimizer.lr == 3e-3
 
 
-def test_another_number_of_ranks_is_refused(two_ranks: Path, shards: Path) -> None:
-    done = cli("train", "tiny", *settings(shards, two_ranks.parent, name="two"), code=2)
-    assert "on 2 ranks, not 1" in done.stderr
-
-
-def test_another_zero_stage_is_refused(two_ranks: Path, shards: Path) -> None:
-    done = cli(
-        "launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two", deepspeed="zero3"), code=2
-    )
-    assert "at ZeRO stage 2, not 3; set deepspeed as it was" in done.stderr
+def test_another_layout_with_states_on_nvme_is_refused(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    (tmp_path / "nvme.json").write_text(json.dumps({"zero_optimization": zero}))
+    words = settings(shards, two_ranks.parent, name="two", deepspeed=tmp_path / "nvme.json")
+    assert "on 2 ranks at ZeRO stage 2, and states on NVMe" in cli("train", "tiny", *words, code=2).stderr
 
 
 def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What all measurements share: the clock, the memory, the device and what it could do at most."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,13 @@ def _wait(device: torch.device) -> None:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and both ends."""
-    return {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
+    """Median, the 95th of a hundred (the nearest one measured), and both ends."""
+    return {
+        "median_seconds": statistics.median(seconds),
+        "p95_seconds": sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+    }
 
 
 def reset_memory(device: torch.device) -> None:

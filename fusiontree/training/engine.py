@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed
+from fusiontree import checkpoint, distributed, incidents, signals
 from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.batch import Batch
@@ -20,9 +20,10 @@ from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Ledger, Sources
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, StoppedError, UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.flops import update_flops
+from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.metrics import Metrics, summarise, utilisation
@@ -55,6 +56,9 @@ def train(config: RunConfig) -> dict[str, Any]:
             trainer = Trainer(config, world, data, stream, resume_from)
             trainer.run()
         distributed.leave()
+    except StoppedError:
+        distributed.leave()
+        raise
     except torch.OutOfMemoryError as error:
         hint = "lower batch.micro_rows or set activation_checkpointing=full"
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
@@ -67,6 +71,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "steps": trainer.step,
         "tokens": trainer.tokens,
         **summarise(config.run_dir),
+        "checkpoint_wait_seconds": trainer.saver.waited,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -79,6 +84,8 @@ class Trainer:
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world)
+        retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self.saver = Saver(self.training.engine, world, config.run_dir, retention)
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
@@ -109,15 +116,29 @@ class Trainer:
                     self._record(update)
                 if self._due(self.config.validation.every):
                     self._validate()
-                if self._due(every):
+                if self._due(every) or update.stop:
                     self._save()
+                if update.stop and self.step < steps:
+                    self._stop()
+            self.saver.finish()
+
+    def _stop(self) -> None:
+        """Leave as asked, after the checkpoint of this step."""
+        self.saver.finish()
+        (name, *_) = [number.name for number in distributed.gather(signals.requested()) if number is not None]
+        if self.world.is_main:
+            incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
+        raise StoppedError(
+            f"stopped by {name} after step {self.step:,}, which is saved: start again to go on from there"
+        )
 
     def _update(self, batches: list[Batch]) -> Update:
         """Make the next update; now and then, watch and write down what its layers do."""
+        stop = signals.requested() is not None
         if not self._due(self.config.logging.layers_every, self.step + 1):
-            return self.training.update(batches, self.step)
+            return self.training.update(batches, self.step, stop)
         with LayerWatch(self.training.engine, self.world) as watch:
-            update = self.training.update(batches, self.step, watch)
+            update = self.training.update(batches, self.step, stop, watch)
         figures = watch.figures(update.gates)
         if self.metrics is not None:
             lengths = [length for batch in batches for length in batch.lengths]
@@ -136,9 +157,9 @@ class Trainer:
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        flops = sum(update_flops(self.config.model, self.lap_documents).values())
-        shares = torch.stack([update.loss, update.gates.mean(), update.loss.new_tensor(float(flops))])
-        loss_value, gate_value, flops = distributed.sum_over_ranks(shares).tolist()
+        own_flops = float(sum(update_flops(self.config.model, self.lap_documents).values()))
+        shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
+        gate_value, flops, *parts = distributed.sum_over_ranks(shares).tolist()
         memory = torch.tensor(distributed.peak_memory(self.world.device), device=self.world.device)
         memory_value = distributed.max_over_ranks(memory).item()
         since, step = self.lap_start
@@ -152,13 +173,14 @@ class Trainer:
             {
                 "step": self.step,
                 "tokens": self.tokens,
-                "loss": loss_value,
+                "loss": update.loss,
                 "lr": self.training.lr,
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
                 **utilisation(flops / lap / self.world.size, distributed.device_name(self.world.device)),
                 "memory_gib": memory_value / 2**30,
+                **dict(zip(update.parts, parts, strict=True)),
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
         )
@@ -208,23 +230,22 @@ class Trainer:
             "pad_id": manifest.tokenizer.pad_id,
             "wandb_id": self.metrics.wandb_id if self.metrics else None,
         }
-        folder = self.config.run_dir / "checkpoints"
-        texts = {checkpoint.CONFIG: to_yaml(self.config)}
-        keep_last = self.config.checkpoint.keep_last
-        gates = self.training.gates.mean()
-        path = checkpoint.save(self.training.engine, self.world, folder, state, texts, gates, keep_last)
-        log.info("saved %s", path)
+        self.saver.save(state, {checkpoint.CONFIG: to_yaml(self.config)}, self.training.gates.mean())
+        log.info("saving step %d", self.step)
         self._start_lap()
 
     def _resume(self, path: Path) -> None:
-        checkpoint.load(self.training.engine, path)
+        checkpoint.load(self.training.engine, self.world, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
         self.stream.seek(state["rows_consumed"])
         self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
         self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
-            console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
+            saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
+            message = f"resuming {self.config.run_dir} from step {self.step:,}"
+            console.print(message)
+            incidents.record(self.config.run_dir, "resume", self.step, f"{message}, {saved}")
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -261,7 +282,7 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | No
         if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
             raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
     refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
-    checkpoint.clear_partials(run / "checkpoints")
+    checkpoint.tidy(run / "checkpoints")
     found, damaged = checkpoint.newest(run / "checkpoints")
     for line in damaged:
         console.print(line)
@@ -285,11 +306,14 @@ def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) 
     if state["data_fingerprint"] != data.fingerprint:
         folders = ", ".join(dataset.location for dataset in data.datasets)
         raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
-    stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
-    if state["zero_stage"] != stage:
-        raise UserError(f"{where} at ZeRO stage {state['zero_stage']}, not {stage}; set deepspeed as it was")
-    if state["world_size"] != world.size:
-        raise UserError(f"{where} on {state['world_size']} ranks, not {world.size}; start it on as many")
+    zero = deepspeed_json(config).get("zero_optimization", {})
+    stage, ranks = state["zero_stage"], state["world_size"]
+    resized = (stage, ranks) != (zero.get("stage", 0), world.size)
+    if resized and zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(
+            f"{where} on {ranks} ranks at ZeRO stage {stage}, and states on NVMe cannot be cut anew; start it so, or "
+            "take deepspeed=zero3_offload"
+        )
 
 
 @contextlib.contextmanager
