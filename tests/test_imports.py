@@ -48,7 +48,7 @@ ARROWS = {
         "fusiontree.bench.decoding",  # throughput is measured in one way
     },
     "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
-    "fusiontree.bench.measure": set(),
+    "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),

@@ -24,9 +24,10 @@ from fusiontree.data.writer import ShardWriter
 from fusiontree.distributed import World
 from fusiontree.errors import UserError
 from fusiontree.model.documents import to_device
-from fusiontree.training.build import build_engine
+from fusiontree.training.build import build_model, engine_settings
 from fusiontree.training.data import make_recipe, open_data
 from fusiontree.training.engine import Trainer
+from fusiontree.training.optimizer import build_optimizer
 
 BLOCK = 5  # updates of the one, then as many of the other
 SYNTHETIC_ROWS = 256
@@ -138,10 +139,17 @@ class _TakingTurns(TrainStream):
 
 
 class BareLoop:
-    """The least that trains: the same model under the same DeepSpeed settings, and nothing around it."""
+    """The least that trains: the same model and optimizer under DeepSpeed, which clips by itself; nothing around it."""
 
     def __init__(self, config: RunConfig, world: World):
-        self.engine, self.device = build_engine(config, world), world.device
+        import deepspeed
+
+        settings = engine_settings(config, world) | {"gradient_clipping": config.optimizer.grad_clip}
+        settings["zero_optimization"].pop("compute_grad_norm", None)  # the run's own clipping needs none
+        model = build_model(config, world, settings)
+        optimizer = build_optimizer(model, config.optimizer)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.device = world.device
 
     def update(self, batches: list[Batch]) -> torch.Tensor:
         """One optimizer update; the last batch's mean loss in nats per token, ()."""
