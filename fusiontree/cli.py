@@ -424,6 +424,18 @@ def _bench_loader(args: argparse.Namespace) -> int:
     return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
 
 
+def _bench_overhead(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.overhead import bench_overhead
+
+        figures = bench_overhead(args.config, args.overrides, args.rounds, args.warmup)
+    if isinstance(args.json, Path):
+        from fusiontree.files import write_atomic
+
+        write_atomic(args.json, json.dumps(figures, indent=2) + "\n")
+    return _show(figures, args.json is True)
+
+
 def _report(args: argparse.Namespace) -> int:
     from fusiontree.report import write_report
 
@@ -981,6 +993,21 @@ def _add_bench(commands: Any) -> None:
     loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
     loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
     loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
+
+    overhead = _command(
+        bench_commands,
+        "overhead",
+        _bench_overhead,
+        "Measure what the engine costs: a real run beside a bare DeepSpeed loop, in turns.",
+        "bench overhead 125m --json overhead.json",
+        figures=False,
+    )
+    _add_config(overhead)
+    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="pairs of blocks timed (default 12)")
+    overhead.add_argument("--warmup", type=int, default=1, metavar="N", help="pairs before them (default 1)")
+    overhead.add_argument(
+        "--json", nargs="?", type=Path, const=True, metavar="FILE", help="print the figures as JSON, or write them"
+    )
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

@@ -94,7 +94,7 @@ def _own_gradients(engine: Any, world: World) -> Iterator[tuple[str, Tensor]]:
             yield name, safe_get_local_grad(parameter)
         elif stage > 0 and parameter._hp_mapping is not None:  # else other ranks own all of it
             yield name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        elif stage == 0 and world.is_main:
+        elif stage == 0 and world.is_main and parameter.grad is not None:  # none where the update is skipped
             yield name, parameter.grad
 
 
