@@ -177,7 +177,7 @@ def _train(args: argparse.Namespace) -> int:
     args.output = config.run_dir
     from fusiontree.training.engine import train
 
-    summary = train(config)
+    summary = train(config, args.allow_changed)
     return _show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
 
 
@@ -187,7 +187,8 @@ def _launch(args: argparse.Namespace) -> int:
     from launcher.plan import plan_local
 
     config = load_config(args.config, args.overrides)
-    words = [*args.overrides, *(["--json"] if args.json else [])]
+    allowed = (f"--allow-changed={key}" for key in args.allow_changed)
+    words = [*args.overrides, *allowed, *(["--json"] if args.json else [])]
     plan = plan_local(config, args.config, words, args.local)
     if args.dry_run:
         print(local.command_line(plan))
@@ -559,6 +560,7 @@ def _add_training(commands: Any) -> None:
         "train tiny data.path=data/books optimizer.lr=1e-3",
     )
     _add_config(train)
+    _add_allow_changed(train)
 
     launch = _command(
         commands,
@@ -568,8 +570,19 @@ def _add_training(commands: Any) -> None:
         "launch tiny --local 2 data.path=data/books",
     )
     _add_config(launch)
+    _add_allow_changed(launch)
     launch.add_argument("--local", type=int, required=True, metavar="N", help="ranks on this machine")
     launch.add_argument("--dry-run", action="store_true", help="print the command that would run")
+
+
+def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on from a checkpoint though this value is another one; repeatable",
+    )
 
 
 def _add_model(commands: Any) -> None:
