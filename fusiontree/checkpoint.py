@@ -85,20 +85,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `folder` that verifies, and a line for each newer one that does not.
+def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint under `folder` that verifies, and for each newer one, which does not, a line.
 
     Raises:
         RunError: there are checkpoints and none verifies.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
         problems = verify(checkpoint)
         if not problems:
             return checkpoint, damaged
-        damaged.append(f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}")
+        damaged[checkpoint] = f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}"
     if damaged:
-        raise RunError(f"no checkpoint under {folder} verifies ({damaged[0]}); restore one or remove the folder")
+        line, *_ = damaged.values()
+        raise RunError(f"no checkpoint under {folder} verifies ({line}); restore one or remove the folder")
     return None, damaged
 
 

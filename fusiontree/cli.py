@@ -180,7 +180,7 @@ def _train(args: argparse.Namespace) -> int:
     args.output = config.run_dir
     from fusiontree.training.engine import train
 
-    summary = train(config)
+    summary = train(config, args.allow_changed)
     return _show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
 
 
@@ -195,12 +195,17 @@ def _launch(args: argparse.Namespace) -> int:
         return _launch_slurm(args, around)
     if args.hostfile is not None:
         return _launch_hosts(args, around)
-    words = [*args.overrides, *(["--json"] if args.json else [])]
-    plan = plan_local(load_config(args.config, args.overrides), args.config, words, args.local, around)
+    config = load_config(args.config, args.overrides)
+    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, around)
     if args.dry_run:
         print(local.command_line(plan))
         return 0
     return local.run(plan)
+
+
+def _rank_options(args: argparse.Namespace) -> list[str]:
+    """What a launch hands on to the `train` of every rank, beside the configuration."""
+    return [*(f"--allow-changed={key}" for key in args.allow_changed), *(["--json"] if args.json else [])]
 
 
 def _refuse_stray(args: argparse.Namespace) -> None:
@@ -219,7 +224,7 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
 
     config = load_config(args.config, args.overrides)
     hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
-    plan = plan_hosts(config, hosts, ["--json"] if args.json else [], around)
+    plan = plan_hosts(config, hosts, _rank_options(args), around)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
         print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
@@ -241,8 +246,7 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
     job = _slurm_job(args, slurm.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
     plans = [
-        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, ["--json"] if args.json else [], around)
-        for one in configs
+        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
     ]
     slurm.check(job, nodes)
     folder = config.run_dir.absolute()
@@ -725,6 +729,7 @@ def _add_training(commands: Any) -> None:
         "train tiny data.path=data/books optimizer.lr=1e-3",
     )
     _add_config(train)
+    _add_allow_changed(train)
 
     launch = _command(
         commands,
@@ -734,6 +739,7 @@ def _add_training(commands: Any) -> None:
         "launch tiny --local 2 data.path=data/books",
     )
     _add_config(launch)
+    _add_allow_changed(launch)
     target = launch.add_mutually_exclusive_group(required=True)
     target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
     target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")
@@ -805,6 +811,16 @@ def _add_status(commands: Any) -> None:
         "status runs/books",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+
+
+def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on from a checkpoint though this value is another one; repeatable",
+    )
 
 
 def _add_model(commands: Any) -> None:
