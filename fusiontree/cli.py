@@ -414,6 +414,14 @@ def _bench_decode(args: argparse.Namespace) -> int:
     return _show(figures, args.json)
 
 
+def _bench_prune(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.prune import bench_prune
+
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps)
+    return _show(figures, args.json)
+
+
 def _bench_kernels(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from fusiontree.bench.kernels import bench_kernels
@@ -987,6 +995,18 @@ def _add_bench(commands: Any) -> None:
         "--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens of a prompt (default 1024)"
     )
     decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
+
+    prune = _command(
+        bench_commands,
+        "prune",
+        _bench_prune,
+        "Measure what pruning every second layer to one branch gains, with random weights.",
+        "bench prune --preset 1b --context 32768",
+    )
+    _add_preset(prune)
+    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
+    prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
+    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
 
     kernels = _command(
         bench_commands,

@@ -51,7 +51,7 @@ ARROWS = {
     "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
     },
     "fusiontree.report": {
         *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
