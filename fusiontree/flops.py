@@ -1,4 +1,4 @@
-"""The model's own floating-point operations, by layer type. Free of torch.
+"""The model's own floating-point operations, by layer type, and the most that a device could do. Free of torch.
 
 What is counted is the work that the model's definition asks for, whatever the kernels do to get it done:
 
@@ -17,6 +17,28 @@ from collections.abc import Sequence
 
 from fusiontree.model.config import ModelConfig
 
+# dense bf16 peaks in FLOP/s, from the makers' data sheets (where those state a figure "with sparsity", half of it); the
+# first name found in the device's own counts
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A40": 149.7e12,
+    "MI300X": 1307.4e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s that the device's maker states; None for an unknown device."""
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in device_name), None)
+
 
 def update_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, int]:
     """Operations of one forward and backward pass, by part of the model.
@@ -33,7 +55,8 @@ def forward_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, in
     tokens, layers = sum(documents), range(config.num_layers)
     per_pair, everything = 4 * config.head_dim, _all_pairs(documents, None)
     heads = [tuple(config.queries_per_kv * kv for kv in config.kv_heads_at(layer)) for layer in layers]
-    windowed = sum(heads[layer][1] * _all_pairs(documents, config.window_at(layer)) for layer in layers)
+    pairs = {window: _all_pairs(documents, window) for window in {config.window_at(layer) for layer in layers}}
+    windowed = sum(heads[layer][1] * pairs[config.window_at(layer)] for layer in layers)
     scans = sum(config.has("mamba", layer) for layer in layers)
     state, values = config.ssm_size * config.ssm_state_size, config.ssm_size
     products = {part: 2 * weights * tokens for part, weights in _matrix_weights(config).items()}

@@ -8,12 +8,13 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cluster import Cluster
 from safetensors.torch import save_file
 
 from data_tools.build import build as build_shards
@@ -130,6 +131,7 @@ MICRO = {  # a model and a schedule that two ranks finish in seconds
     "validation.every": 4,
     "validation.rows": 6,
     "logging.every": 1,
+    "logging.layers_every": 4,
 }
 
 
@@ -178,10 +180,20 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM cluster of two nodes that are ssh hosts too; a test that harms a node calls ``settle`` first."""
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
+
+
 def metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics, without the only figure that two equal runs differ in."""
+    """The lines of a run's metrics, without what was measured of the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 # --- checkpoints without a run ---------------------------------------------------------------------------------------

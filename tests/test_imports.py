@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    "fusiontree.incidents",
+    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -22,7 +22,9 @@ ARROWS = {
     "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
-    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.weights"},
+    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize", "fusiontree.weights"},
+    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed"},
+    "fusiontree.resize": set(),
     "fusiontree.weights": set(),
     "fusiontree.parity": {"fusiontree.model", "fusiontree.kernels", "fusiontree.weights"},
     "fusiontree.prune": {"fusiontree.model"},
@@ -32,7 +34,8 @@ ARROWS = {
     },
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
+        *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
+        "fusiontree.generate",  # the reader of exported folders: a teacher is one
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
@@ -45,29 +48,35 @@ ARROWS = {
         "fusiontree.bench.decoding",  # throughput is measured in one way
     },
     "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
-    "fusiontree.bench.measure": set(),
+    "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
+    },
+    "fusiontree.report": {
+        *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
     },
     "fusiontree.doctor": {
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
     "launcher": {"fusiontree.config"},
+    "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
     "fusiontree.files": set(),
     "fusiontree.console": set(),
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
+    "fusiontree.signals": set(),
+    "fusiontree.lease": set(),
 }
-FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
+FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
-    "fusiontree.training.data",
+    *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.status"),
 )
 
 

@@ -9,28 +9,13 @@ from typing import Any
 
 import torch
 
+from fusiontree import distributed, flops
 from fusiontree.errors import RunError
-
-# dense bf16 peaks in FLOP/s, from the vendors' data sheets; the first name found in the device's own counts
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s that the device's maker states; None on a CPU and for an unknown one."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    return flops.peak_flops(distributed.device_name(device))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -121,12 +121,11 @@ class HybridBlock(nn.Module):
         h, timed = self.kernels.pointwise.norm_with_time(x, time, self.norm, self.eps)
         m: Any = None
         a: Any = None
+        recompute = context.recompute
         if self.mamba is not None:
-            m = context.recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
+            m = recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
         if self.attention is not None:
-            a = context.recompute.branch(
-                "attention", self.attention, h, context.rotary, context.documents, context.cache
-            )
+            a = recompute.branch("attention", self.attention, h, context.rotary, context.documents, context.cache)
         if self.fusion is None:
             x, h = self.kernels.pointwise.add_norm(x, a if m is None else m, self.mlp_norm, self.eps)
             gate = None if context.real is None else x.new_full(x.shape[-1:], float(a is None), dtype=torch.float32)

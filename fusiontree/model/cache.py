@@ -189,7 +189,9 @@ class Cache:
 
     def filled(self, window: int | None) -> Tensor:
         """How far the keys that one new token attends to are filled, int64 [1]."""
-        return self.position + 1 if window is None else (self.position + 1).clamp(max=window)
+        if window is None:
+            return self._once("filled", lambda: self.position + 1)
+        return self._once(("filled", window), lambda: (self.position + 1).clamp(max=window))
 
     def mask(self, documents: Documents, window: int | None) -> Tensor:
         """Which of the keys that `extend` gave several new tokens each of them sees: bool [B, L, keys]."""

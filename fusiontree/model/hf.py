@@ -15,6 +15,7 @@ from .lm import HybridLM
 from .ops import select
 from .recompute import KEEP, Recompute
 from .reference import IGNORE
+from .ssm import STATE_PARAMETERS
 
 
 class FusionTreeConfig(PretrainedConfig):
@@ -63,7 +64,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridBlock"]  # noqa: RUF012 - read as a class attribute by transformers
-    FP32_NAMES = ("A_log", "D", "dt_bias")  # the scan's state parameters, whatever the dtype of the rest
+    FP32_NAMES = STATE_PARAMETERS
     _keep_in_fp32_modules_strict = list(FP32_NAMES)  # noqa: RUF012 - likewise
 
     def __init__(self, config: FusionTreeConfig):
