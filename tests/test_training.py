@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,11 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
 
 
-def plain_losses(config: RunConfig) -> tuple[list[float], list[float], float]:
+def plain_losses(config: RunConfig, left_out: Sequence[tuple[int, int]] = ()) -> tuple[list[float], list[float], float]:
     """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss."""
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
+    stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialise(model, config.seed, torch.device("cpu")))

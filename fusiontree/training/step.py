@@ -85,14 +85,15 @@ class TrainingStep:
         if self.engine.zero_optimization_stage() > 0:
             self.engine.step()
             return self.engine.get_global_grad_norm(), self.engine.optimizer.overflow
-        parameters = list(self.engine.module.parameters())
-        norm = _total_norm(parameters)  # without ZeRO the engine clips but does not tell the norm
-        skipped = not math.isfinite(norm.item())
-        if skipped:
-            for parameter in parameters:
-                parameter.grad = None  # a step without gradients is none
-        self.engine.step()
-        return norm, skipped
+        norm = _total_norm(
+            self.engine.module
+        )  # without ZeRO the engine clips but neither tells the norm nor looks at it
+        if math.isfinite(norm.item()):
+            self.engine.step()
+            return norm, False
+        self.engine.zero_grad()
+        self.engine.micro_steps += 1  # by which the engine knows where an update ends
+        return norm, True
 
     def forward(self, batch: Batch, drops: list[Branch | None] | None = None) -> tuple[Tensor, Tensor]:
         """The batch's summed loss in nats, (), and its mean gates, [layers, H]; both fp32.
@@ -110,6 +111,6 @@ class TrainingStep:
             group["lr"] = learning_rate(self.config.schedule, peak, step)
 
 
-def _total_norm(parameters: Sequence[Tensor]) -> Tensor:
+def _total_norm(model: torch.nn.Module) -> Tensor:
     """Euclidean norm of the whole gradient, ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
