@@ -13,7 +13,7 @@ from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
@@ -28,16 +28,7 @@ def prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed
     Raises:
         UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`.
     """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data, allow_changed)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed))
 
 
 def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str]) -> Path | None:
