@@ -1,27 +1,25 @@
-"""Checkpoints: written beside, hashed, renamed when whole; read only when every hash agrees.
+"""Checkpoints: where they lie, whether they are whole, what is in them.
 
 ``checkpoints/step-N/`` holds DeepSpeed's files, ``state.json`` (what a resume needs to know), ``config.yaml``,
-``gates.safetensors`` and ``manifest.json`` (sha256 of all others, written last).
-``checkpoints/latest`` names the newest.
+``gates.safetensors`` and ``manifest.json`` (sha256 of all others, written last); it is read only when every hash
+agrees. ``checkpoints/latest`` names the newest. `fusiontree.saver` writes them.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fusiontree import distributed, lease
+from fusiontree import lease, resize
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
+from fusiontree.weights import TensorFiles, of_checkpoint
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -29,55 +27,48 @@ CONFIG = "config.yaml"
 GATES = "gates.safetensors"
 
 
-def save(
-    engine: Any,
-    world: World,
-    folder: Path,
-    state: Mapping[str, Any],
-    texts: Mapping[str, str],
-    gates: Tensor,
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint of `engine` at ``state["step"]`` under `folder`; all ranks call it together.
+def partial_of(final: Path) -> Path:
+    """Where a checkpoint grows until it is whole."""
+    return final.with_name(f".{final.name}.partial")
 
-    `texts` are further files by name. Older checkpoints beyond `keep_last` go once this one is whole.
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it.
 
     Raises:
-        RunError: a file could not be written; nothing is left under the checkpoint's name.
+        RunError: another start of the run holds it now; cut off from it, this one must not put its own in the way.
     """
-    final = folder / f"step-{state['step']}"
-    partial = folder / f".{final.name}.partial"
-    if world.is_main:
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    try:
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in RuntimeError
-        # this rank's end is what tells the others, who wait inside DeepSpeed
-        raise _failure(folder, error) from None
-    failure = None
-    if world.is_main:
-        try:
-            _write_rest(partial, {STATE: json.dumps(state, indent=1), **texts}, gates)
-            _put_in_place(partial, final)
-        except (OSError, SafetensorError) as error:
-            failure = error
-    failed = distributed.sum_over_ranks(torch.tensor(int(failure is not None), device=world.device)).item()
-    if failed:
-        raise _failure(folder, failure or RuntimeError("the main rank could not write its part"))
-    if world.is_main:
-        _retain(folder, final, keep_last)
-    return final
+    lease.check(final.parent.parent)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():  # training has come to its step again
+        os.replace(final, old)
+    os.replace(partial, final)
+    fsync_folder(final.parent)
+    write_atomic(final.parent / "latest", final.name + "\n")
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def clear_partials(folder: Path) -> None:
-    """Remove what saves that never ended have left under `folder`."""
+def tidy(folder: Path) -> None:
+    """Remove what saves that never ended have left under `folder`, and put back what they had moved aside."""
+    for old in folder.glob(".step-*.old"):
+        final = folder / old.name[1:].removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, final)
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
 
 
-def load(engine: Any, checkpoint: Path) -> None:
-    """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together."""
+def load(engine: Any, world: World, checkpoint: Path) -> None:
+    """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
+
+    On another number of ranks or at another ZeRO stage than it was saved at, its pieces are cut anew.
+    """
+    state = read_state(checkpoint)
+    if (state["zero_stage"], state["world_size"]) != (engine.zero_optimization_stage(), world.size):
+        resize.load(engine, checkpoint, state["zero_stage"], state["world_size"])
+        return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise RunError(f"checkpoint {checkpoint} could not be loaded by DeepSpeed; see the run's logs")
@@ -86,23 +77,29 @@ def load(engine: Any, checkpoint: Path) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints under `folder`, oldest step first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `folder` that verifies, and a line for each newer one that does not.
+def step_of(checkpoint: Path) -> int:
+    """Updates that had been done when it was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint under `folder` that verifies, and for each newer one, which does not, a line.
 
     Raises:
         RunError: there are checkpoints and none verifies.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
         problems = verify(checkpoint)
         if not problems:
             return checkpoint, damaged
-        damaged.append(f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}")
+        damaged[checkpoint] = f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}"
     if damaged:
-        raise RunError(f"no checkpoint under {folder} verifies ({damaged[0]}); restore one or remove the folder")
+        line, *_ = damaged.values()
+        raise RunError(f"no checkpoint under {folder} verifies ({line}); restore one or remove the folder")
     return None, damaged
 
 
@@ -153,49 +150,12 @@ def read_gates(checkpoint: Path) -> Tensor:
     return load_file(checkpoint / GATES)["mean"]
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights by name, fp32, whole, whatever the ZeRO stage and the number of ranks."""
-    if read_state(checkpoint)["zero_stage"] == 3:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def read_weights(checkpoint: Path, trust: bool = False) -> TensorFiles:
+    """The model's weights by name, fp32, each whole and read when asked for, whatever the ZeRO stage and the ranks.
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    # below stage 3 every rank holds whole fp32 weights, which are the master weights themselves
-    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return states["module"]
-
-
-def _write_rest(partial: Path, texts: Mapping[str, str], gates: Tensor) -> None:
-    """Write what is not DeepSpeed's, sync every file and seal the folder with the manifest."""
-    save_file({"mean": gates.cpu()}, partial / GATES)
-    for name, text in texts.items():
-        write_atomic(partial / name, text)
-    hashes = {}
-    for path in sorted(partial.iterdir()):
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-        hashes[path.name] = _sha256(path)
-    write_atomic(partial / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    lease.check(final.parent.parent)  # cut off while another start goes on, this one must not put its own in the way
-    shutil.rmtree(final, ignore_errors=True)  # one that did not verify: training has come to its step again
-    os.replace(partial, final)
-    fsync_folder(final.parent)
-    write_atomic(final.parent / "latest", final.name + "\n")
-
-
-def _retain(folder: Path, newest: Path, keep_last: int) -> None:
-    """Remove the checkpoints that are too old, and those of later steps: damaged ones that training fell back from."""
-    found = list_checkpoints(folder)
-    place = found.index(newest)
-    for path in [*found[: max(0, place + 1 - keep_last)], *found[place + 1 :]]:
-        shutil.rmtree(path)
-
-
-def _failure(folder: Path, error: Exception) -> RunError:
-    reason = str(error).splitlines()[0]
-    return RunError(f"checkpoint in {folder} could not be written: {reason}; free disk space and start again")
+    Args and errors: as of `weights.of_checkpoint`.
+    """
+    return of_checkpoint(checkpoint, read_state(checkpoint)["zero_stage"], trust)
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import RunError, UserError
+from fusiontree.files import write_atomic
 
 # what a file system answers when the user's disk, rights or paths are at fault, not this program
 _FILE_ERRORS = {
@@ -19,6 +20,7 @@ _FILE_ERRORS = {
     *(errno.EBUSY, errno.EXDEV, errno.ELOOP, errno.ESTALE, errno.EFBIG),
 }
 _NAMED = 10  # inputs left out that are named, unless --json is given
+EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 _INTERRUPTED = "interrupted; nothing half-written was left under a final name"
 
 
@@ -97,6 +99,7 @@ def _data_build(args: argparse.Namespace) -> int:
         args.tokenizer,
         args.output,
         holdout=args.holdout,
+        holdout_from=args.holdout_from,
         workers=args.workers,
         row_len=args.row_len,
         include=tuple(args.include),
@@ -166,16 +169,18 @@ def _data_at(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from fusiontree import signals
     from launcher import local
 
     local.join_launcher()
+    signals.listen()
     from fusiontree.config import load_config
 
     config = load_config(args.config, args.overrides)
     args.output = config.run_dir
     from fusiontree.training.engine import train
 
-    summary = train(config)
+    summary = train(config, args.allow_changed)
     return _show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
 
 
@@ -190,12 +195,17 @@ def _launch(args: argparse.Namespace) -> int:
         return _launch_slurm(args, around)
     if args.hostfile is not None:
         return _launch_hosts(args, around)
-    words = [*args.overrides, *(["--json"] if args.json else [])]
-    plan = plan_local(load_config(args.config, args.overrides), args.config, words, args.local, around)
+    config = load_config(args.config, args.overrides)
+    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, around)
     if args.dry_run:
         print(local.command_line(plan))
         return 0
     return local.run(plan)
+
+
+def _rank_options(args: argparse.Namespace) -> list[str]:
+    """What a launch hands on to the `train` of every rank, beside the configuration."""
+    return [*(f"--allow-changed={key}" for key in args.allow_changed), *(["--json"] if args.json else [])]
 
 
 def _refuse_stray(args: argparse.Namespace) -> None:
@@ -214,7 +224,7 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
 
     config = load_config(args.config, args.overrides)
     hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
-    plan = plan_hosts(config, hosts, ["--json"] if args.json else [], around)
+    plan = plan_hosts(config, hosts, _rank_options(args), around)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
         print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
@@ -236,8 +246,7 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
     job = _slurm_job(args, slurm.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
     plans = [
-        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, ["--json"] if args.json else [], around)
-        for one in configs
+        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
     ]
     slurm.check(job, nodes)
     folder = config.run_dir.absolute()
@@ -291,7 +300,30 @@ def _status(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export import export
 
-    return _show(export(args.source, args.output, dtype=args.dtype, overwrite=args.overwrite), args.json)
+    figures = export(
+        args.source,
+        args.output,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        trust=args.trust_checkpoint,
+        prune=args.prune,
+        prune_heads=args.prune_heads,
+        data=args.data,
+        limit=args.limit,
+    )
+    return _show(figures, args.json)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from fusiontree.prune.pruner import plan_run
+
+    if args.out is not None and args.out.exists() and not args.overwrite:
+        raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
+    plan = plan_run(args.source, args.hi, args.lo)
+    if args.out is not None:
+        write_atomic(args.out, json.dumps(plan, indent=1))
+    return _show(plan, args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -322,7 +354,26 @@ def _stream(text: str) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from fusiontree.evaluate import evaluate
 
-    return _show(evaluate(args.folder, args.tasks, args.data, args.seq_len, args.limit), args.json)
+    figures = evaluate(
+        args.folder,
+        [task for text in args.tasks for task in text.split(",") if task],
+        args.data,
+        lengths=_numbers("--lengths", args.lengths),
+        seq_len=args.seq_len,
+        limit=args.limit,
+        samples=args.samples,
+        output=args.output,
+        overwrite=args.overwrite,
+    )
+    return _show(figures, args.json)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """The whole numbers of a list such as 1024,4096."""
+    try:
+        return [int(part) for part in (text or "").split(",") if part]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers, e.g. 1024,4096") from None
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -363,6 +414,14 @@ def _bench_decode(args: argparse.Namespace) -> int:
     return _show(figures, args.json)
 
 
+def _bench_prune(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.prune import bench_prune
+
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps)
+    return _show(figures, args.json)
+
+
 def _bench_kernels(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from fusiontree.bench.kernels import bench_kernels
@@ -375,6 +434,24 @@ def _bench_loader(args: argparse.Namespace) -> int:
     from fusiontree.bench.loader import bench_loader
 
     return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
+
+
+def _bench_overhead(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.overhead import bench_overhead
+
+        figures = bench_overhead(args.config, args.overrides, args.rounds, args.warmup)
+    if isinstance(args.json, Path):
+        from fusiontree.files import write_atomic
+
+        write_atomic(args.json, json.dumps(figures, indent=2) + "\n")
+    return _show(figures, args.json is True)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fusiontree.report import write_report
+
+    return _show(write_report(args.runs, args.out), args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -482,6 +559,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_status(commands)
     _add_model(commands)
+    _add_report(commands)
     _add_machine(commands)
     _add_bench(commands)
     return parser
@@ -537,6 +615,12 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     build.add_argument(
         "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+    )
+    build.add_argument(
+        "--holdout-from",
+        choices=("spread", "end"),
+        default="spread",
+        help="spread: evenly over the documents (default); end: the last files",
     )
     build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
     build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
@@ -653,6 +737,7 @@ def _add_training(commands: Any) -> None:
         "train tiny data.path=data/books optimizer.lr=1e-3",
     )
     _add_config(train)
+    _add_allow_changed(train)
 
     launch = _command(
         commands,
@@ -662,6 +747,7 @@ def _add_training(commands: Any) -> None:
         "launch tiny --local 2 data.path=data/books",
     )
     _add_config(launch)
+    _add_allow_changed(launch)
     target = launch.add_mutually_exclusive_group(required=True)
     target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
     target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")
@@ -735,6 +821,16 @@ def _add_status(commands: Any) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
 
 
+def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on from a checkpoint though this value is another one; repeatable",
+    )
+
+
 def _add_model(commands: Any) -> None:
     export = _command(
         commands,
@@ -746,7 +842,34 @@ def _add_model(commands: Any) -> None:
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
     export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
+    )
+    export.add_argument(
+        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+    )
+    export.add_argument(
+        "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
+    )
+    export.add_argument(
+        "--prune-heads", type=int, default=0, metavar="N", help="global key-value heads to prune, by loss"
+    )
+    export.add_argument("--data", metavar="DIR", type=Path, help="held-out rows that measure it (default: the run's)")
+    export.add_argument("--limit", type=int, metavar="N", help="of these, at most (default: all)")
     _add_overwrite(export)
+
+    prune = _command(
+        commands,
+        "prune",
+        _prune,
+        "Say which branches the gates of a run do without, and what that saves.",
+        "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
+    )
+    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
+    prune.add_argument("--hi", type=float, default=0.8, metavar="G", help="mean gate above which Mamba is enough")
+    prune.add_argument("--lo", type=float, default=0.2, metavar="G", help="mean gate below which attention is enough")
+    prune.add_argument("--out", type=Path, metavar="FILE", help="write the plan, to edit and to give to export --prune")
+    prune.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
 
     generate = _command(
         commands,
@@ -774,13 +897,31 @@ def _add_model(commands: Any) -> None:
         "eval",
         _eval,
         "Measure an exported model.",
-        "eval runs/demo/export --tasks perplexity --data data/books",
+        "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
     )
     evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="perplexity")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"of {', '.join(EVAL_TASKS)}")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: as trained)")
+    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
+    evaluate.add_argument("--lengths", metavar="N,N,...", help="tokens of prompts (default: as trained)")
+    evaluate.add_argument("--samples", type=int, default=5, metavar="N", help="prompts of each kind (default 5)")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="folder to make: results.json, heat maps as PNG")
+    _add_overwrite(evaluate)
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "Write a run's curves, gates, incidents and configuration as one HTML page; several runs are compared.",
+        "report runs/demo",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html, compare.html of several)"
+    )
 
 
 def _add_machine(commands: Any) -> None:
@@ -855,6 +996,18 @@ def _add_bench(commands: Any) -> None:
     )
     decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
 
+    prune = _command(
+        bench_commands,
+        "prune",
+        _bench_prune,
+        "Measure what pruning every second layer to one branch gains, with random weights.",
+        "bench prune --preset 1b --context 32768",
+    )
+    _add_preset(prune)
+    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
+    prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
+    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+
     kernels = _command(
         bench_commands,
         "kernels",
@@ -876,6 +1029,21 @@ def _add_bench(commands: Any) -> None:
     loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
     loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
     loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
+
+    overhead = _command(
+        bench_commands,
+        "overhead",
+        _bench_overhead,
+        "Measure what the engine costs: a real run beside a bare DeepSpeed loop, in turns.",
+        "bench overhead 125m --json overhead.json",
+        figures=False,
+    )
+    _add_config(overhead)
+    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="pairs of blocks timed (default 12)")
+    overhead.add_argument("--warmup", type=int, default=1, metavar="N", help="pairs before them (default 1)")
+    overhead.add_argument(
+        "--json", nargs="?", type=Path, const=True, metavar="FILE", help="print the figures as JSON, or write them"
+    )
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

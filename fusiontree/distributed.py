@@ -1,7 +1,9 @@
 """Ranks and what they do together: start, sum, wait, leave."""
 
 import os
+import resource
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -56,10 +58,48 @@ def start() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def device_name(device: torch.device) -> str:
+    """What the device's maker calls it; ``CPU`` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: of tensors on a GPU, of everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, in place, on the device."""
     dist.all_reduce(value)
     return value
+
+
+def max_over_ranks(value: Tensor) -> Tensor:
+    """The greatest `value` of all ranks, in place, on the device."""
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+class HostSum:
+    """The sum of a few figures over all ranks, on its way to the host while the device goes on."""
+
+    def __init__(self, figures: Tensor):
+        """Start it; all ranks do so together. `figures` is used up."""
+        dist.all_reduce(figures)
+        self._figures, self._arrived = figures, None
+        if figures.is_cuda:
+            self._figures = torch.empty_like(figures, device="cpu", pin_memory=True)
+            self._figures.copy_(figures, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The sums; waits for no work that was given to the device after this one."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._figures.tolist()
 
 
 def barrier() -> None:
@@ -67,17 +107,22 @@ def barrier() -> None:
     dist.barrier()
 
 
-def from_main(value: Any) -> Any:
+def side_group() -> Any:
+    """A group of all ranks for a thread beside training, over the hosts' network and without a time-out to speak of."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def from_main(value: Any, group: Any = None) -> Any:
     """The main rank's `value` (anything that pickles), on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """The `value` of every rank (anything that pickles), in their order, on every rank."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 

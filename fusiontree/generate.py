@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
+from fusiontree.model.ssm import STATE_PARAMETERS
 
 FACTS = "fusiontree.json"  # in an exported folder: what the run was
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32_768}  # of all rows, in one forward over a piece of the prompts: bounds memory
@@ -233,22 +234,30 @@ def check_positions(config: ModelConfig, tokens: int) -> None:
         raise UserError(f"{tokens:,} tokens are more than the learned time encoding has: {config.max_positions:,}")
 
 
-def load_export(folder: Path) -> tuple[HybridLM, Tokenizer]:
-    """The model and the tokenizer of an exported folder, on the best device here.
+def load_export(
+    folder: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[HybridLM, Tokenizer]:
+    """The model and the tokenizer of an exported folder.
 
     As in the training data, a special token spelt out in a text is text.
+
+    Args:
+        device: where to; None: the best one here.
+        dtype: of weights and activations, the scan's own parameters excepted; None: as they were exported.
 
     Raises:
         UserError: `folder` is not an export of this project. RunError: it is damaged.
     """
     read_facts(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = json.loads((folder / "config.json").read_text())
-        shape = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+        shape = ModelConfig.from_dict(config)
         weights: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             weights |= {name.removeprefix("model."): value for name, value in load_file(path, str(device)).items()}
+        if dtype is not None:
+            weights = {n: w if n.endswith(STATE_PARAMETERS) else w.to(dtype) for n, w in weights.items()}
         kernels = choose_kernels(device.type, config=shape, dtype=weights["embedding.weight"].dtype)
         with torch.device("meta"):
             model = HybridLM(shape, kernels)

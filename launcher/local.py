@@ -22,16 +22,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import HungError, RunError, StoppedError, UserError
 from fusiontree.files import write_atomic
+from fusiontree.signals import REPEAT
 from launcher import beat
 from launcher.plan import Plan
 
-GRACE = 30.0  # seconds between the request to stop and the kill
+GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
 _FOLDER = "FUSIONTREE_LAUNCH"  # environment: the folder a rank shares with `run`
 _ALIVE = "alive"  # in that folder: locked for as long as `run` lives
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
+_KINDS = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError, HungError)}
 
 
 # --- the launching side ----------------------------------------------------------------------------------------------
@@ -58,8 +60,8 @@ def command_line(plan: Plan) -> str:
 def run(plan: Plan) -> int:
     """Run `plan` to its end and return its exit code: 0 when every rank ended well, else the first failing rank's.
 
-    SIGINT, SIGTERM and SIGUSR1 go to all ranks; after the first two, what still runs `GRACE` seconds later is killed.
-    SIGUSR1 asks the ranks to save and leave, for which they may take their time.
+    SIGINT, SIGTERM and SIGUSR1 go to all ranks; after the first two, what still runs `GRACE` seconds later, or when
+    another one comes, is killed. For SIGUSR1, which asks the ranks to save and leave too, they may take their time.
 
     Raises:
         UserError, RunError: what the first failing rank said, or that a rank died without a word.
@@ -80,8 +82,11 @@ def _supervise(argv: list[str], environment: dict[str, str]) -> tuple[int, int |
     stop: dict[str, Any] = {"signal": None, "deadline": float("inf")}
 
     def forward(number: int, frame: object) -> None:
+        now = time.monotonic()
         if number in _STOPS and stop["signal"] is None:
-            stop.update(signal=number, deadline=time.monotonic() + GRACE)
+            stop.update(signal=number, since=now, deadline=now + GRACE)
+        elif number in _STOPS and now - stop["since"] > REPEAT:
+            stop.update(deadline=now)
         _signal_group(process.pid, number)
 
     with _handlers(forward):
@@ -138,10 +143,8 @@ def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
     code, message = failure["code"], failure["message"]
     if message is None:
         return int(code)  # its traceback has been shown
-    kind = UserError if code == UserError.exit_code else RunError
-    error = kind(message if shared else f"rank {failure['rank']}: {message}")
-    error.exit_code = code
-    raise error
+    kind = _KINDS.get(code, RunError)
+    raise kind(message if shared else f"rank {failure['rank']}: {message}")
 
 
 def _cause(returned: int) -> str:

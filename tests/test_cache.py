@@ -28,7 +28,12 @@ def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: lis
     seed=st.integers(0, 10**6),
     padding=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     cuts=st.sets(st.integers(1, 69), max_size=6),
-    kind=st.sampled_from([{}, {"srte": "learned"}, {"window_schedule": "pyramid"}, {"global_heads": 4}]),
+    kind=st.sampled_from(
+        [
+            *({}, {"srte": "learned"}, {"window_schedule": "pyramid"}, {"global_heads": 4}),
+            *({"layer_kinds": ("attention", "mamba", "hybrid")}, {"layer_global_heads": (2, 0, 0)}),
+        ]
+    ),
 )
 def test_pieces_of_any_size_equal_the_whole(seed: int, padding: list[int], cuts: set[int], kind: dict) -> None:
     torch.set_num_threads(1)
@@ -87,6 +92,14 @@ def test_memory_grows_with_the_global_heads_only(global_heads: int) -> None:
 
     growth = numbers(200) - numbers(100)
     assert growth == 100 * 3 * 2 * (global_heads // 2) * 8  # tokens, layers, keys and values, heads, head size
+
+
+def test_a_branch_that_is_gone_remembers_nothing() -> None:
+    layers = build(layer_kinds=("mamba", "attention", "hybrid")).new_cache(2).layers
+    assert [layer.state.numel() > 0 for layer in layers] == [True, False, True]
+    assert [layer.conv_tail.numel() > 0 for layer in layers] == [True, False, True]
+    assert [layer.ring_k.numel() > 0 for layer in layers] == [False, True, True]
+    assert [layer.global_k.shape[2] for layer in layers] == [0, 1, 1]
 
 
 def test_no_gradient_passes_through_the_cache_and_it_holds_no_graph() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from fusiontree import checkpoint
 from fusiontree.errors import RunError, UserError
+from fusiontree.saver import Retention, _retain
 
 
 def make(folder: Path, step: int) -> Path:
@@ -26,7 +27,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         make(tmp_path, step)
     (tmp_path / ".step-11.partial").mkdir()
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step-10", [])
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-10", {})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str,
     assert words in checkpoint.verify(newest)[0]
     found, lines = checkpoint.newest(tmp_path)
     assert found == tmp_path / "step-1"
-    assert "step-2 is damaged and passed over" in lines[0]
+    assert "step-2 is damaged and passed over" in lines[newest]
 
 
 def test_when_none_verifies_the_run_stops(tmp_path: Path) -> None:
@@ -75,14 +76,34 @@ def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
 def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         make(tmp_path, step)
-    checkpoint._retain(tmp_path, tmp_path / "step-15", keep_last=2)
+    _retain(tmp_path / "step-15", Retention(keep_last=2))
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10", "step-15"]
-    checkpoint._retain(tmp_path, tmp_path / "step-10", keep_last=1)
+    _retain(tmp_path / "step-10", Retention(keep_last=1))
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10"]
 
 
-def test_what_a_save_left_that_never_ended_is_cleared(tmp_path: Path) -> None:
+def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:
+    for step in (4, 6, 8, 10, 12, 14):
+        make(tmp_path, step)
+    _retain(tmp_path / "step-14", Retention(keep_last=2, keep_every=4))
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-4", "step-8", "step-12", "step-14"]
+
+
+def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
     make(tmp_path, 1)
     (tmp_path / ".step-2.partial").mkdir()
-    checkpoint.clear_partials(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    make(tmp_path, 3).rename(tmp_path / ".step-3.old")  # killed between two renames
+    make(tmp_path, 4)
+    (tmp_path / ".step-4.old").mkdir()  # killed before it was removed
+    checkpoint.tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3", "step-4"]
+
+
+def test_a_step_that_comes_again_takes_the_place_of_its_old_checkpoint(tmp_path: Path) -> None:
+    final = make(tmp_path, 3)
+    (final / "weights.pt").write_text("old")
+    make(tmp_path / "new", 3).rename(checkpoint.partial_of(final))
+    checkpoint.put_in_place(checkpoint.partial_of(final), final)
+    assert checkpoint.verify(final) == []
+    assert (tmp_path / "latest").read_text() == "step-3\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "new", "step-3"]

@@ -14,7 +14,7 @@ import pytest
 
 from fusiontree import cli
 from fusiontree.config import load_config
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import HungError, RunError, StoppedError, UserError
 from fusiontree.network import free_port
 from launcher import local, plan
 from launcher.plan import Plan, plan_local, visible_gpus
@@ -330,6 +330,22 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(started, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=25)[0].startswith("RunError stopped by SIGTERM")
     expect(lambda: not ranks_running(tmp_path), seconds=5)
+
+
+def test_a_second_signal_ends_the_grace(started, tmp_path):
+    process = started("stay stubbornly", "stay stubbornly")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(local.REPEAT + 0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=25)[0].startswith("RunError stopped by SIGTERM")
+    expect(lambda: not ranks_running(tmp_path), seconds=5)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(75, StoppedError), (76, HungError), (2, UserError), (1, RunError)])
+def test_a_ranks_code_and_words_come_through(code, kind):
+    with pytest.raises(kind, match=r"^words$") as caught:
+        local._verdict([said(0, code, "words", 1), said(1, code, "words", 2)], 2, returned=1, stopped_by=signal.SIGTERM)
+    assert caught.value.exit_code == code
 
 
 def test_ranks_may_save_and_leave_with_a_code_of_their_own(started, tmp_path):

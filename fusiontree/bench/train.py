@@ -116,14 +116,14 @@ def _measure_own(config: RunConfig, workload: Workload, world: World, profile: P
     with measure.naming_lack_of_memory(f"{tried}, activation_checkpointing {config.activation_checkpointing.policy}"):
         measure.reset_memory(device)
         training = TrainingStep(config, world)
-        losses: list[torch.Tensor] = []
+        losses: list[float] = []
 
         def update(batches: list[Batch], step: int) -> None:
             losses.append(training.update(batches, step).loss)
 
         seconds, flops = _timed_updates(config.name, config, workload, device, update)
         memory = measure.peak_memory(device)
-        loss = losses[-1].item()
+        loss = losses[-1]
         if not math.isfinite(loss):
             raise RunError(f"the loss of {config.name} became {loss} after {len(losses)} updates: nothing was measured")
         figures = {
@@ -207,7 +207,7 @@ def _timed_updates(
             bar.update(task, advance=1, note=f"{config.batch.tokens / taken:,.0f} tokens/s")
             if step >= workload.warmup:
                 seconds.append(taken)
-                documents = [length for batch in batches for length in rows.lengths_of(batch)]
+                documents = [length for batch in batches for length in batch.lengths]
                 flops.append(update_flops(config.model, documents))
     return seconds, flops
 

@@ -20,7 +20,7 @@ _LEAST_ROOM = 64  # tokens
 
 @dataclass
 class LayerCache:
-    """One layer's memory: constant in size but for the global heads."""
+    """One layer's memory: constant in size but for the global heads, and empty for a branch that it does not have."""
 
     conv_tail: Tensor  # [B, taps - 1, channels], the convolution's last inputs
     state: Tensor  # [B, H, P, S] fp32, the scan's state
@@ -41,6 +41,20 @@ class LayerCache:
         return joined
 
 
+def _empty_layer(config: ModelConfig, layer: int, zeros: Callable[..., Tensor]) -> LayerCache:
+    global_kv, windowed_kv = config.kv_heads_at(layer)
+    window, D = config.window_at(layer), config.head_dim
+    channels, heads = (config.conv_size, config.ssm_heads) if config.has("mamba", layer) else (0, 0)
+    return LayerCache(
+        conv_tail=zeros(config.conv_kernel - 1, channels),
+        state=zeros(heads, config.ssm_head_dim, config.ssm_state_size, dtype=torch.float32),
+        ring_k=zeros(window, windowed_kv, D),
+        ring_v=zeros(window, windowed_kv, D),
+        global_k=zeros(0, global_kv, D),
+        global_v=zeros(0, global_kv, D),
+    )
+
+
 class Cache:
     """The memory of all layers and, shared by them, which document each token seen belongs to."""
 
@@ -50,8 +64,6 @@ class Cache:
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
-        global_kv, D = config.global_kv_heads, config.head_dim
-        windowed_kv = config.num_kv_heads - global_kv
         self.config = config
         self.length = 0  # tokens seen so far, padding included
         self.whole = True  # whether each row is one document, from its first token on
@@ -61,17 +73,7 @@ class Cache:
         self.last_document = torch.full((rows,), -1, dtype=torch.int32, device=device)  # -1 when nothing was seen
         self.tail_documents = torch.full((rows, config.conv_kernel - 1), -1, dtype=torch.int32, device=device)
         self._made: dict[Hashable, Any] = {}  # what the layers of one forward share
-        self.layers = [
-            LayerCache(
-                conv_tail=zeros(config.conv_kernel - 1, config.conv_size),
-                state=zeros(config.ssm_heads, config.ssm_head_dim, config.ssm_state_size, dtype=torch.float32),
-                ring_k=zeros(config.window_at(layer), windowed_kv, D),
-                ring_v=zeros(config.window_at(layer), windowed_kv, D),
-                global_k=zeros(0, global_kv, D),
-                global_v=zeros(0, global_kv, D),
-            )
-            for layer in range(config.num_layers)
-        ]
+        self.layers = [_empty_layer(config, layer, zeros) for layer in range(config.num_layers)]
 
     @property
     def room(self) -> int:
@@ -187,7 +189,9 @@ class Cache:
 
     def filled(self, window: int | None) -> Tensor:
         """How far the keys that one new token attends to are filled, int64 [1]."""
-        return self.position + 1 if window is None else (self.position + 1).clamp(max=window)
+        if window is None:
+            return self._once("filled", lambda: self.position + 1)
+        return self._once(("filled", window), lambda: (self.position + 1).clamp(max=window))
 
     def mask(self, documents: Documents, window: int | None) -> Tensor:
         """Which of the keys that `extend` gave several new tokens each of them sees: bool [B, L, keys]."""

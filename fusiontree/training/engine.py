@@ -3,35 +3,42 @@
 import contextlib
 import logging
 import resource
-import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed, lease
-from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
+from fusiontree import checkpoint, distributed, incidents, signals
+from fusiontree.config import RunConfig, dataset_manifest, deepspeed_json, to_yaml
 from fusiontree.console import console
-from fusiontree.data.format import tokenizer_fingerprint
-from fusiontree.data.sources import Ledger, Sources
+from fusiontree.data.batch import Batch
+from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import LOST_PEER, RunError, UserError
-from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.errors import LOST_PEER, RunError, StoppedError
+from fusiontree.flops import update_flops
+from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
-from fusiontree.training.metrics import Metrics, summarise
+from fusiontree.training.layers import LayerWatch
+from fusiontree.training.metrics import Metrics, summarise, utilisation
+from fusiontree.training.resume import prepare_folder, rows_consumed
 from fusiontree.training.step import TrainingStep, Update
+from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
     """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
 
     Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
+
+    Args:
+        config: the run.
+        allow_changed: dotted keys, or `data` or `tokenizer`, that may differ from the checkpoint's run.
 
     Returns:
         The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
@@ -39,6 +46,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: the data, the batch or the run's folder do not fit the configuration.
         RunError: a checkpoint could not be written or read.
+        StoppedError: asked to stop by a signal; all is saved.
     """
     dataset_manifest(config)
     deepspeed_json(config)
@@ -46,11 +54,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     world = distributed.start()
     try:
         stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
-        resume_from = prepare_folder(config, world, data.train)
+        resume_from = prepare_folder(config, world, data.train, allow_changed)
         with log_to_file(config, world), contextlib.closing(stream):
             trainer = Trainer(config, world, data, stream, resume_from)
             trainer.run()
         distributed.leave()
+    except StoppedError:
+        distributed.leave()
+        raise
     except torch.OutOfMemoryError as error:
         hint = "lower batch.micro_rows or set activation_checkpointing=full"
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
@@ -63,6 +74,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "steps": trainer.step,
         "tokens": trainer.tokens,
         **summarise(config.run_dir),
+        "checkpoint_wait_seconds": trainer.saver.waited,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -75,9 +87,12 @@ class Trainer:
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world)
+        retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self.saver = Saver(self.training.engine, world, config.run_dir, retention)
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
+        self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
             self._resume(resume_from)
@@ -97,30 +112,62 @@ class Trainer:
             while self.step < steps:
                 batches = next(self.stream)
                 self.ledger.meet(batches)
-                update = self.training.update(batches, self.step)
+                self.lap_documents += (length for batch in batches for length in batch.lengths)
+                update = self._update(batches)
                 self.step += 1
                 if self._due(self.config.logging.every):
                     self._record(update)
                 if self._due(self.config.validation.every):
                     self._validate()
-                if self._due(every):
+                if self._due(every) or update.stop:
                     self._save()
+                if update.stop and self.step < steps:
+                    self._stop()
+            self.saver.finish()
 
-    def _due(self, every: int) -> bool:
-        """Whether something that happens `every` steps (0: never), and at the end, happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
+    def _stop(self) -> None:
+        """Leave as asked, after the checkpoint of this step."""
+        self.saver.finish()
+        (name, *_) = [number.name for number in distributed.gather(signals.requested()) if number is not None]
+        if self.world.is_main:
+            incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
+        raise StoppedError(
+            f"stopped by {name} after step {self.step:,}, which is saved: start again to go on from there"
+        )
+
+    def _update(self, batches: list[Batch]) -> Update:
+        """Make the next update; now and then, watch and write down what its layers do."""
+        stop = signals.requested() is not None
+        if not self._due(self.config.logging.layers_every, self.step + 1):
+            return self.training.update(batches, self.step, stop)
+        with LayerWatch(self.training.engine, self.world) as watch:
+            update = self.training.update(batches, self.step, stop, watch)
+        figures = watch.figures(update.gates)
+        if self.metrics is not None:
+            lengths = [length for batch in batches for length in batch.lengths]
+            self.metrics.record_layers(self.step + 1, figures, lengths)
+        return update
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens `every` steps (0: never), and at the end, happens behind `step`, by default now."""
+        step = self.step if step is None else step
+        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _start_lap(self) -> None:
         """Time updates from here: validation and checkpoints are no part of tokens/s."""
-        self.lap_start = (time.perf_counter(), self.step)
+        self.lap_start, self.lap_documents = (time.perf_counter(), self.step), []
 
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        figures = torch.stack([update.loss, update.gates.mean()])
-        loss_value, gate_value = distributed.sum_over_ranks(figures).tolist()
+        own_flops = float(sum(update_flops(self.config.model, self.lap_documents).values()))
+        shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
+        gate_value, flops, *parts = distributed.sum_over_ranks(shares).tolist()
+        memory = torch.tensor(distributed.peak_memory(self.world.device), device=self.world.device)
+        memory_value = distributed.max_over_ranks(memory).item()
         since, step = self.lap_start
-        seconds = (time.perf_counter() - since) / (self.step - step)
+        lap = time.perf_counter() - since
+        seconds = lap / (self.step - step)
         self.step_seconds.append(seconds)
         self._start_lap()
         if self.metrics is None:
@@ -129,33 +176,35 @@ class Trainer:
             {
                 "step": self.step,
                 "tokens": self.tokens,
-                "loss": loss_value,
+                "loss": update.loss,
                 "lr": self.training.lr,
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
+                **utilisation(flops / lap / self.world.size, distributed.device_name(self.world.device)),
+                "memory_gib": memory_value / 2**30,
+                **dict(zip(update.parts, parts, strict=True)),
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
         )
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Mean loss over the held-out tokens, the same for any number of ranks."""
+        """Write down the mean loss of the held-out tokens, the same for any number of ranks, and of parts of them."""
         if self.data.validation is None:
             return
         self.training.engine.eval()
-        total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
+        held_out = HeldOutLoss(self.data.validation, self.world)
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
             self.ledger.meet([batch])
-            total[0] += self.training.forward(batch)[0]
-            total[1] += batch.real_tokens
+            held_out.add(batch, self.training.token_losses(batch))
         self._share_damage()
-        loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
+        figures = held_out.figures()
         if self.metrics is not None:
-            self.metrics.record({"step": self.step, "tokens": self.tokens, "val_loss": loss_sum / tokens})
+            self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
         self._start_lap()
 
     def _share_damage(self) -> None:
@@ -184,23 +233,22 @@ class Trainer:
             "pad_id": manifest.tokenizer.pad_id,
             "wandb_id": self.metrics.wandb_id if self.metrics else None,
         }
-        folder = self.config.run_dir / "checkpoints"
-        texts = {checkpoint.CONFIG: to_yaml(self.config)}
-        keep_last = self.config.checkpoint.keep_last
-        gates = self.training.gates.mean()
-        path = checkpoint.save(self.training.engine, self.world, folder, state, texts, gates, keep_last)
-        log.info("saved %s", path)
+        self.saver.save(state, {checkpoint.CONFIG: to_yaml(self.config)}, self.training.gates.mean())
+        log.info("saving step %d", self.step)
         self._start_lap()
 
     def _resume(self, path: Path) -> None:
-        checkpoint.load(self.training.engine, path)
+        checkpoint.load(self.training.engine, self.world, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.stream.seek(state["rows_consumed"])
+        self.stream.seek(rows_consumed(self.config, path))
         self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
         self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
-            console.print(f"resuming {self.config.run_dir} from step {self.step:,}")
+            saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
+            message = f"resuming {self.config.run_dir} from step {self.step:,}"
+            console.print(message)
+            incidents.record(self.config.run_dir, "resume", self.step, f"{message}, {saved}")
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -211,62 +259,6 @@ class Trainer:
         with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
-
-
-def prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
-    """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
-
-    Raises:
-        UserError: the folder holds something else, or another run than `config` describes.
-    """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
-    run = config.run_dir
-    for folder in (dataset.folder for dataset in data.datasets):
-        if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
-            raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
-    refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
-    checkpoint.clear_partials(run / "checkpoints")
-    found, damaged = checkpoint.newest(run / "checkpoints")
-    for line in damaged:
-        console.print(line)
-    if found is not None:
-        check_resumable(config, world, data, found)
-    tokenizer = data.datasets[0].folder / "tokenizer"
-    data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
-    run.mkdir(parents=True, exist_ok=True)
-    lease.take(run)
-    write_atomic(run / checkpoint.CONFIG, to_yaml(config))
-    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
-    return found
-
-
-def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) -> None:
-    """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
-    state = checkpoint.read_state(path)
-    where = f"{config.run_dir} was trained"
-    differing = config_differences(load_config(str(path / checkpoint.CONFIG)), config)
-    if differing:
-        raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
-    if state["data_fingerprint"] != data.fingerprint:
-        folders = ", ".join(dataset.location for dataset in data.datasets)
-        raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
-    stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
-    if state["zero_stage"] != stage:
-        raise UserError(f"{where} at ZeRO stage {state['zero_stage']}, not {stage}; set deepspeed as it was")
-    if state["world_size"] != world.size:
-        raise UserError(f"{where} on {state['world_size']} ranks, not {world.size}; start it on as many")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,91 @@
+"""Ranks without the price of their imports: each is forked off a process that has torch and DeepSpeed imported.
+
+What a rank then runs is the whole of ``fusiontree train``, from the run's folder to its exit code.
+"""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from fusiontree.network import free_port
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def _rank(argv: list[str], environment: dict[str, str], output: Path, setup: Callable[[], None] | None) -> None:
+    with open(output, "wb") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ.update(environment)
+    import torch
+
+    from fusiontree.cli import main
+
+    torch.set_num_threads(1)
+    if setup is not None:
+        setup()
+    code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as __main__ does
+
+
+@dataclass
+class Job:
+    """Ranks that train together."""
+
+    processes: list[BaseProcess]
+    outputs: list[Path]
+
+    def codes(self, seconds: float = 120) -> list[int | None]:
+        """Wait for all to end; their exit codes, -N after signal N."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, f"{len(late)} ranks did not end:\n{self.said()}"
+        return [process.exitcode for process in self.processes]
+
+    def said(self) -> str:
+        """What the ranks have written to standard output and error."""
+        return "".join(path.read_text() for path in self.outputs if path.exists())
+
+
+def start(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], None] | None = None) -> Job:
+    """Start `ranks` ranks of a command.
+
+    Args:
+        argv: the command's words, e.g. train, tiny, seed=3.
+        folder: for what they say.
+        ranks: how many.
+        setup: run by each before the command; a function of a module.
+    """
+    os.environ["DS_ACCELERATOR"], os.environ["OMP_NUM_THREADS"] = "cpu", "1"  # before the server starts
+    _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.engine"])
+    port = str(free_port())
+    processes, outputs = [], []
+    for rank in range(ranks):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        outputs.append(folder / f"rank-{rank}.out")
+        arguments = ([*map(str, argv)], environment, outputs[-1], setup)
+        processes.append(_CONTEXT.Process(target=_rank, args=arguments, daemon=True))
+        processes[-1].start()
+    return Job(processes, outputs)
+
+
+def run(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], None] | None = None, code: int = 0) -> str:
+    """Run `ranks` ranks of a command to their end, which is `code` for all; what they said."""
+    job = start(argv, folder, ranks, setup)
+    codes = job.codes()
+    assert codes == [code] * ranks, f"{codes}\n{job.said()}"
+    assert "Traceback" not in job.said(), job.said()
+    return job.said()

@@ -1,0 +1,44 @@
+"""A run goes on at any number of ranks and any ZeRO stage, unasked, along the curve of a run that never changed."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from conftest import metrics, settings
+
+from fusiontree import checkpoint, incidents
+
+# of three heads and odd sizes, so that no number of ranks divides all parameters
+ODD = {"model__hidden_size": 36, "model__ssm_heads": 3, "model__mlp_size": 50, "model__gate_rank": 7}
+SHORT = {**ODD, "model__head_dim": 8, "validation__every": 0, "schedule__steps": 9, "checkpoint__keep_last": 2}
+
+LAYOUTS = [(1, 2), (3, 4), (2, 1), (1, 4), (3, 2), (0, 1)]  # (ZeRO stage, ranks) of a job that makes one update
+
+
+def ask_to_stop() -> None:
+    """Every update is the last of its job."""
+    from fusiontree import signals
+
+    signals.requested = lambda: signal.SIGUSR1
+
+
+def test_every_change_of_ranks_and_stage_stays_on_the_curve(shards: Path, tmp_path: Path) -> None:
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", deepspeed="zero0", **SHORT)], tmp_path)
+    for stage, size in LAYOUTS:
+        words = settings(shards, tmp_path, name="resized", deepspeed=f"zero{stage}", **SHORT)
+        ranks.run(["train", "tiny", *words], tmp_path, size, setup=ask_to_stop, code=75)
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="resized", deepspeed="zero2", **SHORT)], tmp_path, 2)
+    expected, resized = metrics(tmp_path / "whole"), metrics(tmp_path / "resized")
+    assert [line["step"] for line in resized] == [*range(1, 10)]
+    for key in ("loss", "grad_norm", "gate_mean", "lr", "tokens"):
+        assert [line[key] for line in resized] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+    weights, reference = (
+        checkpoint.read_weights(tmp_path / name / "checkpoints" / "step-9") for name in ("resized", "whole")
+    )
+    for name, value in reference.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+    resumes = [line["message"] for line in incidents.read(tmp_path / "resized") if line["kind"] == "resume"]
+    assert resumes[0].endswith("from step 1, saved on 2 ranks at ZeRO stage 1")
+    assert len(resumes) == len(LAYOUTS)

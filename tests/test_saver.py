@@ -1,0 +1,112 @@
+"""Saving behind the training: what is written is the moment of the save, and a disk that fills up costs no run."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import ranks
+import torch
+from conftest import settings
+
+from fusiontree import checkpoint, incidents
+
+SMALLER = {"model__hidden_size": 32, "validation__every": 0}
+ROOM = 30_000  # bytes a file may have: enough for logs, too little for a checkpoint's
+
+
+def _limit(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def fill_disk_of_rank_1_for_the_first_save() -> None:
+    """Rank 1 finds a full disk once."""
+    from fusiontree import saver
+
+    if os.environ["RANK"] == "1":
+        write, sizes = saver._write_files, [ROOM]
+
+        def write_files(folder: Path, files: dict) -> dict:
+            _limit(sizes.pop() if sizes else resource.RLIM_INFINITY)
+            return write(folder, files)
+
+        saver._write_files = write_files
+
+
+def fill_disk_after_the_first_save() -> None:
+    """The disk is full from the second save on."""
+    from fusiontree import saver
+
+    write, sizes = saver._write_files, [resource.RLIM_INFINITY]
+
+    def write_files(folder: Path, files: dict) -> dict:
+        _limit(sizes.pop() if sizes else ROOM)
+        return write(folder, files)
+
+    saver._write_files = write_files
+
+
+def test_a_save_that_fails_on_one_rank_is_said_and_tried_again_at_the_next(shards: Path, tmp_path: Path) -> None:
+    words = ["train", "tiny", *settings(shards, tmp_path, name="r", **SMALLER)]
+    said = ranks.run(words, tmp_path, 2, setup=fill_disk_of_rank_1_for_the_first_save)
+    folder = tmp_path / "r" / "checkpoints"
+    assert said.count("step-4 could not be written: File too large; training goes on and tries") == 1
+    assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("save_failed", 4)]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-8"]
+    assert checkpoint.verify(folder / "step-8") == []
+
+
+def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: Path, tmp_path: Path) -> None:
+    words = ["train", "tiny", *settings(shards, tmp_path, name="r", checkpoint__keep_last=1, **SMALLER)]
+    said = ranks.run(words, tmp_path, setup=fill_disk_after_the_first_save, code=1)
+    assert "step-8 could not be written: File too large; free disk space and start again" in said
+    folder = tmp_path / "r" / "checkpoints"
+    assert checkpoint.newest(folder) == (folder / "step-4", {})
+    assert (folder / "latest").read_text() == "step-4\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-4"]
+
+
+def write_late() -> None:
+    """Write each file when training is long past the moment of the save."""
+    from fusiontree import saver
+
+    write = saver._write_files
+
+    def write_files(folder: Path, files: dict) -> dict:
+        time.sleep(1)
+        return write(folder, files)
+
+    saver._write_files = write_files
+
+
+def stop_after_step_4() -> None:
+    """Save at step 4 and leave, so that no update follows."""
+    from fusiontree import signals
+    from fusiontree.training.step import TrainingStep
+
+    update = TrainingStep.update
+
+    def counted(self: TrainingStep, batches: list, step: int, stop: bool) -> object:
+        return update(self, batches, step, stop=step == 3)
+
+    TrainingStep.update = counted
+    signals.requested = lambda: signal.SIGTERM
+
+
+def test_a_checkpoint_is_the_moment_of_its_save_however_late_it_is_written(shards: Path, tmp_path: Path) -> None:
+    for name, setup, code in (("late", write_late, 0), ("stopped", stop_after_step_4, 75)):
+        words = ["train", "tiny", *settings(shards, tmp_path, name=name, deepspeed="zero2", **SMALLER)]
+        ranks.run(words, tmp_path, setup=setup, code=code)
+    files = [
+        torch.load(path, weights_only=False)
+        for name in ("late", "stopped")
+        for path in sorted((tmp_path / name / "checkpoints" / "step-4").glob("*optim_states.pt"))
+    ]
+    late, stopped = (file["optimizer_state_dict"] for file in files)
+    for group in range(2):
+        key = "single_partition_of_fp32_groups"
+        assert torch.equal(late[key][group], stopped[key][group])
+        moments, expected = (states["base_optimizer_state"]["state"][group] for states in (late, stopped))
+        assert set(moments) == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(moments[name], expected[name]) for name in moments)
