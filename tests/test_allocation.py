@@ -226,10 +226,11 @@ def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, begin, 
     begin()
     (logs / "rank-0.out").write_text("step 1\n")
     (logs / "rank-1.out").write_text("\n".join(f"line {n}" for n in range(30)))
+    (logs / "rank-1.joined").write_text("n2 77")
     report(run, monkeypatch, 0, 1, LOST_PEER)
     allocation.end(run, 137)
     said = capsys.readouterr().err
-    assert "rank 1 ended without a word (srun's code 137), its output ends:\n  line 15\n" in said
+    assert "rank 1 on n2 ended without a word, its output ends:\n  line 15\n" in said
     assert "line 14" not in said
     assert "line 29" in said
 

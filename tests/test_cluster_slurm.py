@@ -83,7 +83,7 @@ def ended(cluster: Cluster, job: str, seconds: float = 180) -> dict[str, str]:
 
 def ranks(cluster: Cluster, node: str, run: Path) -> list[str]:
     """Ids, on `node`, of the processes that train `run` there."""
-    found = cluster.run("pgrep", "-f", f"fusiontree train {run}/config.yaml", on=node, code=None)
+    found = cluster.run("pgrep", "-f", f"[-]m fusiontree train {run}/config.yaml", on=node, code=None)
     return found.stdout.split()
 
 
@@ -189,7 +189,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_exactly(calm, shards, tmp_pa
     calm.run("kill", "-9", *ranks(calm, "node2", run)[-1:], on="node2")
     assert ended(calm, job)["JobState"] == "COMPLETED"
     assert metrics(run) == metrics(long_truth)
-    assert "rank 1 ended without a word (srun's code 137)" in log(run, job)
+    assert "rank 1 on node2 ended without a word" in log(run, job)
 
 
 def test_a_job_that_fails_again_and_again_is_given_up(calm, shards, tmp_path):
@@ -234,14 +234,14 @@ def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, s
     run = tmp_path / "run"
     job = submitted(calm, shards, run, "--min-nodes", 1, **LONG)
     training(run, 12)
-    old = calm.run("pgrep", "-f", f"fusiontree train {run}/config.yaml", on="node1").stdout.split()
+    old = ranks(calm, "node1", run)
     calm.cut("node1")
     assert ended(calm, job)["JobState"] == "COMPLETED"
     assert json.loads((run / "attempts.json").read_text())["nodes"] == ["node2"]
     assert json.loads((run / "lease.json").read_text())["host"] == "node2"
     assert steps(run) == [*range(1, LONG["schedule__steps"] + 1)]
     written = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts}
-    assert calm.run("kill", "-0", *old, on="node1", code=None)  # still there, or ended by its own time-out
+    calm.run("kill", "-0", *old, on="node1")  # the old half is still there
     calm.settle()  # the cable is back: SLURM ends what it finds there
     until(lambda: not ranks(calm, "node1", run), 60, "the end of the half that was cut off")
     time.sleep(2)
