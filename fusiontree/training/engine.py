@@ -29,6 +29,7 @@ from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
+_NO_START = {"init_from": None}
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -86,7 +87,8 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        self.training = TrainingStep(config, world)
+        # a run that goes on needs no start, and may have outlived it
+        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention)
         self.wandb_id: str | None = None
