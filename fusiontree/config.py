@@ -283,6 +283,7 @@ class RunConfig(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
+    init_from: Path | None = None  # folder made by `fusiontree export`, whose weights the run starts from
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -642,7 +643,7 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"name|output|init_from|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
     r"|deepspeed|nvme_path|batch\.micro_rows"
     r"|(logging|validation|checkpoint|health|kernels|activation_checkpointing)\..+"
 )

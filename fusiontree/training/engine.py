@@ -33,6 +33,7 @@ from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
 _NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
+_NO_START = {"init_from": None}
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -93,7 +94,8 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        self.training = TrainingStep(config, world)
+        # a run that goes on needs no start, and may have outlived it
+        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
         distributed.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention)

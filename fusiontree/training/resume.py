@@ -17,6 +17,7 @@ from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.training.initial import check_initial
 
 DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
@@ -47,6 +48,8 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         _check_same(config, data, found, allow_changed)
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    if found is None:
+        check_initial(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
