@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,7 @@ def load_export(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config = json.loads((folder / "config.json").read_text())
-        shape = ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)})
+        shape = ModelConfig.from_dict(config)
         weights: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             weights |= {name.removeprefix("model."): value for name, value in load_file(path, str(device)).items()}

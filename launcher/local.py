@@ -25,10 +25,12 @@ from typing import Any
 from fusiontree.errors import HungError, RunError, StoppedError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.signals import REPEAT
+from launcher import beat
 from launcher.plan import Plan
 
 GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
 _FOLDER = "FUSIONTREE_LAUNCH"  # environment: the folder a rank shares with `run`
+_ALIVE = "alive"  # in that folder: locked for as long as `run` lives
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
 _KINDS = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError, HungError)}
@@ -45,8 +47,9 @@ def render(plan: Plan) -> list[str]:
         where = ["--include", f"localhost:{','.join(map(str, plan.devices))}"]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, *where]
     rendezvous = ["--master_addr", plan.master_address, "--master_port", str(plan.master_port)]
+    setup = ["bash", "-c", "\n".join(["set -e", *plan.setup, 'exec "$@"']), "setup"] if plan.setup else []
     # at level `error`, and so with --quiet, it would add a line of its own to each failing rank's
-    return [*runner, *rendezvous, "--log_level", "critical", "--no_local_rank", "--module", *plan.program]
+    return [*setup, *runner, *rendezvous, "--log_level", "critical", "--no_local_rank", "--module", *plan.program]
 
 
 def command_line(plan: Plan) -> str:
@@ -66,7 +69,7 @@ def run(plan: Plan) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="fusiontree-launch-") as name:
         folder = Path(name)
-        with open(folder / "alive", "w") as alive:
+        with open(folder / _ALIVE, "w") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             returned, stopped_by = _supervise(render(plan), {**os.environ, **plan.environment, _FOLDER: name})
         reports = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
@@ -157,16 +160,25 @@ def _cause(returned: int) -> str:
 
 def join_launcher() -> None:
     """Called first on each rank: takes signals again and ends this process when the `run` that started it is gone."""
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # Open MPI's names
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name}"]
+        os.environ["WORLD_SIZE"] = os.environ["OMPI_COMM_WORLD_SIZE"]
     folder = os.environ.get(_FOLDER)
     if folder is None:
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_launcher, args=(Path(folder),), name="launcher-watch", daemon=True).start()
+    if Path(folder).is_dir():
+        (Path(folder) / f"rank-{os.environ.get('RANK', '0')}.joined").write_text(f"{os.uname().nodename} {os.getpid()}")
+    if (Path(folder) / _ALIVE).exists():  # SLURM ends its ranks itself
+        threading.Thread(target=_end_with_launcher, args=(Path(folder),), name="launcher-watch", daemon=True).start()
+    if (Path(folder) / beat.FILE).exists():  # it is on another machine
+        threading.Thread(target=beat.watch, args=(Path(folder), GRACE), name="launcher-watch", daemon=True).start()
 
 
 def _end_with_launcher(folder: Path) -> None:
-    with open(folder / "alive") as alive:
+    with open(folder / _ALIVE) as alive:
         fcntl.flock(alive, fcntl.LOCK_SH)  # returns when `run` has let go of it, however it ended
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
@@ -179,6 +191,6 @@ def report(code: int, message: str | None) -> bool:
     if folder is None or not Path(folder).is_dir():
         return False
     rank = int(os.environ.get("RANK", "0"))
-    content = {"rank": rank, "code": code, "message": message, "time": time.time_ns()}
+    content = {"rank": rank, "host": os.uname().nodename, "code": code, "message": message, "time": time.time_ns()}
     write_atomic(Path(folder) / f"rank-{rank}.json", json.dumps(content))
     return True

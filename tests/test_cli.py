@@ -17,7 +17,7 @@ from fusiontree.errors import RunError, UserError
 
 COMMANDS = [
     *("data tokenizer", "data build", "data verify", "data inspect", "data plan", "data at"),
-    *("train", "launch", "export", "generate", "eval", "doctor", "demo", "report", "bench loader"),
+    *("train", "launch", "export", "generate", "eval", "doctor", "demo", "report", "bench loader", "bench overhead"),
 ]
 
 
@@ -156,7 +156,15 @@ def test_data_build_hands_on_its_arguments(stand_in, capsys):
         "--json",
     ]
     assert cli.main(argv) == 0
-    options = {"holdout": 0.02, "workers": 2, "row_len": 32768, "include": (), "exclude": (), "overwrite": True}
+    options = {
+        "holdout": 0.02,
+        "holdout_from": "spread",
+        "workers": 2,
+        "row_len": 32768,
+        "include": (),
+        "exclude": (),
+        "overwrite": True,
+    }
     options |= {"reading": Reading("body", "\n--\n", 3, None), "dedup": True, "eos": "<e>", "encoder": "auto"}
     assert calls == [((["a"], Path("t"), Path("d")), options)]
     assert json.loads(capsys.readouterr().out) == {"tokens": 5}

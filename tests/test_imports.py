@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.signals"),
+    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -48,10 +48,10 @@ ARROWS = {
         "fusiontree.bench.decoding",  # throughput is measured in one way
     },
     "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
-    "fusiontree.bench.measure": set(),
+    "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
     },
     "fusiontree.report": {
         *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
@@ -60,6 +60,7 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
     "launcher": {"fusiontree.config"},
+    "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
     "fusiontree.files": set(),
@@ -67,6 +68,7 @@ ARROWS = {
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
     "fusiontree.signals": set(),
+    "fusiontree.lease": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -74,7 +76,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.signals"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.status"),
 )
 
 

@@ -149,7 +149,7 @@ def _channels(run: Path) -> dict[str, Any]:
             continue  # an older one serves as well: the page says which step it shows
         kept = gates[:, _evenly(gates.shape[1], CHANNELS)]
         values = [[round(value, 4) for value in layer] for layer in kept.tolist()]
-        return {"step": int(path.name[5:]), "count": gates.shape[1], "values": values}
+        return {"step": checkpoint.step_of(path), "count": gates.shape[1], "values": values}
     return {}
 
 
@@ -160,7 +160,7 @@ def _events(run: Path) -> list[dict[str, Any]]:
     """Checkpoints that are there, and incidents: kind, step, what a person should read, and when, if that is known."""
     found: list[dict[str, Any]] = []
     for path in checkpoint.list_checkpoints(run / "checkpoints"):
-        place = {"step": int(path.name[5:]), "time": path.stat().st_mtime}
+        place = {"step": checkpoint.step_of(path), "time": path.stat().st_mtime}
         found.append({"kind": "checkpoint", "message": path.name, **place})
     for line in incidents.read(run):
         known = {"kind": "incident", "step": 0, "message": "", "time": None} | line

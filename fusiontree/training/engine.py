@@ -3,40 +3,42 @@
 import contextlib
 import logging
 import resource
-import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusiontree import checkpoint, distributed, incidents, signals
-from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
+from fusiontree.config import RunConfig, dataset_manifest, deepspeed_json, to_yaml
 from fusiontree.console import console
 from fusiontree.data.batch import Batch
-from fusiontree.data.format import tokenizer_fingerprint
-from fusiontree.data.sources import Ledger, Sources
+from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, StoppedError, UserError
-from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.errors import LOST_PEER, RunError, StoppedError
 from fusiontree.flops import update_flops
 from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.metrics import Metrics, summarise, utilisation
+from fusiontree.training.resume import prepare_folder, rows_consumed
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
     """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
 
     Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
+
+    Args:
+        config: the run.
+        allow_changed: dotted keys, or `data` or `tokenizer`, that may differ from the checkpoint's run.
 
     Returns:
         The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
@@ -44,6 +46,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: the data, the batch or the run's folder do not fit the configuration.
         RunError: a checkpoint could not be written or read.
+        StoppedError: asked to stop by a signal; all is saved.
     """
     dataset_manifest(config)
     deepspeed_json(config)
@@ -51,7 +54,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     world = distributed.start()
     try:
         stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
-        resume_from = prepare_folder(config, world, data.train)
+        resume_from = prepare_folder(config, world, data.train, allow_changed)
         with log_to_file(config, world), contextlib.closing(stream):
             trainer = Trainer(config, world, data, stream, resume_from)
             trainer.run()
@@ -64,7 +67,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            raise RunError("another rank has ended; its own line says why") from None
+            raise RunError(LOST_PEER) from None
         raise
     return {
         "run": str(config.run_dir),
@@ -238,7 +241,7 @@ class Trainer:
         checkpoint.load(self.training.engine, self.world, path)
         state = checkpoint.read_state(path)
         self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.stream.seek(state["rows_consumed"])
+        self.stream.seek(rows_consumed(self.config, path))
         self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
         self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main:
@@ -256,64 +259,6 @@ class Trainer:
         with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
-
-
-def prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
-    """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
-
-    Raises:
-        UserError: the folder holds something else, or another run than `config` describes.
-    """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
-    run = config.run_dir
-    for folder in (dataset.folder for dataset in data.datasets):
-        if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
-            raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
-    refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
-    checkpoint.tidy(run / "checkpoints")
-    found, damaged = checkpoint.newest(run / "checkpoints")
-    for line in damaged:
-        console.print(line)
-    if found is not None:
-        check_resumable(config, world, data, found)
-    tokenizer = data.datasets[0].folder / "tokenizer"
-    data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / checkpoint.CONFIG, to_yaml(config))
-    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
-    return found
-
-
-def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) -> None:
-    """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
-    state = checkpoint.read_state(path)
-    where = f"{config.run_dir} was trained"
-    differing = config_differences(load_config(str(path / checkpoint.CONFIG)), config)
-    if differing:
-        raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
-    if state["data_fingerprint"] != data.fingerprint:
-        folders = ", ".join(dataset.location for dataset in data.datasets)
-        raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
-    zero = deepspeed_json(config).get("zero_optimization", {})
-    stage, ranks = state["zero_stage"], state["world_size"]
-    resized = (stage, ranks) != (zero.get("stage", 0), world.size)
-    if resized and zero.get("offload_optimizer", {}).get("device") == "nvme":
-        raise UserError(
-            f"{where} on {ranks} ranks at ZeRO stage {stage}, and states on NVMe cannot be cut anew; start it so, or "
-            "take deepspeed=zero3_offload"
-        )
 
 
 @contextlib.contextmanager

@@ -37,8 +37,10 @@ class LayerWatch:
         self._handles = [model.register_forward_pre_hook(self._meet_batch, with_kwargs=True)]
         for layer, block in enumerate(model.blocks):
             for branch, name in enumerate(_BRANCHES):
-                hook = partial(self._meet_output, layer, branch)
-                self._handles.append(getattr(block, name).register_forward_hook(hook))
+                module = getattr(block, name)
+                if module is not None:  # pruned away
+                    hook = partial(self._meet_output, layer, branch)
+                    self._handles.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,7 +94,7 @@ def _own_gradients(engine: Any, world: World) -> Iterator[tuple[str, Tensor]]:
             yield name, safe_get_local_grad(parameter)
         elif stage > 0 and parameter._hp_mapping is not None:  # else other ranks own all of it
             yield name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        elif stage == 0 and world.is_main:
+        elif stage == 0 and world.is_main and parameter.grad is not None:  # none where the update is skipped
             yield name, parameter.grad
 
 
