@@ -416,7 +416,7 @@ def _bench_prune(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from fusiontree.bench.prune import bench_prune
 
-        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps)
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
     return _show(figures, args.json)
 
 
@@ -1012,6 +1012,12 @@ def _add_bench(commands: Any) -> None:
     prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
     prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
     prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+    prune.add_argument(
+        "--keep",
+        choices=("alternate", "mamba", "attention"),
+        default="alternate",
+        help="what every second layer keeps (default: the one and the other in turn)",
+    )
 
     kernels = _command(
         bench_commands,
