@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.signals"),
+    *("fusiontree.incidents", "fusiontree.signals", "fusiontree.outcome"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -52,6 +52,7 @@ ARROWS = {
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
     "fusiontree.signals": set(),
+    "fusiontree.outcome": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -59,7 +60,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     "fusiontree.training.data",
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.signals"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.signals", "fusiontree.outcome"),
 )
 
 
