@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fusiontree import incidents
+from fusiontree import incidents, outcome
 from fusiontree.config import HealthConfig
 from fusiontree.errors import HungError
 from fusiontree.training.step import Update
@@ -133,6 +133,7 @@ class Watchdog:
         )
         if self.rank == 0:
             incidents.record(self.run_dir, "hang", step, message)
-        print(f"fusiontree: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        if not outcome.report(HungError.exit_code, message):
+            print(f"fusiontree: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
         time.sleep(_LAST_WORDS)
         os._exit(HungError.exit_code)  # the thread that trains answers no more
