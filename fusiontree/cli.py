@@ -328,20 +328,18 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from fusiontree.generate import generate_text
+    from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts
 
-    figures = generate_text(
-        args.folder,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        on_text=None if args.json else _stream,
-    )
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give a prompt, or a file of them with --prompts")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    if args.prompts is not None:
+        given = read_prompts(args.prompts)
+        for figures in generate_texts(args.folder, given, args.max_new_tokens, sampling, args.batch):
+            print(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
+        return 0
+    on_text = None if args.json else _stream
+    figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
     if args.json:
         return _show(figures, as_json=True)
     print()
@@ -449,7 +447,7 @@ def _bench_prune(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from fusiontree.bench.prune import bench_prune
 
-        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps)
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
     return _show(figures, args.json)
 
 
@@ -910,7 +908,14 @@ def _add_model(commands: Any) -> None:
         "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
     )
     generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or .jsonl; --json: an answer a line",
+    )
+    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE together (default 8)")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
@@ -1045,6 +1050,12 @@ def _add_bench(commands: Any) -> None:
     prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
     prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
     prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+    prune.add_argument(
+        "--keep",
+        choices=("alternate", "mamba", "attention"),
+        default="alternate",
+        help="what every second layer keeps (default: the one and the other in turn)",
+    )
 
     kernels = _command(
         bench_commands,

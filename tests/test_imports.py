@@ -35,7 +35,7 @@ ARROWS = {
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
         *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
-        "fusiontree.generate",  # the reader of exported folders: a teacher is one
+        *("fusiontree.generate", "fusiontree.weights"),  # readers of exported folders: a teacher, a start
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),

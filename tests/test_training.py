@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,14 +37,17 @@ def losses(run: Path) -> list[float]:
 
 
 def plain_losses(
-    config: RunConfig, look: Callable[[HybridLM, Batch], None] | None = None
+    config: RunConfig,
+    look: Callable[[HybridLM, Batch], None] | None = None,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[float], list[float], float]:
     """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss.
 
-    `look` is shown the model, and the batch, before each update.
+    `look` is shown the model, and the batch, before each update; `left_out` are ranges of rows.
     """
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
+    stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialise(model, config.seed, torch.device("cpu")))

@@ -266,7 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
     code = "import sys, pathlib, test_zero; test_zero.main(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
@@ -303,5 +303,5 @@ def test_zero3_starts_from_the_plain_weights_and_never_holds_the_whole_model(ran
     for rank in range(ranks):
         found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())["start"]
         assert all(found["equal"])
-        assert found["peak"] < found["whole"] / ranks + 5 * found["largest"]
+        assert found["peak"] < found["whole"] / ranks + 2 * found["largest"]
         assert found["peak"] < found["whole"]

@@ -13,10 +13,11 @@ from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.training.initial import check_initial
 
 DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
@@ -28,16 +29,7 @@ def prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed
     Raises:
         UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`.
     """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data, allow_changed)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed))
 
 
 def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str]) -> Path | None:
@@ -56,6 +48,8 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         _check_same(config, data, found, allow_changed)
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    if found is None:
+        check_initial(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
