@@ -103,10 +103,15 @@ def plan_hosts(
         UserError: the batch does not divide, or the dataset or the DeepSpeed settings are missing or wrong.
     """
     _check(config, sum(map(len, hosts.values())))
+    return plan_program(_program(config, arguments), hosts, around)
+
+
+def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]], around: Surroundings) -> Plan:
+    """Plan `program` (a Python module and its arguments) on every slot of `hosts`."""
     return Plan(
         nodes=len(hosts),
         ranks_per_node=max(map(len, hosts.values())),
-        program=_program(config, arguments),
+        program=program,
         environment={**forwarded(os.environ), "OMP_NUM_THREADS": _threads_there(), **around.environment},
         master_address=next(iter(hosts)),
         master_port=free_port(FIRST_PORT + os.getpid() % PORTS),

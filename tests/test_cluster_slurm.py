@@ -141,6 +141,17 @@ def test_a_sweep_is_one_array_of_runs(calm, shards, tmp_path):
     assert rates["run-lr1e-3"] == pytest.approx(rates["run-lr3e-4"] * 10 / 3)
 
 
+def test_the_doctor_looks_at_the_nodes_of_an_allocation(calm, shards, tmp_path):
+    words = settings(shards, tmp_path / "out")
+    doctor = [sys.executable, "-m", "fusiontree", "doctor", "tiny", "--json", "--nodes", 2, *words]
+    report = json.loads(calm.run("salloc", "--nodes=2", "--quiet", *doctor).stdout)
+    assert set(report["cluster"]["hosts"]) == set(NODES)
+    assert report["cluster"]["hosts"]["node2"].endswith("12 (eth0)")
+    assert all(rate["bus_gb_per_s"] > 0 for rate in report["cluster"]["all_reduce"].values())
+    assert report["problems"] == []
+    assert not (tmp_path / "out").exists()
+
+
 # --- stopped and come back -------------------------------------------------------------------------------------------
 
 
