@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusiontree import resize
+from fusiontree import lease, resize
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
@@ -33,7 +33,12 @@ def partial_of(final: Path) -> Path:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it."""
+    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it.
+
+    Raises:
+        RunError: another start of the run holds it now; cut off from it, this one must not put its own in the way.
+    """
+    lease.check(final.parent.parent)
     old = final.with_name(f".{final.name}.old")
     if final.exists():  # training has come to its step again
         os.replace(final, old)
@@ -55,13 +60,15 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def load(engine: Any, world: World, checkpoint: Path) -> None:
+def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
     """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
 
-    On another number of ranks or at another ZeRO stage than it was saved at, its pieces are cut anew.
+    DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
+    not trained; otherwise the pieces are copied one by one.
     """
     state = read_state(checkpoint)
-    if (state["zero_stage"], state["world_size"]) != (engine.zero_optimization_stage(), world.size):
+    same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
+    if not (same and fresh):
         resize.load(engine, checkpoint, state["zero_stage"], state["world_size"])
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -80,20 +87,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `folder` that verifies, and a line for each newer one that does not.
+def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint under `folder` that verifies, and for each newer one, which does not, a line.
 
     Raises:
         RunError: there are checkpoints and none verifies.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
         problems = verify(checkpoint)
         if not problems:
             return checkpoint, damaged
-        damaged.append(f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}")
+        damaged[checkpoint] = f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}"
     if damaged:
-        raise RunError(f"no checkpoint under {folder} verifies ({damaged[0]}); restore one or remove the folder")
+        line, *_ = damaged.values()
+        raise RunError(f"no checkpoint under {folder} verifies ({line}); restore one or remove the folder")
     return None, damaged
 
 

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code, message = _outcome(args)
     finally:
-        if args.handler is _train:
-            from launcher import local
+        if args.handler in (_train, _probe):
+            from fusiontree import outcome
 
-            told = local.report(code, message)
+            told = outcome.report(code, message)
     if message and not told:
         rank = os.environ.get("RANK", "0")
         kind = "" if message == _INTERRUPTED else "error: "
@@ -99,6 +99,7 @@ def _data_build(args: argparse.Namespace) -> int:
         args.tokenizer,
         args.output,
         holdout=args.holdout,
+        holdout_from=args.holdout_from,
         workers=args.workers,
         row_len=args.row_len,
         include=tuple(args.include),
@@ -179,22 +180,122 @@ def _train(args: argparse.Namespace) -> int:
     args.output = config.run_dir
     from fusiontree.training.engine import train
 
-    summary = train(config)
+    summary = train(config, args.allow_changed)
     return _show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
 
 
 def _launch(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
     from launcher import local
-    from launcher.plan import plan_local
+    from launcher.plan import plan_local, surroundings
 
+    around = surroundings(args.env, args.env_file, args.pre_command)
+    _refuse_stray(args)
+    if args.slurm:
+        return _launch_slurm(args, around)
+    if args.hostfile is not None:
+        return _launch_hosts(args, around)
     config = load_config(args.config, args.overrides)
-    words = [*args.overrides, *(["--json"] if args.json else [])]
-    plan = plan_local(config, args.config, words, args.local)
+    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, around)
     if args.dry_run:
         print(local.command_line(plan))
         return 0
-    return local.run(plan)
+    return local.run(plan, config.run_dir / "logs")
+
+
+def _rank_options(args: argparse.Namespace) -> list[str]:
+    """What a launch hands on to the `train` of every rank, beside the configuration."""
+    return [*(f"--allow-changed={key}" for key in args.allow_changed), *(["--json"] if args.json else [])]
+
+
+def _refuse_stray(args: argparse.Namespace) -> None:
+    """Raise UserError for an option of another target: it would be silently without effect."""
+    target = "--slurm" if args.slurm else "--hostfile" if args.hostfile is not None else "--local"
+    for owner, names in _TARGET_OPTIONS.items():
+        for name in names if owner != target else ():
+            if getattr(args, name) not in (None, [], False):
+                raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not to {target}; leave it out")
+
+
+def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
+    from fusiontree.config import load_config
+    from launcher import hostfile
+    from launcher.plan import plan_hosts, prepare_run
+
+    config = load_config(args.config, args.overrides)
+    hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
+    plan = plan_hosts(config, hosts, _rank_options(args), around)
+    launcher = args.launcher or "pdsh"
+    if args.dry_run:
+        print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
+        return 0
+    hostfile.check_programs(launcher)
+    return hostfile.run(plan, prepare_run(config), launcher)
+
+
+def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
+    from fusiontree.config import load_config
+    from launcher import slurm
+    from launcher.plan import plan_slurm, prepare_run
+
+    config = load_config(args.config, args.overrides)
+    nodes = 1 if args.nodes is None else args.nodes
+    ranks = args.gpus_per_node if args.ranks_per_node is None else args.ranks_per_node
+    if ranks is None:
+        raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
+    sweep = slurm.Sweep.of(config.name, args.sweep)
+    configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
+    job = _slurm_job(args, slurm.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
+    plans = [
+        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
+    ]
+    slurm.check(job, nodes)
+    folder = config.run_dir.absolute()
+    text = slurm.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    slurm.check_cluster(job)
+    for one in configs:
+        prepare_run(one)
+    return _submit(slurm.write(text, folder), folder / "logs", args.wait)
+
+
+def _slurm_job(args: argparse.Namespace, save_ahead: int) -> Any:
+    from launcher.slurm import Job
+
+    return Job(
+        gpus_per_node=args.gpus_per_node,
+        min_nodes=args.min_nodes,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        time=args.time,
+        constraint=args.constraint,
+        cpus_per_task=args.cpus_per_task,
+        extra=tuple(args.sbatch),
+        container=args.container,
+        container_mounts=args.container_mounts,
+        tasks=args.tasks or "rank",
+        save_ahead=save_ahead,
+    )
+
+
+def _submit(script: Path, logs: Path, wait: bool) -> int:
+    from launcher import slurm
+
+    job = slurm.submit(script)
+    print(
+        f"job {job}: {script}\nfollow it with  tail -F {logs}/slurm-{job}*.log\nend it with     scancel {job}",
+        flush=True,
+    )
+    return slurm.follow(job, logs, sys.stdout) if wait else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from fusiontree.status import status
+
+    return _show(status(args.run), args.json)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -227,20 +328,18 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from fusiontree.generate import generate_text
+    from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts
 
-    figures = generate_text(
-        args.folder,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        on_text=None if args.json else _stream,
-    )
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give a prompt, or a file of them with --prompts")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    if args.prompts is not None:
+        given = read_prompts(args.prompts)
+        for figures in generate_texts(args.folder, given, args.max_new_tokens, sampling, args.batch):
+            print(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
+        return 0
+    on_text = None if args.json else _stream
+    figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
     if args.json:
         return _show(figures, as_json=True)
     print()
@@ -283,9 +382,39 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.overrides and args.config is None:
         raise UserError("doctor: overrides need a CONFIG before them")
     config = None if args.config is None else load_config(args.config, args.overrides)
-    findings = diagnose(config, ranks=args.ranks)
+    if (args.nodes is not None or args.hostfile is not None) and config is None:
+        raise UserError("doctor: --nodes and --hostfile need a CONFIG")
+    findings = diagnose(config, args.ranks, 1 if args.nodes is None else args.nodes)
+    if config is not None and args.nodes is not None:
+        findings = _with_cluster(findings, config, args)
     _show(findings, args.json)
     return 1 if findings["problems"] else 0
+
+
+def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The doctor's findings, with what the nodes themselves say if they can be reached."""
+    from launcher.probing import probe_cluster
+
+    found = probe_cluster(config, args.nodes, args.ranks, args.hostfile)
+    if found is None:
+        hint = f"not looked at: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
+        return findings | {"cluster": hint}
+    from fusiontree.probe import compare
+
+    cluster = compare(found)
+    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems")]}
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from fusiontree import signals
+    from launcher import local
+
+    local.join_launcher()
+    signals.listen()
+    from fusiontree.probe import probe
+
+    probe(args.target)
+    return 0
 
 
 def _bench_train(args: argparse.Namespace) -> int:
@@ -311,6 +440,14 @@ def _bench_decode(args: argparse.Namespace) -> int:
         from fusiontree.bench.decode import bench_decode
 
         figures = bench_decode(args.preset, args.overrides, args.batch, args.context, args.steps)
+    return _show(figures, args.json)
+
+
+def _bench_prune(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.prune import bench_prune
+
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
     return _show(figures, args.json)
 
 
@@ -449,6 +586,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data(commands)
     _add_training(commands)
+    _add_status(commands)
     _add_model(commands)
     _add_report(commands)
     _add_machine(commands)
@@ -506,6 +644,12 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     build.add_argument(
         "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+    )
+    build.add_argument(
+        "--holdout-from",
+        choices=("spread", "end"),
+        default="spread",
+        help="spread: evenly over the documents (default); end: the last files",
     )
     build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
     build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
@@ -622,17 +766,98 @@ def _add_training(commands: Any) -> None:
         "train tiny data.path=data/books optimizer.lr=1e-3",
     )
     _add_config(train)
+    _add_allow_changed(train)
 
     launch = _command(
         commands,
         "launch",
         _launch,
-        "Train on several ranks, started by DeepSpeed's launcher.",
+        "Train on several ranks: of this machine, of a hostfile's hosts, or of a SLURM cluster.",
         "launch tiny --local 2 data.path=data/books",
     )
     _add_config(launch)
-    launch.add_argument("--local", type=int, required=True, metavar="N", help="ranks on this machine")
-    launch.add_argument("--dry-run", action="store_true", help="print the command that would run")
+    _add_allow_changed(launch)
+    target = launch.add_mutually_exclusive_group(required=True)
+    target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
+    target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")
+    target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
+    launch.add_argument("--dry-run", action="store_true", help="print the command or script; start nothing")
+    launch.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="variable of every rank; repeatable"
+    )
+    launch.add_argument("--env-file", type=Path, metavar="FILE", help="such variables, KEY=VALUE a line")
+    launch.add_argument(
+        "--pre-command",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line that runs first on every node, e.g. 'module load cuda'; repeatable",
+    )
+    _add_hostfile(launch)
+    _add_slurm(launch)
+
+
+# options that mean something for one target only
+_TARGET_OPTIONS = {
+    "--hostfile": ("launcher", "include", "exclude"),
+    "--slurm": (
+        *("nodes", "min_nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "tasks", "partition", "account"),
+        *("qos", "time", "constraint", "container", "container_mounts", "sbatch", "sweep", "save_ahead", "wait"),
+    ),
+}
+
+
+def _add_hostfile(launch: argparse.ArgumentParser) -> None:
+    group = launch.add_argument_group("with --hostfile")
+    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="what reaches the hosts (default pdsh)")
+    group.add_argument("--include", metavar="HOSTS", help="only these, HOST[:SLOT,...][@HOST...]")
+    group.add_argument("--exclude", metavar="HOSTS", help="all but these")
+
+
+def _add_slurm(launch: argparse.ArgumentParser) -> None:
+    group = launch.add_argument_group("with --slurm")
+    group.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default 1)")
+    group.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few as this after losing some")
+    group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node, a rank on each")
+    group.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of each node (default: its GPUs)")
+    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each task")
+    group.add_argument("--tasks", choices=("rank", "node"), help="a task is a rank, or a node's ranks (default rank)")
+    for name in ("partition", "account", "qos", "constraint"):
+        group.add_argument(f"--{name}", metavar="NAME", help="as sbatch takes it")
+    group.add_argument("--time", metavar="LIMIT", help="time limit of one start, as sbatch takes it")
+    group.add_argument(
+        "--save-ahead", type=int, metavar="S", help="seconds before the limit at which to save (default: an estimate)"
+    )
+    group.add_argument("--container", metavar="IMAGE", help="a .sif for apptainer, else an image for pyxis")
+    group.add_argument("--container-mounts", metavar="FROM:TO[,...]", help="besides the current folder")
+    group.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"
+    )
+    group.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a job array over values; repeated: product"
+    )
+    group.add_argument("--wait", action="store_true", help="follow the job; exit with its code")
+
+
+def _add_status(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "status",
+        _status,
+        "Tell how a run is doing: queue, step, last figures, checkpoint, incidents.",
+        "status runs/books",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+
+
+def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on from a checkpoint though this value is another one; repeatable",
+    )
 
 
 def _add_model(commands: Any) -> None:
@@ -683,7 +908,14 @@ def _add_model(commands: Any) -> None:
         "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
     )
     generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or .jsonl; --json: an answer a line",
+    )
+    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE together (default 8)")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
@@ -737,7 +969,14 @@ def _add_machine(commands: Any) -> None:
         "doctor tiny --ranks 2 data.path=data/books",
     )
     _add_config(doctor, optional=True)
-    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on (default 1)")
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on, a node")
+    doctor.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of the job; they are looked at inside an allocation of SLURM"
+    )
+    doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="or through this hostfile")
+    probe = commands.add_parser("probe")  # for the doctor's own use: not in the help
+    probe.add_argument("target", type=Path)
+    probe.set_defaults(handler=_probe)
 
     demo = _command(
         commands,
@@ -799,6 +1038,24 @@ def _add_bench(commands: Any) -> None:
         "--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens of a prompt (default 1024)"
     )
     decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
+
+    prune = _command(
+        bench_commands,
+        "prune",
+        _bench_prune,
+        "Measure what pruning every second layer to one branch gains, with random weights.",
+        "bench prune --preset 1b --context 32768",
+    )
+    _add_preset(prune)
+    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
+    prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
+    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+    prune.add_argument(
+        "--keep",
+        choices=("alternate", "mamba", "attention"),
+        default="alternate",
+        help="what every second layer keeps (default: the one and the other in turn)",
+    )
 
     kernels = _command(
         bench_commands,

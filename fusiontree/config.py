@@ -246,6 +246,20 @@ class LoggingConfig(_Section):
     tensorboard: bool = False  # event files in the run's folder
 
 
+class HealthConfig(_Section):
+    """What is done when training is not well."""
+
+    max_bad_steps: Count = 5  # updates in a row whose loss or gradient is not finite; each is left out
+    on_bad: Literal["rollback", "stop"] = "rollback"  # rollback: to the last checkpoint, then past the bad rows
+    on_spike: Literal["ignore", "rollback", "stop"] = "ignore"  # ignore: it is recorded
+    spike_score: float = Field(default=10.0, gt=0.0)  # a spike: so many robust deviations above the median loss
+    spike_window: int = Field(default=128, ge=8)  # updates that the median is over
+    max_rollbacks: Count = 3  # to one checkpoint; then the run stops
+    hang_factor: float = Field(default=10.0, gt=1.0)  # a step that takes so many times their median hangs,
+    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too
+    timeout_seconds: float = Field(default=1800.0, gt=0.0)  # that a rank waits for the others anywhere else
+
+
 class KernelsConfig(_Section):
     """Back-end of each operation; `auto` is the best that runs here."""
 
@@ -269,6 +283,7 @@ class RunConfig(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
+    init_from: Path | None = None  # folder made by `fusiontree export`, whose weights the run starts from
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -279,9 +294,11 @@ class RunConfig(_Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
+    nvme_path: Path | None = None  # folder on a local disk, where zero3_nvme keeps weights and moments
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    health: HealthConfig = HealthConfig()
     kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="after")
@@ -626,8 +643,9 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
-    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|kernels|activation_checkpointing)\..+"
+    r"name|output|init_from|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"|deepspeed|nvme_path|batch\.micro_rows"
+    r"|(logging|validation|checkpoint|health|kernels|activation_checkpointing)\..+"
 )
 
 
@@ -684,7 +702,33 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if key in settings:
             raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+    zero = settings.get("zero_optimization", {})
+    _place_on_nvme(config, zero)
+    if config.optimizer.kind == "muon":
+        _check_muon(config, zero)
     return settings
+
+
+def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Give what is offloaded to NVMe the folder of the run's configuration."""
+    for part in (zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)):
+        if "nvme_path" in part:
+            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; set nvme_path in the configuration")
+        if part.get("device") == "nvme":
+            if config.nvme_path is None:
+                raise UserError(f"deepspeed {config.deepspeed} keeps states on NVMe; set nvme_path=DIR on a local disk")
+            part["nvme_path"] = str(config.nvme_path)
+
+
+def _check_muon(config: RunConfig, zero: dict[str, Any]) -> None:
+    if not zero.get("stage"):
+        raise UserError(f"optimizer.kind muon needs ZeRO stage 1 to 3, and deepspeed {config.deepspeed} is stage 0")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(f"optimizer.kind muon cannot keep its states on NVMe (deepspeed {config.deepspeed}); take cpu")
+    if zero.get("reduce_scatter"):
+        raise UserError(
+            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', and Muon needs whole gradients; remove it"
+        )
 
 
 def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         make(tmp_path, step)
     (tmp_path / ".step-11.partial").mkdir()
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step-10", [])
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-10", {})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str,
     assert words in checkpoint.verify(newest)[0]
     found, lines = checkpoint.newest(tmp_path)
     assert found == tmp_path / "step-1"
-    assert "step-2 is damaged and passed over" in lines[0]
+    assert "step-2 is damaged and passed over" in lines[newest]
 
 
 def test_when_none_verifies_the_run_stops(tmp_path: Path) -> None:

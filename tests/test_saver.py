@@ -62,7 +62,7 @@ def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: P
     said = ranks.run(words, tmp_path, setup=fill_disk_after_the_first_save, code=1)
     assert "step-8 could not be written: File too large; free disk space and start again" in said
     folder = tmp_path / "r" / "checkpoints"
-    assert checkpoint.newest(folder) == (folder / "step-4", [])
+    assert checkpoint.newest(folder) == (folder / "step-4", {})
     assert (folder / "latest").read_text() == "step-4\n"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-4"]
 

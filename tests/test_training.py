@@ -3,14 +3,15 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import cli, metrics, settings
 
-from fusiontree import checkpoint
+from fusiontree import checkpoint, incidents
 from fusiontree.config import RunConfig, load_config
 from fusiontree.data.batch import IGNORE, Batch
 from fusiontree.data.format import Dataset
@@ -37,14 +38,17 @@ def losses(run: Path) -> list[float]:
 
 
 def plain_losses(
-    config: RunConfig, look: Callable[[HybridLM, Batch], None] | None = None
+    config: RunConfig,
+    look: Callable[[HybridLM, Batch], None] | None = None,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[float], list[float], float]:
     """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss.
 
-    `look` is shown the model, and the batch, before each update.
+    `look` is shown the model, and the batch, before each update; `left_out` are ranges of rows.
     """
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
+    stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialise(model, config.seed, torch.device("cpu")))
@@ -288,6 +292,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: P
     victim.write_bytes(content)
     done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
     assert "step-8 is damaged and passed over" in done.stderr
+    assert [(line["kind"], line["step"]) for line in incidents.read(copy)] == [("fallback", 8), ("resume", 4)]
     assert metrics(copy) == metrics(two_ranks)
 
 
@@ -306,6 +311,38 @@ def test_another_configuration_is_refused_by_name(changes: dict, words: str, two
     done = cli("launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two", **changes), code=2)
     assert f"other values of {words};" in done.stderr
     assert load_config(str(two_ranks / "config.yaml")).optimizer.lr == 3e-3
+
+
+def test_a_value_that_may_change_when_asked_is_recorded(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    resumed = interrupted_copy(two_ranks, tmp_path)
+    words = ["--allow-changed", "optimizer.lr", *settings(shards, tmp_path, name="two", optimizer__lr=1e-3)]
+    done = cli("launch", "tiny", "--local", 2, *words)
+    assert "went on with other values of optimizer.lr, as allowed" in done.stderr
+    assert [line["kind"] for line in incidents.read(resumed)] == ["changed", "resume"]
+    schedule = load_config(str(resumed / "config.yaml")).schedule
+    expected = [learning_rate(schedule, 3e-3, 3), learning_rate(schedule, 1e-3, 4)]
+    assert [line["lr"] for line in metrics(resumed) if "lr" in line][3:5] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__mlp_size": 98}, "step-8 do not fit other values of model.mlp_size;"),
+        ({"batch__tokens": 1536}, "stands behind 8192 tokens, inside a batch of batch.tokens 1536;"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_though_allowed(
+    changes: dict, words: str, two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
+    (key,) = changes
+    setting = settings(shards, two_ranks.parent, name="two", batch__micro_rows=1, **changes)
+    said = ranks.run(["train", "tiny", f"--allow-changed={key.replace('__', '.')}", *setting], tmp_path, code=2)
+    assert words in said
+
+
+def test_a_key_that_is_none_cannot_be_allowed(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    words = ["train", "tiny", "--allow-changed", "lr", *settings(shards, two_ranks.parent, name="two")]
+    assert "--allow-changed lr: no such key" in ranks.run(words, tmp_path, code=2)
 
 
 def test_another_layout_with_states_on_nvme_is_refused(two_ranks: Path, shards: Path, tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
 """Weights come out of a checkpoint tensor by tensor, of any ZeRO stage and number of ranks, and no pickle is run."""
 
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from math import prod
@@ -12,59 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, build, cli
+from conftest import SMALL, build, cli, seal, write_layout, write_run
 from safetensors.torch import load_file, save_file
 
-from fusiontree import checkpoint, weights
-from fusiontree.config import load_config, to_yaml
+from fusiontree import weights
 from fusiontree.errors import RunError
-from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
-
-
-def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks: int, sub_group: int = 900) -> None:
-    """`state` as DeepSpeed lays it out; at stage 3 flat groups are cut into sub-groups of so many values."""
-    folder.mkdir(parents=True)
-    if stage < 3:
-        torch.save({"module": state, "ds_version": "0"}, folder / "mp_rank_00_model_states.pt")
-        return
-    shapes = [{name: value.shape for name, value in state.items() if (value.ndim < 2) == few} for few in (False, True)]
-    for rank in range(ranks):
-        flat = []
-        for group in shapes:
-            for name in group:
-                padded = torch.nn.functional.pad(state[name].flatten(), (0, -state[name].numel() % ranks))
-                flat.append(padded.view(ranks, -1)[rank])
-        parts = [part.clone() for part in torch.cat(flat).split(sub_group)]
-        torch.save({"param_shapes": shapes}, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts}
-        path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": optimizer}, path)
-
-
-def write_run(
-    run: Path, config: ModelConfig, state: dict[str, torch.Tensor], tokenizer: Path, stage: int, ranks: int
-) -> Path:
-    """A run's folder with one checkpoint of `state`; returns the checkpoint."""
-    folder = run / "checkpoints" / "step-1"
-    write_layout(folder, state, stage, ranks, 2**20)
-    values = load_config("tiny").model_copy(update={"model": config})
-    (folder / checkpoint.CONFIG).write_text(to_yaml(values))
-    facts = {"step": 1, "tokens": 4096, "zero_stage": stage, "eos_id": 0, "pad_id": 1, "tokenizer_fingerprint": "f"}
-    (folder / checkpoint.STATE).write_text(json.dumps(facts))
-    save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / checkpoint.GATES)
-    seal(folder)
-    shutil.copytree(tokenizer, run / "tokenizer")
-    return folder
-
-
-def seal(folder: Path) -> None:
-    hashes = {}
-    for path in folder.iterdir():
-        if path.name != checkpoint.MANIFEST:
-            with open(path, "rb") as stream:
-                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": hashes}))
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 1), (3, 2), (3, 3), (3, 5)])

@@ -43,26 +43,28 @@ LOSSES = [
 ]
 MUON = ["optimizer.kind=muon", "optimizer.grad_clip=0", "schedule.steps=6"]
 JOBS = {  # by name: ranks and overrides
-    "zero0 x4": (4, ["deepspeed=zero0"]),
-    "zero1 x4": (4, ["deepspeed=zero1", "activation_checkpointing=full", "activation_checkpointing.offload=true"]),
     "zero2 x4": (4, ["deepspeed=zero2", "activation_checkpointing=branch"]),
-    "zero3 x4": (4, ["deepspeed=zero3", "activation_checkpointing=every_n"]),
-    "zero3_offload x4": (4, ["deepspeed=zero3_offload", "activation_checkpointing=branch"]),
-    "muon zero2 x4": (4, ["deepspeed=zero2", *MUON]),
-    "muon zero3 x4": (4, ["deepspeed=zero3", *MUON]),
+    "zero3_offload x4": (4, ["deepspeed=zero3_offload", "activation_checkpointing=every_n"]),
     "zero0 x2": (2, ["deepspeed=zero0"]),
-    "zero1 x2": (2, ["deepspeed=zero1"]),
-    "zero2 x2": (2, ["deepspeed=zero2", "activation_checkpointing=full"]),
-    "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=full"]),
-    "muon zero0 x2": (2, ["deepspeed=zero0", *MUON]),
+    "zero1 x2": (2, ["deepspeed=zero1", "activation_checkpointing=full", "activation_checkpointing.offload=true"]),
+    "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=branch"]),
     "muon zero1 x2": (2, ["deepspeed=zero1", *MUON]),
+    "muon zero3 x2": (2, ["deepspeed=zero3", *MUON]),
+    "zero3_nvme x2": (2, ["deepspeed=zero3_nvme"]),
 }
+
+
+def skipped(name: str) -> bool:
+    """Whether a job needs the asynchronous I/O that DeepSpeed builds for minutes, and it has not been built here."""
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return "nvme" in name and not any(extensions.rglob("async_io.so"))
 
 
 def config_of(folder: Path, overrides: list[str]) -> RunConfig:
     words = [f"model.{name}={json.dumps(value)}" for name, value in SHAPE.items()]
     batch = [f"data.seq_len={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "batch.micro_rows=1", "optimizer.lr=3e-3"]
     lengths = [f"schedule.steps={STEPS}", "schedule.warmup_steps=3", f"distill.teacher={folder / 'teacher'}"]
+    lengths.append(f"nvme_path={folder / 'nvme'}")
     return load_config("tiny", [*words, *batch, *lengths, *LOSSES, "activation_checkpointing=none", *overrides])
 
 
@@ -196,7 +198,7 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
     for step in range(config.schedule.steps):
         mine = rows_of(step)[world.rank :: world.size]
         update = training.update([batch_of([row]) for row in mine], step)
-        figures = {"loss": update.loss, **update.parts}
+        figures = {"loss": update.own_loss, **update.parts}
         sums = distributed.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
         for name, value in zip(figures, sums, strict=True):
             curve.setdefault(name, []).append(value)
@@ -230,7 +232,7 @@ def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
     world = distributed.start()
     results: dict[str, Any] = {}
     for name, (ranks, overrides) in JOBS.items():
-        if ranks == size:
+        if ranks == size and not skipped(name):
             results[name] = curve_of(config_of(folder, overrides), world)
     results["start"] = built_at_zero3(folder, world)
     (folder / f"ranks-{size}-{rank}.json").write_text(json.dumps(results))
@@ -264,7 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
     code = "import sys, pathlib, test_zero; test_zero.main(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
@@ -280,6 +282,11 @@ def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+    if skipped(name):
+        pytest.skip(
+            "DeepSpeed's async_io is not built: python -c 'import deepspeed.ops.op_builder as b; "
+            "b.AsyncIOBuilder().load()' takes minutes, libaio-dev, g++ and ninja"
+        )
     expected = truths["muon" if name.startswith("muon") else "adamw"]
     ranks = JOBS[name][0]
     for rank in range(ranks):
@@ -287,7 +294,7 @@ def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> 
         assert set(found) == set(expected)
         for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
             assert found[figure] == pytest.approx(expected[figure], rel=1e-5), figure
-        if "muon" not in name or "zero0" in name:  # under ZeRO the norm is that of Muon's update
+        if "muon" not in name:  # whose norm is that of its update
             assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
 
 
@@ -296,5 +303,5 @@ def test_zero3_starts_from_the_plain_weights_and_never_holds_the_whole_model(ran
     for rank in range(ranks):
         found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())["start"]
         assert all(found["equal"])
-        assert found["peak"] < found["whole"] / ranks + 5 * found["largest"]
+        assert found["peak"] < found["whole"] / ranks + 2 * found["largest"]
         assert found["peak"] < found["whole"]

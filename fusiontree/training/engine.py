@@ -3,40 +3,47 @@
 import contextlib
 import logging
 import resource
-import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusiontree import checkpoint, distributed, incidents, signals
-from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
+from fusiontree.config import RunConfig, dataset_manifest, deepspeed_json, to_yaml
 from fusiontree.console import console
 from fusiontree.data.batch import Batch
-from fusiontree.data.format import tokenizer_fingerprint
-from fusiontree.data.sources import Ledger, Sources
+from fusiontree.data.plan import documents_at
+from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, StoppedError, UserError
-from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
 from fusiontree.flops import update_flops
 from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
+from fusiontree.training.health import Health, Trouble, Watchdog
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.metrics import Metrics, summarise, utilisation
+from fusiontree.training.resume import prepare_folder, rows_consumed
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
+_NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
+_NO_START = {"init_from": None}
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
     """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
 
     Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
+
+    Args:
+        config: the run.
+        allow_changed: dotted keys, or `data` or `tokenizer`, that may differ from the checkpoint's run.
 
     Returns:
         The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
@@ -44,6 +51,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: the data, the batch or the run's folder do not fit the configuration.
         RunError: a checkpoint could not be written or read.
+        StoppedError: asked to stop by a signal; all is saved.
     """
     dataset_manifest(config)
     deepspeed_json(config)
@@ -51,7 +59,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     world = distributed.start()
     try:
         stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
-        resume_from = prepare_folder(config, world, data.train)
+        resume_from = prepare_folder(config, world, data.train, allow_changed)
         with log_to_file(config, world), contextlib.closing(stream):
             trainer = Trainer(config, world, data, stream, resume_from)
             trainer.run()
@@ -64,7 +72,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            raise RunError("another rank has ended; its own line says why") from None
+            raise RunError(LOST_PEER) from None
+        if distributed.is_time_out(error):
+            limit = f"{config.health.timeout_seconds:.0f} s (health.timeout_seconds)"
+            raise HungError(f"a rank has waited {limit} for the others; start again to go on") from None
         raise
     return {
         "run": str(config.run_dir),
@@ -83,16 +94,22 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        self.training = TrainingStep(config, world)
+        # a run that goes on needs no start, and may have outlived it
+        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
+        distributed.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention)
+        self.health = Health(config.health)
+        self.watchdog = Watchdog(config.health, config.run_dir, world.rank)
+        self.left_out: list[tuple[int, int]] = []  # stretches of rows consumed that training has stepped past
+        self.rollbacks: Counter[Path] = Counter()
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
         self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
-            self._resume(resume_from)
+            self._resume(resume_from, fresh=True)
 
     @property
     def tokens(self) -> int:
@@ -100,27 +117,101 @@ class Trainer:
         return self.step * self.config.batch.tokens
 
     def run(self) -> None:
-        """Fetch, update, record, validate, save, until the schedule ends."""
-        steps, every = self.config.schedule.steps, self.config.checkpoint.every
+        """Train to the end of the schedule; after trouble, once more from the last good checkpoint."""
+        with self.watchdog:
+            while (trouble := self._train()) is not None:
+                self._roll_back(trouble)
+        self.saver.finish()
+
+    def _train(self) -> Trouble | None:
+        """Fetch, update, judge, record, validate, save, until the schedule ends or trouble asks for a rollback."""
+        steps = self.config.schedule.steps
         with self._recording():
             if self.step == 0:
                 self._validate()
             self._start_lap()
             while self.step < steps:
-                batches = next(self.stream)
-                self.ledger.meet(batches)
-                self.lap_documents += (length for batch in batches for length in batch.lengths)
-                update = self._update(batches)
+                with self.watchdog.step(self.step):
+                    update = self._update(self._fetch())
                 self.step += 1
-                if self._due(self.config.logging.every):
+                trouble = self.health.judge(update, self._last_rows)
+                if trouble is not None:
+                    self._tell(trouble, update)
+                    if trouble.action == "rollback":
+                        return trouble
+                if self._due(self.config.logging.every) and not update.skipped:
                     self._record(update)
                 if self._due(self.config.validation.every):
                     self._validate()
-                if self._due(every) or update.stop:
+                if self._due(self.config.checkpoint.every) or update.stop:
                     self._save()
                 if update.stop and self.step < steps:
                     self._stop()
-            self.saver.finish()
+        return None
+
+    def _fetch(self) -> list[Batch]:
+        try:
+            batches = next(self.stream)
+        except StopIteration:
+            raise RunError(
+                f"the sources are used up after step {self.step:,}, for some rows were stepped past; lower "
+                "schedule.steps or raise max_epochs"
+            ) from None
+        self.ledger.meet(batches)
+        self.lap_documents += (length for batch in batches for length in batch.lengths)
+        return batches
+
+    @property
+    def _last_rows(self) -> tuple[int, int]:
+        """Rows consumed before and behind the last step."""
+        return self.stream.rows_consumed - self.stream.recipe.batch_rows, self.stream.rows_consumed
+
+    def _tell(self, trouble: Trouble, update: Update) -> None:
+        """Name the rows of an update that went wrong: those of the ranks whose loss is not finite, else all.
+
+        Raises:
+            RunError: the run is to stop.
+        """
+        stream = self.stream
+        own = documents_at(stream, self._last_rows[0] // stream.recipe.batch_rows)["rows"]
+        places = [{key: row[key] for key in ("source", "shard", "row", "first_token")} for row in own]
+        told = distributed.gather((bool(update.own_loss.isfinite()), places))
+        of_all = [places for finite, places in told if not finite] or [places for _, places in told]
+        rows = [place for places in of_all for place in places]
+        named = ", ".join(f"{row['shard']} row {row['row']} from token {row['first_token']}" for row in rows[:_NAMED])
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        message = f"step {self.step:,}: {trouble.message}; rows: {named}{more}"
+        if self.world.is_main:
+            console.print(message, markup=False)
+            incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
+        if trouble.action == "stop":
+            self.saver.wait()
+            raise RunError(f"{message}; look at them, then start again with other values of health.* or optimizer.lr")
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Go on from the last good checkpoint, past the rows of the trouble."""
+        self.saver.wait()
+        path = distributed.on_main(lambda: checkpoint.newest(self.config.run_dir / "checkpoints")[0])
+        hint = "look at the rows, then start again with other values of health.* or optimizer.lr"
+        if path is None:
+            raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to go back to; {hint}")
+        self.rollbacks[path] += 1
+        if self.rollbacks[path] > self.config.health.max_rollbacks:
+            raise RunError(f"step {self.step:,}: {trouble.message}, rolled back to {path} too often; {hint}")
+        if self.world.is_main:
+            message = (
+                f"rolled back from step {self.step:,} to {checkpoint.step_of(path):,}, past the rows of the trouble"
+            )
+            console.print(message)
+            incidents.record(self.config.run_dir, "rollback", self.step, message, rows_consumed=trouble.rows)
+        left_out = [*self.left_out, trouble.rows]
+        self._resume(path, fresh=False)
+        self._leave_out(left_out)
+        self.health.bad.clear()  # the checkpoint may have been saved in the midst of them
+
+    def _leave_out(self, ranges: list[tuple[int, int]]) -> None:
+        self.left_out = ranges
+        self.stream.leave_out(ranges)
 
     def _stop(self) -> None:
         """Leave as asked, after the checkpoint of this step."""
@@ -128,9 +219,7 @@ class Trainer:
         (name, *_) = [number.name for number in distributed.gather(signals.requested()) if number is not None]
         if self.world.is_main:
             incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
-        raise StoppedError(
-            f"stopped by {name} after step {self.step:,}, which is saved: start again to go on from there"
-        )
+        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to go on")
 
     def _update(self, batches: list[Batch]) -> Update:
         """Make the next update; now and then, watch and write down what its layers do."""
@@ -221,7 +310,9 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "rows_consumed": self.stream.rows_consumed,
+            "left_out": self.left_out,
             "bad_rows": self.ledger.to_json(),
+            "health": self.health.to_json(),
             "world_size": self.world.size,
             "zero_stage": self.training.engine.zero_optimization_stage(),
             "data_fingerprint": self.data.train.fingerprint,
@@ -234,14 +325,18 @@ class Trainer:
         log.info("saving step %d", self.step)
         self._start_lap()
 
-    def _resume(self, path: Path) -> None:
-        checkpoint.load(self.training.engine, self.world, path)
+    def _resume(self, path: Path, fresh: bool) -> None:
+        """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
+        checkpoint.load(self.training.engine, self.world, path, fresh)
         state = checkpoint.read_state(path)
-        self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.stream.seek(state["rows_consumed"])
-        self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
+        self.resume_from, self.step, self.wandb_id = path, state["step"], state["wandb_id"]
+        self.stream.seek(rows_consumed(self.config, path))
+        # an older version's checkpoint has none of these
+        self.ledger.restore(state.get("bad_rows", []))
+        self.health.restore(state.get("health", {}))
+        self._leave_out([(first, end) for first, end in state.get("left_out", [])])
         self.training.gates.restore(checkpoint.read_gates(path))
-        if self.world.is_main:
+        if self.world.is_main and fresh:
             saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
             message = f"resuming {self.config.run_dir} from step {self.step:,}"
             console.print(message)
@@ -256,64 +351,6 @@ class Trainer:
         with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
-
-
-def prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
-    """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
-
-    Raises:
-        UserError: the folder holds something else, or another run than `config` describes.
-    """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-def _prepare_folder(config: RunConfig, world: World, data: Sources) -> Path | None:
-    run = config.run_dir
-    for folder in (dataset.folder for dataset in data.datasets):
-        if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
-            raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
-    refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
-    checkpoint.tidy(run / "checkpoints")
-    found, damaged = checkpoint.newest(run / "checkpoints")
-    for line in damaged:
-        console.print(line)
-    if found is not None:
-        check_resumable(config, world, data, found)
-    tokenizer = data.datasets[0].folder / "tokenizer"
-    data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / checkpoint.CONFIG, to_yaml(config))
-    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
-    return found
-
-
-def check_resumable(config: RunConfig, world: World, data: Sources, path: Path) -> None:
-    """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
-    state = checkpoint.read_state(path)
-    where = f"{config.run_dir} was trained"
-    differing = config_differences(load_config(str(path / checkpoint.CONFIG)), config)
-    if differing:
-        raise UserError(f"{where} with other values of {', '.join(differing)}; restore them or set another name")
-    if state["data_fingerprint"] != data.fingerprint:
-        folders = ", ".join(dataset.location for dataset in data.datasets)
-        raise UserError(f"{where} on other shards than {folders} holds; restore them or set another name")
-    zero = deepspeed_json(config).get("zero_optimization", {})
-    stage, ranks = state["zero_stage"], state["world_size"]
-    resized = (stage, ranks) != (zero.get("stage", 0), world.size)
-    if resized and zero.get("offload_optimizer", {}).get("device") == "nvme":
-        raise UserError(
-            f"{where} on {ranks} ranks at ZeRO stage {stage}, and states on NVMe cannot be cut anew; start it so, or "
-            "take deepspeed=zero3_offload"
-        )
 
 
 @contextlib.contextmanager

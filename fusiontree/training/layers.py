@@ -37,8 +37,10 @@ class LayerWatch:
         self._handles = [model.register_forward_pre_hook(self._meet_batch, with_kwargs=True)]
         for layer, block in enumerate(model.blocks):
             for branch, name in enumerate(_BRANCHES):
-                hook = partial(self._meet_output, layer, branch)
-                self._handles.append(getattr(block, name).register_forward_hook(hook))
+                module = getattr(block, name)
+                if module is not None:  # pruned away
+                    hook = partial(self._meet_output, layer, branch)
+                    self._handles.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:

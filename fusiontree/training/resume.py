@@ -1,0 +1,126 @@
+"""The run's folder at a start: made, or found with a checkpoint that this run may go on from."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree import checkpoint, distributed, incidents, lease
+from fusiontree.config import KEYS, RunConfig, config_differences, deepspeed_json, load_config, to_yaml
+from fusiontree.console import console
+from fusiontree.data.format import tokenizer_fingerprint
+from fusiontree.data.sources import Sources
+from fusiontree.distributed import World
+from fusiontree.errors import UserError
+from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.model.config import ModelConfig
+from fusiontree.model.lm import HybridLM
+from fusiontree.training.initial import check_initial
+
+DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
+_NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
+
+
+def prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str] = ()) -> Path | None:
+    """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
+
+    Raises:
+        UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`.
+    """
+    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed))
+
+
+def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str]) -> Path | None:
+    run = config.run_dir
+    for folder in (dataset.folder for dataset in data.datasets):
+        if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
+    refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
+    checkpoint.tidy(run / "checkpoints")
+    found, damaged = checkpoint.newest(run / "checkpoints")
+    for path, line in damaged.items():
+        console.print(line)
+        incidents.record(run, "fallback", checkpoint.step_of(path), line)
+    if found is not None:
+        _check_layout(config, world, found)
+        _check_same(config, data, found, allow_changed)
+    tokenizer = data.datasets[0].folder / "tokenizer"
+    data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    if found is None:
+        check_initial(config, data.datasets[0].manifest)
+    run.mkdir(parents=True, exist_ok=True)
+    lease.take(run)
+    write_atomic(run / checkpoint.CONFIG, to_yaml(config))
+    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    return found
+
+
+def rows_consumed(config: RunConfig, path: Path) -> int:
+    """Rows of `config`'s length that the checkpoint at `path` stands behind.
+
+    Raises:
+        UserError: that is inside a batch of `config`.
+    """
+    tokens = checkpoint.read_state(path)["rows_consumed"] * load_config(str(path / checkpoint.CONFIG)).data.seq_len
+    if tokens % config.batch.tokens:
+        raise UserError(
+            f"{path} stands behind {tokens} tokens, inside a batch of batch.tokens {config.batch.tokens}; take one "
+            "that divides them"
+        )
+    return tokens // config.data.seq_len
+
+
+def _check_layout(config: RunConfig, world: World, path: Path) -> None:
+    """Raise UserError if the checkpoint at `path` cannot be brought to the run's ranks and ZeRO stage."""
+    state = checkpoint.read_state(path)
+    zero = deepspeed_json(config).get("zero_optimization", {})
+    stage, ranks = state["zero_stage"], state["world_size"]
+    resized = (stage, ranks) != (zero.get("stage", 0), world.size)
+    if resized and zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(
+            f"{config.run_dir} was trained on {ranks} ranks at ZeRO stage {stage}, and states on NVMe cannot be cut "
+            "anew; start it so, or take deepspeed=zero3_offload"
+        )
+
+
+def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
+    """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
+    for key in allow_changed:
+        if key not in (*KEYS, DATA, TOKENIZER) and not key.startswith("data."):
+            raise UserError(f"--allow-changed {key}: no such key; give one that a refused resume has named")
+    before = load_config(str(path / checkpoint.CONFIG))
+    differing = list(_differences(before, config, checkpoint.read_state(path), data))
+    refused = [key for key in differing if key not in allow_changed]
+    if refused:
+        folders = ", ".join(dataset.location for dataset in data.datasets)
+        names = ", ".join(f"data (on other shards than {folders} holds)" if key == DATA else key for key in refused)
+        allowing = " ".join(f"--allow-changed {key}" for key in refused)
+        raise UserError(
+            f"{config.run_dir} was trained with other values of {names}; restore them, set another name, or go on all "
+            f"the same: {allowing}"
+        )
+    impossible = [key for key in differing if key in _NEVER]
+    if _shapes(before.model) != _shapes(config.model):
+        impossible += [key for key in differing if key.startswith("model.")]
+    if impossible:
+        raise UserError(f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore them")
+    rows_consumed(config, path)
+    if differing:
+        line = f"went on with other values of {', '.join(differing)}, as allowed"
+        console.print(line)
+        incidents.record(config.run_dir, "changed", checkpoint.step_of(path), line, keys=differing)
+
+
+def _differences(before: RunConfig, config: RunConfig, state: dict[str, Any], data: Sources) -> Iterator[str]:
+    yield from config_differences(before, config)
+    if state["data_fingerprint"] != data.fingerprint:
+        yield DATA
+    if state["tokenizer_fingerprint"] != data.datasets[0].manifest.tokenizer_fingerprint:
+        yield TOKENIZER
+
+
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in HybridLM(model).named_parameters()}
