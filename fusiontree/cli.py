@@ -230,7 +230,7 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
         print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
         return 0
     hostfile.check_programs(launcher)
-    return hostfile.run(plan, prepare_run(config), launcher)
+    return hostfile.run(plan, prepare_run(config, args.allow_changed), launcher)
 
 
 def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
@@ -257,7 +257,7 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
         return 0
     slurm.check_cluster(job)
     for one in configs:
-        prepare_run(one)
+        prepare_run(one, args.allow_changed)
     return _submit(slurm.write(text, folder), folder / "logs", args.wait)
 
 

@@ -184,15 +184,20 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment[name] for name in names if name not in ("FUSIONTREE_LAUNCH", "CUDA_VISIBLE_DEVICES")}
 
 
-def prepare_run(config: RunConfig) -> Path:
+def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
     """Make the run's folder with its configuration and ``logs/``; the whole path of it.
+
+    Args:
+        allow_changed: dotted keys that may differ from those of a run that has checkpoints there.
 
     Raises:
         UserError: the folder holds something else, or checkpoints of a run with other values.
     """
     run = config.run_dir.absolute()
     refuse_existing(run, overwrite=True, marker=CONFIG)
-    if (run / "checkpoints").is_dir() and (differing := config_differences(load_config(str(run / CONFIG)), config)):
+    before = load_config(str(run / CONFIG)) if (run / "checkpoints").is_dir() else config
+    differing = [key for key in config_differences(before, config) if key not in allow_changed]
+    if differing:
         keys = ", ".join(differing)
         raise UserError(f"{config.run_dir} was trained with other values of {keys}; restore them or set another name")
     (run / "logs").mkdir(parents=True, exist_ok=True)

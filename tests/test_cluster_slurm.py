@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster, until, why_not
+from cluster import NODES, Cluster, full_disk, until, why_not
 from conftest import cli, metrics, settings
 
 pytestmark = pytest.mark.cluster
@@ -201,6 +201,18 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_exactly(calm, shards, tmp_pa
     assert ended(calm, job)["JobState"] == "COMPLETED"
     assert metrics(run) == metrics(long_truth)
     assert "rank 1 on node2 ended without a word" in log(run, job)
+
+
+def test_a_full_disk_on_one_node_costs_checkpoints_and_not_the_run(calm, shards, tmp_path, long_truth):
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, **LONG)
+    training(run, 7)
+    with full_disk(calm, "node2", run / "checkpoints"):
+        until(lambda: (run / "incidents.jsonl").exists(), 60, "a checkpoint that could not be written")
+    assert "No space left on device" in (run / "incidents.jsonl").read_text()
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert metrics(run) == metrics(long_truth)
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{LONG['schedule__steps']}\n"
 
 
 def test_a_job_that_fails_again_and_again_is_given_up(calm, shards, tmp_path):
