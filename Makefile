@@ -1,15 +1,21 @@
 # The two commands of this project: `make demo` and `make test`. Both set everything up first.
+# `make test-cluster` adds the tests on a real SLURM cluster and real ssh hosts.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test test-cluster lint format install clean
 
 demo: install
 	@$(BIN)/python -m fusiontree demo
 
 test: install lint
 	$(BIN)/python -m pytest -n 2
+	@echo 'Left out: the tests on a real SLURM cluster and real ssh hosts (make test-cluster).'
+
+# needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; touches nothing of this machine's
+test-cluster: install
+	FUSIONTREE_CLUSTER=1 $(BIN)/python -m pytest -m cluster -v
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,11 +44,12 @@ class Assembly:
         folder: the dataset folder; a state in it is gone on from.
         info: of the tokenizer.
         row_len: tokens per row.
-        holdout: share of the documents that make the validation split, spread evenly over them.
+        holdout: share of the documents that make the validation split, spread evenly over them; or the names of the
+            files whose documents do.
         dedup: whether a document whose text came before is left out.
     """
 
-    def __init__(self, folder: Path, info: TokenizerInfo, row_len: int, holdout: float, dedup: bool):
+    def __init__(self, folder: Path, info: TokenizerInfo, row_len: int, holdout: float | frozenset[str], dedup: bool):
         self.folder, self.row_len, self.holdout = folder, row_len, holdout
         self.continued = (folder / STATE).exists()
         if self.continued:
@@ -100,17 +101,21 @@ class Assembly:
             if new is not None and not new[documents - 1]:
                 self.state.duplicates += 1
             else:
-                wrote |= self._pack(record.id, tokens)
+                wrote |= self._pack(record, tokens)
         self.state.position = position
         return wrote
 
-    def _pack(self, name: str, tokens: np.ndarray) -> bool:
+    def _pack(self, record: Record, tokens: np.ndarray) -> bool:
         """Whether a window of the packer closed, so that little is held back."""
-        split = SPLITS[_is_held_out(self.report.documents, self.holdout)]
+        if isinstance(self.holdout, frozenset):
+            held_out = record.file in self.holdout
+        else:
+            held_out = _is_held_out(self.report.documents, self.holdout)
+        split = SPLITS[held_out]
         self.report.documents += 1
         self.state.tokens += len(tokens)
         self.state.cut += len(tokens) > self.row_len
-        rows = self.state.packers[split].add(name, tokens)
+        rows = self.state.packers[split].add(record.id, tokens)
         self.writers[split].add(rows)
         return bool(rows) and split == SPLITS[0]
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ def build(
     tokenizer: Path,
     output: Path,
     holdout: float = 0.02,
+    holdout_from: str = "spread",
     workers: int = 1,
     row_len: int = 32768,
     include: Sequence[str] = (),
@@ -52,7 +54,9 @@ def build(
         inputs: files, folders or glob patterns, see `find_files` and `docs/format.md`.
         tokenizer: a Hugging Face tokenizer folder; what users of the shards need of it is copied to OUTPUT/tokenizer.
         output: the dataset folder to make; it appears whole, or not at all.
-        holdout: share of the documents that make the validation split, spread evenly over them.
+        holdout: share of the documents that make the validation split.
+        holdout_from: "spread": evenly over all documents; "end": those of so great a share of the files, the last ones,
+            so that what lies close together is not parted.
         workers: processes that tokenise.
         row_len: tokens per packed row.
         include: glob patterns a file must match.
@@ -84,9 +88,10 @@ def build(
     work = Work(tokenizer, eos, encoder, reading, digests=dedup)
     with start_workers(work, workers) as team, resumable_folder(output, overwrite, MANIFEST, _STATE) as folder:
         info = team.encoder.info
-        job = _job(files, info, row_len=row_len, holdout=holdout, dedup=dedup, encoder=encoder, **asdict(reading))
+        choices = {"row_len": row_len, "holdout": holdout, "holdout_from": holdout_from, "dedup": dedup}
+        job = _job(files, info, **choices, encoder=encoder, **asdict(reading))
         _go_on_or_start(folder, job, tokenizer, overwrite)
-        made = Assembly(folder, info, row_len, holdout, dedup)
+        made = Assembly(folder, info, row_len, holdout if holdout_from == "spread" else _last(files, holdout), dedup)
         if not made.continued:
             made.report.skip(skipped)
         before = made.tokens
@@ -122,6 +127,17 @@ def _figures(manifest: Manifest, made: Assembly) -> dict[str, Any]:
         "too_long": made.report.filtered[TOO_LONG],
         "bytes": sum(total["bytes"] for total in totals),
     }
+
+
+def _last(files: Sequence[TextFile], share: float) -> frozenset[str]:
+    """Names of the last `share` of the files: one at least, and never all.
+
+    Raises:
+        UserError: there is a single file, whose documents would be all or none.
+    """
+    if len(files) < 2 and share:
+        raise UserError("--holdout-from end holds out whole files, but there is one only; take --holdout-from spread")
+    return frozenset(file.name for file in files[len(files) - math.ceil(share * len(files)) :]) - {files[0].name}
 
 
 def _job(files: Sequence[TextFile], info: TokenizerInfo, **arguments: Any) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusiontree import resize
+from fusiontree import lease, resize
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
+from fusiontree.weights import TensorFiles, of_checkpoint
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -33,7 +33,12 @@ def partial_of(final: Path) -> Path:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it."""
+    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it.
+
+    Raises:
+        RunError: another start of the run holds it now; cut off from it, this one must not put its own in the way.
+    """
+    lease.check(final.parent.parent)
     old = final.with_name(f".{final.name}.old")
     if final.exists():  # training has come to its step again
         os.replace(final, old)
@@ -147,15 +152,12 @@ def read_gates(checkpoint: Path) -> Tensor:
     return load_file(checkpoint / GATES)["mean"]
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights by name, fp32, whole, whatever the ZeRO stage and the number of ranks."""
-    if read_state(checkpoint)["zero_stage"] == 3:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def read_weights(checkpoint: Path, trust: bool = False) -> TensorFiles:
+    """The model's weights by name, fp32, each whole and read when asked for, whatever the ZeRO stage and the ranks.
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    # below stage 3 every rank holds whole fp32 weights, which are the master weights themselves
-    states = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return states["module"]
+    Args and errors: as of `weights.of_checkpoint`.
+    """
+    return of_checkpoint(checkpoint, read_state(checkpoint)["zero_stage"], trust)
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import RunError, UserError
+from fusiontree.files import write_atomic
 
 # what a file system answers when the user's disk, rights or paths are at fault, not this program
 _FILE_ERRORS = {
@@ -19,6 +20,7 @@ _FILE_ERRORS = {
     *(errno.EBUSY, errno.EXDEV, errno.ELOOP, errno.ESTALE, errno.EFBIG),
 }
 _NAMED = 10  # inputs left out that are named, unless --json is given
+EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 _INTERRUPTED = "interrupted; nothing half-written was left under a final name"
 
 
@@ -97,6 +99,7 @@ def _data_build(args: argparse.Namespace) -> int:
         args.tokenizer,
         args.output,
         holdout=args.holdout,
+        holdout_from=args.holdout_from,
         workers=args.workers,
         row_len=args.row_len,
         include=tuple(args.include),
@@ -184,39 +187,158 @@ def _train(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
     from launcher import local
-    from launcher.plan import plan_local
+    from launcher.plan import plan_local, surroundings
 
+    around = surroundings(args.env, args.env_file, args.pre_command)
+    _refuse_stray(args)
+    if args.slurm:
+        return _launch_slurm(args, around)
+    if args.hostfile is not None:
+        return _launch_hosts(args, around)
     config = load_config(args.config, args.overrides)
-    allowed = (f"--allow-changed={key}" for key in args.allow_changed)
-    words = [*args.overrides, *allowed, *(["--json"] if args.json else [])]
-    plan = plan_local(config, args.config, words, args.local)
+    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, around)
     if args.dry_run:
         print(local.command_line(plan))
         return 0
     return local.run(plan, config.run_dir / "logs")
 
 
+def _rank_options(args: argparse.Namespace) -> list[str]:
+    """What a launch hands on to the `train` of every rank, beside the configuration."""
+    return [*(f"--allow-changed={key}" for key in args.allow_changed), *(["--json"] if args.json else [])]
+
+
+def _refuse_stray(args: argparse.Namespace) -> None:
+    """Raise UserError for an option of another target: it would be silently without effect."""
+    target = "--slurm" if args.slurm else "--hostfile" if args.hostfile is not None else "--local"
+    for owner, names in _TARGET_OPTIONS.items():
+        for name in names if owner != target else ():
+            if getattr(args, name) not in (None, [], False):
+                raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not to {target}; leave it out")
+
+
+def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
+    from fusiontree.config import load_config
+    from launcher import hostfile
+    from launcher.plan import plan_hosts
+
+    config = load_config(args.config, args.overrides)
+    hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
+    plan = plan_hosts(config, hosts, _rank_options(args), around)
+    launcher = args.launcher or "pdsh"
+    if args.dry_run:
+        print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
+        return 0
+    return hostfile.run(plan, config, launcher)
+
+
+def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
+    from fusiontree.config import load_config
+    from launcher import slurm
+    from launcher.plan import plan_slurm, prepare_run
+
+    config = load_config(args.config, args.overrides)
+    nodes = 1 if args.nodes is None else args.nodes
+    ranks = args.gpus_per_node if args.ranks_per_node is None else args.ranks_per_node
+    if ranks is None:
+        raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
+    sweep = slurm.Sweep.of(config.name, args.sweep)
+    configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
+    job = _slurm_job(args, slurm.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
+    plans = [
+        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
+    ]
+    slurm.check(job, nodes)
+    folder = config.run_dir.absolute()
+    text = slurm.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    slurm.check_cluster(job)
+    for one in configs:
+        prepare_run(one)
+    return _submit(slurm.write(text, folder), folder / "logs", args.wait)
+
+
+def _slurm_job(args: argparse.Namespace, save_ahead: int) -> Any:
+    from launcher.slurm import Job
+
+    return Job(
+        gpus_per_node=args.gpus_per_node,
+        min_nodes=args.min_nodes,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        time=args.time,
+        constraint=args.constraint,
+        cpus_per_task=args.cpus_per_task,
+        extra=tuple(args.sbatch),
+        container=args.container,
+        container_mounts=args.container_mounts,
+        tasks=args.tasks or "rank",
+        save_ahead=save_ahead,
+    )
+
+
+def _submit(script: Path, logs: Path, wait: bool) -> int:
+    from launcher import slurm
+
+    job = slurm.submit(script)
+    print(
+        f"job {job}: {script}\nfollow it with  tail -F {logs}/slurm-{job}*.log\nend it with     scancel {job}",
+        flush=True,
+    )
+    return slurm.follow(job, logs, sys.stdout) if wait else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from fusiontree.status import status
+
+    return _show(status(args.run), args.json)
+
+
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export import export
 
-    return _show(export(args.source, args.output, dtype=args.dtype, overwrite=args.overwrite), args.json)
+    figures = export(
+        args.source,
+        args.output,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        trust=args.trust_checkpoint,
+        prune=args.prune,
+        prune_heads=args.prune_heads,
+        data=args.data,
+        limit=args.limit,
+    )
+    return _show(figures, args.json)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from fusiontree.prune.pruner import plan_run
+
+    if args.out is not None and args.out.exists() and not args.overwrite:
+        raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
+    plan = plan_run(args.source, args.hi, args.lo)
+    if args.out is not None:
+        write_atomic(args.out, json.dumps(plan, indent=1))
+    return _show(plan, args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from fusiontree.generate import generate_text
+    from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts
 
-    figures = generate_text(
-        args.folder,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        on_text=None if args.json else _stream,
-    )
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give a prompt, or a file of them with --prompts")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    if args.prompts is not None:
+        given = read_prompts(args.prompts)
+        for figures in generate_texts(args.folder, given, args.max_new_tokens, sampling, args.batch):
+            print(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
+        return 0
+    on_text = None if args.json else _stream
+    figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
     if args.json:
         return _show(figures, as_json=True)
     print()
@@ -230,7 +352,26 @@ def _stream(text: str) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from fusiontree.evaluate import evaluate
 
-    return _show(evaluate(args.folder, args.tasks, args.data, args.seq_len, args.limit), args.json)
+    figures = evaluate(
+        args.folder,
+        [task for text in args.tasks for task in text.split(",") if task],
+        args.data,
+        lengths=_numbers("--lengths", args.lengths),
+        seq_len=args.seq_len,
+        limit=args.limit,
+        samples=args.samples,
+        output=args.output,
+        overwrite=args.overwrite,
+    )
+    return _show(figures, args.json)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """The whole numbers of a list such as 1024,4096."""
+    try:
+        return [int(part) for part in (text or "").split(",") if part]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers, e.g. 1024,4096") from None
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -271,6 +412,14 @@ def _bench_decode(args: argparse.Namespace) -> int:
     return _show(figures, args.json)
 
 
+def _bench_prune(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.prune import bench_prune
+
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps)
+    return _show(figures, args.json)
+
+
 def _bench_kernels(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from fusiontree.bench.kernels import bench_kernels
@@ -283,6 +432,24 @@ def _bench_loader(args: argparse.Namespace) -> int:
     from fusiontree.bench.loader import bench_loader
 
     return _show(bench_loader(args.data, args.seq_len, args.rows), args.json)
+
+
+def _bench_overhead(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.overhead import bench_overhead
+
+        figures = bench_overhead(args.config, args.overrides, args.rounds, args.warmup)
+    if isinstance(args.json, Path):
+        from fusiontree.files import write_atomic
+
+        write_atomic(args.json, json.dumps(figures, indent=2) + "\n")
+    return _show(figures, args.json is True)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fusiontree.report import write_report
+
+    return _show(write_report(args.runs, args.out), args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -388,7 +555,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data(commands)
     _add_training(commands)
+    _add_status(commands)
     _add_model(commands)
+    _add_report(commands)
     _add_machine(commands)
     _add_bench(commands)
     return parser
@@ -444,6 +613,12 @@ def _add_data(commands: Any) -> None:
     build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     build.add_argument(
         "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+    )
+    build.add_argument(
+        "--holdout-from",
+        choices=("spread", "end"),
+        default="spread",
+        help="spread: evenly over the documents (default); end: the last files",
     )
     build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
     build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
@@ -566,13 +741,82 @@ def _add_training(commands: Any) -> None:
         commands,
         "launch",
         _launch,
-        "Train on several ranks, started by DeepSpeed's launcher.",
+        "Train on several ranks: of this machine, of a hostfile's hosts, or of a SLURM cluster.",
         "launch tiny --local 2 data.path=data/books",
     )
     _add_config(launch)
     _add_allow_changed(launch)
-    launch.add_argument("--local", type=int, required=True, metavar="N", help="ranks on this machine")
-    launch.add_argument("--dry-run", action="store_true", help="print the command that would run")
+    target = launch.add_mutually_exclusive_group(required=True)
+    target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
+    target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")
+    target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
+    launch.add_argument("--dry-run", action="store_true", help="print the command or script; start nothing")
+    launch.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="variable of every rank; repeatable"
+    )
+    launch.add_argument("--env-file", type=Path, metavar="FILE", help="such variables, KEY=VALUE a line")
+    launch.add_argument(
+        "--pre-command",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line that runs first on every node, e.g. 'module load cuda'; repeatable",
+    )
+    _add_hostfile(launch)
+    _add_slurm(launch)
+
+
+# options that mean something for one target only
+_TARGET_OPTIONS = {
+    "--hostfile": ("launcher", "include", "exclude"),
+    "--slurm": (
+        *("nodes", "min_nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "tasks", "partition", "account"),
+        *("qos", "time", "constraint", "container", "container_mounts", "sbatch", "sweep", "save_ahead", "wait"),
+    ),
+}
+
+
+def _add_hostfile(launch: argparse.ArgumentParser) -> None:
+    group = launch.add_argument_group("with --hostfile")
+    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="what reaches the hosts (default pdsh)")
+    group.add_argument("--include", metavar="HOSTS", help="only these, HOST[:SLOT,...][@HOST...]")
+    group.add_argument("--exclude", metavar="HOSTS", help="all but these")
+
+
+def _add_slurm(launch: argparse.ArgumentParser) -> None:
+    group = launch.add_argument_group("with --slurm")
+    group.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default 1)")
+    group.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few as this after losing some")
+    group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node, a rank on each")
+    group.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of each node (default: its GPUs)")
+    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each task")
+    group.add_argument("--tasks", choices=("rank", "node"), help="a task is a rank, or a node's ranks (default rank)")
+    for name in ("partition", "account", "qos", "constraint"):
+        group.add_argument(f"--{name}", metavar="NAME", help="as sbatch takes it")
+    group.add_argument("--time", metavar="LIMIT", help="time limit of one start, as sbatch takes it")
+    group.add_argument(
+        "--save-ahead", type=int, metavar="S", help="seconds before the limit at which to save (default: an estimate)"
+    )
+    group.add_argument("--container", metavar="IMAGE", help="a .sif for apptainer, else an image for pyxis")
+    group.add_argument("--container-mounts", metavar="FROM:TO[,...]", help="besides the current folder")
+    group.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"
+    )
+    group.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a job array over values; repeated: product"
+    )
+    group.add_argument("--wait", action="store_true", help="follow the job; exit with its code")
+
+
+def _add_status(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "status",
+        _status,
+        "Tell how a run is doing: queue, step, last figures, checkpoint, incidents.",
+        "status runs/books",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
 
 
 def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
@@ -596,7 +840,34 @@ def _add_model(commands: Any) -> None:
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
     export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
+    )
+    export.add_argument(
+        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+    )
+    export.add_argument(
+        "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
+    )
+    export.add_argument(
+        "--prune-heads", type=int, default=0, metavar="N", help="global key-value heads to prune, by loss"
+    )
+    export.add_argument("--data", metavar="DIR", type=Path, help="held-out rows that measure it (default: the run's)")
+    export.add_argument("--limit", type=int, metavar="N", help="of these, at most (default: all)")
     _add_overwrite(export)
+
+    prune = _command(
+        commands,
+        "prune",
+        _prune,
+        "Say which branches the gates of a run do without, and what that saves.",
+        "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
+    )
+    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
+    prune.add_argument("--hi", type=float, default=0.8, metavar="G", help="mean gate above which Mamba is enough")
+    prune.add_argument("--lo", type=float, default=0.2, metavar="G", help="mean gate below which attention is enough")
+    prune.add_argument("--out", type=Path, metavar="FILE", help="write the plan, to edit and to give to export --prune")
+    prune.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
 
     generate = _command(
         commands,
@@ -606,7 +877,14 @@ def _add_model(commands: Any) -> None:
         "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
     )
     generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or .jsonl; --json: an answer a line",
+    )
+    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE together (default 8)")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
@@ -624,13 +902,31 @@ def _add_model(commands: Any) -> None:
         "eval",
         _eval,
         "Measure an exported model.",
-        "eval runs/demo/export --tasks perplexity --data data/books",
+        "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
     )
     evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="perplexity")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"of {', '.join(EVAL_TASKS)}")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: as trained)")
+    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
+    evaluate.add_argument("--lengths", metavar="N,N,...", help="tokens of prompts (default: as trained)")
+    evaluate.add_argument("--samples", type=int, default=5, metavar="N", help="prompts of each kind (default 5)")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="folder to make: results.json, heat maps as PNG")
+    _add_overwrite(evaluate)
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "Write a run's curves, gates, incidents and configuration as one HTML page; several runs are compared.",
+        "report runs/demo",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html, compare.html of several)"
+    )
 
 
 def _add_machine(commands: Any) -> None:
@@ -705,6 +1001,18 @@ def _add_bench(commands: Any) -> None:
     )
     decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
 
+    prune = _command(
+        bench_commands,
+        "prune",
+        _bench_prune,
+        "Measure what pruning every second layer to one branch gains, with random weights.",
+        "bench prune --preset 1b --context 32768",
+    )
+    _add_preset(prune)
+    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
+    prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
+    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+
     kernels = _command(
         bench_commands,
         "kernels",
@@ -726,6 +1034,21 @@ def _add_bench(commands: Any) -> None:
     loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
     loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
     loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
+
+    overhead = _command(
+        bench_commands,
+        "overhead",
+        _bench_overhead,
+        "Measure what the engine costs: a real run beside a bare DeepSpeed loop, in turns.",
+        "bench overhead 125m --json overhead.json",
+        figures=False,
+    )
+    _add_config(overhead)
+    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="pairs of blocks timed (default 12)")
+    overhead.add_argument("--warmup", type=int, default=1, metavar="N", help="pairs before them (default 1)")
+    overhead.add_argument(
+        "--json", nargs="?", type=Path, const=True, metavar="FILE", help="print the figures as JSON, or write them"
+    )
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

@@ -181,6 +181,30 @@ class ScheduleConfig(_Section):
         return self
 
 
+class LossConfig(_Section):
+    """What is added to the cross-entropy; what is reported as `loss` stays the cross-entropy alone."""
+
+    z_loss: float = Field(default=0.0, ge=0.0)  # weight of the squared log-partition of the logits; 1e-4 is usual
+    gate_balance: dict[Step, Weight] = {0: 0.0}  # weight of how far layers' mean gates lie outside the band, by step
+    gate_target: Fraction = 0.5  # middle of the band; 1 is all Mamba
+    gate_band: Fraction = 0.25  # on either side of the middle: there nothing is penalised
+    gate_entropy: dict[Step, float] = {0: 0.0}  # weight of the mean gates' entropy: above 0 channels choose a branch
+
+    @property
+    def shapes_gates(self) -> bool:
+        """Whether either of the gate's weights is ever other than 0."""
+        return any([*self.gate_balance.values(), *self.gate_entropy.values()])
+
+
+class DistillConfig(_Section):
+    """Learning from the model of an exported folder beside the data; without `teacher`, from the data alone."""
+
+    teacher: Path | None = None  # folder made by `fusiontree export`, of the same tokenizer
+    weight: dict[Step, Weight] = {0: 1.0}  # of the divergence from the teacher, beside the cross-entropy's 1, by step
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_k: Count = 64  # the teacher's likeliest tokens that stand alone; the others are one outcome together
+
+
 class CheckpointingConfig(_Section):
     """Which activations the backward pass computes again. ``activation_checkpointing: full`` sets `policy` alone."""
 
@@ -217,7 +241,9 @@ class LoggingConfig(_Section):
     """What is reported while the run goes on."""
 
     every: Count = 10  # optimizer steps between two lines of metrics
+    layers_every: int = Field(default=100, ge=0)  # optimizer steps between two looks at each layer; 0 = never
     wandb: bool = False
+    tensorboard: bool = False  # event files in the run's folder
 
 
 class HealthConfig(_Section):
@@ -257,14 +283,18 @@ class RunConfig(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
+    init_from: Path | None = None  # folder made by `fusiontree export`, whose weights the run starts from
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    losses: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
+    nvme_path: Path | None = None  # folder on a local disk, where zero3_nvme keeps weights and moments
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -287,6 +317,10 @@ class RunConfig(_Section):
                 f"data.{table}.{last} is not below schedule.steps {schedule.steps}: the run would end before it; take "
                 "it out (null) or raise steps",
             )
+        _require(
+            self.model.fusion != "sum" or not self.losses.shapes_gates,
+            "losses.gate_balance and gate_entropy shape a gate, and model.fusion sum has none; set both to 0",
+        )
         _require(
             self.model.srte != "learned" or self.model.max_positions >= self.data.seq_len,
             f"model.max_positions {self.model.max_positions} is below data.seq_len {self.data.seq_len}: srte learned "
@@ -334,13 +368,18 @@ SECTIONS = _keys_by_section()
 KEYS = tuple(
     f"{name}.{key}" if key else name for name in RunConfig.model_fields for key in SECTIONS.get(name, (None,))
 )  # every dotted key, in order
+_LISTS = ("model.layer_kinds", "model.layer_global_heads")  # keys whose value is a list
 # keys below which the user chooses names, and how many names lead to a value: data.sources.NAME.weight, ...
 TABLES = {"data.sources": 2, "data.weights": 2, "data.curriculum": 1}
+# tables of values by step, joined by straight lines; a single value holds from step 0 on
+POINTS = ("losses.gate_balance", "losses.gate_entropy", "distill.weight")
+TABLES |= dict.fromkeys(POINTS, 1)
 SHORT_FORMS = {"activation_checkpointing": "policy"}  # a single value given to the section is that of this key
 _TABLE_HINTS = {
     "data.sources": "give data.sources.NAME.path and, if you like, weight and max_epochs",
     "data.weights": "give data.weights.STEP.NAME: the weight of source NAME from that step on",
     "data.curriculum": "give data.curriculum.STEP: the tokens per row from that step on",
+    **{key: f"give one value, or {key}.STEP: values by step, joined by straight lines" for key in POINTS},
 }
 
 # a length's key in the other unit
@@ -490,6 +529,9 @@ def _leaves(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[t
         table = _table(key)
         if isinstance(value, dict) and (value or key in SECTIONS):
             yield from _leaves(value, where, f"{key}.")
+        elif key in POINTS and value is not None:
+            yield key, None  # in place of whatever was there
+            yield f"{key}.0", _plain(value, key, where)
         elif table is not None and value is not None and key.count(".") != table.count(".") + TABLES[table]:
             raise UserError(f"{where}: {key} is {_short(value)}; {_TABLE_HINTS[table]}")
         elif key in SECTIONS:
@@ -509,6 +551,8 @@ def _table(key: str) -> str | None:
 
 def _plain(value: Any, key: str, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if key in _LISTS and isinstance(value, list):
         return value
     raise UserError(f"{where}: {key} is {_short(value)}; it must be a single value")
 
@@ -599,8 +643,9 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
-    r"|deepspeed|batch\.micro_rows|(logging|validation|checkpoint|health|kernels|activation_checkpointing)\..+"
+    r"name|output|init_from|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"|deepspeed|nvme_path|batch\.micro_rows"
+    r"|(logging|validation|checkpoint|health|kernels|activation_checkpointing)\..+"
 )
 
 
@@ -657,16 +702,43 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if key in settings:
             raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+    zero = settings.get("zero_optimization", {})
+    _place_on_nvme(config, zero)
+    if config.optimizer.kind == "muon":
+        _check_muon(config, zero)
     return settings
 
 
+def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Give what is offloaded to NVMe the folder of the run's configuration."""
+    for part in (zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)):
+        if "nvme_path" in part:
+            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; set nvme_path in the configuration")
+        if part.get("device") == "nvme":
+            if config.nvme_path is None:
+                raise UserError(f"deepspeed {config.deepspeed} keeps states on NVMe; set nvme_path=DIR on a local disk")
+            part["nvme_path"] = str(config.nvme_path)
+
+
+def _check_muon(config: RunConfig, zero: dict[str, Any]) -> None:
+    if not zero.get("stage"):
+        raise UserError(f"optimizer.kind muon needs ZeRO stage 1 to 3, and deepspeed {config.deepspeed} is stage 0")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(f"optimizer.kind muon cannot keep its states on NVMe (deepspeed {config.deepspeed}); take cpu")
+    if zero.get("reduce_scatter"):
+        raise UserError(
+            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', and Muon needs whole gradients; remove it"
+        )
+
+
 def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:
-    """Check the manifest of every dataset of the run against the model; return the first one's.
+    """Check the manifest of every dataset of the run, and the teacher, against the model; return the first one's.
 
     An address (``s3://...``) is left to the process that opens it: None.
 
     Raises:
-        UserError: no dataset given, none there, or its tokens do not fit the model's vocabulary.
+        UserError: no dataset given, none there, its tokens do not fit the model's vocabulary, or the teacher's are
+            others.
     """
     locations = config.data.locations
     if not locations:
@@ -678,7 +750,28 @@ def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:
     for location, manifest in zip(locations.values(), manifests, strict=True):
         if manifest is not None:
             require_vocabulary(config, location, manifest["tokenizer"]["vocab_size"])
+    if config.distill.teacher is not None:
+        _check_teacher(config, config.distill.teacher, manifests[0])
     return manifests[0]
+
+
+def _check_teacher(config: RunConfig, folder: Path, manifest: dict[str, Any] | None) -> None:
+    try:
+        vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        fingerprint = json.loads((folder / "fusiontree.json").read_text(encoding="utf-8"))["tokenizer_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"distill.teacher {folder} is not a folder that `fusiontree export` made; give one") from None
+    if vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"distill.teacher {folder} has model.vocab_size {vocab_size}, this run {config.model.vocab_size}; take a "
+            "teacher of the same vocabulary, or set model.vocab_size"
+        )
+    ours = fingerprint if manifest is None else manifest["tokenizer"].get("fingerprint", fingerprint)
+    if fingerprint != ours:
+        raise UserError(
+            f"distill.teacher {folder} has another tokenizer ({fingerprint[:12]}) than the data ({ours[:12]}); take "
+            "a teacher trained on the same one"
+        )
 
 
 def _local_manifest(key: str, folder: str) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def run_demo(root: Path) -> int:
         ),
         Stage(
             "build shards",
-            ["data", "build", *text, "--tokenizer", str(tokenizer), "--output", str(shards), "--workers", str(RANKS)],
+            [
+                *("data", "build", *text, "--tokenizer", str(tokenizer), "--output", str(shards)),
+                *("--holdout-from", "end", "--workers", str(RANKS)),  # whole packages, which hold sibling files
+            ],
             (shards / "manifest.json").exists(),
             str(shards),
         ),

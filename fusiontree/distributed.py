@@ -1,6 +1,7 @@
 """Ranks and what they do together: start, sum, wait, leave."""
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,9 +60,27 @@ def start() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def device_name(device: torch.device) -> str:
+    """What the device's maker calls it; ``CPU`` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: of tensors on a GPU, of everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, in place, on the device."""
     dist.all_reduce(value)
+    return value
+
+
+def max_over_ranks(value: Tensor) -> Tensor:
+    """The greatest `value` of all ranks, in place, on the device."""
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
 
 

@@ -166,7 +166,7 @@ def _activation_bytes(config: RunConfig) -> int:
     """What one forward pass keeps for the backward pass, and the block that is recomputed."""
     model, tokens = config.model, config.data.seq_len * config.batch.micro_rows
     item = 2 if config.precision == "bf16" else 4
-    block = _block_width(model) * item
+    block = max(_block_width(model, layer) for layer in range(model.num_layers)) * item
     return tokens * (block + sum(_kept_bytes(config, layer, item) for layer in range(model.num_layers)))
 
 
@@ -176,25 +176,26 @@ def _kept_bytes(config: RunConfig, layer: int, item: int) -> int:
     kept = 0 if chosen.offload else 4 * model.hidden_size  # of a part that is computed again: its input
     if chosen.policy == "full" or (chosen.policy == "every_n" and layer % chosen.every == 0):
         return kept
-    block = _block_width(model) * item
+    block = _block_width(model, layer) * item
     if chosen.policy != "branch":
         return block
-    widths = {"mamba": _mamba_width(model), "attention": _attention_width(model)}
+    widths = {"mamba": _mamba_width(model, layer), "attention": _attention_width(model, layer)}
     again = widths if chosen.branch == "both" else [chosen.branch]
-    return block + sum(kept - widths[branch] * item for branch in again)
+    return block + sum(kept - widths[branch] * item for branch in again if widths[branch])
 
 
-def _block_width(model: ModelConfig) -> int:
-    """Values per token that one block keeps: both branches' projections, the MLP's, norms and the gate."""
-    return _mamba_width(model) + _attention_width(model) + 4 * model.mlp_size + 12 * model.hidden_size
+def _block_width(model: ModelConfig, layer: int) -> int:
+    """Values per token that one block keeps: its branches' projections, the MLP's, norms and the gate."""
+    branches = _mamba_width(model, layer) + _attention_width(model, layer)
+    return branches + 4 * model.mlp_size + 12 * model.hidden_size
 
 
-def _mamba_width(model: ModelConfig) -> int:
-    return 2 * model.ssm_projection_size
+def _mamba_width(model: ModelConfig, layer: int) -> int:
+    return 2 * model.ssm_projection_size if model.has("mamba", layer) else 0
 
 
-def _attention_width(model: ModelConfig) -> int:
-    return 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+def _attention_width(model: ModelConfig, layer: int) -> int:
+    return 2 * (model.queries_per_kv + 1) * sum(model.kv_heads_at(layer)) * model.head_dim
 
 
 def _run_problems(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:

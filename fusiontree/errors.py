@@ -13,6 +13,9 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+LOST_PEER = "another rank has ended; its own line says why"  # said by a rank that only suffers from another's end
+
+
 class StoppedError(RunError):
     """The run was asked to stop and has saved: started again it goes on from there. Launchers requeue on this code."""
 

@@ -2,50 +2,74 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fusiontree import __version__, checkpoint
 from fusiontree.config import RunConfig, load_config
-from fusiontree.console import console
-from fusiontree.errors import RunError, UserError
+from fusiontree.console import console, progress_bar
+from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.generate import FACTS
 from fusiontree.kernels import DTYPES
-from fusiontree.model.documents import Documents
+from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.parity import prove
+from fusiontree.prune.plan import PrunedWeights
+from fusiontree.prune.pruner import Pruner
+from fusiontree.weights import Spec, write_safetensors
 
-# largest difference of logits that passes, as a share of their standard deviation. The weights are the same numbers in
-# the same precision; only decoding with the cache sums in another order, which bf16 shows
-TOLERANCE = 1e-3
-CACHED_TOLERANCES = {"fp32": 1e-3, "bf16": 0.1}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_PREFIX = "model."  # of the trained model's names inside the exported one
 
 
-def export(source: Path, output: Path, dtype: str = "fp32", overwrite: bool = False) -> dict[str, Any]:
-    """Export the newest checkpoint of a run, or a checkpoint, to `output`.
+def export(
+    source: Path,
+    output: Path,
+    dtype: str = "fp32",
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    trust: bool = False,
+    prune: str | None = None,
+    prune_heads: int = 0,
+    data: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Export the newest checkpoint of a run, or a checkpoint, to `output`, whatever ZeRO stage and ranks it is of.
 
     The folder loads with ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` where this project
-    is not installed. It appears only if its logits equal the trained model's (`parity.json`).
+    is not installed. It appears only if its logits equal the trained model's (`parity.json`). No more of the model is
+    ever in memory than the embedding and the tensor at hand; but what is pruned is measured, which takes all of it.
 
     Args:
         source: a run's folder or a checkpoint's.
         dtype: `fp32` or `bf16`, of all weights but the scan's state parameters, which stay fp32.
         overwrite: replace what `output` holds.
+        max_shard_size: of one file of weights, e.g. `5GB` (10^9 bytes).
+        trust: unpickle whatever the checkpoint holds, which may run any code.
+        prune: what to prune: a plan's path; `auto`, the plan that `fusiontree prune` would make; or the number of
+            branches to prune, those whose loss costs least.
+        prune_heads: so many global key-value heads are pruned with their queries, those whose loss costs least.
+        data: dataset whose held-out rows measure the loss; by default the run's own.
+        limit: of those rows, at most.
 
     Returns:
-        Where, the step, parameters, bytes of the weights, and the parity figures.
+        Where, the step, parameters, bytes of the weights, the parity figures, and what pruning did.
 
     Raises:
-        UserError: no checkpoint, or `output` holds something. RunError: a damaged checkpoint, or failed parity.
+        UserError: no checkpoint, one that is not only tensors, or `output` holds something.
+        RunError: a damaged checkpoint, or failed parity.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    max_shard_bytes = _size(max_shard_size)
     refuse_existing(output, overwrite, marker=FACTS)
     found = checkpoint.resolve(source)
     config = load_config(str(found / checkpoint.CONFIG))
@@ -53,17 +77,19 @@ def export(source: Path, output: Path, dtype: str = "fp32", overwrite: bool = Fa
     tokenizer = found.parent.parent / "tokenizer"
     if not tokenizer.is_dir():
         raise UserError(f"no tokenizer at {tokenizer}; copy the one that the data was built with there")
-    trained = HybridLM(config.model, compute_dtype=DTYPES[dtype])
-    trained.load_state_dict(checkpoint.read_weights(found), strict=True)
+    weights: Mapping[str, Tensor] = checkpoint.read_weights(found, trust)
+    shape, pruned = config.model, {}
+    if prune is not None or prune_heads:
+        pruning, pruned["pruning"] = Pruner(found, config, weights, data, limit).prune(prune, prune_heads)
+        gates = checkpoint.read_gates(found)
+        shape, weights = pruning.config(config.model), PrunedWeights(weights, config.model, pruning, gates)
     with staged_folder(output, overwrite, marker=FACTS) as partial, tempfile.TemporaryDirectory() as modules:
         # transformers copies a folder's code there to import it; read when it is first imported, below
         os.environ["HF_MODULES_CACHE"] = modules
-        try:
-            _write_folder(partial, trained, config, state, tokenizer, dtype)
-        except SafetensorError as error:  # how it words a full disk
-            raise RunError(f"{output} could not be written: {error}; free disk space and export again") from None
+        _write_weights(partial, shape, weights, dtype, max_shard_bytes)
+        _write_rest(partial, config, shape, {**state, **pruned}, tokenizer, dtype)
         console.print("proving the export: logits and cached decoding against the trained model")
-        parity = prove(partial, trained.eval(), dtype)
+        parity = prove(partial, shape, weights, dtype)
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     return {
@@ -71,98 +97,84 @@ def export(source: Path, output: Path, dtype: str = "fp32", overwrite: bool = Fa
         "checkpoint": str(found),
         "step": state["step"],
         "dtype": dtype,
-        "parameters": config.model.parameter_count(),
+        "parameters": shape.parameter_count(),
         "weights_bytes": size,
         "parity": parity,
+        **pruned,
     }
 
 
-@torch.inference_mode()
-def prove(folder: Path, trained: HybridLM, dtype: str) -> dict[str, Any]:
-    """Compare the model that transformers loads from `folder` with the trained one, on rows past a chunk and a window.
-
-    Returns:
-        By check, the largest difference of logits over their standard deviation; and the tolerance.
-
-    Raises:
-        RunError: one is beyond the tolerance.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=DTYPES[dtype]).eval()
-    shape = trained.config
-    length = max(shape.chunk_size, shape.window) + 37
-    if shape.srte == "learned":
-        length = min(length, shape.max_positions)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(trained.config.vocab_size, (2, length), generator=generator)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, : length // 3] = False  # padding on the left
-    expected = trained(ids).logits
-    padded = trained(ids, Documents.from_mask(mask)).logits
-    differences = {
-        "logits": _difference(exported(ids).logits, expected),
-        "left_padding": _difference(exported(ids, attention_mask=mask).logits[mask], padded[mask]),
-        "cached_decoding": _difference(_decode(exported, ids, mask, steps=16)[mask], padded[mask]),
-    }
-    tolerances = dict.fromkeys(differences, TOLERANCE) | {"cached_decoding": CACHED_TOLERANCES[dtype]}
-    for check, difference in differences.items():
-        tolerance = tolerances[check]
-        if not difference <= tolerance:
-            raise RunError(
-                f"export fails its proof: {check} differs from the trained model by {difference:.2g} of the logits' "
-                f"standard deviation, more than {tolerance:g}; nothing was written"
-            )
-    return {**differences, "tolerances": tolerances, "tokens": length}
+def _size(text: str) -> int:
+    """Bytes of a size such as 5GB."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]B)", text.strip().upper())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"--max-shard-size is {text!r}; give a size such as 5GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _decode(exported: Any, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Logits of a prefill and then `steps` tokens one by one, [B, L, V]."""
-    prefill = ids.shape[1] - steps
-    output = exported(ids[:, :prefill], attention_mask=mask[:, :prefill], use_cache=True)
-    pieces = [output.logits]
-    for end in range(prefill + 1, ids.shape[1] + 1):
-        output = exported(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=output.past_key_values)
-        pieces.append(output.logits)
-    return torch.cat(pieces, 1)
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.std())
-
-
-def _write_folder(
-    folder: Path, trained: HybridLM, config: RunConfig, state: dict[str, Any], tokenizer: Path, dtype: str
+def _write_weights(
+    folder: Path, shape: ModelConfig, weights: Mapping[str, Tensor], dtype: str, max_shard_bytes: int
 ) -> None:
-    """Weights, configuration, modelling code, tokenizer, generation defaults, model card and the run's facts."""
+    """The weights of `shape` among `weights`, under the names of the exported model."""
+    from fusiontree.model.hf import FusionTreeForCausalLM
+
+    with torch.device("meta"):
+        model = HybridLM(shape)
+    specs = {}
+    for name, parameter in model.named_parameters():
+        kept = name.endswith(FusionTreeForCausalLM.FP32_NAMES)
+        specs[_PREFIX + name] = Spec(tuple(parameter.shape), torch.float32 if kept else DTYPES[dtype])
+
+    def read(name: str) -> Tensor:
+        return weights[name.removeprefix(_PREFIX)]
+
+    with progress_bar() as bar:
+        task = bar.add_task("export", total=len(specs), note="")
+        for name in write_safetensors(folder, read, specs, max_shard_bytes):
+            bar.update(task, advance=1, note=name)
+
+
+def _write_rest(
+    folder: Path, config: RunConfig, shape: ModelConfig, state: dict[str, Any], tokenizer: Path, dtype: str
+) -> None:
+    """Configuration, modelling code, tokenizer, generation defaults, model card and the run's facts."""
     from transformers import GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.dynamic_module_utils import custom_object_save
 
     from fusiontree.model.hf import FusionTreeConfig, FusionTreeForCausalLM
 
-    disable_progress_bar()
-    eos, pad = state["eos_id"], state["pad_id"]
-    shape = FusionTreeConfig(**config.model.to_dict(), eos_token_id=eos, pad_token_id=pad, bos_token_id=eos)
-    model = FusionTreeForCausalLM(shape)
-    model.model.load_state_dict(trained.state_dict())
-    for name, parameter in model.named_parameters():
-        if not name.endswith(FusionTreeForCausalLM.FP32_NAMES):
-            parameter.data = parameter.data.to(DTYPES[dtype])
-    model.config.dtype = DTYPES[dtype]
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, bos_token_id=eos)
-    model.save_pretrained(folder)
+    ends = {"eos_token_id": state["eos_id"], "pad_token_id": state["pad_id"], "bos_token_id": state["eos_id"]}
+    settings = FusionTreeConfig(**shape.to_dict(), **ends)
+    settings.architectures, settings.dtype = [FusionTreeForCausalLM.__name__], DTYPES[dtype]
+    with torch.device("meta"):
+        custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the code that makes the model
+    settings.save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)
     for path in tokenizer.iterdir():
         shutil.copyfile(path, folder / path.name)
     facts = {"fusiontree_version": __version__, "seq_len": config.data.seq_len, "run": config.name, **state}
     write_atomic(folder / FACTS, json.dumps(facts, indent=1))
-    write_atomic(folder / "README.md", model_card(config, state))
+    write_atomic(folder / "README.md", model_card(config, shape, state))
 
 
-def model_card(config: RunConfig, state: dict[str, Any]) -> str:
-    """The exported folder's README, from the run's facts."""
-    model = config.model
+def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> str:
+    """The exported folder's README, from the run's facts and the exported shape."""
+    lines = [
+        ("updates", f"{state['step']:,}"),
+        ("tokens", f"{state['tokens']:,}"),
+        ("row length", f"{config.data.seq_len:,} tokens"),
+        ("peak learning rate", f"{config.optimizer.lr:g}"),
+        ("precision", config.precision),
+    ]
+    if "pruning" in state:
+        before, after = (state["pruning"][when] for when in ("before", "after"))
+        kinds = ", ".join(f"{layer}: {kind}" for layer, kind in enumerate(model.layer_kinds or ()) if kind != "hybrid")
+        lines += [
+            ("layers pruned to one branch", kinds or "none"),
+            ("parameters before pruning", f"{before['parameters']:,}"),
+            ("held-out loss before and after", f"{before['loss']:.4f} and {after['loss']:.4f} nats per token"),
+        ]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -176,11 +188,7 @@ of them global, the rest with a window of {model.window} tokens), fused by a lea
 
 | | |
 |---|---|
-| updates | {state["step"]:,} |
-| tokens | {state["tokens"]:,} |
-| row length | {config.data.seq_len:,} tokens |
-| peak learning rate | {config.optimizer.lr:g} |
-| precision | {config.precision} |
+{facts}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

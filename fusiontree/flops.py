@@ -1,4 +1,4 @@
-"""The model's own floating-point operations, by layer type. Free of torch.
+"""The model's own floating-point operations, by layer type, and the most that a device could do. Free of torch.
 
 What is counted is the work that the model's definition asks for, whatever the kernels do to get it done:
 
@@ -17,6 +17,28 @@ from collections.abc import Sequence
 
 from fusiontree.model.config import ModelConfig
 
+# dense bf16 peaks in FLOP/s, from the makers' data sheets (where those state a figure "with sparsity", half of it); the
+# first name found in the device's own counts
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A40": 149.7e12,
+    "MI300X": 1307.4e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s that the device's maker states; None for an unknown device."""
+    return next((peak for known, peak in _PEAK_FLOPS.items() if known in device_name), None)
+
 
 def update_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, int]:
     """Operations of one forward and backward pass, by part of the model.
@@ -30,17 +52,20 @@ def update_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, int
 
 def forward_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, int]:
     """Operations of one forward pass, by part of the model; arguments as of `update_flops`."""
-    tokens, layers = sum(documents), config.num_layers
-    per_pair = 4 * config.head_dim
-    windowed = sum(_all_pairs(documents, config.window_at(layer)) for layer in range(layers))
+    tokens, layers = sum(documents), range(config.num_layers)
+    per_pair, everything = 4 * config.head_dim, _all_pairs(documents, None)
+    heads = [tuple(config.queries_per_kv * kv for kv in config.kv_heads_at(layer)) for layer in layers]
+    pairs = {window: _all_pairs(documents, window) for window in {config.window_at(layer) for layer in layers}}
+    windowed = sum(heads[layer][1] * pairs[config.window_at(layer)] for layer in layers)
+    scans = sum(config.has("mamba", layer) for layer in layers)
     state, values = config.ssm_size * config.ssm_state_size, config.ssm_size
     products = {part: 2 * weights * tokens for part, weights in _matrix_weights(config).items()}
     return {
         **products,
-        "attention_global": per_pair * config.global_heads * layers * _all_pairs(documents, None),
-        "attention_windowed": per_pair * (config.num_heads - config.global_heads) * windowed,
-        "scan": (5 * state + 3 * values) * layers * tokens,
-        "convolution": 2 * config.conv_size * config.conv_kernel * layers * tokens,
+        "attention_global": per_pair * sum(count for count, _ in heads) * everything,
+        "attention_windowed": per_pair * windowed,
+        "scan": (5 * state + 3 * values) * scans * tokens,
+        "convolution": 2 * config.conv_size * config.conv_kernel * scans * tokens,
     }
 
 
@@ -62,15 +87,18 @@ def _all_pairs(documents: Sequence[int], window: int | None) -> int:
 
 def _matrix_weights(config: ModelConfig) -> dict[str, int]:
     """Weights that take part in a matrix product with every token, by part, all layers together."""
-    H, layers = config.hidden_size, config.num_layers
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim  # queries and outputs, keys and values
+    H, layers = config.hidden_size, range(config.num_layers)
+    kv_heads = sum(sum(config.kv_heads_at(layer)) for layer in layers)
+    heads = 2 * (config.queries_per_kv + 1) * kv_heads * config.head_dim  # queries and outputs, keys and values
+    scans = sum(config.has("mamba", layer) for layer in layers)
+    gates = sum(config.kind_at(layer) == "hybrid" for layer in layers)
     gate = {"channel": 3 * H, "token": 2 * H + 1, "static": 0, "sum": 0}[config.fusion] * config.gate_rank
-    encodings = 0 if config.srte != "learned" else 1 if config.srte_shared else layers
+    encodings = 0 if config.srte != "learned" else 1 if config.srte_shared else scans
     return {
-        "attention_projections": H * heads * layers,
-        "mamba_projections": H * (config.ssm_projection_size + config.ssm_size) * layers,
-        "mlp": 3 * H * config.mlp_size * layers,
-        "gate": gate * layers,
+        "attention_projections": H * heads,
+        "mamba_projections": H * (config.ssm_projection_size + config.ssm_size) * scans,
+        "mlp": 3 * H * config.mlp_size * config.num_layers,
+        "gate": gate * gates,
         "time_encoding": config.srte_rank * H * encodings,
         "head": config.vocab_size * H,
     }

@@ -3,12 +3,13 @@
 The engine writes it; the status and the report of a run read it. Free of torch.
 """
 
-import contextlib
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from fusiontree.files import read_json_lines
 
 FILE = "incidents.jsonl"
 
@@ -32,9 +33,4 @@ def record(run_dir: Path, kind: str, step: int, message: str, **facts: Any) -> N
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The incidents of a run, oldest first; a line that a crash or a full disk cut short is left out."""
-    path = run_dir / FILE
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    return read_json_lines(run_dir / FILE)

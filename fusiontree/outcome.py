@@ -16,6 +16,6 @@ def report(code: int, message: str | None) -> bool:
     if folder is None or not Path(folder).is_dir():
         return False
     rank = int(os.environ.get("RANK", "0"))
-    content = {"rank": rank, "code": code, "message": message, "time": time.time_ns()}
+    content = {"rank": rank, "host": os.uname().nodename, "code": code, "message": message, "time": time.time_ns()}
     write_atomic(Path(folder) / f"rank-{rank}.json", json.dumps(content))
     return True

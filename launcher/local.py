@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 from fusiontree.errors import HungError, RunError, StoppedError, UserError
 from fusiontree.outcome import FOLDER
 from fusiontree.signals import REPEAT
+from launcher import beat, reports
 from launcher.plan import Plan
 
 GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
 ENDING = 8.0  # seconds that the other ranks have to end when one has failed
 _LAST_LINES = 10  # of a rank's log, shown when it died without a word
+_ALIVE = "alive"  # in the folder that `run` shares with its ranks: locked for as long as `run` lives
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
 _held: list[Any] = []  # the lock that shows that this rank lives, until it ends
@@ -48,8 +50,9 @@ def render(plan: Plan) -> list[str]:
         where = ["--include", f"localhost:{','.join(map(str, plan.devices))}"]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, *where]
     rendezvous = ["--master_addr", plan.master_address, "--master_port", str(plan.master_port)]
+    setup = ["bash", "-c", "\n".join(["set -e", *plan.setup, 'exec "$@"']), "setup"] if plan.setup else []
     # at level `error`, and so with --quiet, it would add a line of its own to each failing rank's
-    return [*runner, *rendezvous, "--log_level", "critical", "--no_local_rank", "--module", *plan.program]
+    return [*setup, *runner, *rendezvous, "--log_level", "critical", "--no_local_rank", "--module", *plan.program]
 
 
 def command_line(plan: Plan) -> str:
@@ -74,13 +77,13 @@ def run(plan: Plan, logs: Path | None = None) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="fusiontree-launch-") as name:
         folder = Path(name)
-        with open(folder / "alive", "w") as alive:
+        with open(folder / _ALIVE, "w") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             end = _supervise(render(plan), {**os.environ, **plan.environment, FOLDER: name}, folder)
-        reports = _reports(folder)
+        said = reports.read(folder)
     if end.silent is not None and logs is not None:
         _show_last_lines(logs / f"rank-{end.silent}.log")
-    return _verdict(reports, plan.world_size, *end)
+    return _verdict(said, plan.world_size, *end)
 
 
 class _End(NamedTuple):
@@ -121,13 +124,9 @@ def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _E
             process.wait()
 
 
-def _reports(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
-
-
 def _failed(folder: Path) -> tuple[bool, int | None]:
     """Whether a rank has failed, and which one if none has said why."""
-    codes = {report["rank"]: report["code"] for report in _reports(folder)}
+    codes = {report["rank"]: report["code"] for report in reports.read(folder)}
     if any(codes.values()):
         return True, None
     for path in sorted(folder.glob("running-*")):
@@ -174,16 +173,16 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _verdict(
-    reports: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
+    said: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
 ) -> int:
     """The job's exit code, from what the ranks reported and, where they could not, from what DeepSpeed returned."""
-    failures = sorted((report for report in reports if report["code"]), key=lambda report: report["time"])
-    if len(reports) == ranks and not failures:
+    failures = sorted((report for report in said if report["code"]), key=lambda report: report["time"])
+    if len(said) == ranks and not failures:
         return 0  # also when a rank aborted afterwards, in the interpreter's shutdown
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if failures and silent is None:
-        shared = len(reports) == ranks and len({report["message"] for report in reports}) == 1
+        shared = len(said) == ranks and len({report["message"] for report in said}) == 1
         return _raise_or_return(failures[0], shared)
     if stopped_by is not None:
         raise RunError(f"stopped by {signal.Signals(stopped_by).name}; the last checkpoint is where it goes on from")
@@ -216,18 +215,27 @@ def _cause(returned: int, silent: int | None) -> str:
 
 def join_launcher() -> None:
     """Called first on each rank: takes signals again and ends this process when the `run` that started it is gone."""
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # Open MPI's names
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name}"]
+        os.environ["WORLD_SIZE"] = os.environ["OMPI_COMM_WORLD_SIZE"]
     folder = os.environ.get(FOLDER)
     if folder is None:
         return
-    _held.append(open(Path(folder) / f"running-{os.environ.get('RANK', '0')}", "w"))  # noqa: SIM115
-    fcntl.flock(_held[0], fcntl.LOCK_EX)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_launcher, args=(Path(folder),), name="launcher-watch", daemon=True).start()
+    if Path(folder).is_dir():
+        (Path(folder) / f"rank-{os.environ.get('RANK', '0')}.joined").write_text(f"{os.uname().nodename} {os.getpid()}")
+    if (Path(folder) / _ALIVE).exists():  # SLURM ends its ranks itself
+        _held.append(open(Path(folder) / f"running-{os.environ.get('RANK', '0')}", "w"))  # noqa: SIM115
+        fcntl.flock(_held[0], fcntl.LOCK_EX)
+        threading.Thread(target=_end_with_launcher, args=(Path(folder),), name="launcher-watch", daemon=True).start()
+    if (Path(folder) / beat.FILE).exists():  # it is on another machine
+        threading.Thread(target=beat.watch, args=(Path(folder), GRACE), name="launcher-watch", daemon=True).start()
 
 
 def _end_with_launcher(folder: Path) -> None:
-    with open(folder / "alive") as alive:
+    with open(folder / _ALIVE) as alive:
         fcntl.flock(alive, fcntl.LOCK_SH)  # returns when `run` has let go of it, however it ended
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)

@@ -1,21 +1,27 @@
 """Shapes and models that many tests share."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cluster import Cluster
+from safetensors.torch import save_file
 
 from data_tools.build import build as build_shards
 from data_tools.tokenizer import train_tokenizer
-from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo
+from fusiontree import checkpoint
+from fusiontree.config import load_config, to_yaml
+from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo, tokenizer_fingerprint
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.writer import SHARD_ROWS, ShardWriter
 from fusiontree.model.config import ModelConfig
@@ -125,6 +131,7 @@ MICRO = {  # a model and a schedule that two ranks finish in seconds
     "validation.every": 4,
     "validation.rows": 6,
     "logging.every": 1,
+    "logging.layers_every": 4,
 }
 
 
@@ -173,7 +180,67 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A SLURM cluster of two nodes that are ssh hosts too; a test that harms a node calls ``settle`` first."""
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
+
+
 def metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics, without the only figure that two equal runs differ in."""
+    """The lines of a run's metrics, without what was measured of the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+# --- checkpoints without a run ---------------------------------------------------------------------------------------
+
+
+def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks: int, sub_group: int = 900) -> None:
+    """`state` as DeepSpeed lays it out; at stage 3 flat groups are cut into sub-groups of so many values."""
+    folder.mkdir(parents=True)
+    if stage < 3:
+        torch.save({"module": state, "ds_version": "0"}, folder / "mp_rank_00_model_states.pt")
+        return
+    shapes = [{name: value.shape for name, value in state.items() if (value.ndim < 2) == few} for few in (False, True)]
+    for rank in range(ranks):
+        flat = []
+        for group in shapes:
+            for name in group:
+                padded = torch.nn.functional.pad(state[name].flatten(), (0, -state[name].numel() % ranks))
+                flat.append(padded.view(ranks, -1)[rank])
+        parts = [part.clone() for part in torch.cat(flat).split(sub_group)]
+        torch.save({"param_shapes": shapes}, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts}
+        path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, path)
+
+
+def write_run(
+    run: Path, config: ModelConfig, state: dict[str, torch.Tensor], tokenizer: Path, stage: int, ranks: int
+) -> Path:
+    """A run's folder with one checkpoint of `state`; returns the checkpoint."""
+    folder = run / "checkpoints" / "step-1"
+    write_layout(folder, state, stage, ranks, 2**20)
+    values = load_config("tiny", ["data.seq_len=128"]).model_copy(update={"model": config})
+    (folder / checkpoint.CONFIG).write_text(to_yaml(values))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    facts = {"step": 1, "tokens": 4096, "zero_stage": stage, "eos_id": 0, "pad_id": 1}
+    facts |= {"tokenizer_fingerprint": fingerprint}
+    (folder / checkpoint.STATE).write_text(json.dumps(facts))
+    save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / checkpoint.GATES)
+    seal(folder)
+    shutil.copytree(tokenizer, run / "tokenizer")
+    return folder
+
+
+def seal(folder: Path) -> None:
+    hashes = {}
+    for path in folder.iterdir():
+        if path.name != checkpoint.MANIFEST:
+            with open(path, "rb") as stream:
+                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": hashes}))

@@ -163,14 +163,18 @@ def test_decoding_attention_equals_the_reference(name: str, dtype: torch.dtype) 
     assert gap(decode(*arguments), truth) < tolerance(dtype, rounds=True)[0]
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize(("name", "dtype"), usable("loss"))
-def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype) -> None:
+def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype, z_loss: float) -> None:
     labels = torch.randint(200, (128,), generator=torch.Generator().manual_seed(0))
     labels[::5] = reference.IGNORE
     loss = backend("loss", name)
     compare(
-        lambda h, w: loss(h, w, labels.to(DEVICE)),
-        lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, labels, ignore_index=-100, reduction="sum"),
+        lambda h, w: loss(h, w, labels.to(DEVICE), z_loss)[0],
+        lambda h, w: (
+            torch.nn.functional.cross_entropy(h @ w.T, labels, ignore_index=-100, reduction="sum")
+            + z_loss * (h @ w.T).logsumexp(-1)[labels != -100].square().sum()
+        ),
         [normal(128, 64, dtype=dtype), normal(200, 64, seed=1) * 0.1],
         tolerance(dtype, rounds=True),
     )

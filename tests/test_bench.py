@@ -20,7 +20,8 @@ from torch import Tensor
 from fusiontree import flops
 from fusiontree.bench import conv1d, kernels, measure, rows
 from fusiontree.bench import train as bench
-from fusiontree.bench.decode import _held_bytes, _model, bench_decode
+from fusiontree.bench.decode import bench_decode, random_model
+from fusiontree.bench.decoding import held_bytes
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
 from fusiontree.bench.profiling import Kernel, _busy_seconds, _device_kernels, kind_of
 from fusiontree.config import RunConfig, load_config
@@ -41,10 +42,10 @@ def micro(*overrides: str, seq_len: int = 96) -> RunConfig:
 def test_rows_are_filled_exactly_and_differ_from_step_to_step() -> None:
     batch, same, other = (rows.synthetic_batch("packed", 2, 4096, 512, (0, step)) for step in (0, 0, 1))
     assert batch.input_ids.shape == (2, 4096)
-    assert sum(rows.lengths_of(batch)) == 2 * 4096
+    assert sum(batch.lengths) == 2 * 4096
     assert np.array_equal(batch.input_ids, same.input_ids)
     assert not np.array_equal(batch.input_ids, other.input_ids)
-    assert rows.lengths_of(batch) != rows.lengths_of(other)
+    assert batch.lengths != other.lengths
     assert set(np.unique(batch.input_ids)) == set(range(512))
 
 
@@ -55,7 +56,7 @@ def test_document_lengths_have_the_stated_distribution() -> None:
 
 
 def test_a_single_document_fills_the_row() -> None:
-    assert rows.lengths_of(rows.synthetic_batch("single", 3, 128, 512, (0,))) == [128] * 3
+    assert rows.synthetic_batch("single", 3, 128, 512, (0,)).lengths == [128] * 3
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def test_model_flops_are_those_of_the_timed_rows(measured: tuple[dict[str, Any],
     for step in (0, 1, 2):
         batches = bench._batches(config, workload, step)
         assert not np.array_equal(batches[0].input_ids, batches[1].input_ids)
-        lengths = [length for batch in batches for length in rows.lengths_of(batch)]
+        lengths = [length for batch in batches for length in batch.lengths]
         totals.append(sum(flops.update_flops(config.model, lengths).values()))
     assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals[1:]) / 1e12)
     assert totals[0] != totals[1]  # the step before the timed ones would show
@@ -419,14 +420,15 @@ def test_decoding_is_measured_for_every_batch_and_context() -> None:
 
 
 def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
-    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in _model(micro("precision=bf16"), CPU).named_parameters()}
+    model = random_model(micro("precision=bf16"), CPU)
+    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"A_log", "D", "dt_bias"}
 
 
 def test_memory_held_is_counted_once() -> None:
     whole = torch.zeros(10, dtype=torch.float64)
     held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
-    assert _held_bytes(held) == 80 + 12
+    assert held_bytes(held) == 80 + 12
 
 
 def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:

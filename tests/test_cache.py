@@ -28,7 +28,12 @@ def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: lis
     seed=st.integers(0, 10**6),
     padding=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     cuts=st.sets(st.integers(1, 69), max_size=6),
-    kind=st.sampled_from([{}, {"srte": "learned"}, {"window_schedule": "pyramid"}, {"global_heads": 4}]),
+    kind=st.sampled_from(
+        [
+            *({}, {"srte": "learned"}, {"window_schedule": "pyramid"}, {"global_heads": 4}),
+            *({"layer_kinds": ("attention", "mamba", "hybrid")}, {"layer_global_heads": (2, 0, 0)}),
+        ]
+    ),
 )
 def test_pieces_of_any_size_equal_the_whole(seed: int, padding: list[int], cuts: set[int], kind: dict) -> None:
     torch.set_num_threads(1)
@@ -89,6 +94,14 @@ def test_memory_grows_with_the_global_heads_only(global_heads: int) -> None:
     assert growth == 100 * 3 * 2 * (global_heads // 2) * 8  # tokens, layers, keys and values, heads, head size
 
 
+def test_a_branch_that_is_gone_remembers_nothing() -> None:
+    layers = build(layer_kinds=("mamba", "attention", "hybrid")).new_cache(2).layers
+    assert [layer.state.numel() > 0 for layer in layers] == [True, False, True]
+    assert [layer.conv_tail.numel() > 0 for layer in layers] == [True, False, True]
+    assert [layer.ring_k.numel() > 0 for layer in layers] == [False, True, True]
+    assert [layer.global_k.shape[2] for layer in layers] == [0, 1, 1]
+
+
 def test_no_gradient_passes_through_the_cache_and_it_holds_no_graph() -> None:
     model = build()
     ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -125,3 +138,21 @@ def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
     steps = [decoder.prefill(ids[:, :150])] + [decoder.step(ids[:, t]) for t in range(150, 300)]
     assert decoder.cache.room >= 300
     torch.testing.assert_close(torch.stack(steps, 1), model(ids).logits[:, 149:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"srte": "learned"}, {"window_schedule": "pyramid", "conv_kernel": 1}])
+@pytest.mark.parametrize("lengths", [[1, 70], [30, 3, 65, 3], [40, 40, 39]])
+def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(lengths: list[int], kind: dict) -> None:
+    model, longest = build(**kind), max(lengths)
+    ids = torch.randint(96, (len(lengths), longest + 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    decoder, seen = Decoder(model, len(lengths), room=longest + 30), []
+    handle = model.embedding.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].numel()))
+    steps = [decoder.prefill(ids[:, :longest], mask)]
+    handle.remove()
+    assert sum(seen) <= max(2 * sum(lengths), 120)
+    steps += [decoder.step(ids[:, t]) for t in range(longest, longest + 30)]
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            alone = model(ids[row : row + 1, longest - length :]).logits[0, length - 1 :]
+        torch.testing.assert_close(torch.stack([step[row] for step in steps]), alone, rtol=1e-4, atol=1e-5)

@@ -321,8 +321,33 @@ def test_deepspeed_settings_with_an_owner_are_refused(settings, owner, write):
         deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
 
 
+def test_states_on_nvme_need_a_folder_of_the_configuration(write):
+    with pytest.raises(UserError, match=r"deepspeed zero3_nvme keeps states on NVMe; set nvme_path=DIR"):
+        deepspeed_json(load_config("tiny", ["deepspeed=zero3_nvme"]))
+    zero = deepspeed_json(load_config("tiny", ["deepspeed=zero3_nvme", "nvme_path=/fast"]))["zero_optimization"]
+    assert [zero[part]["nvme_path"] for part in ("offload_param", "offload_optimizer")] == ["/fast", "/fast"]
+    own = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/mine"}}}
+    path = write(json.dumps(own), "ds.json")
+    with pytest.raises(UserError, match=r"sets 'nvme_path'; set nvme_path in the configuration"):
+        deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
+
+
+def test_muon_goes_with_what_deepspeed_can_do_of_it(write):
+    muon = ["optimizer.kind=muon", "optimizer.grad_clip=0", "nvme_path=/fast"]
+    for name in ("zero1", "zero2", "zero3", "zero3_offload"):
+        deepspeed_json(load_config("tiny", [*muon, f"deepspeed={name}"]))
+    path = write(json.dumps({"zero_optimization": {"stage": 2, "reduce_scatter": True}}), "ds.json")
+    for name, words in (
+        ("zero0", "muon needs ZeRO stage 1 to 3"),
+        ("zero3_nvme", "muon cannot keep its states on NVMe"),
+        (path, "sets 'reduce_scatter', and Muon needs whole gradients"),
+    ):
+        with pytest.raises(UserError, match=words):
+            deepspeed_json(load_config("tiny", [*muon, f"deepspeed={name}"]))
+
+
 def test_deepspeed_settings_that_are_not_there_or_not_json(write):
-    with pytest.raises(UserError, match="neither one of zero0, zero1, zero2, zero3, zero3_offload nor a JSON file"):
+    with pytest.raises(UserError, match="neither one of zero0, .*, zero3_nvme, zero3_offload nor a JSON"):
         deepspeed_json(load_config("tiny", ["deepspeed=zero9"]))
     with pytest.raises(UserError, match="not valid JSON"):
         deepspeed_json(load_config("tiny", [f"deepspeed={write('{', 'ds.json')}"]))
@@ -354,6 +379,7 @@ def test_reading_a_configuration_needs_no_torch():
 
 def test_sections_keep_their_names():
     assert list(RunConfig.model_fields) == [
-        *("name", "output", "seed", "model", "data", "batch", "optimizer", "schedule", "precision"),
-        *("activation_checkpointing", "deepspeed", "checkpoint", "validation", "logging", "kernels"),
+        *("name", "output", "seed", "model", "data", "batch", "optimizer", "schedule", "losses"),
+        *("distill", "precision", "activation_checkpointing", "deepspeed", "nvme_path", "checkpoint", "validation"),
+        *("logging", "kernels"),
     ]

@@ -221,6 +221,21 @@ def test_the_held_out_documents_are_spread_evenly(built: Path) -> None:
     assert sorted(documents_in(built, "validation")) == ["01.txt", "11.txt", "21.txt"]
 
 
+@pytest.mark.parametrize(("holdout", "expected"), [(0.1, 4), (0.001, 1), (0.0, 0), (0.999, 30)])
+def test_the_last_files_can_be_held_out(tokenizer: Path, tmp_path: Path, holdout: float, expected: int) -> None:
+    names = [f"{number:02d}.txt" for number in range(31)]
+    for name in names:
+        (tmp_path / name).write_text(f"text {name}")
+    build([tmp_path], tokenizer, tmp_path / "set", holdout=holdout, holdout_from="end", row_len=64, include=["*.txt"])
+    assert sorted(documents_in(tmp_path / "set", "validation")) == names[len(names) - expected :]
+
+
+def test_a_single_file_cannot_be_held_out_whole(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="take --holdout-from spread"):
+        build([inputs / "01.txt"], tokenizer, tmp_path / "set", holdout_from="end", row_len=1024)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize(("count", "holdout", "expected"), [(2, 0.001, 1), (1, 0.5, 0), (4, 0.0, 0), (3, 0.99, 2)])
 def test_the_holdout_is_at_least_one_document_and_never_all(
     tokenizer: Path, tmp_path: Path, count: int, holdout: float, expected: int

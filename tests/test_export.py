@@ -13,8 +13,8 @@ from fusiontree import checkpoint
 from fusiontree import model as model_package
 from fusiontree.config import load_config
 from fusiontree.errors import RunError
-from fusiontree.export import prove
 from fusiontree.model.lm import HybridLM
+from fusiontree.parity import prove
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: 
     }
     assert cli("export", "step-8", run / "other", cwd=run / "checkpoints")
     parity = json.loads((exported / "parity.json").read_text())
-    assert parity["logits"] == parity["left_padding"] == 0
+    assert parity["logits"] == parity["left_padding"] == parity["packed"] == 0
     assert parity["cached_decoding"] < 1e-4
 
 
@@ -56,12 +56,18 @@ WITHOUT_US = """
 import sys
 for name in ("fusiontree", "deepspeed", "mamba_ssm", "triton", "webdataset", "launcher", "data_tools"):
     sys.modules[name] = None  # importing it raises
+import importlib.util
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 folder, saved = sys.argv[1:]
+torch.set_num_threads(1)
 AutoConfig.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+stored = load_file(folder + "/model.safetensors")
+assert {name: 1 for name in stored} == {name: 1 for name in model.state_dict()}
+assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
 tokenizer.padding_side = "left"
 batch = tokenizer(["tree gate", "scan window state token shard row"], return_tensors="pt", padding=True)
 batch.pop("token_type_ids", None)
@@ -77,7 +83,36 @@ model.zero_grad()
 model.gradient_checkpointing_enable()
 model(alone, labels=alone).loss.backward()
 assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(model.parameters(), gradients))
+model.zero_grad()
+with torch.autocast("cpu", torch.bfloat16):
+    mixed = model(alone, labels=alone)
+assert abs(mixed.loss - output.loss) < 0.02 and model.model.activation_dtype == torch.bfloat16
+mixed.loss.backward()
+for p, g in zip(model.parameters(), gradients):
+    assert torch.allclose(p.grad, g, atol=0.05 * g.abs().max().item() + 1e-3)
 ids = torch.arange(2, 202)[None]
+with torch.no_grad():
+    positions = torch.cat([torch.arange(120), torch.arange(80)])[None]
+    labels = torch.cat([ids[:, :120], torch.full((1, 1), -100), ids[:, 121:]], 1)
+    packed = model(ids, position_ids=positions, labels=ids)
+    apart = [model(piece).logits for piece in (ids[:, :120], ids[:, 120:])]
+    assert torch.allclose(packed.logits, torch.cat(apart, 1), atol=1e-5)
+    assert torch.equal(packed.loss, model(ids, position_ids=positions, labels=labels).loss)
+model.generate(alone, max_new_tokens=3, do_sample=False, streamer=TextStreamer(tokenizer))
+half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+assert {p.dtype for n, p in half.named_parameters() if n.endswith("A_log")} == {torch.float32}
+assert half.model.embedding.weight.dtype == torch.bfloat16
+assert half.generate(alone, max_new_tokens=3).shape[1] <= alone.shape[1] + 3
+if importlib.util.find_spec("accelerate"):
+    placed = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto")
+    assert torch.equal(placed(ids).logits, model(ids).logits)
+chosen = AutoConfig.from_pretrained(folder, trust_remote_code=True, kernels={"scan": "warp"})
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, config=chosen)(ids)
+except ValueError as error:
+    assert "kernels.scan 'warp' is unknown" in str(error)
+else:
+    raise AssertionError("the configuration's kernels are passed over")
 torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
 model.save_pretrained(folder + "-again")
 """
@@ -123,11 +158,12 @@ def test_bf16_keeps_the_scan_parameters_in_fp32(run: Path, tmp_path: Path) -> No
 
 
 def test_weights_that_differ_fail_the_proof(exported: Path, run: Path) -> None:
-    model = trained(run)
-    with torch.no_grad():
-        model.blocks[1].fusion.bias += 0.1
+    weights = dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    config = load_config(str(run / "config.yaml")).model
+    assert prove(exported, config, weights, "fp32")["packed"] == 0
+    weights["blocks.1.fusion.bias"] = weights["blocks.1.fusion.bias"] + 0.1
     with pytest.raises(RunError, match="export fails its proof: logits differs"):
-        prove(exported, model, "fp32")
+        prove(exported, config, weights, "fp32")
 
 
 def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Path) -> None:

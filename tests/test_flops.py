@@ -41,6 +41,7 @@ def test_visible_pairs_are_those_of_the_mask(length: int, window: int | None) ->
         {"fusion": "token", "tie_embeddings": False},
         {"fusion": "static", "srte": "learned"},
         {"fusion": "sum", "srte": "learned", "srte_shared": False},
+        {"layer_kinds": ("mamba", "attention", "hybrid"), "layer_global_heads": (2, 2, 0)},
     ],
 )
 @pytest.mark.parametrize("backward", [False, True])
@@ -58,6 +59,14 @@ def test_attention_counts_each_layers_own_window_and_each_kind_of_head() -> None
     windowed = sum(visible_pairs(length, window) for length in LENGTHS for window in (2, 4, 8, 16))
     assert parts["attention_windowed"] == per_pair * 2 * windowed
     assert parts["attention_global"] == per_pair * 2 * 4 * sum(n * (n + 1) // 2 for n in LENGTHS)
+
+
+def test_a_branch_that_is_gone_costs_nothing() -> None:
+    whole = forward_flops(SMALL, LENGTHS)
+    pruned = forward_flops(dataclasses.replace(SMALL, layer_kinds=("mamba", "attention", "hybrid")), LENGTHS)
+    for part in ("attention_global", "attention_windowed", "attention_projections", "scan", "mamba_projections"):
+        assert 3 * pruned[part] == 2 * whole[part]
+    assert 3 * pruned["gate"] == whole["gate"]
 
 
 def test_scan_and_convolution_follow_their_formulas() -> None:

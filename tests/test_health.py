@@ -152,7 +152,7 @@ def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
         ranks.run(words, tmp_path, size, setup=partial(poison, 0, (5, 6), stop_before), code=75)
     ranks.run(words, tmp_path, size, setup=partial(poison, 0, (5, 6)))
     run = tmp_path / "r"
-    expected, norms, _ = plain_losses(load_config(str(run / "config.yaml")), [(5 * ROWS, 7 * ROWS)])
+    expected, norms, _ = plain_losses(load_config(str(run / "config.yaml")), left_out=[(5 * ROWS, 7 * ROWS)])
     lines = [line for line in metrics(run) if "loss" in line]
     assert [line["step"] for line in lines] == [*range(1, 9)]
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)

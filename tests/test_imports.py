@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.signals", "fusiontree.outcome"),
+    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.outcome"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -22,29 +22,45 @@ ARROWS = {
     "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
-    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize"},
+    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize", "fusiontree.weights"},
     "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed"},
     "fusiontree.resize": set(),
+    "fusiontree.weights": set(),
+    "fusiontree.parity": {"fusiontree.model", "fusiontree.kernels", "fusiontree.weights"},
     "fusiontree.prune": {"fusiontree.model"},
+    "fusiontree.prune.pruner": {
+        *("fusiontree.prune", "fusiontree.checkpoint", "fusiontree.config", "fusiontree.distributed"),
+        *("fusiontree.kernels", "fusiontree.model", "fusiontree.evaluate", "fusiontree.bench.decoding"),
+    },
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune"),
+        *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
+        *("fusiontree.generate", "fusiontree.weights"),  # readers of exported folders: a teacher, a start
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
-        "fusiontree.kernels",
+        *("fusiontree.kernels", "fusiontree.parity", "fusiontree.weights"),
         "fusiontree.generate",  # the reader of an exported folder owns what it looks for there
     },
     "fusiontree.generate": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model"},
-    "fusiontree.evaluate": {"fusiontree.generate", "fusiontree.model", "fusiontree.data"},
+    "fusiontree.evaluate": {
+        *("fusiontree.generate", "fusiontree.model", "fusiontree.data"),
+        "fusiontree.bench.decoding",  # throughput is measured in one way
+    },
+    "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
+    "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
     "fusiontree.bench": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops"),
+        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
+    },
+    "fusiontree.report": {
+        *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
     },
     "fusiontree.doctor": {
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
     "launcher": {"fusiontree.config"},
+    "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
     "fusiontree.files": set(),
@@ -53,14 +69,16 @@ ARROWS = {
     "fusiontree.incidents": set(),
     "fusiontree.signals": set(),
     "fusiontree.outcome": set(),
+    "fusiontree.lease": set(),
 }
-FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.report", "fusiontree.__main__", "fusiontree")
+FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
-    "fusiontree.training.data",
+    *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.signals", "fusiontree.outcome"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.status"),
+    "fusiontree.outcome",
 )
 
 
@@ -175,7 +193,7 @@ def test_the_models_imports_of_siblings_are_relative(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_hugging_face_wrapper_and_the_export_that_proves_it_import_transformers(module):
     names = {name.split(".")[0] for name in imports_of(module)}
-    assert "transformers" not in names or module in ("fusiontree.model.hf", "fusiontree.export")
+    assert "transformers" not in names or module in ("fusiontree.model.hf", "fusiontree.export", "fusiontree.parity")
 
 
 @pytest.mark.parametrize("module", [n for n in MODULES if any(within(n, part) for part in TORCH_FREE)])

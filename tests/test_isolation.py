@@ -14,6 +14,7 @@ KINDS = [
     {"srte": "learned"},
     {"srte": "none", "global_heads": 0},
     {"window_schedule": "pyramid", "fusion": "token"},
+    {"layer_kinds": ("attention", "mamba", "hybrid"), "layer_global_heads": (2, 2, 0)},
 ]
 
 

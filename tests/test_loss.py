@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import build, documents_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusiontree.model.reference import IGNORE, linear_cross_entropy
+from fusiontree.model.reference import IGNORE, Teacher, linear_cross_entropy, linear_distillation, token_losses
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 64])
@@ -19,19 +19,80 @@ def test_sum_and_gradients_equal_plain_cross_entropy(chunk: int) -> None:
     labels = torch.randint(30, (50,)).masked_fill(torch.rand(50) < 0.3, IGNORE)
     plain = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
     expected = torch.autograd.grad(plain * 0.3, [hidden, weight])
-    ours = linear_cross_entropy(hidden, weight, labels, chunk)
+    ours, _ = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
     actual = torch.autograd.grad(ours * 0.3, [hidden, weight])
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_losses_by_token_are_plain_cross_entropy(chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 12), torch.randn(30, 12, requires_grad=True)
+    labels = torch.randint(30, (50,)).masked_fill(torch.rand(50) < 0.3, IGNORE)
+    plain = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="none")
+    ours = token_losses(hidden, weight, labels, chunk)
+    torch.testing.assert_close(ours, plain.detach())
+    assert not ours.requires_grad
+    assert (ours[labels == IGNORE] == 0).all()
+
+
 def test_no_labels_give_zero_loss_and_zero_gradients() -> None:
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.full((5,), IGNORE))
+    loss, _ = linear_cross_entropy(hidden, weight, torch.full((5,), IGNORE))
     loss.backward()
     assert loss == 0
     assert hidden.grad is not None
     assert hidden.grad.abs().sum() == 0
+
+
+def test_z_loss_adds_the_squared_log_partition_and_says_how_much() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 12, requires_grad=True), torch.randn(30, 12, requires_grad=True)
+    labels = torch.randint(30, (50,)).masked_fill(torch.rand(50) < 0.3, IGNORE)
+    logits = hidden @ weight.T
+    z = 0.1 * logits.logsumexp(-1)[labels != IGNORE].square().sum()
+    plain = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(plain + z, [hidden, weight])
+    ours, part = linear_cross_entropy(hidden, weight, labels, z_loss=0.1, chunk=7)
+    torch.testing.assert_close(ours, plain + z)
+    torch.testing.assert_close(part, z.detach())
+    assert not part.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(ours, [hidden, weight]), expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 30, 99])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_equals_the_divergence_over_the_top_and_the_rest(top_k: int, temperature: float) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 12, requires_grad=True), torch.randn(30, 12, requires_grad=True)
+    teacher = Teacher(torch.randn(50, 7), torch.randn(30, 7), temperature, top_k)
+    real = torch.rand(50) < 0.7
+    p = (teacher.hidden @ teacher.head.T / temperature).softmax(-1)
+    q = (hidden @ weight.T / temperature).softmax(-1)
+    top = p.topk(min(top_k, 30)).indices
+    p, q = ([x.gather(1, top), 1 - x.gather(1, top).sum(-1, keepdim=True)] for x in (p, q))
+    terms = (p[0] * (p[0] / q[0]).log()).sum(-1)
+    if top_k < 30:
+        terms = terms + (p[1] * (p[1] / q[1]).log())[:, 0]
+    plain = temperature**2 * terms[real].sum()
+    ours = linear_distillation(hidden, weight, teacher, real, chunk=7)
+    torch.testing.assert_close(ours, plain)
+    expected = torch.autograd.grad(plain * 0.3, [hidden, weight])
+    torch.testing.assert_close(torch.autograd.grad(ours * 0.3, [hidden, weight]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_that_agrees_learns_nothing_and_one_that_is_far_is_finite() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 12), torch.randn(30, 12)
+    every = torch.ones(20, dtype=torch.bool)
+    for scale in (1.0, 300.0):
+        student = (hidden * scale).requires_grad_()
+        loss = linear_distillation(student, weight, Teacher(hidden, weight, 1.0, 4), every)
+        (gradient,) = torch.autograd.grad(loss, [student])
+        assert torch.isfinite(loss)
+        assert torch.isfinite(gradient).all()
+        assert (loss.abs() < 1e-4) == (scale == 1.0)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -54,7 +115,22 @@ def test_no_matrix_of_tokens_by_tokens_and_not_all_logits() -> None:
     model = build(vocab_size=V, num_layers=1, max_positions=L)
     ids = torch.randint(V, (1, L))
     with LargestTensor() as largest:
-        model(ids, documents_of([[L]]), labels=ids).loss_sum.backward()
+        teacher = Teacher(torch.randn(L, 8), torch.randn(V, 8), 1.0, 4)
+        output = model(ids, documents_of([[L]]), labels=ids, z_loss=0.1, teacher=teacher)
+        (output.loss_sum + output.distill_sum).backward()
     assert largest.numel <= 2048 * V  # one chunk of logits
     assert largest.numel < L * V  # all logits
     assert largest.numel < L * L // 4
+
+
+@torch.no_grad()
+def test_losses_by_token_add_up_to_the_loss_and_hold_one_chunk_of_logits() -> None:
+    L, V = 4096, 1024
+    model = build(vocab_size=V, num_layers=1, max_positions=L)
+    ids, documents = torch.randint(V, (1, L)), documents_of([[1000, L - 1000]])
+    labels = ids.masked_fill(torch.rand(1, L) < 0.3, IGNORE)
+    with LargestTensor() as largest:
+        losses = model(ids, documents, labels=labels, by_token=True).token_losses
+    torch.testing.assert_close(losses.sum(), model(ids, documents, labels=labels).loss_sum)
+    assert losses.shape == labels.shape
+    assert largest.numel <= 1024 * V

@@ -36,6 +36,8 @@ CHANGES = [
     {"srte": "learned"},
     {"norm_eps": 1e-1},
     {"tie_embeddings": False},
+    {"layer_kinds": ("mamba", "hybrid", "attention")},
+    {"layer_global_heads": (2, 0, 2)},
 ]
 
 
@@ -63,7 +65,9 @@ def test_fields_of_the_learned_time_encoding_reach_its_table() -> None:
 @pytest.mark.parametrize(
     "change",
     [{}, {"fusion": "token"}, {"fusion": "static"}, {"fusion": "sum"}, {"tie_embeddings": False}, {"srte": "learned"},
-     {"srte": "learned", "srte_shared": False}, {"ssm_groups": 1, "conv_kernel": 3}],
+     {"srte": "learned", "srte_shared": False}, {"ssm_groups": 1, "conv_kernel": 3},
+     {"layer_kinds": ("mamba", "hybrid", "attention"), "srte": "learned", "srte_shared": False},
+     {"layer_global_heads": (2, 0, 2)}],
 )  # fmt: skip
 def test_the_parameter_formula_counts_the_modules(change: dict) -> None:
     model = build(**change)
@@ -126,8 +130,11 @@ def test_fields_that_disagree_are_refused_by_name() -> None:
         ({"window": 20, "window_schedule": "pyramid"}, ("window 20",)),
         ({"branch_drop": 1.0}, ("branch_drop 1.0",)),
         ({"num_layers": 0}, ("num_layers is 0",)),
+        ({"layer_kinds": ("mamba",)}, ("layer_kinds has 1 entries", "num_layers 3")),
+        ({"layer_global_heads": (2, 1, 2)}, ("layer_global_heads has 1 for layer 1", "global_heads 2")),
+        ({"global_heads": 4, "layer_global_heads": (0, 4, 4)}, ("layer_global_heads has 0", "leave the layer a head")),
     ]:
-        with pytest.raises(ValueError, match="must|not a multiple") as caught:
+        with pytest.raises(ValueError, match="must|not a multiple|entries") as caught:
             dataclasses.replace(SMALL, **change)
         assert all(word in str(caught.value) for word in words)
 

@@ -1,8 +1,9 @@
 """Training with real ranks: the loss is that of a plain loop, whatever the ranks, and a resume continues it exactly."""
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import cli, metrics, settings
 
 from fusiontree import checkpoint, incidents
 from fusiontree.config import RunConfig, load_config
+from fusiontree.data.batch import IGNORE, Batch
 from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.model.documents import to_device
@@ -34,8 +36,15 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
 
 
-def plain_losses(config: RunConfig, left_out: Sequence[tuple[int, int]] = ()) -> tuple[list[float], list[float], float]:
-    """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss."""
+def plain_losses(
+    config: RunConfig,
+    look: Callable[[HybridLM, Batch], None] | None = None,
+    left_out: Sequence[tuple[int, int]] = (),
+) -> tuple[list[float], list[float], float]:
+    """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss.
+
+    `look` is shown the model, and the batch, before each update; `left_out` are ranges of rows.
+    """
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
     stream.leave_out(left_out)
@@ -53,6 +62,8 @@ def plain_losses(config: RunConfig, left_out: Sequence[tuple[int, int]] = ()) ->
         ids, labels, documents = to_device(batch, "cpu")
         loss = torch.nn.functional.cross_entropy(model(ids, documents).logits.flatten(0, 1), labels.flatten())
         loss.backward()
+        if look is not None:
+            look(model, batch)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -76,15 +87,78 @@ def test_two_ranks_follow_the_curve_of_a_plain_loop(two_ranks: Path) -> None:
     assert validation[-1] < validation[0] - 0.5
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
-def test_other_zero_stages_follow_the_same_curve(stage: str, two_ranks: Path, shards: Path, tmp_path: Path) -> None:
-    cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="other", deepspeed=stage))
-    assert losses(tmp_path / "other") == pytest.approx(losses(two_ranks), rel=1e-5)
-    weights = checkpoint.read_weights(tmp_path / "other" / "checkpoints" / "step-8")
+@pytest.fixture(scope="module", params=["zero0", "zero1", "zero3"])
+def other_stage(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `two_ranks` at another ZeRO stage."""
+    output = tmp_path_factory.mktemp("runs")
+    cli("launch", "tiny", "--local", 2, *settings(shards, output, name="other", deepspeed=request.param))
+    return output / "other"
+
+
+def test_other_zero_stages_follow_the_same_curve(two_ranks: Path, other_stage: Path) -> None:
+    assert losses(other_stage) == pytest.approx(losses(two_ranks), rel=1e-5)
+    weights = checkpoint.read_weights(other_stage / "checkpoints" / "step-8")
     reference = checkpoint.read_weights(two_ranks / "checkpoints" / "step-8")
     assert set(weights) == set(reference)
     for name, value in reference.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+def layer_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "layers.jsonl").read_text().splitlines()]
+
+
+def layer_truth(model: HybridLM, batch: Batch) -> dict[str, list]:
+    """What a watched update must find, of a model whose gradients are there: from its branches' own outputs."""
+    ids, labels, documents = to_device(batch, "cpu")
+    real, outputs = labels != IGNORE, {}
+    branches = [(name, block, getattr(block, name)) for block in model.blocks for name in ("mamba", "attention")]
+    for name, block, branch in branches:
+        branch.forward = lambda *args, key=(name, block), run=branch.forward: outputs.setdefault(key, run(*args))
+    with torch.no_grad():
+        gates = model(ids, documents, labels=labels).gates
+    for *_, branch in branches:
+        del branch.forward
+    gradients = {name: p.grad.norm() ** 2 for name, p in model.named_parameters()}
+    by_layer = [[g for name, g in gradients.items() if name.startswith(f"blocks.{i}.")] for i in range(len(gates))]
+    other = [g for name, g in gradients.items() if not name.startswith("blocks.")]
+    return {
+        "gate_mean": gates.mean(1).tolist(),
+        "gate_std": gates.std(1, correction=0).tolist(),
+        "gate_histogram": [torch.histc(layer, 20, 0, 1).tolist() for layer in gates],
+        **{
+            f"{name}_rms": [outputs[name, block][real].square().mean().sqrt().item() for block in model.blocks]
+            for name in ("mamba", "attention")
+        },
+        "grad_norm": [sum(layer).sqrt().item() for layer in by_layer],
+        "other_grad_norm": [sum(other).sqrt().item()],
+    }
+
+
+def test_layer_figures_are_those_of_a_plain_loop(two_ranks: Path) -> None:
+    truths: list[dict] = []
+    plain_losses(load_config(str(two_ranks / "config.yaml")), lambda *seen: truths.append(layer_truth(*seen)))
+    lines = layer_lines(two_ranks)
+    assert [line["step"] for line in lines] == [4, 8]
+    for line in lines:
+        expected = truths[line["step"] - 1]
+        assert set(line) == {"step", "flop_share", *expected}
+        for name in set(expected) - {"gate_histogram"}:
+            assert line[name] == pytest.approx(expected[name], rel=1e-3), name
+        assert line["gate_histogram"] == expected["gate_histogram"]
+        assert sum(line["flop_share"].values()) == pytest.approx(1, abs=1e-4)
+    assert truths[0]["gate_std"] == [0, 0]
+    assert min(lines[1]["gate_std"]) > 1e-4
+
+
+def test_layers_have_the_whole_gradient_at_every_stage(two_ranks: Path, other_stage: Path) -> None:
+    for line in layer_lines(other_stage):
+        (update,) = [u for u in metrics(other_stage) if "loss" in u and u["step"] == line["step"]]
+        whole = sum(norm**2 for norm in [*line["grad_norm"], *line["other_grad_norm"]])
+        assert math.sqrt(whole) == pytest.approx(update["grad_norm"], rel=1e-4)
+    for ours, theirs in zip(layer_lines(other_stage), layer_lines(two_ranks), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["mamba_rms"] == pytest.approx(theirs["mamba_rms"], rel=1e-3)
 
 
 def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
@@ -92,7 +166,12 @@ def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
     for line in training:
-        assert set(line) == {"step", "tokens", "loss", "lr", "grad_norm", "gate_mean", "tokens_per_s"}
+        assert set(line) == {
+            *("step", "tokens", "loss", "perplexity", "lr", "grad_norm", "gate_mean"),
+            *("tokens_per_s", "tflop_per_s", "memory_gib"),
+        }  # no MFU: a CPU states no peak
+        assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+        assert 0.1 < line["memory_gib"] < 8
         assert line["tokens"] == line["step"] * 1024
         assert 0 < line["gate_mean"] < 1
     assert [line["lr"] for line in training[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
@@ -104,6 +183,7 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
     assert {path.name for path in two_ranks.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
+        "layers.jsonl",
         "checkpoints",
         "logs",
         "tokenizer",
@@ -132,6 +212,23 @@ def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return words
 
 
+@torch.no_grad()
+def loss_by_source(run: Path) -> dict[str, float]:
+    """Held-out loss of each source's rows under the run's last weights, one row at a time."""
+    config = load_config(str(run / "config.yaml"))
+    model = HybridLM(config.model)
+    model.load_state_dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    held_out = open_data(config).validation
+    assert held_out is not None
+    sums = {name: [0.0, 0] for name in held_out.names}
+    for batch in validation_batches(held_out, config.data.seq_len, 1, 0, 1, config.validation.rows):
+        ids, labels, documents = to_device(batch, "cpu")
+        name = held_out.names[batch.sources[0]]
+        sums[name][0] += model(ids, documents, labels=labels).loss_sum.item()
+        sums[name][1] += batch.real_tokens
+    return {f"val_loss/{name}": loss / tokens for name, (loss, tokens) in sums.items()}
+
+
 def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
     mixed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +241,7 @@ def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
     assert [line["grad_norm"] for line in whole if "loss" in line] == pytest.approx(norms, rel=1e-4)
     validation = [line for line in whole if "val_loss" in line]
     assert validation[-1]["val_loss"] == pytest.approx(last_validation, rel=1e-5)
+    assert {key: value for key, value in validation[-1].items() if "/" in key} == pytest.approx(loss_by_source(run))
     assert {line["tokens"] // line["step"] for line in whole if "loss" in line} == {1024}
     assert checkpoint.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
     bad_rows = checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"]

@@ -293,7 +293,7 @@ def _loss(model: ModelConfig, seq_len: int, device: torch.device, dtype: torch.d
         return [draw(seq_len, H), draw(V, H, scale=H**-0.5, in_dtype=torch.float32)]
 
     def call(loss: Any, values: Sequence[Tensor]) -> list[Tensor]:
-        return [loss(*values, labels)]
+        return [loss(*values, labels)[0]]
 
     return Case("loss", f"loss head, {H} to {V}", call, inputs, flops=2 * V * H * seq_len)
 

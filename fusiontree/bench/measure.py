@@ -1,6 +1,7 @@
 """What all measurements share: the clock, the memory, the device and what it could do at most."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,28 +9,13 @@ from typing import Any
 
 import torch
 
+from fusiontree import distributed, flops
 from fusiontree.errors import RunError
-
-# dense bf16 peaks in FLOP/s, from the vendors' data sheets; the first name found in the device's own counts
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s that the device's maker states; None on a CPU and for an unknown one."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    return flops.peak_flops(distributed.device_name(device))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -53,8 +39,13 @@ def _wait(device: torch.device) -> None:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and both ends."""
-    return {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
+    """Median, the 95th of a hundred (the nearest one measured), and both ends."""
+    return {
+        "median_seconds": statistics.median(seconds),
+        "p95_seconds": sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+    }
 
 
 def reset_memory(device: torch.device) -> None:

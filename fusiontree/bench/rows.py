@@ -30,8 +30,3 @@ def synthetic_batch(kind: Documents, rows: int, seq_len: int, vocab_size: int, s
     draw = np.random.default_rng(seed)
     ends = [np.cumsum(document_lengths(kind, seq_len, draw), dtype=np.int32) for _ in range(rows)]
     return collate(draw.integers(vocab_size, size=(rows, seq_len)), ends)
-
-
-def lengths_of(batch: Batch) -> list[int]:
-    """Tokens of each document of the batch."""
-    return np.diff(batch.cu_seqlens).tolist()

@@ -207,7 +207,7 @@ def _timed_updates(
             bar.update(task, advance=1, note=f"{config.batch.tokens / taken:,.0f} tokens/s")
             if step >= workload.warmup:
                 seconds.append(taken)
-                documents = [length for batch in batches for length in rows.lengths_of(batch)]
+                documents = [length for batch in batches for length in batch.lengths]
                 flops.append(update_flops(config.model, documents))
     return seconds, flops
 

@@ -33,11 +33,17 @@ class Batch:
     cu_seqlens: np.ndarray  # int32 [segments + 1], bounds of all segments over the flattened B·L tokens
     max_seqlen: int  # tokens of the longest segment
     damaged: tuple[BadRow, ...] = ()  # stored rows that a masked row stands for
+    sources: tuple[int, ...] = ()  # number of each row's dataset in the run; rows beyond only fill the batch
 
     @property
     def real_tokens(self) -> int:
         """Tokens whose label carries loss."""
         return int(np.count_nonzero(self.labels != IGNORE))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return np.diff(self.cu_seqlens).tolist()
 
 
 def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
@@ -55,13 +61,19 @@ def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
     return np.sign(ends[inside]) * (np.minimum(bounds[inside], stop) - start)
 
 
-def collate(tokens: np.ndarray, ends: Sequence[np.ndarray], damaged: tuple[BadRow, ...] = ()) -> Batch:
+def collate(
+    tokens: np.ndarray,
+    ends: Sequence[np.ndarray],
+    damaged: tuple[BadRow, ...] = (),
+    sources: tuple[int, ...] = (),
+) -> Batch:
     """Build a batch.
 
     Args:
         tokens: any integer dtype [B, L].
         ends: for each row int32 [segments], as in the format: exclusive ends, negative for padding, the last ±L.
         damaged: stored rows that a masked row stands for.
+        sources: as in `Batch`.
     """
     B, L = tokens.shape
     assert len(ends) == B, (len(ends), B)
@@ -89,4 +101,5 @@ def collate(tokens: np.ndarray, ends: Sequence[np.ndarray], damaged: tuple[BadRo
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(lengths.max()),
         damaged=damaged,
+        sources=sources,
     )

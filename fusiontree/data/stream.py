@@ -292,7 +292,7 @@ class _Slices:
                 bad[damage] = None
             tokens[i] = row_tokens[part * seq_len : (part + 1) * seq_len]
             ends[i] = row_ends if len(row_tokens) == seq_len else slice_ends(row_ends, seq_len, part)
-        return collate(tokens, ends, tuple(bad))
+        return collate(tokens, ends, tuple(bad), tuple(place.source for place in places))
 
     def with_documents(self, seq_len: int) -> list[Place]:
         """All slices that hold more than padding, in the order on disk."""

@@ -20,8 +20,9 @@ class AttentionBranch(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
         self.config, self.layer, self.kernels = config, layer, kernels
-        width = config.num_heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, width + 2 * config.num_kv_heads * config.head_dim)
+        kv_heads = sum(config.kv_heads_at(layer))
+        width = kv_heads * config.queries_per_kv * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, width + 2 * kv_heads * config.head_dim)
         self.q_norm = nn.Parameter(torch.empty(config.head_dim))
         self.k_norm = nn.Parameter(torch.empty(config.head_dim))
         self.norm = nn.Parameter(torch.empty(width))

@@ -291,14 +291,16 @@ def attention_flex() -> Callable[..., Tensor]:
 
 
 @lru_cache
-def loss_liger() -> Callable[..., Tensor]:
-    """Liger's fused linear cross-entropy; gradients of the matrix are summed in fp32."""
+def loss_liger() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Liger's fused linear cross-entropy; gradients of the matrix are summed in fp32, z_loss in the dtype of hidden."""
     fused = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
 
-    def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        options = (None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32)
-        loss, *_ = fused.apply(hidden, weight.to(hidden.dtype), labels, *options)
-        return loss
+    def linear_cross_entropy(
+        hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        options = (None, None, IGNORE, z_loss, 0.0, "sum", None, z_loss > 0, torch.float32)
+        loss, z_sum, *_ = fused.apply(hidden, weight.to(hidden.dtype), labels, *options)
+        return loss, torch.zeros_like(loss) if z_sum is None else z_sum.detach().float()
 
     return linear_cross_entropy
 

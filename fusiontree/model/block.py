@@ -1,6 +1,6 @@
 """One block: two branches side by side, fused by a learned gate, then an MLP. Axes: B rows, L tokens, H width."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Fusion(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.kind, self.pointwise, self.eps = config.fusion, kernels.pointwise, config.norm_eps
+        self.kind, self.kernels, self.eps = config.fusion, kernels, config.norm_eps
         H, rank = config.hidden_size, config.gate_rank
         outputs = 1 if self.kind == "token" else H
         if self.kind in ("channel", "token"):
@@ -55,7 +55,7 @@ class Fusion(nn.Module):
             [B, L, H] twice, and fp32 [H].
         """
         gate = getattr(self, "down", None), getattr(self, "up", None), getattr(self, "bias", None)
-        fused, normed, mean = self.pointwise.fuse(x, m, a, gate, real, norm_weight, self.eps)
+        fused, normed, mean = self.kernels.pointwise.fuse(x, m, a, gate, real, norm_weight, self.eps)
         return fused, normed, None if mean is None else mean.expand(x.shape[-1])
 
 
@@ -74,28 +74,29 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.pointwise = kernels.pointwise
+        self.kernels = kernels
         self.gate_up = Linear(config.hidden_size, 2 * config.mlp_size)
         self.down = Linear(config.mlp_size, config.hidden_size, config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        return self.down(self.pointwise.swiglu(self.gate_up(x)))
+        return self.down(self.kernels.pointwise.swiglu(self.gate_up(x)))
 
 
 class HybridBlock(nn.Module):
-    """x ← x + fusion(mamba, attention)(norm x); x ← x + MLP(norm x)."""
+    """x ← x + fusion(mamba, attention)(norm x); x ← x + MLP(norm x). A pruned layer has one branch and no fusion."""
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
-        self.pointwise, self.eps = kernels.pointwise, config.norm_eps
+        self.kind, self.kernels, self.eps = config.kind_at(layer), kernels, config.norm_eps
         # norms are made together with what stands around them: a block owns their weights
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.srte = None if config.srte_shared else time_encoding(config)
-        self.mamba = MambaBranch(config, layer, kernels)
-        self.attention = AttentionBranch(config, layer, kernels)
-        self.fusion = Fusion(config, kernels)
+        has_mamba, has_attention = config.has("mamba", layer), config.has("attention", layer)
+        self.srte = time_encoding(config) if has_mamba and not config.srte_shared else None
+        self.mamba = MambaBranch(config, layer, kernels) if has_mamba else None
+        self.attention = AttentionBranch(config, layer, kernels) if has_attention else None
+        self.fusion = Fusion(config, kernels) if has_mamba and has_attention else None
         self.mlp = SwiGLU(config, kernels)
         self.reset_parameters()
 
@@ -117,10 +118,18 @@ class HybridBlock(nn.Module):
         """
         if self.srte is not None:
             time = self.srte(context.documents.position_ids, x.dtype)
-        h, timed = self.pointwise.norm_with_time(x, time, self.norm, self.eps)
+        h, timed = self.kernels.pointwise.norm_with_time(x, time, self.norm, self.eps)
+        m: Any = None
+        a: Any = None
         recompute = context.recompute
-        m = recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
-        a = recompute.branch("attention", self.attention, h, context.rotary, context.documents, context.cache)
+        if self.mamba is not None:
+            m = recompute.branch("mamba", self.mamba, timed, context.documents, context.cache)
+        if self.attention is not None:
+            a = recompute.branch("attention", self.attention, h, context.rotary, context.documents, context.cache)
+        if self.fusion is None:
+            x, h = self.kernels.pointwise.add_norm(x, a if m is None else m, self.mlp_norm, self.eps)
+            gate = None if context.real is None else x.new_full(x.shape[-1:], float(a is None), dtype=torch.float32)
+            return x + self.mlp(h), gate
         if dropped is not None:
             m, a = (m * 0, a) if dropped == "mamba" else (m, a * 0)
         x, h, gate = self.fusion(x, m, a, context.real, self.mlp_norm)

@@ -5,7 +5,8 @@ so one step can be captured in a CUDA graph. Only `reserve`, when there is too l
 No gradient passes through the cache: what it remembers is a value.
 """
 
-from collections.abc import Callable, Hashable
+import copy
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ _LEAST_ROOM = 64  # tokens
 
 @dataclass
 class LayerCache:
-    """One layer's memory: constant in size but for the global heads."""
+    """One layer's memory: constant in size but for the global heads, and empty for a branch that it does not have."""
 
     conv_tail: Tensor  # [B, taps - 1, channels], the convolution's last inputs
     state: Tensor  # [B, H, P, S] fp32, the scan's state
@@ -34,11 +35,35 @@ class LayerCache:
         for name, value in vars(self).items():
             setattr(self, name, value[rows])
 
+    def row(self, here: slice, start: int) -> "LayerCache":
+        """The same memory seen by one row, whose tokens begin at `start` of the others'."""
+        parts = {name: value[here] for name, value in vars(self).items()}
+        return LayerCache(**{name: part[:, start:] if "global" in name else part for name, part in parts.items()})
+
+    def turn(self, tokens: int) -> None:
+        """Move what the rings hold to the slots of tokens that stand `tokens` later."""
+        for ring in (self.ring_k, self.ring_v):
+            ring.copy_(ring.roll(tokens % ring.shape[1], 1))
+
     def append_conv(self, x: Tensor) -> Tensor:
         """Put the tail before new inputs [B, L, channels] and keep the last of them as the new tail."""
         joined = torch.cat([self.conv_tail, x], 1)
         self.conv_tail.copy_(joined[:, x.shape[1] :].detach())
         return joined
+
+
+def _empty_layer(config: ModelConfig, layer: int, zeros: Callable[..., Tensor]) -> LayerCache:
+    global_kv, windowed_kv = config.kv_heads_at(layer)
+    window, D = config.window_at(layer), config.head_dim
+    channels, heads = (config.conv_size, config.ssm_heads) if config.has("mamba", layer) else (0, 0)
+    return LayerCache(
+        conv_tail=zeros(config.conv_kernel - 1, channels),
+        state=zeros(heads, config.ssm_head_dim, config.ssm_state_size, dtype=torch.float32),
+        ring_k=zeros(window, windowed_kv, D),
+        ring_v=zeros(window, windowed_kv, D),
+        global_k=zeros(0, global_kv, D),
+        global_v=zeros(0, global_kv, D),
+    )
 
 
 class Cache:
@@ -50,8 +75,6 @@ class Cache:
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
-        global_kv, D = config.global_kv_heads, config.head_dim
-        windowed_kv = config.num_kv_heads - global_kv
         self.config = config
         self.length = 0  # tokens seen so far, padding included
         self.whole = True  # whether each row is one document, from its first token on
@@ -61,17 +84,7 @@ class Cache:
         self.last_document = torch.full((rows,), -1, dtype=torch.int32, device=device)  # -1 when nothing was seen
         self.tail_documents = torch.full((rows, config.conv_kernel - 1), -1, dtype=torch.int32, device=device)
         self._made: dict[Hashable, Any] = {}  # what the layers of one forward share
-        self.layers = [
-            LayerCache(
-                conv_tail=zeros(config.conv_kernel - 1, config.conv_size),
-                state=zeros(config.ssm_heads, config.ssm_head_dim, config.ssm_state_size, dtype=torch.float32),
-                ring_k=zeros(config.window_at(layer), windowed_kv, D),
-                ring_v=zeros(config.window_at(layer), windowed_kv, D),
-                global_k=zeros(0, global_kv, D),
-                global_v=zeros(0, global_kv, D),
-            )
-            for layer in range(config.num_layers)
-        ]
+        self.layers = [_empty_layer(config, layer, zeros) for layer in range(config.num_layers)]
 
     @property
     def room(self) -> int:
@@ -118,6 +131,29 @@ class Cache:
             setattr(self, name, getattr(self, name)[rows])
         for layer in self.layers:
             layer.select(rows)
+
+    def row(self, index: int, start: int) -> "Cache":
+        """A row that has seen nothing as a cache of its own: it writes into this one, from token `start` on.
+
+        `join` makes what rows have seen this cache's own.
+        """
+        row, here = copy.copy(self), slice(index, index + 1)
+        row.length, row.whole, row._made = 0, True, {}
+        row.position = torch.zeros_like(self.position)
+        row.seq_idx = self.seq_idx[here, start:]
+        for name in ("next_position", "last_document", "tail_documents"):
+            setattr(row, name, getattr(self, name)[here])
+        row.layers = [layer.row(here, start) for layer in self.layers]
+        return row
+
+    def join(self, rows: Sequence["Cache"]) -> None:
+        """Go on behind the last tokens of `rows`, of every `row`, which end together: the shorter ones begin later."""
+        self.length = max(row.length for row in rows)
+        self.position.fill_(self.length)
+        self.whole = all(row.length == self.length for row in rows)
+        for row in rows:
+            for layer in row.layers:
+                layer.turn(self.length - row.length)
 
     def conv_documents(self, documents: Documents) -> Tensor:
         """Documents of the convolution's tail and the new tokens, int32 [B, taps - 1 + L]."""
@@ -187,7 +223,9 @@ class Cache:
 
     def filled(self, window: int | None) -> Tensor:
         """How far the keys that one new token attends to are filled, int64 [1]."""
-        return self.position + 1 if window is None else (self.position + 1).clamp(max=window)
+        if window is None:
+            return self._once("filled", lambda: self.position + 1)
+        return self._once(("filled", window), lambda: (self.position + 1).clamp(max=window))
 
     def mask(self, documents: Documents, window: int | None) -> Tensor:
         """Which of the keys that `extend` gave several new tokens each of them sees: bool [B, L, keys]."""

@@ -1,6 +1,7 @@
 """The model's shape: the fields a user sets and the sizes that follow from them. Free of torch."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 _SIZES = (
@@ -8,6 +9,8 @@ _SIZES = (
     *("ssm_heads", "ssm_head_dim", "ssm_state_size", "ssm_groups", "conv_kernel", "chunk_size"),
     *("gate_rank", "srte_rank", "max_positions"),
 )  # fields that are at least 1
+
+LayerKind = Literal["hybrid", "mamba", "attention"]  # the branches of a layer: both, or the one
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
 
+    layer_kinds: tuple[LayerKind, ...] | None = None  # branches of each layer, as pruning leaves them; None: both
+    layer_global_heads: tuple[int, ...] | None = None  # of each layer, likewise; None: global_heads
+
     def __post_init__(self) -> None:
         for name in _SIZES:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -79,6 +85,29 @@ class ModelConfig:
             f"window {self.window} must be a multiple of 8 for window_schedule pyramid, whose first layers see W / 8",
         )
         _require(0.0 <= self.branch_drop < 1.0, f"branch_drop {self.branch_drop} must be at least 0 and below 1")
+        for name in ("layer_kinds", "layer_global_heads"):
+            given = getattr(self, name)
+            _require(
+                given is None or len(given) == self.num_layers,
+                f"{name} has {len(given or ())} entries for num_layers {self.num_layers}; give one per layer, or null",
+            )
+        for layer, heads in enumerate(self.layer_global_heads or ()):
+            _require(
+                0 <= heads <= self.global_heads
+                and heads % self.queries_per_kv == 0
+                and (heads > 0 or self.global_heads < self.num_heads),
+                f"layer_global_heads has {heads} for layer {layer}; it must be a multiple of num_heads / num_kv_heads "
+                f"= {self.queries_per_kv} up to global_heads {self.global_heads}, and leave the layer a head",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The shape among `values`, as `to_dict` or JSON gives them; what is no field of it is passed over."""
+        given: dict[str, Any] = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        for name in ("layer_kinds", "layer_global_heads"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])  # JSON knows lists only
+        return cls(**given)
 
     @property
     def queries_per_kv(self) -> int:
@@ -110,6 +139,21 @@ class ModelConfig:
         """Deviation that projections into the residual stream start with: depth does not raise the stream's scale."""
         return 0.02 / (2 * self.num_layers) ** 0.5
 
+    def kind_at(self, layer: int) -> LayerKind:
+        """The branches of `layer` (from 0)."""
+        return "hybrid" if self.layer_kinds is None else self.layer_kinds[layer]
+
+    def has(self, branch: Literal["mamba", "attention"], layer: int) -> bool:
+        """Whether `layer` has that branch."""
+        return self.kind_at(layer) in ("hybrid", branch)
+
+    def kv_heads_at(self, layer: int) -> tuple[int, int]:
+        """Key-value heads of `layer`, global and windowed; none in a layer without attention."""
+        if not self.has("attention", layer):
+            return 0, 0
+        heads = self.global_heads if self.layer_global_heads is None else self.layer_global_heads[layer]
+        return heads // self.queries_per_kv, self.num_kv_heads - self.global_kv_heads
+
     def window_at(self, layer: int) -> int:
         """Tokens that the windowed heads of `layer` (from 0) see, the current one included."""
         if self.window_schedule == "constant":
@@ -118,29 +162,36 @@ class ModelConfig:
 
     def kv_heads_by_window(self, layer: int) -> list[tuple[int, int | None]]:
         """Key-value heads of each kind in `layer` and the window of that kind (None: the whole document); none is 0."""
-        windowed = self.num_kv_heads - self.global_kv_heads
-        kinds = [(self.global_kv_heads, None), (windowed, self.window_at(layer))]
+        global_kv, windowed = self.kv_heads_at(layer)
+        kinds = [(global_kv, None), (windowed, self.window_at(layer))]
         return [(heads, window) for heads, window in kinds if heads]
 
     def parameter_count(self) -> int:
         """Trainable parameters of the whole model, by formula; tests hold it to the modules' own sum."""
-        H = self.hidden_size
-        attention_width = self.num_heads * self.head_dim
-        attention = 2 * H * attention_width + 2 * H * self.num_kv_heads * self.head_dim
-        attention_norms = 2 * self.head_dim + attention_width
-        ssm = H * self.ssm_projection_size + self.ssm_size * H
-        ssm_small = self.conv_size * (self.conv_kernel + 1) + 3 * self.ssm_heads + self.ssm_size
-        gate = {
-            "channel": 3 * H * self.gate_rank + H,
-            "token": 2 * H * self.gate_rank + self.gate_rank + 1,
-            "static": H,
-            "sum": 0,
-        }[self.fusion]
-        block = attention + attention_norms + ssm + ssm_small + gate + 3 * H * self.mlp_size + 2 * H
+        H, layers = self.hidden_size, range(self.num_layers)
         srte = self.srte_rank * (self.max_positions + H) if self.srte == "learned" else 0
-        srte *= 1 if self.srte_shared else self.num_layers
+        srte *= 1 if self.srte_shared else sum(self.has("mamba", layer) for layer in layers)
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * H
-        return embeddings + self.num_layers * block + srte + H
+        return embeddings + sum(map(self._block_parameters, layers)) + srte + H
+
+    def _block_parameters(self, layer: int) -> int:
+        H = self.hidden_size
+        count = 3 * H * self.mlp_size + 2 * H
+        if self.has("attention", layer):
+            kv_heads = sum(self.kv_heads_at(layer))
+            width = kv_heads * self.queries_per_kv * self.head_dim
+            count += 2 * H * width + 2 * H * kv_heads * self.head_dim + 2 * self.head_dim + width
+        if self.has("mamba", layer):
+            count += H * self.ssm_projection_size + self.ssm_size * H
+            count += self.conv_size * (self.conv_kernel + 1) + 3 * self.ssm_heads + self.ssm_size
+        if self.kind_at(layer) == "hybrid":
+            count += {
+                "channel": 3 * H * self.gate_rank + H,
+                "token": 2 * H * self.gate_rank + self.gate_rank + 1,
+                "static": H,
+                "sum": 0,
+            }[self.fusion]
+        return count
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and JSON."""

@@ -1,6 +1,5 @@
 """The model as Hugging Face tools know it; the only file that imports transformers."""
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,12 +12,18 @@ from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
 from .lm import HybridLM
+from .ops import select
 from .recompute import KEEP, Recompute
 from .reference import IGNORE
+from .ssm import STATE_PARAMETERS
 
 
 class FusionTreeConfig(PretrainedConfig):
-    """`ModelConfig`'s fields as a Hugging Face configuration."""
+    """`ModelConfig`'s fields as a Hugging Face configuration, and `kernels`: the back-end by operation.
+
+    Without `kernels` the best that run on the model's device are taken, as the project's own programs do; a key is one
+    of `ops.OPS`, e.g. ``{"attention": "reference"}``.
+    """
 
     model_type = "fusiontree"
     attribute_map = {  # noqa: RUF012 - read as a class attribute by transformers
@@ -31,12 +36,12 @@ class FusionTreeConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("tie_word_embeddings", False)  # a tied model has no second matrix at all
+        kwargs.setdefault("kernels", None)
         super().__init__(**kwargs)
 
     def model_config(self) -> ModelConfig:
         """The shape alone."""
-        given = {f.name: getattr(self, f.name) for f in fields(ModelConfig) if hasattr(self, f.name)}
-        return ModelConfig(**given)
+        return ModelConfig.from_dict(vars(self))
 
 
 class FusionTreeCache(Cache):
@@ -59,12 +64,13 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridBlock"]  # noqa: RUF012 - read as a class attribute by transformers
-    FP32_NAMES = ("A_log", "D", "dt_bias")  # the scan's state parameters, whatever the dtype of the rest
+    FP32_NAMES = STATE_PARAMETERS
     _keep_in_fp32_modules_strict = list(FP32_NAMES)  # noqa: RUF012 - likewise
 
     def __init__(self, config: FusionTreeConfig):
         super().__init__(config)
         self.model = HybridLM(config.model_config())
+        self._kernels_for: tuple[str, torch.dtype] | None = None  # where the kernels were chosen to run
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -83,10 +89,23 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         """The token embedding."""
         return self.model.embedding
 
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the token embedding, and with it a tied head."""
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """The head; None when the embedding is the head too."""
+        return self.model.head
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Replace the head."""
+        self.model.head = value
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: FusionTreeCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -99,6 +118,8 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, L]; with a cache, the new tokens only.
             attention_mask: [B, past + L], true or 1 where a token is real; padding may stand on either side.
+            position_ids: int64 [B or 1, L]; where they do not go on by one, a packed row's next document begins. Read
+                before anything is cached; tokens behind a cache go on with its last document.
             past_key_values: the cache of an earlier call, continued in place.
             labels: int64 [B, L], not shifted, -100 where there is no loss.
             use_cache: make a cache and return it; implied by `past_key_values`.
@@ -110,20 +131,52 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             model = self.model
             cache = FusionTreeCache(model.config, B, model.activation_dtype, input_ids.device)
-        documents = None if attention_mask is None else Documents.from_mask(attention_mask).last(L)
-        output = self.model(input_ids, documents, cache=cache, keep_logits=logits_to_keep or None)
+        documents = self._documents(B, L, attention_mask, position_ids, cache)
+        kind = input_ids.device.type
+        self.model.compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._choose_kernels(kind)
+        with torch.autocast(kind, enabled=False):  # the layers cast their weights themselves
+            output = self.model(input_ids, documents, cache=cache, keep_logits=logits_to_keep or None)
         loss = None
         if labels is not None:
-            loss = self._loss(output.logits, labels, attention_mask, num_items_in_batch)
+            loss = self._loss(output.logits, labels, attention_mask, documents, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=cache)
 
+    def _documents(
+        self, B: int, L: int, mask: Tensor | None, position_ids: Tensor | None, cache: FusionTreeCache | None
+    ) -> Documents | None:
+        """Where documents lie; None where each row is one, or goes on with its last: no masks, and faster kernels."""
+        if cache is not None and cache.length:
+            if mask is None or bool(mask[:, -L - 1 :].all()):
+                return None
+            return Documents.from_mask(mask).last(L)
+        if mask is not None and bool(mask.all()):
+            mask = None
+        goes_on = None if position_ids is None else position_ids.diff(dim=1) == 1
+        if goes_on is None or bool(goes_on.all()):
+            return None if mask is None else Documents.from_mask(mask)
+        return Documents.from_mask(torch.ones(B, L, device=goes_on.device) if mask is None else mask, goes_on)
+
+    def _choose_kernels(self, device_type: str) -> None:
+        here = device_type, self.model.activation_dtype
+        if here != self._kernels_for:
+            self.model.use_kernels(select(self.config.kernels, device_type, self.model.config, here[1]))
+            self._kernels_for = here
+
     def _loss(
-        self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, items: int | Tensor | None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        documents: Documents | None,
+        items: int | Tensor | None,
     ) -> Tensor:
+        """Mean loss of predicting each real token from the one before it in its document."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        if attention_mask is not None:
-            following = F.pad(attention_mask[:, -labels.shape[1] :][:, 1:].bool(), (0, 1), value=False)
-            targets = targets.masked_fill(~following, IGNORE)
+        if mask is not None:
+            targets = targets.masked_fill(~F.pad(mask[:, -labels.shape[1] :][:, 1:].bool(), (0, 1)), IGNORE)
+        if documents is not None:
+            targets = targets.masked_fill(F.pad(documents.seq_idx.diff(dim=1) != 0, (0, 1)), IGNORE)
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return total / (items if items is not None else (targets != IGNORE).sum().clamp(min=1))
 

@@ -149,6 +149,12 @@ def fuse(
     return y, norm(y, weight, eps), torch.where(count > 0, mean, 0.5)
 
 
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, [B, L, H] each, and its norm."""
+    total = x + y
+    return total, norm(total, weight, eps)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) ⊙ up of [..., 2·inner], gate first (arXiv 2002.05202): [..., inner]."""
     gate, up = gate_up.chunk(2, -1)
@@ -171,5 +177,6 @@ class Pointwise(NamedTuple):
     gated_norm: Callable[..., Any] = gated_norm
     mamba_step: Callable[..., Any] = mamba_step
     fuse: Callable[..., Any] = fuse
+    add_norm: Callable[..., Any] = add_norm
     swiglu: Callable[..., Any] = swiglu
     remember: Callable[..., Any] = remember

@@ -11,12 +11,11 @@ from .documents import Documents
 from .layers import Linear, split_channels
 from .ops import Kernels
 
+STATE_PARAMETERS = ("A_log", "D", "dt_bias")  # stored and used in fp32 whatever the dtype of the rest
+
 
 class MambaBranch(nn.Module):
-    """Mamba-2 (arXiv 2405.21060) up to and with its own norm and output projection.
-
-    `A_log`, `D` and `dt_bias` are stored and used in fp32 whatever the dtype of the activations.
-    """
+    """Mamba-2 (arXiv 2405.21060) up to and with its own norm and output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()

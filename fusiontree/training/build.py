@@ -7,21 +7,29 @@ import torch
 
 from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed import World
+from fusiontree.errors import UserError
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.model.recompute import Recompute
+from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
+from fusiontree.training.initial import Initial
 from fusiontree.training.optimizer import build_optimizer
 
 
-def build_engine(config: RunConfig, world: World) -> Any:
-    """The model under DeepSpeed: weights are fp32 and are the master weights, activations follow `precision`."""
+def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | EngineClipping]:
+    """The model under DeepSpeed, and what clips its gradients.
+
+    Weights are fp32 and are the master weights, activations follow `precision`.
+    """
     import deepspeed  # now that `distributed.start` has told it what computes here
 
     settings = engine_settings(config, world)
+    _require_async_io(settings["zero_optimization"])
     model = build_model(config, world, settings)
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
+    fused = is_fused(config.optimizer, settings["zero_optimization"])
+    return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
 
 
 def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
@@ -38,11 +46,27 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
     # a single rank has nothing to overlap with, and would wait for the device before every update
     zero.setdefault("overlap_comm", world.size > 1)
     zero.setdefault("reduce_scatter", config.optimizer.kind != "muon")  # Muon needs whole gradients
+    if is_fused(config.optimizer, zero):
+        settings["gradient_clipping"] = 0.0
+        if zero.get("stage", 0) > 0:
+            zero["compute_grad_norm"] = False
     return settings
 
 
+def _require_async_io(zero: dict[str, Any]) -> None:
+    """Raise UserError if states are to be kept on NVMe and DeepSpeed cannot build what reads and writes them."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    parts = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    if any(part.get("device") == "nvme" for part in parts) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds, for some minutes, from libaio-dev, g++ "
+            "and ninja; install them, or take deepspeed=zero3_offload"
+        )
+
+
 def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> HybridLM:
-    """The model with its initial weights, the same whatever the ranks and the ZeRO stage.
+    """The model with its initial weights, drawn or an exported model's, the same whatever the ranks and the ZeRO stage.
 
     At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
     """
@@ -52,8 +76,11 @@ def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> Hy
     kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
     with torch.device("meta"):
         model = HybridLM(config.model, kernels, dtype, _recompute(config.activation_checkpointing))
+    initial = None if config.init_from is None else Initial(config.init_from, model)
     first: Any = None
     for module in materialise(model, config.seed, world.device):
+        if initial is not None:
+            initial.give(module)
         if settings["zero_optimization"].get("stage", 0) < 3:
             continue
         own = list(module.parameters(recurse=False))

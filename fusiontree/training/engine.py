@@ -20,16 +20,20 @@ from fusiontree.data.plan import documents_at
 from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import HungError, RunError, StoppedError
+from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
+from fusiontree.flops import update_flops
 from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.health import Health, Trouble, Watchdog
-from fusiontree.training.metrics import Metrics, summarise
+from fusiontree.training.layers import LayerWatch
+from fusiontree.training.metrics import Metrics, summarise, utilisation
 from fusiontree.training.resume import prepare_folder, rows_consumed
 from fusiontree.training.step import TrainingStep, Update
+from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
 _NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
+_NO_START = {"init_from": None}
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
         raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
-            raise RunError("another rank has ended; its own line says why") from None
+            raise RunError(LOST_PEER) from None
         if distributed.is_time_out(error):
             limit = f"{config.health.timeout_seconds:.0f} s (health.timeout_seconds)"
             raise HungError(f"a rank has waited {limit} for the others; start again to go on") from None
@@ -90,7 +94,8 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        self.training = TrainingStep(config, world)
+        # a run that goes on needs no start, and may have outlived it
+        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
         distributed.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention)
@@ -101,6 +106,7 @@ class Trainer:
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
+        self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
             self._resume(resume_from, fresh=True)
@@ -126,8 +132,7 @@ class Trainer:
             self._start_lap()
             while self.step < steps:
                 with self.watchdog.step(self.step):
-                    batches = self._fetch()
-                    update = self.training.update(batches, self.step, signals.requested() is not None)
+                    update = self._update(self._fetch())
                 self.step += 1
                 trouble = self.health.judge(update, self._last_rows)
                 if trouble is not None:
@@ -153,6 +158,7 @@ class Trainer:
                 "schedule.steps or raise max_epochs"
             ) from None
         self.ledger.meet(batches)
+        self.lap_documents += (length for batch in batches for length in batch.lengths)
         return batches
 
     @property
@@ -215,20 +221,39 @@ class Trainer:
             incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
         raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to go on")
 
-    def _due(self, every: int) -> bool:
-        """Whether something that happens `every` steps (0: never), and at the end, happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.schedule.steps)
+    def _update(self, batches: list[Batch]) -> Update:
+        """Make the next update; now and then, watch and write down what its layers do."""
+        stop = signals.requested() is not None
+        if not self._due(self.config.logging.layers_every, self.step + 1):
+            return self.training.update(batches, self.step, stop)
+        with LayerWatch(self.training.engine, self.world) as watch:
+            update = self.training.update(batches, self.step, stop, watch)
+        figures = watch.figures(update.gates)
+        if self.metrics is not None:
+            lengths = [length for batch in batches for length in batch.lengths]
+            self.metrics.record_layers(self.step + 1, figures, lengths)
+        return update
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens `every` steps (0: never), and at the end, happens behind `step`, by default now."""
+        step = self.step if step is None else step
+        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _start_lap(self) -> None:
         """Time updates from here: validation and checkpoints are no part of tokens/s."""
-        self.lap_start = (time.perf_counter(), self.step)
+        self.lap_start, self.lap_documents = (time.perf_counter(), self.step), []
 
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        gate_value = distributed.sum_over_ranks(update.gates.mean()).item()
+        own_flops = float(sum(update_flops(self.config.model, self.lap_documents).values()))
+        shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
+        gate_value, flops, *parts = distributed.sum_over_ranks(shares).tolist()
+        memory = torch.tensor(distributed.peak_memory(self.world.device), device=self.world.device)
+        memory_value = distributed.max_over_ranks(memory).item()
         since, step = self.lap_start
-        seconds = (time.perf_counter() - since) / (self.step - step)
+        lap = time.perf_counter() - since
+        seconds = lap / (self.step - step)
         self.step_seconds.append(seconds)
         self._start_lap()
         if self.metrics is None:
@@ -242,28 +267,30 @@ class Trainer:
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_value,
                 "tokens_per_s": self.config.batch.tokens / seconds,
+                **utilisation(flops / lap / self.world.size, distributed.device_name(self.world.device)),
+                "memory_gib": memory_value / 2**30,
+                **dict(zip(update.parts, parts, strict=True)),
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
         )
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Mean loss over the held-out tokens, the same for any number of ranks."""
+        """Write down the mean loss of the held-out tokens, the same for any number of ranks, and of parts of them."""
         if self.data.validation is None:
             return
         self.training.engine.eval()
-        total = torch.zeros(2, device=self.world.device, dtype=torch.float64)
+        held_out = HeldOutLoss(self.data.validation, self.world)
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
             self.ledger.meet([batch])
-            total[0] += self.training.forward(batch)[0]
-            total[1] += batch.real_tokens
+            held_out.add(batch, self.training.token_losses(batch))
         self._share_damage()
-        loss_sum, tokens = distributed.sum_over_ranks(total).tolist()
+        figures = held_out.figures()
         if self.metrics is not None:
-            self.metrics.record({"step": self.step, "tokens": self.tokens, "val_loss": loss_sum / tokens})
+            self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
         self._start_lap()
 
     def _share_damage(self) -> None:

@@ -1,22 +1,37 @@
-"""Where figures go: ``metrics.jsonl``, the console's progress line, and wandb if asked for."""
+"""Where figures go: ``metrics.jsonl``, ``layers.jsonl``, the console's progress line, and trackers (`sinks.py`).
+
+Free of torch, for reports read here what runs have written.
+"""
 
 import json
-import os
+import math
 import statistics
-import time
-from collections.abc import Mapping
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.progress import BarColumn, Progress, TextColumn
+from typing import Any, NamedTuple
 
 from fusiontree.config import RunConfig
 from fusiontree.console import console
-from fusiontree.files import write_atomic
+from fusiontree.files import read_json_lines, write_atomic
+from fusiontree.flops import peak_flops, update_flops
+from fusiontree.training.progress import ProgressLine
+from fusiontree.training.sinks import Histogram, WandbSink, open_sinks
 
-LINE_WIDTH = 80  # characters that a progress line is made to fit
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where the console is no terminal
+FILE = "metrics.jsonl"
+LAYERS = "layers.jsonl"
+BINS = 20  # of a gate's histogram, from 0 to 1
+
+
+class LayerFigures(NamedTuple):
+    """Figures of one update, by layer, over all ranks and accumulation steps."""
+
+    gate_mean: list[float]  # over the real tokens and the channels; 1 is all Mamba
+    gate_std: list[float]  # of the channels' means
+    gate_histogram: list[list[int]]  # [layers, BINS], channels by their mean
+    mamba_rms: list[float]  # root mean square of the branch's output, over the real tokens and the channels
+    attention_rms: list[float]
+    grad_norm: list[float]  # of the layer's part of the whole gradient, before clipping
+    other_grad_norm: list[float]  # [1], of what belongs to no layer: embedding, last norm, head
 
 
 class Metrics:
@@ -24,61 +39,85 @@ class Metrics:
 
     def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
         """Continue the record behind `step` updates, or begin it (None); lines of lost updates are dropped."""
-        self.path = config.run_dir / "metrics.jsonl"
-        self.steps = config.schedule.steps
-        _keep_until(self.path, -1 if step is None else step)
-        self.wandb = _start_wandb(config, wandb_id)
-        self.last_plain = 0.0
-        self.val_loss: float | None = None
-        bar = [BarColumn(bar_width=20)] if console.width >= LINE_WIDTH + 22 else []  # the figures come first
-        self.bar = Progress(*bar, TextColumn("{task.fields[line]}"), console=console)
-        self.task = self.bar.add_task("train", total=self.steps, completed=step or 0, line="starting")
+        self.model, self.folder = config.model, config.run_dir
+        for name in (FILE, LAYERS):
+            _keep_until(self.folder / name, -1 if step is None else step)
+        self.sinks = open_sinks(config, step, wandb_id)
+        self.progress = ProgressLine(config.schedule.steps, step or 0)
 
     def __enter__(self) -> "Metrics":
-        self.file = open(self.path, "a", buffering=1)
-        if console.is_terminal:
-            self.bar.start()
+        self.figures = open(self.folder / FILE, "a", buffering=1)
+        self.layers = open(self.folder / LAYERS, "a", buffering=1)
+        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self.progress.stop()
+        self.figures.close()
+        self.layers.close()
+        for sink in self.sinks:
+            sink.close()
 
     @property
     def wandb_id(self) -> str | None:
         """The wandb run that a resume continues."""
-        return None if self.wandb is None else self.wandb.id
+        return next((sink.id for sink in self.sinks if isinstance(sink, WandbSink)), None)
 
     def record(self, figures: Mapping[str, float], eta_s: float | None = None) -> None:
-        """Write one line of figures (`step` among them) everywhere; `eta_s`: seconds to the end of the run."""
-        self.file.write(json.dumps(figures) + "\n")
-        if self.wandb is not None:
-            self.wandb.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
+        """Write one line of figures (`step` among them) everywhere; `eta_s`: seconds to the end of the run.
+
+        Perplexities are added.
+        """
+        figures = {**figures, **_perplexities(figures)}
+        self.figures.write(json.dumps(figures) + "\n")
+        for sink in self.sinks:
+            sink.log(int(figures["step"]), {name: value for name, value in figures.items() if name != "step"})
         if "val_loss" in figures:
-            self.val_loss = figures["val_loss"]
             console.print(f"step {figures['step']:>6,}  validation loss {figures['val_loss']:.4f}")
         else:
-            self._show(figures, eta_s)
+            self.progress.show(figures, eta_s)
 
-    def _show(self, figures: Mapping[str, float], eta_s: float | None) -> None:
-        line = (
-            f"step {figures['step']:,}/{self.steps:,}  loss {figures['loss']:.3f}  lr {figures['lr']:.1e}  "
-            f"gate {figures['gate_mean']:.3f}  {figures['tokens_per_s']:,.0f} tokens/s"
-        )
-        if eta_s is not None:
-            line += f"  ETA {timedelta(seconds=int(eta_s))}"
-        self.bar.update(self.task, completed=figures["step"], line=line)
-        if not console.is_terminal and time.monotonic() - self.last_plain > PLAIN_INTERVAL:
-            self.last_plain = time.monotonic()
-            console.print(line)
+    def record_layers(self, step: int, figures: LayerFigures, documents: Sequence[int]) -> None:
+        """Write a line of what each layer does, and how the model's FLOPs divide among its parts.
+
+        `documents`: lengths, in tokens, of those that the main rank trained on in this update.
+        """
+        flops = update_flops(self.model, documents)
+        shares = {part: round(count / sum(flops.values()), 6) for part, count in flops.items() if count}
+        line = {"step": step, **figures._asdict(), "flop_share": shares}
+        self.layers.write(json.dumps(line) + "\n")
+        for sink in self.sinks:
+            sink.log(step, _by_layer(figures) | {f"flop_share/{part}": share for part, share in shares.items()})
+
+
+def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:
+    """The figures as trackers show them: a name for each layer's."""
+    values = figures._asdict()
+    edges = [i / BINS for i in range(BINS + 1)]
+    named: dict[str, float | Histogram] = {}
+    for layer, counts in enumerate(values.pop("gate_histogram")):
+        named[f"gate/layer_{layer:02}"] = Histogram(counts, edges)
+    named["grad_norm/other"] = values.pop("other_grad_norm")[0]
+    for name, by_layer in values.items():
+        named |= {f"{name}/layer_{layer:02}": value for layer, value in enumerate(by_layer)}
+    return named
+
+
+def utilisation(flops_per_s: float, device_name: str) -> dict[str, float]:
+    """What a device does with its time, from the model's own FLOPs per second; MFU only where its peak is known."""
+    peak = peak_flops(device_name)
+    return {"tflop_per_s": flops_per_s / 1e12} | ({} if peak is None else {"mfu": flops_per_s / peak})
+
+
+def _perplexities(figures: Mapping[str, float]) -> dict[str, float]:
+    """exp(loss), of a token; a loss that no float can hold the exponential of counts as the largest that one can."""
+    names = {"loss": "perplexity", "val_loss": "val_perplexity"}
+    return {name: math.exp(min(figures[of], 700.0)) for of, name in names.items() if of in figures}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first; empty if there are none."""
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a run's ``metrics.jsonl``, oldest first; one that a crash cut short is left out."""
+    return read_json_lines(run_dir / FILE)
 
 
 def summarise(run_dir: Path) -> dict[str, float | None]:
@@ -97,31 +136,5 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop the lines behind `step`, and a last one that a crash cut short."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_atomic(path, "".join(kept))
-
-
-def _start_wandb(config: RunConfig, run_id: str | None) -> Any:
-    """The wandb run, offline unless a key is there; None if not asked for, or (said once) not installed."""
-    if not config.logging.wandb:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        console.print("wandb is not installed: metrics go to metrics.jsonl only (pip install 'fusiontree[wandb]')")
-        return None
-    has_key = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
-    mode: Any = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
-    return wandb.init(
-        project="fusiontree",
-        name=config.name,
-        id=run_id,
-        resume="allow",
-        dir=config.run_dir,
-        mode=mode,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True),
-    )
+    kept = [line for line in read_json_lines(path) if line["step"] <= step]
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed, incidents
+from fusiontree import checkpoint, distributed, incidents, lease
 from fusiontree.config import KEYS, RunConfig, config_differences, deepspeed_json, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
@@ -17,6 +17,7 @@ from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.training.initial import check_initial
 
 DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
@@ -47,7 +48,10 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         _check_same(config, data, found, allow_changed)
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    if found is None:
+        check_initial(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
+    lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     return found

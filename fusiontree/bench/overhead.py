@@ -1,0 +1,214 @@
+"""What the engine costs: a real run beside a bare DeepSpeed loop over the same model and the very same rows.
+
+Both live in one process and take turns, block by block, so that whatever else slows the machine slows both.
+"""
+
+import contextlib
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fusiontree import distributed
+from fusiontree.bench import measure, rows
+from fusiontree.config import RunConfig, load_config
+from fusiontree.data.batch import Batch
+from fusiontree.data.format import Manifest, TokenizerInfo
+from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.stream import TrainStream
+from fusiontree.data.writer import ShardWriter
+from fusiontree.distributed import World
+from fusiontree.errors import UserError
+from fusiontree.model.documents import to_device
+from fusiontree.training.build import build_model, engine_settings
+from fusiontree.training.data import make_recipe, open_data
+from fusiontree.training.engine import Trainer
+from fusiontree.training.optimizer import build_optimizer
+
+BLOCK = 5  # updates of the one, then as many of the other
+SYNTHETIC_ROWS = 256
+
+
+def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: int = 1) -> dict[str, Any]:
+    """Measure a run of configuration `source` on one device against a bare loop.
+
+    The run is `Trainer`'s own: it reads shards, counts damaged rows, keeps gate statistics, records metrics at least
+    once a block and looks at layers when they are due; it does not validate or save. The bare loop has the rows of each
+    block in memory and does forward, backward and step.
+
+    Args:
+        source: a preset's name or a YAML file. overrides: ``key=value``; data.path, if none is given, is made up.
+        rounds: pairs of blocks that are timed. warmup: pairs before them.
+
+    Returns:
+        Seconds of an update of either and the overhead: the median over the rounds of their ratio, less one.
+
+    Raises:
+        UserError: the configuration cannot be measured here.
+    """
+    for name, value, least in (("--rounds", rounds, 1), ("--warmup", warmup, 0)):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    with tempfile.TemporaryDirectory(prefix="fusiontree-overhead-") as folder:
+        config = overhead_config(source, overrides, Path(folder), (rounds + warmup) * BLOCK + 1)
+        world = distributed.start()
+        if world.size > 1:
+            raise UserError(f"bench overhead measures one device, but WORLD_SIZE is {world.size}; start it alone")
+        pairs = _measure(config, world, rounds + warmup)[warmup:]
+        figures = _describe(config, rounds) | measure.describe_machine(world.device) | _figures(pairs)
+        distributed.leave()
+    return figures
+
+
+def overhead_config(source: str, overrides: list[str], folder: Path, steps: int) -> RunConfig:
+    """The configuration as it is measured, over rows made up under `folder` unless it names some.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    every = min(load_config(source, overrides).logging.every, BLOCK)
+    settings = [
+        *(f"output={folder}", "name=overhead", "validation.every=0", f"checkpoint.every={10 * steps}"),
+        *(f"schedule.steps={steps}", "schedule.warmup_steps=0", f"logging.every={every}"),
+    ]
+    config = load_config(source, [*overrides, *settings])
+    if config.data.locations:
+        return config
+    _write_rows(folder / "data", config)
+    return load_config(source, [*overrides, *settings, f"data.path={folder / 'data'}"])
+
+
+def _write_rows(folder: Path, config: RunConfig) -> None:
+    """A dataset of random tokens in documents of random lengths."""
+    length, vocab, draw = config.data.seq_len, config.model.vocab_size, np.random.default_rng(config.seed)
+    dtype = np.uint16 if vocab <= 2**16 else np.uint32
+    folder.mkdir()
+    writer = ShardWriter(folder, "train", "synthetic")
+    for row in range(SYNTHETIC_ROWS):
+        lengths = rows.document_lengths("packed", length, draw)
+        ends = np.cumsum(lengths, dtype=np.int32)
+        spans = [Span(f"{row}-{i}", int(end) - n, n, 0) for i, (end, n) in enumerate(zip(ends, lengths, strict=True))]
+        writer.add([PackedRow(draw.integers(vocab, size=length).astype(dtype), ends, spans)])
+    splits = {"train": writer.finish(), "validation": []}
+    Manifest(length, np.dtype(dtype).name, "synthetic", TokenizerInfo("", vocab, 0, 1), splits).save(folder)
+
+
+class Seconds(NamedTuple):
+    """How long a block took: by the clock, and of the process's own computing on a CPU."""
+
+    wall: float
+    cpu: float
+
+
+class _Over(Exception):  # noqa: N818
+    """All rounds are done: what ends the run from within its stream."""
+
+
+class _TakingTurns(TrainStream):
+    """The run's own stream; after each block of the run's updates the bare loop makes the same ones."""
+
+    def __init__(self, config: RunConfig, world: World, bare: "BareLoop", rounds: int):
+        super().__init__(
+            open_data(config).train, make_recipe(config), config.batch.micro_rows, workers=config.data.workers
+        )
+        self.bare, self.device, self.rounds = bare, world.device, rounds
+        self.block: list[list[Batch]] = []
+        self.pairs: list[tuple[Seconds, Seconds]] = []  # the run's, the bare loop's
+        self.started = _clock(self.device)
+
+    def __next__(self) -> list[Batch]:
+        if len(self.block) == BLOCK:
+            self._turn()
+        self.block.append(super().__next__())
+        return self.block[-1]
+
+    def _turn(self) -> None:
+        middle = _clock(self.device)
+        for batches in self.block:
+            self.bare.update(batches)
+        end = _clock(self.device)
+        self.pairs.append((_between(self.started, middle), _between(middle, end)))
+        if len(self.pairs) == self.rounds:
+            raise _Over
+        self.block = []
+        self.started = _clock(self.device)
+
+
+class BareLoop:
+    """The least that trains: the same model and optimizer under DeepSpeed, which clips by itself; nothing around it."""
+
+    def __init__(self, config: RunConfig, world: World):
+        import deepspeed
+
+        settings = engine_settings(config, world) | {"gradient_clipping": config.optimizer.grad_clip}
+        settings["zero_optimization"].pop("compute_grad_norm", None)  # the run's own clipping needs none
+        model = build_model(config, world, settings)
+        optimizer = build_optimizer(model, config.optimizer)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.device = world.device
+
+    def update(self, batches: list[Batch]) -> torch.Tensor:
+        """One optimizer update; the last batch's mean loss in nats per token, ()."""
+        self.engine.train()
+        for batch in batches:
+            input_ids, labels, documents = to_device(batch, self.device)
+            loss = self.engine(input_ids, documents, labels=labels).loss_sum / max(1, batch.real_tokens)
+            self.engine.backward(loss)
+            self.engine.step()
+        return loss.detach()
+
+
+def _measure(config: RunConfig, world: World, rounds: int) -> list[tuple[Seconds, Seconds]]:
+    config.run_dir.mkdir(parents=True)
+    with measure.naming_lack_of_memory(f"two models of {config.name} in memory"):
+        stream = _TakingTurns(config, world, BareLoop(config, world), rounds)
+        trainer = Trainer(config, world, open_data(config), stream, None)
+        with contextlib.closing(stream), contextlib.suppress(_Over):
+            trainer.run()
+    return stream.pairs
+
+
+def _clock(device: torch.device) -> Seconds:
+    """Now, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Seconds(time.perf_counter(), time.process_time())
+
+
+def _between(start: Seconds, end: Seconds) -> Seconds:
+    return Seconds(end.wall - start.wall, end.cpu - start.cpu)
+
+
+def _describe(config: RunConfig, rounds: int) -> dict[str, Any]:
+    return {
+        "parameters": config.model.parameter_count(),
+        "seq_len": config.data.seq_len,
+        "batch_tokens": config.batch.tokens,
+        "micro_rows": config.batch.micro_rows,
+        "precision": config.precision,
+        "deepspeed": config.deepspeed,
+        "logging_every": config.logging.every,
+        "layers_every": config.logging.layers_every,
+        "rounds": rounds,
+        "updates_per_block": BLOCK,
+    }
+
+
+def _figures(pairs: list[tuple[Seconds, Seconds]]) -> dict[str, Any]:
+    """The overhead by the clock; by computing time as well, which other work on the machine disturbs less."""
+    return {
+        "run_update": measure.spread([ours.wall / BLOCK for ours, _ in pairs]),
+        "bare_update": measure.spread([bare.wall / BLOCK for _, bare in pairs]),
+        "overhead": _overhead([ours.wall / bare.wall for ours, bare in pairs]),
+        "overhead_of_cpu_time": _overhead([ours.cpu / bare.cpu for ours, bare in pairs]),
+    }
+
+
+def _overhead(ratios: list[float]) -> dict[str, float]:
+    """Median over the rounds, less one, and the quartiles beside it."""
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return {"median": statistics.median(ratios) - 1, "lower_quartile": low - 1, "upper_quartile": high - 1}

@@ -1,0 +1,91 @@
+"""What pruning half the layers to one branch gains: prefill, decoding and memory of both models in one process."""
+
+from typing import Any
+
+import torch
+
+from fusiontree.bench import measure
+from fusiontree.bench.decode import random_model
+from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
+from fusiontree.bench.train import bench_config
+from fusiontree.distributed import accelerator
+from fusiontree.errors import UserError
+from fusiontree.generate import check_positions
+from fusiontree.model.config import LayerKind, ModelConfig
+from fusiontree.prune.plan import Pruning, pruned_model
+
+PREFILLS = 5  # timed, behind one that compiles and tunes
+
+
+def bench_prune(
+    preset: str, overrides: list[str], batch: int = 1, context: int = 32_768, steps: int = 64
+) -> dict[str, Any]:
+    """Measure `preset` with random weights, whole and with every second layer pruned to one branch.
+
+    The pruned layers keep Mamba and attention in turn: of layers 1, 3, 5, 7, ... the first keeps Mamba, the second
+    attention, and so on.
+
+    Args:
+        preset: its name or a YAML file. overrides: ``key=value``, as for a run.
+        batch: rows decoded together. context: tokens of each row's prompt. steps: tokens made, and timed, per row.
+
+    Returns:
+        The machine, the kinds of the layers, the figures of both models as of `measure_decoding`, and their ratios,
+        pruned over whole: decoding and prefill by tokens/s, memory by the peak (on a CPU: weights and cache).
+    """
+    for name, value in (("batch", batch), ("context", context), ("steps", steps)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    device = torch.device(accelerator())
+    config = bench_config(preset, overrides, device)
+    check_positions(config.model, context + UNTIMED_STEPS + steps)
+    pruning = half_pruned(config.model)
+    with measure.naming_lack_of_memory(f"the weights of {config.name}"):
+        model = random_model(config, device)
+    figures = {}
+    for name in ("whole", "pruned"):
+        if name == "pruned":
+            # what both share stays where it is, what only the whole model has goes with it
+            weights, kernels = dict(model.named_parameters()), model.kernels
+            gates = torch.full((config.model.num_layers, config.model.hidden_size), 0.5, device=device)
+            model = pruned_model(weights, config.model, pruning, gates, kernels)
+            del weights
+        figures[name] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            **measure_decoding(model, batch, context, steps, PREFILLS),
+        }
+    return {
+        "preset": config.name,
+        "precision": config.precision,
+        **measure.describe_machine(device),
+        "kernels": dict(model.kernels.names),
+        "batch": batch,
+        "context": context,
+        "layers": list(pruning.kinds),
+        **figures,
+        "ratios": _ratios(figures["whole"], figures["pruned"]),
+    }
+
+
+def half_pruned(config: ModelConfig) -> Pruning:
+    """Every second layer with one branch, Mamba and attention in turn."""
+    pruning, keeps = Pruning.none(config), ("mamba", "attention")
+    for number, layer in enumerate(range(1, config.num_layers, 2)):
+        keep: LayerKind = keeps[number % 2]  # type: ignore[assignment]
+        pruning = pruning.replace(layer, keep)
+    return pruning
+
+
+def _ratios(whole: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
+    if "problem" in whole or "problem" in pruned:
+        return {}
+
+    def memory(figures: dict[str, Any]) -> float:
+        return figures["peak_memory_bytes"] or figures["weights_bytes"] + figures["cache_bytes"]
+
+    return {
+        "decode": pruned["tokens_per_s"] / whole["tokens_per_s"],
+        "prefill": pruned["prefill_tokens_per_s"] / whole["prefill_tokens_per_s"],
+        "memory": memory(pruned) / memory(whole),
+    }

@@ -1,0 +1,161 @@
+"""Held-out loss: the mean, by position in the document, and by document."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusiontree.console import progress_bar
+from fusiontree.data.batch import Batch
+from fusiontree.data.format import Dataset
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import validation_batches
+from fusiontree.errors import RunError, UserError
+from fusiontree.evaluate.subject import Subject
+from fusiontree.model.documents import Documents, to_device
+from fusiontree.model.lm import HybridLM
+from fusiontree.model.reference import IGNORE
+
+ROWS_PER_FORWARD = 4
+_LOGITS_AT_A_TIME = 2**27  # values
+_FIRST_BUCKET = 64  # tokens; each later one ends at four times the position
+_SHOWN = 3  # documents with the highest loss
+
+
+class Losses(NamedTuple):
+    """Of the labelled tokens of a batch, in order; int64 but for the losses."""
+
+    loss: np.ndarray  # fp32, nats
+    before: np.ndarray  # the token that predicts
+    after: np.ndarray  # the token predicted
+    position: np.ndarray  # of the token that predicts, in its document
+    document: np.ndarray  # numbered over all batches
+
+
+@torch.inference_mode()
+def held_out_loss(model: HybridLM, held_out: Sources, seq_len: int, limit: int | None, note: str) -> float:
+    """Mean loss over the held-out tokens, nats per token; arguments as of `_batches`."""
+    loss, tokens = 0.0, 0
+    for batch, (ids, labels, documents) in _batches(model, held_out, seq_len, limit, note):
+        loss += float(_token_losses(model, ids, labels, documents).sum())
+        tokens += batch.real_tokens
+    return loss / tokens
+
+
+@torch.inference_mode()
+def perplexity(subject: Subject) -> dict[str, Any]:
+    """Loss (nats per token) of the held-out tokens and its exponential, beside a uniform guess and n-grams."""
+    found = [
+        _losses(subject.model, inputs, number)
+        for number, (_, inputs) in enumerate(
+            _batches(subject.model, Sources({"": subject.held_out}), subject.seq_len, subject.limit, "perplexity")
+        )
+    ]
+    losses = Losses(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    mean = float(losses.loss.mean(dtype=np.float64))
+    return {
+        "loss": mean,
+        "perplexity": math.exp(mean),
+        "tokens": len(losses.loss),
+        "seq_len": subject.seq_len,
+        "chance_loss": math.log(subject.model.config.vocab_size),
+        "unigram_loss": float(subject.bigram.unigram_losses(losses.after).mean()),
+        "bigram_loss": float(subject.bigram.losses(losses.before, losses.after).mean()),
+        "by_position": _by_position(subject, losses),
+        "by_document": _by_document(losses),
+    }
+
+
+def _by_position(subject: Subject, losses: Losses) -> dict[str, dict[str, float]]:
+    buckets, first, end = {}, 0, _FIRST_BUCKET
+    while first < subject.seq_len:
+        inside = (losses.position >= first) & (losses.position < end)
+        if inside.any():
+            bigram = subject.bigram.losses(losses.before[inside], losses.after[inside])
+            buckets[f"{first} to {min(end, subject.seq_len) - 1}"] = {
+                "loss": float(losses.loss[inside].mean(dtype=np.float64)),
+                "bigram_loss": float(bigram.mean()),
+                "tokens": int(inside.sum()),
+            }
+        first, end = end, 4 * end
+    return buckets
+
+
+def _by_document(losses: Losses) -> dict[str, Any]:
+    _, place, count = np.unique(losses.document, return_inverse=True, return_counts=True)
+    means = np.bincount(place, losses.loss) / count
+    low, median, high = np.quantile(means, [0.1, 0.5, 0.9]).tolist()
+    worst = np.argsort(means)[::-1][:_SHOWN]
+    return {
+        "documents": len(means),
+        "tenth_loss": low,
+        "median_loss": median,
+        "ninetieth_loss": high,
+        "highest": [{"loss": float(means[i]), "tokens": int(count[i])} for i in worst],
+    }
+
+
+def _losses(model: HybridLM, inputs: tuple[Tensor, Tensor, Documents], number: int) -> Losses:
+    ids, labels, documents = inputs
+    real = (labels != IGNORE).cpu()
+    rows = torch.arange(number * len(ids), (number + 1) * len(ids))[:, None] * ids.shape[1]
+    values = (ids, labels, documents.position_ids, documents.seq_idx.cpu() + rows)
+    loss = _token_losses(model, ids, labels, documents).cpu()[real].numpy()
+    return Losses(loss, *(value.cpu()[real].numpy().astype(np.int64) for value in values))
+
+
+def _token_losses(model: HybridLM, ids: Tensor, labels: Tensor, documents: Documents) -> Tensor:
+    """Nats of each token, fp32 [B, L], 0 where there is no label; a few rows of logits exist at a time."""
+    hidden, _ = model.hidden(ids, documents)
+    flat, weight = hidden.flatten(0, 1), model.head_weight.to(hidden.dtype)
+    at_a_time = max(1, _LOGITS_AT_A_TIME // len(weight))
+    parts = [
+        F.cross_entropy(F.linear(x, weight).float(), target, ignore_index=IGNORE, reduction="none")
+        for x, target in zip(flat.split(at_a_time), labels.flatten().split(at_a_time), strict=True)
+    ]
+    return torch.cat(parts).view_as(labels)
+
+
+def _batches(
+    model: HybridLM, held_out: Sources, seq_len: int, limit: int | None, note: str
+) -> Iterator[tuple[Batch, tuple[Tensor, Tensor, Documents]]]:
+    """Held-out batches with their tensors on the model's device.
+
+    Args:
+        seq_len: tokens per row. limit: rows at most. note: the progress bar's name.
+
+    Raises:
+        UserError: there is no held-out token. RunError: a row is damaged.
+    """
+    tokens = 0
+    with progress_bar() as bar:
+        task = bar.add_task(note, total=None, note="")
+        for batch in validation_batches(held_out, seq_len, ROWS_PER_FORWARD, 0, 1, limit):
+            if batch.damaged:
+                raise RunError(f"{batch.damaged[0]}; restore the shard or build it again")
+            yield batch, to_device(batch, model.embedding.weight.device)
+            tokens += batch.real_tokens
+            bar.update(task, advance=1, note=f"{tokens:,} tokens")
+    if tokens == 0:
+        where = ", ".join(str(dataset.location) for dataset in held_out.datasets)
+        raise UserError(f"{where} has no held-out token to predict; build it with a larger --holdout")
+
+
+def open_held_out(locations: dict[str, str], fingerprint: str, owner: Path) -> Sources:
+    """The held-out splits of datasets by name, which `owner`'s tokenizer must have made.
+
+    Raises:
+        UserError: one is missing or made with another tokenizer, or none holds anything out.
+    """
+    found = {name: Dataset(location, "validation") for name, location in locations.items()}
+    for dataset in found.values():
+        dataset.manifest.require_tokenizer(fingerprint, owner)
+    found = {name: dataset for name, dataset in found.items() if dataset.num_rows}
+    if not found:
+        raise UserError(f"{', '.join(locations.values())} has nothing held out; build it with a larger --holdout")
+    return Sources(found)

@@ -1,0 +1,81 @@
+"""What the tasks are given: the model, its tokenizer, and the data with its n-gram counts."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fusiontree.data.format import Dataset
+from fusiontree.evaluate.ngram import Bigram
+from fusiontree.generate import check_positions, load_export, read_facts
+from fusiontree.model.lm import HybridLM
+
+_COUNTED_TOKENS = 2**22  # of the training rows, for the n-gram baseline
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An exported model and all that its evaluation reads."""
+
+    model: HybridLM
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+    data: Path
+    held_out: Dataset
+    lengths: tuple[int, ...]  # tokens of prompts
+    seq_len: int  # tokens of a row of the perplexity
+    limit: int | None  # rows at most
+    samples: int  # prompts of each kind
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        data: Path,
+        lengths: tuple[int, ...],
+        seq_len: int | None,
+        limit: int | None,
+        samples: int,
+    ) -> "Subject":
+        """Load the export and open the data.
+
+        Raises:
+            UserError: no export, no dataset, another tokenizer, or lengths beyond the time encoding.
+        """
+        facts, held_out = read_facts(folder), Dataset(data, "validation")
+        held_out.manifest.require_tokenizer(facts["tokenizer_fingerprint"], folder)
+        model, tokenizer = load_export(folder)
+        lengths, seq_len = lengths or (facts["seq_len"],), seq_len or facts["seq_len"]
+        check_positions(model.config, max(*lengths, seq_len))
+        return cls(model, tokenizer, facts, data, held_out, lengths, seq_len, limit, samples)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the data can hold."""
+        return self.held_out.manifest.vocab_size
+
+    @cached_property
+    def bigram(self) -> Bigram:
+        """Counted over the first rows of the training split."""
+        train = Dataset(self.data, "train")
+        rows = min(train.num_rows, max(1, _COUNTED_TOKENS // train.manifest.row_len))
+        return Bigram.count((train.row(row) for row in range(rows)), self.vocab_size)
+
+    @cached_property
+    def text(self) -> np.ndarray:
+        """Token ids of held-out text, end to end, at least as many as the longest prompt."""
+        rows = [self._real_tokens(row) for row in range(min(self.held_out.num_rows, 64))]
+        joined = np.concatenate(rows)
+        return np.tile(joined, -(-(max(self.lengths) + 1) // len(joined)))
+
+    def _real_tokens(self, row: int) -> np.ndarray:
+        tokens, ends = self.held_out.row(row)
+        return np.asarray(tokens[: ends[-1]], dtype=np.int64)
+
+    def ids(self, text: str) -> list[int]:
+        """`text` by the model's own tokenizer."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids

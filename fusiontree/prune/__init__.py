@@ -1,0 +1,1 @@
+"""Layers that keep one branch of the two: plans, measurements, weights."""

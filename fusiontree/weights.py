@@ -1,0 +1,272 @@
+"""Weights that stay in their files until asked for, tensor by tensor; no pickled code is ever run on the way.
+
+So a model leaves a checkpoint on a machine that could not hold it: what is in memory is the tensor at hand.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusiontree.errors import RunError, UserError
+
+INDEX = "model.safetensors.index.json"
+_HEADER_ALIGNMENT = 8  # bytes, as the format's own writer pads its header
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors, that we write or read
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_BLOCK = 2**26  # bytes written at a time
+# what DeepSpeed pickles beside tensors; inert stand-ins take their place, so that none of its code runs
+_PICKLED_BY_DEEPSPEED = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+class Piece(NamedTuple):
+    """Values that lie together in a file."""
+
+    path: Path
+    offset: int  # bytes from the file's start
+    values: int
+
+
+class Located(NamedTuple):
+    """Where a tensor lies; what its pieces hold behind its last value is padding."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Sequence[Piece]
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for and kept by nobody here."""
+
+    def __init__(self, located: Mapping[str, Located]):
+        self.located = located
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, pieces = self.located[name]
+        buffer = torch.empty(sum(piece.values for piece in pieces), dtype=dtype)
+        raw: Any = memoryview(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        done = 0
+        for path, offset, count in pieces:
+            end = done + count * dtype.itemsize
+            with open(path, "rb", buffering=0) as stream:
+                stream.seek(offset)
+                while done < end:
+                    read = stream.readinto(raw[done:end])
+                    if not read:
+                        raise RunError(f"{path} ends inside the tensor {name}; restore the file")
+                    done += read
+        return buffer[: prod(shape)].view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.located)
+
+    def __len__(self) -> int:
+        return len(self.located)
+
+
+# --- DeepSpeed's checkpoints -----------------------------------------------------------------------------------------
+
+
+def of_checkpoint(folder: Path, zero_stage: int, trust: bool = False) -> TensorFiles:
+    """The model's fp32 weights in DeepSpeed's files under `folder`, written at `zero_stage` by any number of ranks.
+
+    Args:
+        trust: unpickle whatever the files hold, which may run any code.
+
+    Raises:
+        UserError: the files hold more than tensors and DeepSpeed's own few objects, and are not trusted.
+        RunError: files of a rank are missing, or hold something else than DeepSpeed writes.
+    """
+    try:
+        return TensorFiles(_of_stage_3(folder, trust) if zero_stage == 3 else _of_whole_weights(folder, trust))
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise RunError(f"{folder} is no checkpoint of DeepSpeed at ZeRO stage {zero_stage} ({error!r})") from None
+
+
+def _of_whole_weights(folder: Path, trust: bool) -> dict[str, Located]:
+    """Below stage 3 every rank holds whole fp32 weights, which are the master weights themselves."""
+    path = folder / "mp_rank_00_model_states.pt"
+    module = _skeleton(path, trust)["module"]
+    return {name: Located(value.dtype, tuple(value.shape), [_piece(path, value)]) for name, value in module.items()}
+
+
+def _of_stage_3(folder: Path, trust: bool) -> dict[str, Located]:
+    """Every rank holds its part of each weight, padded to the same size, one behind the other over its flat groups."""
+    ranks = len(list(folder.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt")))
+    states = _skeleton(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", trust)
+    shapes = {name: tuple(shape) for group in states["param_shapes"] for name, shape in group.items()}
+    groups = []
+    for rank in range(ranks):
+        path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        optimizer = _skeleton(path, trust)["optimizer_state_dict"]
+        if optimizer["partition_count"] != ranks:
+            raise RunError(f"{folder} has the files of {ranks} ranks of {optimizer['partition_count']}; restore them")
+        groups.append([_piece(path, flat) for flat in optimizer["fp32_flat_groups"]])
+    located, start = {}, 0
+    for name, shape in shapes.items():
+        count = -(-prod(shape) // ranks)
+        pieces = [piece for flat in groups for piece in _cut(flat, start, count)]
+        located[name] = Located(torch.float32, shape, pieces)
+        start += count
+    return located
+
+
+def _cut(flat: Sequence[Piece], start: int, count: int) -> Iterator[Piece]:
+    """`count` fp32 values from `start` on of the pieces `flat`, taken as one."""
+    for path, offset, size in flat:
+        first, last = max(start, 0), min(start + count, size)
+        if first < last:
+            yield Piece(path, offset + first * torch.float32.itemsize, last - first)
+        start -= size
+
+
+def _piece(path: Path, value: Tensor) -> Piece:
+    if not value.is_contiguous():
+        raise RunError(f"{path} holds a tensor whose values do not lie together; it is none of this project's")
+    stored: Any = value.untyped_storage()._checkpoint_offset
+    return Piece(path, stored + int(value.storage_offset()) * value.dtype.itemsize, value.numel())
+
+
+def _skeleton(path: Path, trust: bool) -> dict[str, Any]:
+    """What `path` holds, with tensors that know their place in the file and have no values."""
+    inert: Any = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _PICKLED_BY_DEEPSPEED]
+    known = contextlib.nullcontext() if trust else torch.serialization.safe_globals(inert)
+    try:
+        with known, FakeTensorMode():
+            return torch.load(path, weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path} holds more than tensors ({what[1] if what else 'pickled objects'}), and unpickling that can run "
+            "any code; if you trust where it comes from, add --trust-checkpoint"
+        ) from None
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; restore the checkpoint or use another one") from None
+    except (RuntimeError, ModuleNotFoundError) as error:
+        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+class _Inert:
+    """In place of an object that is of no use here; takes what the pickle gives it and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def of_safetensors(folder: Path) -> TensorFiles:
+    """The tensors of all safetensors files in `folder`.
+
+    Raises:
+        RunError: the index names a file outside the folder, or a tensor that its file does not hold.
+    """
+    index = folder / INDEX
+    located: dict[str, Located] = {}
+    if not index.is_file():
+        return TensorFiles(_located_in(folder / "model.safetensors"))
+    places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise RunError(f"{index} names {name}, which leaves its folder; use an export that does not")
+        located |= _located_in(folder / name)
+    if set(located) != set(places):
+        raise RunError(f"{index} and the files it names disagree; export the model again")
+    return TensorFiles(located)
+
+
+def _located_in(path: Path) -> dict[str, Located]:
+    with open(path, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: Located(
+            _DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            [Piece(path, 8 + size + entry["data_offsets"][0], prod(entry["shape"]))],
+        )
+        for name, entry in header.items()
+    }
+
+
+class Spec(NamedTuple):
+    """A tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    folder: Path, read: Callable[[str], Tensor], specs: Mapping[str, Spec], max_shard_bytes: int
+) -> Iterator[str]:
+    """Write the tensors of `specs` into files of at most `max_shard_bytes` each, or one tensor.
+
+    The library's own writer holds a whole file's tensors, twice; here it is the tensor at hand.
+
+    Args:
+        read: gives a tensor by its name, in any dtype. specs: by name, in the order of the files.
+
+    Yields:
+        The name of each tensor that has been written.
+    """
+    shards: list[list[str]] = []
+    room = 0
+    for name, spec in specs.items():
+        if not shards or spec.size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= spec.size
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        yield from _write_shard(folder / file, read, {name: specs[name] for name in names})
+    if len(shards) > 1:
+        total = {"total_size": sum(spec.size for spec in specs.values())}
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": places}, indent=1))
+
+
+def _write_shard(path: Path, read: Callable[[str], Tensor], specs: Mapping[str, Spec]) -> Iterator[str]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": (end, end + spec.size),
+        }
+        end += spec.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in specs.items():
+            raw: Any = read(name).to(spec.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            for start in range(0, len(raw), _BLOCK):
+                stream.write(raw[start : start + _BLOCK])
+            yield name

@@ -1,0 +1,324 @@
+"""A real SLURM cluster and real ssh hosts inside one machine, for the tests that need them.
+
+Each host is a set of kernel namespaces of its own (network, host name, process table, mounts, IPC), joined to the rest
+by a bridge that lives in the network of ``head``. The file system is shared, as a cluster's is; /run, /dev/shm and the
+configuration in /etc are each host's own. Nothing outside is touched, and all of it dies with the process that made it.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "pdsh", "sshd", "ip", "unshare", "nsenter", "setpriv")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NODES = ("node1", "node2")
+NETWORK = "10.83.7"
+
+# first process of a host; NAME ROOT
+_INIT = """
+set -e
+hostname "$1"; ip link set lo up; mount -t proc proc /proc
+mount -t tmpfs -o mode=755 tmpfs /run; mkdir -p /run/munge /run/slurm /run/sshd
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mkdir -p /run/etc; cp -r "$2"/etc/. /run/etc/; echo "$1" >/run/etc/hostname
+for name in hosts hostname resolv.conf; do [ ! -e /etc/$name ] || mount --bind /run/etc/$name /etc/$name; done
+mkdir -p /etc/slurm; mount --bind /run/etc/slurm /etc/slurm
+mount --bind /run/etc/ssh_config /etc/ssh/ssh_config
+[ ! -e /root/.bashrc ] || mount --bind /dev/null /root/.bashrc
+touch "$2/$1.up"
+trap '' HUP INT; while :; do sleep 3600 & wait $! || :; done
+"""
+
+_SLURM_CONF = """
+ClusterName=tests
+SlurmctldHost=head({network}.1)
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# how long a requeued job is held before it may start again; the least that SLURM takes
+AuthInfo=cred_expire=5
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldPidFile=/run/slurm/slurmctld.pid
+SlurmdPidFile=/run/slurm/slurmd.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+ReturnToService=2
+KillWait=5
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=5
+TCPTimeout=2
+AccountingStorageType=accounting_storage/none
+NodeName=node1 NodeAddr={network}.11 CPUs=8 CoresPerSocket=8 RealMemory=8000 State=UNKNOWN
+NodeName=node2 NodeAddr={network}.12 CPUs=8 CoresPerSocket=8 RealMemory=8000 State=UNKNOWN
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+"""
+
+_SSHD_CONFIG = """
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+AuthorizedKeysFile {root}/authorized_keys
+StrictModes no
+UsePAM no
+UseDNS no
+SetEnv PATH={path}
+MaxStartups 100
+PidFile /run/sshd.pid
+"""
+
+_SSH_CONFIG = """
+Host *
+  IdentityFile {root}/key
+  IdentitiesOnly yes
+  UserKnownHostsFile /dev/null
+  StrictHostKeyChecking no
+  LogLevel ERROR
+  BatchMode yes
+  ConnectTimeout 5
+"""
+
+
+def why_not() -> str | None:
+    """Why there will be no cluster here; None if there will."""
+    if not os.environ.get("FUSIONTREE_CLUSTER"):
+        return "the tests on a real SLURM cluster and real ssh hosts run by `make test-cluster`"
+    lacking = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    if lacking:
+        return f"no {', '.join(lacking)} here (Debian: slurm-wlm munge pdsh openssh-server iproute2)"
+    tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
+    return "this user may not create namespaces (needs root)" if tried.returncode else None
+
+
+class Cluster:
+    """``head``, where users work and the controller runs, and two compute nodes. Use as a context manager."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.inits: dict[str, subprocess.Popen[bytes]] = {}  # by host: the process that holds it
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._configure()
+            self._boot("head")
+            self._net(
+                "head",
+                "sh",
+                "-c",
+                f"ip link add br0 type bridge && ip addr add {NETWORK}.1/24 dev br0 && ip link set br0 up",
+            )
+            self._daemon("head", "munged")
+            self._daemon("head", "slurmctld")
+            for node in NODES:
+                self.boot(node)
+            self.settle()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self.inits):
+            self._kill(name)
+
+    # --- what tests do
+
+    def run(self, *words: object, on: str = "head", code: int | None = 0, timeout: float = 120, **environment: str):
+        """Run a command on a host and check its exit code (None: any)."""
+        done = subprocess.run(
+            self.command(on, *words),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=_clean(environment),
+        )
+        assert code in (None, done.returncode), f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *words: object, on: str = "head", **environment: str) -> subprocess.Popen[str]:
+        """Start a command on a host."""
+        return subprocess.Popen(
+            self.command(on, *words),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_clean(environment),
+        )
+
+    def command(self, host: str, *words: object) -> list[str]:
+        """The words that run `words` on `host`, in this process's folder."""
+        return [
+            "nsenter",
+            "-t",
+            str(self.pid(host)),
+            "-m",
+            "-u",
+            "-i",
+            "-n",
+            "-p",
+            "-W",
+            os.getcwd(),
+            "--",
+            *map(str, words),
+        ]
+
+    def pid(self, host: str) -> int:
+        """The host's first process, as seen from outside."""
+        unshare = self.inits[host].pid
+        return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
+
+    def cut(self, node: str) -> None:
+        """Pull the node's cable: silence, and all on it goes on."""
+        self._net("head", "ip", "link", "set", node, "down")
+
+    def crash(self, node: str) -> None:
+        """The node's power fails: silence, and nothing is left on it."""
+        self.cut(node)
+        self._kill(node)
+
+    def boot(self, node: str) -> None:
+        """Start a node that is not there, or put back its cable."""
+        if node in self.inits:
+            self._net("head", "ip", "link", "set", node, "up")
+            return
+        self._boot(node)
+        address = f"{NETWORK}.{11 + NODES.index(node)}/24"
+        self._net("head", "sh", "-c", f"ip link del {node} 2>/dev/null || true")
+        self._net(
+            "head", "ip", "link", "add", node, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid(node))
+        )
+        self._net("head", "ip", "link", "set", node, "master", "br0", "up")
+        self._net(node, "sh", "-c", f"ip addr add {address} dev eth0 && ip link set eth0 up")
+        self._daemon(node, "munged")
+        self._daemon(node, "slurmd", "-N", node)
+        self._daemon(
+            node, "/usr/sbin/sshd", "-f", str(self.root / "etc/sshd_config"), "-h", str(self.root / "host_key")
+        )
+
+    def settle(self) -> None:
+        """Wait until both nodes are idle, whatever befell them."""
+        for node in NODES:
+            self.boot(node)
+
+        def idle() -> bool:
+            states = dict(line.split() for line in self.run("sinfo", "-hN", "-o", "%N %t").stdout.splitlines())
+            for node in NODES:
+                if states.get(node, "").startswith(("down", "drain")):
+                    self.run("scontrol", "update", f"nodename={node}", "state=resume", code=None)
+            return all(states.get(node) == "idle" for node in NODES)
+
+        until(idle, 60)
+
+    def state(self, job: str) -> dict[str, str]:
+        """What SLURM knows of a job, by its own names."""
+        line = self.run("scontrol", "show", "job", "-o", job).stdout
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+    # --- making it
+
+    def _configure(self) -> None:
+        etc = self.root / "etc"
+        (etc / "slurm").mkdir(parents=True)
+        (self.root / "state").mkdir()
+        names = {f"{NETWORK}.1": "head", f"{NETWORK}.11": "node1", f"{NETWORK}.12": "node2"}
+        (etc / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for a, n in names.items()))
+        (etc / "resolv.conf").write_text("")
+        facts = {"root": self.root, "network": NETWORK, "path": PATH}
+        (etc / "slurm/slurm.conf").write_text(_SLURM_CONF.format(**facts))
+        (etc / "sshd_config").write_text(_SSHD_CONFIG.format(**facts))
+        (etc / "ssh_config").write_text(_SSH_CONFIG.format(**facts))
+        for name in ("key", "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.root / name], check=True)
+        shutil.copy(self.root / "key.pub", self.root / "authorized_keys")
+        key = self.root / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+
+    def _boot(self, host: str) -> None:
+        up = self.root / f"{host}.up"
+        up.unlink(missing_ok=True)
+        spaces = ["--net", "--uts", "--ipc", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child"]
+        holder = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            *spaces,
+            "bash",
+            "-c",
+            _INIT,
+            "init",
+            host,
+            str(self.root),
+        ]
+        with open(self.root / f"{host}.log", "ab") as log:
+            self.inits[host] = subprocess.Popen(
+                holder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_clean({}), start_new_session=True
+            )
+        until(up.exists, 10)
+
+    def _daemon(self, host: str, program: str, *options: str) -> None:
+        if program == "munged":
+            options = (
+                "--force",
+                f"--key-file={self.root}/munge.key",
+                "--socket=/run/munge/munge.socket.2",
+                "--pid-file=/run/munge/munged.pid",
+                f"--log-file={self.root}/munged-{host}.log",
+                "--seed-file=/run/munge/seed",
+            )
+        elif program == "slurmd":
+            (self.root / f"spool-{host}").mkdir(exist_ok=True)
+        self._enter(host, program, *options)
+
+    def _enter(self, host: str, *words: str) -> None:
+        self._logged(host, self.command(host, *words))
+
+    def _net(self, host: str, *words: str) -> None:
+        """Run a command in the network of a host and otherwise outside, where process ids are ours."""
+        self._logged(host, ["nsenter", "-t", str(self.pid(host)), "-n", "--", *words])
+
+    def _logged(self, host: str, command: list[str]) -> None:
+        with open(self.root / f"{host}.log", "ab") as log:
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, env=_clean({}))
+
+    def _kill(self, host: str) -> None:
+        holder = self.inits.pop(host)
+        holder.kill()  # and with it, by --kill-child, the host's first process and so everything on the host
+        holder.wait()
+
+
+def _clean(more: Mapping[str, str]) -> dict[str, str]:
+    return {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", **more}
+
+
+def until(condition: Callable[[], object], seconds: float, what: str = "") -> None:
+    """Wait until `condition` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what or condition}"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def full_disk(cluster: Cluster, host: str, folder: Path) -> Iterator[None]:
+    """Let `folder` be a full disk on `host` alone."""
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder, on=host)
+    yield
+    cluster.run("umount", folder, on=host)

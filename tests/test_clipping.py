@@ -1,0 +1,92 @@
+"""Clipping in the optimizer's kernel is torch's clipping; an update whose gradient is not finite changes nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import MICRO
+
+PROGRAM = """
+import json, sys
+import numpy as np, torch
+from fusiontree import distributed
+from fusiontree.config import load_config
+from fusiontree.data.batch import collate
+from fusiontree.model.documents import to_device
+from fusiontree.model.lm import HybridLM, materialise
+from fusiontree.training.optimizer import build_optimizer
+from fusiontree.training.step import TrainingStep
+
+BROKEN, UPDATES, broken = 2, 5, [False]
+tokens = np.arange(512).reshape(4, 128) % 500
+batches = [collate(tokens[i : i + 2], [np.array([100, 128])] * 2) for i in (0, 2)]
+
+
+def breakable(model):
+    model.embedding.weight.register_hook(lambda g: g * float("inf") if broken[0] else g)
+    return model
+
+
+def plain(config):
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    list(materialise(model, config.seed, torch.device("cpu")))
+    breakable(model)
+    optimizer = build_optimizer(model, config.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = config.optimizer.lr
+    norms = []
+    for update in range(UPDATES):
+        broken[0] = update == BROKEN
+        for batch in batches:
+            ids, labels, documents = to_device(batch, "cpu")
+            (model(ids, documents, labels=labels).loss_sum / sum(b.real_tokens for b in batches)).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip).item())
+        if not broken[0]:
+            optimizer.step()
+        optimizer.zero_grad()
+    return norms, model
+
+
+def engine(config, world):
+    training = TrainingStep(config, world)
+    model = breakable(training.engine.module)
+    norms, kept = [], True
+    for update in range(UPDATES):
+        broken[0] = update == BROKEN
+        before = [p.detach().clone() for p in model.parameters()]
+        norms.append(float(training.update(batches, update).grad_norm))
+        if broken[0]:
+            kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return norms, model, kept
+
+
+world, results = distributed.start(), []
+for stage in ("zero0", "zero1", "zero2"):
+    config = load_config("tiny", [f"deepspeed={stage}", "batch.tokens=512", *sys.argv[1:]])
+    expected_norms, expected = plain(config)
+    norms, model, kept = engine(config, world)
+    apart = max((a - b).abs().max().item() for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    results.append({"stage": stage, "norms": norms, "expected": expected_norms, "kept": kept, "apart": apart})
+distributed.leave()
+print(json.dumps(results))
+"""
+CLIP, RATE = 0.3, 1e-3
+
+
+def test_clipping_equals_torchs_and_a_broken_update_is_skipped() -> None:
+    shape = [f"{key}={value}" for key, value in MICRO.items() if key != "batch.tokens"]
+    shape += [f"optimizer.grad_clip={CLIP}", f"optimizer.lr={RATE}", "schedule.kind=constant", "batch.micro_rows=2"]
+    shape += ["precision=fp32", "schedule.warmup_steps=0"]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *shape], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    assert [result["stage"] for result in results] == ["zero0", "zero1", "zero2"]
+    for result in results:
+        finite = [norm for i, norm in enumerate(result["norms"]) if i != 2]
+        assert finite == pytest.approx([norm for i, norm in enumerate(result["expected"]) if i != 2], rel=1e-4)
+        assert min(finite) > CLIP, "nothing was clipped"
+        assert not abs(result["norms"][2]) < float("inf")
+        assert result["kept"], "the broken update changed weights"
+        assert result["apart"] < 0.02 * RATE, result["stage"]

@@ -1,0 +1,268 @@
+"""Jobs on a real SLURM cluster of two nodes: run, stopped, killed, cut off, and come back."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import NODES, Cluster, until, why_not
+from conftest import cli, metrics, settings
+
+pytestmark = pytest.mark.cluster
+if reason := why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture
+def calm(cluster) -> Cluster:
+    """The cluster, both nodes idle before and no job left after."""
+    cluster.settle()
+    yield cluster
+    cluster.run("scancel", "--user=root", code=None)
+    cluster.settle()
+
+
+@pytest.fixture(scope="module")
+def truth(shards, tmp_path_factory) -> Path:
+    """The same run on two ranks of this machine, uninterrupted."""
+    output = tmp_path_factory.mktemp("truth")
+    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **SHORT))
+    return output / "truth"
+
+
+SHORT = {"schedule__steps": 8}
+LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}
+
+
+@pytest.fixture(scope="module")
+def long_truth(shards, tmp_path_factory) -> Path:
+    """A run long enough to be interrupted, uninterrupted."""
+    output = tmp_path_factory.mktemp("truth")
+    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
+    return output / "truth"
+
+
+def launch(cluster: Cluster, shards: Path, run: Path, *options: object, code: int = 0, **changes: object):
+    """Submit a run from the cluster's head."""
+    words = settings(shards, run.parent, name=run.name, **changes)
+    target = ["--slurm", "--nodes", 2, "--ranks-per-node", 1, "--time", 10]
+    return cluster.run(
+        sys.executable, "-m", "fusiontree", "launch", "tiny", *words, *target, *options, code=code, timeout=240
+    )
+
+
+def submitted(*arguments, **keywords) -> str:
+    """Submit a run; the job's id."""
+    return re.match(r"job (\d+):", launch(*arguments, **keywords).stdout)[1]
+
+
+def steps(run: Path) -> list[int]:
+    """Steps that the run has recorded so far."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def log(run: Path, job: str) -> str:
+    """What the job's script and srun have said."""
+    return (run / "logs" / f"slurm-{job}.log").read_text()
+
+
+def training(run: Path, step: int) -> None:
+    """Wait until the run has made `step` updates."""
+    until(lambda: max(steps(run), default=0) >= step, 120, f"step {step} of {run}")
+
+
+def ended(cluster: Cluster, job: str, seconds: float = 180) -> dict[str, str]:
+    """Wait until the job is over; what SLURM knows of it."""
+    until(lambda: cluster.state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), seconds, f"job {job}")
+    return cluster.state(job)
+
+
+def ranks(cluster: Cluster, node: str, run: Path) -> list[str]:
+    """Ids, on `node`, of the processes that train `run` there."""
+    found = cluster.run("pgrep", "-f", f"[-]m fusiontree train {run}/config.yaml", on=node, code=None)
+    return found.stdout.split()
+
+
+# --- a job from beginning to end -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tasks", ["rank", "node"])
+def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, truth):
+    run = tmp_path / "run"
+    done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", "GREETING=a b", **SHORT)
+    assert metrics(run) == metrics(truth)
+    job = re.match(r"job (\d+): .*/job.sbatch\nfollow it with  tail -F .*\nend it with     scancel \1\n", done.stdout)[
+        1
+    ]
+    assert "validation loss" in done.stdout  # the log was followed
+    logs = run / "logs"
+    assert {path.name for path in (logs / f"{job}-0").glob("*.out")} == {f"{tasks}-0.out", f"{tasks}-1.out"}
+    assert {path.name for path in logs.glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
+    places = {(logs / f"{job}-0" / f"rank-{rank}.joined").read_text().split()[0] for rank in (0, 1)}
+    assert places == set(NODES)
+    assert calm.state(job)["JobState"] == "COMPLETED"
+
+
+def test_setup_lines_variables_and_extra_directives_reach_the_ranks(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    sees = "import os; print(os.environ['GREETING'], os.environ['MADE'])"
+    calm_options = ["--pre-command", "export MADE=by-setup", "--env", "GREETING=a b", "--sbatch=--comment=extra"]
+    launch(calm, shards, run, *calm_options, "--dry-run")
+    job = submitted(calm, shards, run, *calm_options, "--sbatch=--hold", **SHORT)
+    assert calm.state(job)["Comment"] == "extra"
+    script = (run / "job.sbatch").read_text()
+    probe = run / "probe.sbatch"  # the same script with another program
+    probe.write_text(re.sub(r"-m fusiontree train .*", f'-c "{sees}"', script).replace("#SBATCH --hold\n", ""))
+    done = calm.run("sbatch", "--wait", "--parsable", probe)
+    number = done.stdout.strip()
+    assert (run / "logs" / f"{number}-0" / "rank-1.out").read_text() == "a b by-setup\n"
+
+
+def test_a_sweep_is_one_array_of_runs(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    axes = ["--sweep", "optimizer.lr=1e-3,3e-4"]
+    launch(
+        calm,
+        shards,
+        run,
+        "--wait",
+        "--nodes",
+        1,
+        *axes,
+        schedule__steps=2,
+        schedule__warmup_steps=0,
+        validation__every=0,
+    )
+    rates = {name: metrics(tmp_path / name)[0]["lr"] for name in ("run-lr1e-3", "run-lr3e-4")}
+    assert rates["run-lr1e-3"] == pytest.approx(rates["run-lr3e-4"] * 10 / 3)
+
+
+# --- stopped and come back -------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards, tmp_path, long_truth):
+    """As SLURM asks before the time limit: USR1 to the job's steps."""
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, **LONG)
+    for step in (8, 20):
+        training(run, step)
+        calm.run("scancel", "--signal=USR1", job)
+        until(lambda: calm.state(job)["JobState"] != "RUNNING", 60)
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert metrics(run) == metrics(long_truth)
+    assert calm.state(job)["Restarts"] == "2"
+    assert "stopped by SIGUSR1" in log(run, job)
+
+
+def test_the_time_limit_requeues(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    job = submitted(
+        calm, shards, run, "--time", 1, "--save-ahead", 1, **LONG | {"schedule__steps": 2000, "checkpoint__every": 2000}
+    )
+    until(lambda: calm.state(job)["Restarts"] == "1", 120, "the requeue")
+    before = max(steps(run))
+    assert "requeued: goes on from step" in log(run, job)
+    training(run, before + 2)
+    assert steps(run) == sorted(set(steps(run)))
+    assert before > 0
+
+
+def test_a_cancelled_job_ends_at_once_and_stays_away(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, **LONG)
+    training(run, 2)
+    calm.run("scancel", job)
+    assert ended(calm, job, 30)["JobState"] == "CANCELLED"
+    time.sleep(8)  # longer than a requeued job is held
+    assert calm.state(job)["JobState"] == "CANCELLED"
+    assert not ranks(calm, "node1", run) + ranks(calm, "node2", run)
+
+
+def test_a_killed_rank_is_named_and_the_job_goes_on_exactly(calm, shards, tmp_path, long_truth):
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, **LONG)
+    training(run, 12)
+    calm.run("kill", "-9", *ranks(calm, "node2", run)[-1:], on="node2")
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert metrics(run) == metrics(long_truth)
+    assert "rank 1 on node2 ended without a word" in log(run, job)
+
+
+def test_a_job_that_fails_again_and_again_is_given_up(calm, shards, tmp_path):
+    """Its ranks cannot write their first checkpoint."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    (run / "checkpoints").write_text("in the way")
+    done = launch(calm, shards, run, "--wait", code=1, **SHORT)
+    assert "requeued: goes on from step 0" in done.stdout
+    assert "not requeued: 2 starts from step 0 without a checkpoint beyond it" in done.stdout
+
+
+def test_a_users_mistake_ends_the_job_with_its_code(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    launch(calm, shards, run, "--wait", schedule__steps=1, schedule__warmup_steps=0)
+    (run / "config.yaml").unlink()
+    job = calm.run("sbatch", "--parsable", run / "job.sbatch").stdout.strip()
+    known = ended(calm, job)
+    assert (known["JobState"], known["ExitCode"]) == ("FAILED", "2:0")
+    assert "is neither a file nor a preset" in log(run, job)
+
+
+# --- lost nodes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_lost_a_node_goes_on_with_fewer(calm, shards, tmp_path, long_truth):
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, "--min-nodes", 1, **LONG)
+    training(run, 12)
+    calm.crash("node2")
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert "on 1 of 2 nodes (1 at least)" in log(run, job)
+    assert json.loads((run / "attempts.json").read_text())["nodes"] == ["node1"]
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(long_truth)]
+    for here, there in zip(metrics(run), metrics(long_truth), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)
+
+
+def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, shards, tmp_path):
+    """The half with the main rank and the job's script: it goes on living, on the same files."""
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, "--min-nodes", 1, **LONG)
+    training(run, 12)
+    old = ranks(calm, "node1", run)
+    calm.cut("node1")
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert json.loads((run / "attempts.json").read_text())["nodes"] == ["node2"]
+    assert json.loads((run / "lease.json").read_text())["host"] == "node2"
+    assert steps(run) == [*range(1, LONG["schedule__steps"] + 1)]
+    written = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts}
+    calm.run("kill", "-0", *old, on="node1")  # the old half is still there
+    calm.settle()  # the cable is back: SLURM ends what it finds there
+    until(lambda: not ranks(calm, "node1", run), 60, "the end of the half that was cut off")
+    time.sleep(2)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts} == written
+    assert calm.state(job)["JobState"] == "COMPLETED"
+
+
+# --- refused before anything is submitted ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--partition", "gpu"], "--partition gpu: no such partition; there are debug"),
+        (["--nodes", 3], "SLURM refuses .*: Requested node configuration is not available"),
+        (["--constraint", "ib"], "SLURM refuses .*: .*feature"),
+        (["--sbatch=--nonsense"], "SLURM refuses .*"),
+    ],
+)
+def test_what_slurm_would_never_run_is_refused_in_one_line(options, message, calm, shards, tmp_path):
+    failed = launch(calm, shards, tmp_path / "run", *options, code=2, batch__tokens=6144)
+    assert re.match(f"fusiontree: error: {message}", failed.stderr)
+    assert failed.stderr.count("\n") == 1
+    assert calm.run("squeue", "--noheader").stdout == ""

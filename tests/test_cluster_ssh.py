@@ -1,0 +1,143 @@
+"""Jobs on real ssh hosts through pdsh: run, stopped, killed, cut off; no host keeps what was started on it."""
+
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import NODES, Cluster, until, why_not
+from conftest import cli, metrics, settings
+
+pytestmark = pytest.mark.cluster
+if reason := why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}
+
+
+@pytest.fixture
+def calm(cluster) -> Cluster:
+    """The hosts, both there."""
+    cluster.settle()
+    yield cluster
+    cluster.settle()
+
+
+@pytest.fixture(scope="module")
+def truth(shards, tmp_path_factory) -> Path:
+    """The same run on two ranks of this machine, uninterrupted."""
+    output = tmp_path_factory.mktemp("truth")
+    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
+    return output / "truth"
+
+
+@pytest.fixture
+def hosts(tmp_path) -> Path:
+    """A hostfile of both nodes."""
+    path = tmp_path / "hostfile"
+    path.write_text("node1 slots=1\nnode2 slots=1\n")
+    return path
+
+
+def words(shards: Path, run: Path, hosts: Path, *options: object, **changes: object) -> list[object]:
+    """A launch's command."""
+    target = ["--hostfile", hosts, "--env", "DS_ACCELERATOR=cpu", *options]
+    values = settings(shards, run.parent, name=run.name, **LONG | changes)
+    return [sys.executable, "-m", "fusiontree", "launch", "tiny", *target, *values]
+
+
+def training(run: Path, step: int) -> None:
+    """Wait until the run has made `step` updates."""
+    path = run / "metrics.jsonl"
+    until(lambda: path.exists() and f'"step": {step},' in path.read_text(), 120, f"step {step} of {run}")
+
+
+def ranks(cluster: Cluster, run: Path) -> list[tuple[str, str]]:
+    """Host and id of every process that trains `run`."""
+    pattern = f"[-]m fusiontree train {run}/config.yaml"
+    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in NODES}
+    return [(node, pid) for node, pids in found.items() for pid in pids]
+
+
+def refusal(cluster: Cluster, *command: object) -> str:
+    """The line with which a launch is refused."""
+    return cluster.run(*command, code=2).stderr.splitlines()[-1]
+
+
+def stop(cluster: Cluster, run: Path, number: signal.Signals) -> None:
+    """Send a signal to the launch of `run`, as a user at the head would."""
+    cluster.run("pkill", f"-{number.name[3:]}", "-f", f"fusiontree launch .* name={run.name}$")
+
+
+def test_two_hosts_train_as_one_machine_does_and_go_on_after_a_stop(calm, shards, tmp_path, hosts, truth):
+    run = tmp_path / "run"
+    first = calm.start(
+        *words(shards, run, hosts, "--env", "GREETING=a 'b' $c", "--pre-command", "export MADE=by-setup")
+    )
+    training(run, 12)
+    pid = next(pid for node, pid in ranks(calm, run) if node == "node2")
+    environment = calm.run("cat", f"/proc/{pid}/environ", on="node2").stdout.split("\0")
+    seen = dict(line.split("=", 1) for line in environment if "=" in line)
+    assert (seen["GREETING"], seen["MADE"], seen["RANK"], seen["MASTER_ADDR"]) == ("a 'b' $c", "by-setup", "1", "node1")
+    stop(calm, run, signal.SIGTERM)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode == 75, said
+    assert "stopped by SIGTERM" in said
+    assert not ranks(calm, run)
+    calm.run(*words(shards, run, hosts))
+    assert metrics(run) == metrics(truth)
+    assert {path.name for path in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
+
+
+def test_a_killed_rank_ends_the_launch_with_a_line_that_names_it(calm, shards, tmp_path, hosts):
+    run = tmp_path / "run"
+    process = calm.start(*words(shards, run, hosts))
+    training(run, 12)
+    calm.run("kill", "-9", *[pid for node, pid in ranks(calm, run) if node == "node2"][-1:], on="node2")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert re.search(r"fusiontree: error: rank 1 on node2 ended without a word", said), said
+    until(lambda: not ranks(calm, run), 150, "the end of all ranks")
+
+
+def test_ranks_end_after_their_launch_was_killed(calm, shards, tmp_path, hosts):
+    run = tmp_path / "run"
+    process = calm.start(*words(shards, run, hosts, schedule__steps=100_000, checkpoint__every=100_000))
+    training(run, 12)
+    stop(calm, run, signal.SIGKILL)
+    process.wait(timeout=10)
+    assert ranks(calm, run)
+    until(lambda: not ranks(calm, run), 150, "the end of all ranks")
+    assert (run / "checkpoints" / "latest").exists()  # they have saved
+
+
+def test_a_host_that_cannot_be_used_is_named_before_anything_starts(calm, shards, tmp_path, hosts):
+    run = tmp_path / "run"
+    command = words(shards, run, hosts)
+    hosts.write_text("node1 slots=1\nnode7 slots=1\n")
+    unknown = "fusiontree: error: host node7 cannot be used: ssh: Could not resolve hostname node7"
+    assert refusal(calm, *command).startswith(unknown)
+    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    calm.cut("node2")
+    assert re.match(r"fusiontree: error: host node2 cannot be used: .*(timed out|No route)", refusal(calm, *command))
+    calm.boot("node2")
+    calm.run("mount", "-t", "tmpfs", "tmpfs", tmp_path, on="node2")  # a disk that is not shared
+    elsewhere = refusal(calm, *command)
+    calm.run("umount", tmp_path, on="node2")
+    assert re.match(r"fusiontree: error: host node2 does not see .*; put the run's output on a shared disk", elsewhere)
+    assert not ranks(calm, run)
+
+
+def test_a_host_that_is_cut_off_ends_the_launch_and_is_not_waited_for(calm, shards, tmp_path, hosts):
+    run = tmp_path / "run"
+    process = calm.start(*words(shards, run, hosts), PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=2")
+    training(run, 12)
+    calm.cut("node2")
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    until(lambda: not ranks(calm, run), 60, "the end of all ranks, that of the cut-off half included")
+    before = json.loads((run / "lease.json").read_text())
+    calm.run(*words(shards, run, hosts, "--include", "node1"))  # goes on where it can
+    assert json.loads((run / "lease.json").read_text()) != before

@@ -1,0 +1,125 @@
+"""Evaluation: losses add up by position and document, baselines count what they say, answers are scored exactly."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, build, write_run
+
+from fusiontree.cli import EVAL_TASKS, main
+from fusiontree.evaluate import TASKS, evaluate
+from fusiontree.evaluate.ngram import Bigram
+from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
+from fusiontree.export import export
+from fusiontree.generate import Sampling, stream_tokens
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    config = dataclasses.replace(SMALL, vocab_size=512)
+    write_run(folder / "run", config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
+    export(folder / "run", folder / "out")
+    return folder / "out"
+
+
+def test_bigram_losses_are_those_of_plain_counting() -> None:
+    draw = random.Random(0)
+    documents = [[draw.randrange(6) for _ in range(draw.randint(1, 30))] for _ in range(20)]
+    halves = itertools.pairwise(documents)
+    packed = list(itertools.islice(halves, 0, None, 2))
+    rows = [(np.array(a + b, dtype=np.uint16), np.array([len(a), len(a) + len(b)])) for a, b in packed]
+    bigram = Bigram.count(rows, 8)
+    tokens = Counter(token for document in documents for token in document)
+    pairs = Counter(pair for document in documents for pair in itertools.pairwise(document))
+    for before in range(8):
+        followers = {b: count for (a, b), count in pairs.items() if a == before}
+        for after in range(8):
+            unigram = (tokens[after] + 1) / (sum(tokens.values()) + 8)
+            total, kinds = sum(followers.values()), len(followers)
+            p = (followers.get(after, 0) + kinds * unigram) / (total + kinds) if total else unigram
+            (found,) = bigram.losses(np.array([before]), np.array([after]))
+            assert found == pytest.approx(-math.log(p))
+        if followers:
+            assert followers[bigram.likeliest(before)] == max(followers.values())
+    assert bigram.likeliest(7) == max(tokens, key=tokens.__getitem__)
+
+
+def test_perplexity_adds_up_by_position_and_document(exported: Path, shards: Path) -> None:
+    figures = evaluate(exported, ["perplexity"], shards, limit=5)["perplexity"]
+    by_position = figures["by_position"].values()
+    assert sum(bucket["tokens"] for bucket in by_position) == figures["tokens"]
+    total = sum(bucket["loss"] * bucket["tokens"] for bucket in by_position)
+    assert total / figures["tokens"] == pytest.approx(figures["loss"], rel=1e-5)
+    assert figures["chance_loss"] == math.log(512)
+    assert figures["bigram_loss"] < figures["unigram_loss"] < figures["chance_loss"]
+    documents = figures["by_document"]
+    assert documents["tenth_loss"] <= documents["median_loss"] <= documents["ninetieth_loss"]
+    assert documents["highest"][0]["loss"] >= documents["ninetieth_loss"]
+
+
+def test_an_answer_is_right_when_every_token_is_the_likeliest() -> None:
+    model = build()
+    prompt = list(range(5, 60))
+    answer = [token for (token,) in stream_tokens(model, [prompt], 4, Sampling(temperature=0), None)]
+    right, loss = _answer(model, Probe(prompt, answer))
+    assert right
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert loss == pytest.approx(-logits.gather(1, torch.tensor(answer)[:, None]).mean().item(), rel=1e-4)
+    assert not _answer(model, Probe(prompt, [*answer[:-1], (answer[-1] + 1) % 96]))[0]
+    bigram = Bigram.count([(np.array([3, 4, 5, 3, 4, 5]), np.array([6]))], 8)
+    assert _answered_by(bigram, Probe([7, 3], [4, 5]))
+    assert not _answered_by(bigram, Probe([7, 3], [4, 4]))
+
+
+def test_a_needle_lies_at_its_depth() -> None:
+    hay = list(range(100))
+    for depth, place in zip(DEPTHS, (0, 25, 50, 75, 100), strict=True):
+        probe = _hidden(hay, [-1], depth, [-2], [-3])
+        assert probe.prompt.index(-1) == place
+        assert probe.prompt[-1] == -2
+
+
+def test_all_tasks_give_figures_baselines_json_and_heat_maps(exported: Path, shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="heat maps need matplotlib: pip install 'fusiontree[eval]'")
+    output = tmp_path / "results"
+    results = evaluate(exported, list(TASKS), shards, lengths=[100, 120], limit=2, samples=2, output=output)
+    assert {path.name for path in output.iterdir()} == {"results.json", "passkey.png", "needle.png"}
+    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert (output / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    for task, chance in (("passkey", 1 / 90_000), ("needle", 1 / 10)):
+        assert len(results[task]["cells"]) == 2 * len(DEPTHS)
+        assert results[task]["chance"] == chance
+        assert 0 <= results[task]["bigram_accuracy"] <= 1
+    assert [entry["chance"] for entry in results["recall"]["by_pairs"].values()] == [1 / pairs for pairs in PAIRS]
+    for figures in results["throughput"]["by_length"].values():
+        assert figures["first_token"]["p95_seconds"] >= figures["first_token"]["median_seconds"] > 0
+        assert figures["prefill_tokens_per_s"] > 0 < figures["tokens_per_s"]
+    assert tuple(TASKS) == EVAL_TASKS
+
+
+def test_what_cannot_be_evaluated_is_refused_in_one_line(
+    exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for options, words in (
+        (["--tasks", "poetry"], "unknown task 'poetry'; choose from perplexity, passkey"),
+        (["--tasks", "passkey", "--lengths", "1k"], "--lengths is '1k'; give whole numbers"),
+        (["--tasks", "passkey", "--lengths", "0"], "--lengths is 0; it must be at least 1"),
+        (["--tasks", "passkey", "--samples", "0"], "--samples is 0"),
+        (["--tasks", "passkey", "--lengths", "20"], "--lengths 20 is too short for passkey"),
+        (["--tasks", "passkey", "--output", str(shards)], "already holds something else"),
+    ):
+        assert main(["eval", str(exported), "--data", str(shards), *options]) == 2
+        line = capsys.readouterr().err
+        assert words in line
+        assert line.count("\n") == 1
+    assert main(["eval", str(tmp_path), "--data", str(shards), "--tasks", "recall"]) == 2
+    assert "is not an exported model" in capsys.readouterr().err

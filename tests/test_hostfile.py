@@ -1,0 +1,265 @@
+"""A hostfile's launch: read as DeepSpeed reads it, refused before anything starts, rendered with what ranks need."""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusiontree import cli
+from fusiontree.config import load_config
+from fusiontree.errors import UserError
+from launcher import beat, hostfile, local, plan
+from launcher.plan import Plan, Surroundings, plan_hosts
+
+NOTHING = Surroundings()
+HOSTS = "# two kinds\nnode1 slots=4\n\nnode2   slots=2  # the old one\n"
+
+
+@pytest.fixture
+def hosts_file(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text(HOSTS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    """An environment and a home with nothing in them that would reach the ranks."""
+    for name in list(os.environ):
+        if name.startswith(plan.FORWARDED) or name in ("LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
+def planned(hosts: dict[str, tuple[int, ...]], around: Surroundings = NOTHING) -> Plan:
+    made = Plan(
+        nodes=len(hosts),
+        ranks_per_node=2,
+        program=("fusiontree", "train", "/runs/a/config.yaml"),
+        environment=dict(around.environment),
+        master_address=next(iter(hosts)),
+        master_port=21000,
+        hosts=hosts,
+        setup=around.setup,
+    )
+    assert made.world_size == sum(map(len, hosts.values()))
+    return made
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [("", ""), ("node2", ""), ("node1:0,2@node2:1", ""), ("", "node1"), ("", "node1:1,3"), ("", "node2:0,1")],
+)
+def test_slots_are_those_that_deepspeed_would_take(include, exclude, hosts_file):
+    from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
+
+    expected = parse_inclusion_exclusion(fetch_hostfile(str(hosts_file)), include, exclude)
+    found = hostfile.read(hosts_file, include, exclude)
+    assert {host: list(slots) for host, slots in found.items()} == dict(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node1 slots=1\nnode2 slots=1\nnode1 slots=2\n", "line 3: node1 is named twice"),
+        ("node1 slots=0\n", "line 1: node1 has no slots"),
+        ("node1\n", "line 1: 'node1' is not of the form NAME slots=N"),
+        ("node1 slots=two\n", "line 1: 'node1 slots=two' is not"),
+        ("# nothing\n\n", "names no host"),
+    ],
+)
+def test_a_bad_hostfile_is_refused_with_its_line(text, message, tmp_path):
+    path = tmp_path / "bad"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        hostfile.read(path)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        ("node3", "", r"--include node3: node3 is not in the hostfile \(node1, node2\)"),
+        ("node2:2", "", r"--include node2:2: node2 has the slots 0 to 1"),
+        ("node2:x", "", r"'node2:x' is not of the form HOST:SLOT,SLOT"),
+        ("", "node1@node2", "no host of .* is left"),
+        ("node1", "node2", "both given"),
+    ],
+)
+def test_a_bad_selection_is_refused(include, exclude, message, hosts_file):
+    with pytest.raises(UserError, match=message):
+        hostfile.read(hosts_file, include, exclude)
+
+
+def test_a_missing_hostfile_or_program_is_refused_in_one_line(tmp_path, hosts_file, monkeypatch, capsys):
+    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    words = [f"data.path={tmp_path}", f"output={tmp_path}/runs"]
+    assert cli.main(["launch", "tiny", "--hostfile", "nowhere", *words]) == 2
+    assert capsys.readouterr().err == "fusiontree: error: --hostfile nowhere: no such file\n"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["launch", "tiny", "--hostfile", str(hosts_file), "--include", "node2", *words]) == 2
+    assert capsys.readouterr().err.startswith("fusiontree: error: --hostfile: no ssh on PATH")
+    assert not (tmp_path / "runs").exists()
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------
+
+
+def deepspeeds_arguments(argv: list[str]) -> argparse.Namespace:
+    """What DeepSpeed's runner makes of the command."""
+    from deepspeed.launcher.runner import parse_args
+
+    assert argv[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return parse_args(argv[3:])
+
+
+def test_deepspeed_reads_the_command_as_meant(tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
+
+    made = planned({"node1": (1, 3), "node2": (0,)}, Surroundings(setup=("module load cuda",)))
+    args = deepspeeds_arguments(hostfile.render(made, "pdsh", tmp_path))
+    for name, content in hostfile.launch_files(made, "pdsh", tmp_path).items():
+        (tmp_path / name).write_text(content)
+    active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
+    assert dict(active) == {"node1": [1, 3], "node2": [0]}
+    assert (args.launcher, args.force_multi, args.master_addr, args.master_port) == ("pdsh", True, "node1", 21000)
+    assert Path(args.venv_script).read_text() == "module load cuda\n"
+    assert (args.module, args.user_script, args.user_args) == (True, "fusiontree", ["train", "/runs/a/config.yaml"])
+
+
+def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
+    """Through DeepSpeed's own reader of the file, and a shell as ssh starts one."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    values = {"PLAIN": "1", "BLANK": "a b", "QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|"}
+    content = hostfile.launch_files(planned({"node1": (0,)}, Surroundings(values)), "pdsh", tmp_path)["environment"]
+    args = argparse.Namespace(user_args=[], user_script="x")
+    runner = PDSHRunner(args, "")
+    for line in content.splitlines():
+        key, value = line.split("=", maxsplit=1)
+        runner.add_export(key, value)
+    command = "".join(f"export {key}={value}; " for key, value in runner.exports.items())
+    printed = subprocess.run(["bash", "-c", f"{command} env -0"], capture_output=True, text=True, check=True).stdout
+    found = dict(line.split("=", 1) for line in printed.split("\0") if "=" in line)
+    assert {name: found[name] for name in values} == values
+    assert found["PATH"] == "/usr/bin:/bin"
+    assert found["FUSIONTREE_LAUNCH"] == str(tmp_path)
+    with pytest.raises(UserError, match="variable LINES has more than one line"):
+        hostfile.launch_files(planned({"node1": (0,)}, Surroundings({"LINES": "a\nb"})), "pdsh", tmp_path)
+
+
+def test_the_users_own_environment_file_still_counts(tmp_path, monkeypatch):
+    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\n")
+    text = hostfile.launch_files(planned({"node1": (0,)}), "pdsh", tmp_path)["environment"]
+    assert "NCCL_SOCKET_IFNAME=ib0\n" in text
+
+
+def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("WANDB_API_KEY", "1234")
+    config = load_config("tiny", [f"data.path={tmp_path}"])
+    around = plan.surroundings(["NCCL_DEBUG=WARN", "A=b=c"], None, [])
+    made = plan_hosts(config, {"node1": (0, 1)}, [], around)
+    assert made.environment == {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN", "A": "b=c"}
+    assert 20_000 <= made.master_port < 31_000
+
+
+def test_an_environment_file_holds_lines_comments_and_quotes(tmp_path):
+    path = tmp_path / "env"
+    path.write_text("# comment\n\nA=1\nexport B='two words'\nC=\"3\"\nD=x=y\n")
+    assert plan.surroundings(["A=2"], path, ["ls"]).environment == {"A": "2", "B": "two words", "C": "3", "D": "x=y"}
+
+
+def test_open_mpi_gets_the_rendezvous_and_whole_hosts_only(tmp_path):
+    made = planned({"node1": (0, 1), "node2": (0,)})
+    args = deepspeeds_arguments(hostfile.render(made, "openmpi", tmp_path))
+    assert (args.launcher, args.include, args.num_gpus) == ("openmpi", "", -1)
+    files = hostfile.launch_files(made, "openmpi", tmp_path)
+    assert files["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
+    assert "MASTER_ADDR=node1\nMASTER_PORT=21000\n" in files["environment"]
+    with pytest.raises(UserError, match="takes the first slots of a host"):
+        hostfile.render(planned({"node1": (1,)}), "openmpi", tmp_path)
+    with pytest.raises(UserError, match="--pre-command does not reach"):
+        hostfile.render(planned({"node1": (0,)}, Surroundings(setup=("x",))), "openmpi", tmp_path)
+
+
+def test_a_rank_of_open_mpi_finds_its_place(monkeypatch):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    local.join_launcher()
+    assert [os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "1", "4"]
+
+
+def test_the_dry_run_is_a_script_that_makes_the_files_and_starts(tmp_path):
+    text = hostfile.command_line(planned({"node1": (0,)}, Surroundings({"A": "b c"})), "pdsh", tmp_path)
+    *files, command = text.rsplit("\n", 1)
+    words = shlex.split(command)
+    assert words[0] == "env"
+    environment = next(word for word in words if word.startswith("DS_ENV_FILE=")).removeprefix("DS_ENV_FILE=")
+    subprocess.run(["bash", "-e", "-c", files[0]], check=True)
+    assert "A=b c\n" in Path(environment).read_text()
+
+
+# --- the beat --------------------------------------------------------------------------------------------------------
+
+WATCHED = """
+import sys, threading
+from pathlib import Path
+from launcher import beat
+beat.INTERVAL, beat.MISSED = 0.05, 10
+threading.Thread(target=beat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
+if len(sys.argv) > 2:
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def watcher(tmp_path, monkeypatch):
+    """Starts a process that watches the beat in `tmp_path`."""
+    processes = []
+
+    def start(*words: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", WATCHED, str(tmp_path), *words], stdout=subprocess.PIPE)
+        processes.append(process)
+        process.stdout.readline()
+        return process
+
+    monkeypatch.setattr(beat, "INTERVAL", 0.05)
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_rank_lives_while_the_beat_does_and_ends_with_the_launch(watcher, tmp_path):
+    with beat.kept(tmp_path, 9.0):
+        process = watcher()
+        time.sleep(1.5)  # three times what it would wait in vain
+        assert process.poll() is None
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert (tmp_path / beat.FILE).read_text() == "stop 9.0"
+
+
+def test_a_rank_ends_when_the_launch_was_killed(watcher, tmp_path):
+    (tmp_path / beat.FILE).write_text("7")
+    assert watcher().wait(timeout=10) == -signal.SIGTERM
+
+
+def test_a_rank_that_cannot_leave_is_killed(watcher, tmp_path):
+    (tmp_path / beat.FILE).write_text("stop 0.5")
+    assert watcher("stubborn").wait(timeout=10) == -signal.SIGKILL

@@ -1,0 +1,115 @@
+"""What is minimised beside the cross-entropy is what the configuration says, and what cannot be is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusiontree.config import LossConfig, config_differences, dataset_manifest, load_config, to_yaml
+from fusiontree.errors import UserError
+from fusiontree.training.losses import gate_penalty
+
+
+def penalty(layer_means: list[float], **settings: object) -> tuple[float, torch.Tensor]:
+    mean = torch.tensor(layer_means)[:, None].expand(-1, 4).clone()
+    value, slope = gate_penalty(mean, LossConfig(**settings), step=0)
+    return value.item(), slope
+
+
+def test_balance_penalises_only_layers_outside_the_band() -> None:
+    settings = {"gate_balance": {0: 2.0}, "gate_target": 0.5, "gate_band": 0.25}
+    value, slope = penalty([0.3, 0.74, 0.9, 0.05], **settings)
+    assert value == pytest.approx(2.0 * (0.15 + 0.2) / 4)
+    torch.testing.assert_close(slope, torch.tensor([0, 0, 2.0, -2.0])[:, None].expand(4, 4) / 16)
+
+
+def test_entropy_above_zero_drives_gates_apart_and_below_zero_together() -> None:
+    value, slope = penalty([0.25, 0.75], gate_entropy={0: 1.0})
+    assert value == pytest.approx(torch.distributions.Bernoulli(torch.tensor(0.25)).entropy().item())
+    assert (slope[0] > 0).all()
+    assert (slope[1] < 0).all()
+    torch.testing.assert_close(penalty([0.25, 0.75], gate_entropy={0: -1.0})[1], -slope)
+
+
+@pytest.mark.parametrize("settings", [{"gate_balance": {0: 0.7}, "gate_band": 0.1}, {"gate_entropy": {0: 0.4}}])
+def test_the_slope_is_the_penaltys_gradient(settings: dict) -> None:
+    mean = torch.rand(3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    value, slope = gate_penalty(mean, LossConfig(**settings), step=0)
+    torch.testing.assert_close(slope, torch.autograd.grad(value, mean)[0])
+
+
+def test_gates_that_are_closed_for_good_have_a_finite_slope() -> None:
+    assert torch.isfinite(penalty([0.0, 1.0], gate_entropy={0: 1.0})[1]).all()
+
+
+def test_weights_are_one_value_or_a_table_by_step(tmp_path: Path) -> None:
+    config = load_config("tiny", ["losses.gate_balance=0.5", "losses.gate_entropy={0: 0, 50: -0.1}"])
+    assert config.losses.gate_balance == {0: 0.5}
+    assert config.losses.gate_entropy == {0: 0.0, 50: -0.1}
+    assert config.losses.shapes_gates
+    assert not load_config("tiny").losses.shapes_gates
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(str(path)) == config
+    assert load_config(str(path), ["losses.gate_entropy=2", "losses.gate_entropy.9=3"]).losses.gate_entropy == {
+        0: 2,
+        9: 3,
+    }
+    assert config_differences(config, load_config("tiny")) == [
+        *("losses.gate_balance.0", "losses.gate_entropy.50"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["losses.gate_balance=-1"], "losses.gate_balance.0 is -1"),
+        (
+            ["losses.gate_entropy={5: {a: 1}}"],
+            "losses.gate_entropy.5.a is 1; give one value, or losses.gate_entropy.STEP",
+        ),
+        (["losses.z_loss=much"], "losses.z_loss is 'much'"),
+        (["losses.gate_balance=1", "model.fusion=sum"], "model.fusion sum has none; set both to 0"),
+        (["distill.temperature=0"], "distill.temperature is 0"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", overrides)
+    assert words in str(caught.value)
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> list[str]:
+    """Settings of a run on a dataset of tokenizer "abc"; the teacher's folder is beside it."""
+    (tmp_path / "data").mkdir()
+    manifest = {"tokenizer": {"vocab_size": 8192, "fingerprint": "abc"}}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "teacher").mkdir()
+    return [f"data.path={tmp_path / 'data'}", f"distill.teacher={tmp_path / 'teacher'}"]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "fingerprint", "words"),
+    [
+        (8192, "abc", None),
+        (8000, "abc", "has model.vocab_size 8000, this run 8192"),
+        (8192, "xyz", "has another tokenizer (xyz) than the data (abc)"),
+        (None, "abc", "is not a folder that `fusiontree export` made"),
+    ],
+)
+def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(
+    vocab_size: int | None, fingerprint: str, words: str | None, student: list[str], tmp_path: Path
+) -> None:
+    if vocab_size is not None:
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    (tmp_path / "teacher" / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": fingerprint}))
+    config = load_config("tiny", student)
+    if words is None:
+        assert dataset_manifest(config) is not None
+        return
+    with pytest.raises(UserError) as caught:
+        dataset_manifest(config)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,231 @@
+"""Pruning keeps what the gates chose: plans are read and refused by line, and the folded branch stands in for both."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, build, cli, seal, write_run
+from safetensors.torch import save_file
+
+from fusiontree import checkpoint
+from fusiontree.bench.prune import bench_prune, half_pruned
+from fusiontree.cli import main
+from fusiontree.config import load_config
+from fusiontree.errors import UserError
+from fusiontree.export import export
+from fusiontree.generate import load_export
+from fusiontree.prune.plan import (
+    Pruning,
+    branch_candidates,
+    cache_bytes,
+    head_candidates,
+    least_loss,
+    make_plan,
+    pruned_model,
+    read_plan,
+)
+
+IDS = torch.randint(96, (2, 60), generator=torch.Generator().manual_seed(0))
+HALF = torch.full((3, 32), 0.5)
+
+
+def whole(**changes: object) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+    model = build(**changes)
+    return dict(model.state_dict()), model
+
+
+@pytest.mark.parametrize("kept", ["mamba", "attention"])
+def test_a_gate_that_has_decided_loses_nothing_by_its_pruning(kept: str) -> None:
+    """A static gate of 1 or 0 let only one branch through: without the other the layer is the same."""
+    model = build(fusion="static")
+    with torch.no_grad():
+        model.blocks[1].fusion.bias.fill_(40.0 if kept == "mamba" else -40.0)
+    gates = torch.stack([torch.sigmoid(block.fusion.bias.detach()) for block in model.blocks])
+    pruning = Pruning.none(model.config).replace(1, kept)  # type: ignore[arg-type]
+    pruned = pruned_model(model.state_dict(), model.config, pruning, gates)
+    torch.testing.assert_close(pruned(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_the_mean_gate_is_folded_by_channel() -> None:
+    state, _ = whole()
+    gates = torch.rand(3, 32, generator=torch.Generator().manual_seed(1))
+    pruning = Pruning.none(SMALL).replace(0, "mamba").replace(2, "attention")
+    pruned = pruned_model(state, SMALL, pruning, gates).state_dict()
+    for name, factor in (("blocks.0.mamba", 2 * gates[0]), ("blocks.2.attention", 2 * (1 - gates[2]))):
+        expected = state[f"{name}.out_proj.weight"] * factor[:, None]
+        assert torch.equal(pruned[f"{name}.out_proj.weight"], expected)
+    assert torch.equal(pruned["blocks.1.mamba.out_proj.weight"], state["blocks.1.mamba.out_proj.weight"])
+    assert not [name for name in pruned if name.startswith(("blocks.0.attention", "blocks.2.mamba", "blocks.0.fusion"))]
+
+
+def test_a_pruned_head_group_takes_its_own_weights_along() -> None:
+    """A head whose rows of the output projection are zero, and the norm undone, is one that is not there."""
+    state, model = whole(num_kv_heads=4, global_heads=3)
+    config = model.config
+    pruned = pruned_model(state, config, Pruning.none(config).replace(1, groups=(0, 2)), torch.full((3, 32), 0.5))
+    left, full = pruned.blocks[1].attention, model.blocks[1].attention
+    kept = [0, 2, 3]
+    D = config.head_dim
+    assert torch.equal(left.norm, full.norm.view(4, D)[kept].flatten())
+    assert torch.equal(left.out_proj.weight, full.out_proj.weight.view(32, 4, D)[:, kept].flatten(1))
+    rows = [*kept, *(4 + head for head in kept), *(8 + head for head in kept)]
+    assert torch.equal(left.qkv_proj.weight, full.qkv_proj.weight.view(12, D, 32)[rows].flatten(0, 1))
+    assert pruned.config.layer_global_heads == (3, 2, 3)
+    assert pruned(IDS).logits.isfinite().all()
+
+
+def test_plans_follow_the_gates_and_count_what_is_saved() -> None:
+    gates = torch.cat([torch.full((1, 32), 0.9), torch.full((1, 32), 0.1), torch.full((1, 32), 0.6)])
+    gates[0, :8] = 0.7
+    layers = make_plan(SMALL, gates, 0.8, 0.2, tokens=200)["layers"]
+    assert [layer["keep"] for layer in layers] == ["mamba", "attention", "hybrid"]
+    assert [layer["confidence"] for layer in layers] == [0.75, 1.0, 1.0]
+    for layer in layers:
+        left = dataclasses.replace(
+            SMALL, layer_kinds=tuple(layer["keep"] if i == layer["layer"] else "hybrid" for i in range(3))
+        )
+        assert layer["saves"]["parameters"] == SMALL.parameter_count() - left.parameter_count()
+        assert layer["saves"]["cache_bytes"] == cache_bytes(SMALL, 200) - cache_bytes(left, 200)
+    assert layers[0]["saves"]["parameters"] > 0 == layers[2]["saves"]["parameters"]
+
+
+def test_least_loss_takes_the_cheapest_that_leave_every_layer_something() -> None:
+    candidates = branch_candidates(SMALL)
+    order = ["mamba of layer 1", "attention of layer 1", "attention of layer 2", "mamba of layer 0"]
+    costs = {name: order.index(name) if name in order else 9.0 for name in candidates}
+    pruning, measured = least_loss(candidates, 2, SMALL, lambda name, _: costs[name])
+    assert pruning.kinds == ("hybrid", "attention", "mamba")
+    assert list(measured)[:4] == order
+    with pytest.raises(UserError, match="asked to prune 4; 3 can go together"):
+        least_loss(candidates, 4, SMALL, lambda name, _: costs[name])
+    with pytest.raises(UserError, match="asked to prune 0; this model has 6"):
+        least_loss(candidates, 0, SMALL, lambda name, _: costs[name])
+    assert list(head_candidates(SMALL)) == [f"global head group 0 of layer {layer}" for layer in range(3)]
+    assert head_candidates(dataclasses.replace(SMALL, num_heads=2, num_kv_heads=1, global_heads=2)) == {}
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([{"layer": 3, "keep": "mamba"}], "layer 3 is unknown; the model's layers are 0 to 2"),
+        ([{"layer": "0", "keep": "mamba"}], "layer '0' is unknown"),
+        ([{"layer": 0, "keep": "none"}], "layer 0 keeps 'none'; it must keep a branch"),
+        ([{"layer": 0}], "layer 0 keeps None; it must keep a branch"),
+        ([{"layer": 1, "keep": "mamba"}, {"layer": 1, "keep": "hybrid"}], "layer 1 stands there twice"),
+        ([{"layer": 1, "keep": "hybrid", "global_groups": [1]}], r"global_groups is \[1\]; it must be some of 0 to 0"),
+        ({"layer": 1}, "is no pruning plan"),
+    ],
+)
+def test_plans_that_fit_no_model_are_refused_in_one_line(layers: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"layers": layers}))
+    with pytest.raises(UserError, match=words) as caught:
+        read_plan(path, SMALL)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_that_was_pruned_cannot_get_its_branch_back(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"layers": [{"layer": 0, "keep": "hybrid"}]}))
+    with pytest.raises(UserError, match="layer 0 has mamba only; it cannot keep hybrid"):
+        read_plan(path, dataclasses.replace(SMALL, layer_kinds=("mamba", "hybrid", "hybrid")))
+
+
+# --- from a run to a pruned export, and on -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose gates have begun to decide."""
+    run, config = tmp_path_factory.mktemp("runs") / "run", dataclasses.replace(SMALL, vocab_size=512)
+    found = write_run(run, config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
+    gates = torch.tensor([0.9, 0.5, 0.3])[:, None].expand(-1, config.hidden_size).contiguous()
+    save_file({"mean": gates}, found / checkpoint.GATES)
+    seal(found)
+    return run
+
+
+def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path, tmp_path: Path) -> None:
+    plan, output = tmp_path / "plan.json", tmp_path / "out"
+    cli("prune", run, "--out", plan)
+    edited = json.loads(plan.read_text())
+    assert [layer["keep"] for layer in edited["layers"]] == ["mamba", "hybrid", "hybrid"]
+    edited["layers"][2]["keep"] = "attention"
+    plan.write_text(json.dumps(edited))
+    cli("export", run, output, "--prune", plan, "--limit", 2, "--data", shards)
+    report = json.loads((output / "fusiontree.json").read_text())["pruning"]
+    model, _ = load_export(output)
+    assert model.config.layer_kinds == ("mamba", "hybrid", "attention")
+    assert report["after"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["before"]["parameters"] > report["after"]["parameters"]
+    assert report["before"]["cache_bytes"] > report["after"]["cache_bytes"]
+    assert report["before"]["loss"] != report["after"]["loss"]
+    assert all(report[when]["tokens_per_s"] > 0 for when in ("before", "after"))
+    found = run / "checkpoints" / "step-1"
+    config, weights = load_config(str(found / checkpoint.CONFIG)).model, checkpoint.read_weights(found)
+    pruning = Pruning.none(config).replace(0, "mamba").replace(2, "attention")
+    expected = pruned_model(weights, config, pruning, checkpoint.read_gates(found))
+    ids = torch.arange(2, 80)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert "0: mamba, 2: attention" in (output / "README.md").read_text()
+
+
+def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: Path, tmp_path: Path) -> None:
+    figures = export(run, tmp_path / "one", prune="1", data=shards, limit=2)["pruning"]
+    measured = figures["loss_without"]
+    assert len(measured) == 6
+    assert list(measured.values()) == sorted(measured.values())
+    assert figures["after"]["loss"] == pytest.approx(next(iter(measured.values())))
+    kinds = json.loads((tmp_path / "one" / "config.json").read_text())["layer_kinds"]
+    gone, layer = next(iter(measured)).split(" of layer ")
+    assert kinds[int(layer)] == {"mamba": "attention", "attention": "mamba"}[gone]
+    assert kinds.count("hybrid") == 2
+    figures = export(run, tmp_path / "heads", prune_heads=2, data=shards, limit=2)["pruning"]
+    heads = json.loads((tmp_path / "heads" / "config.json").read_text())["layer_global_heads"]
+    kept = int(list(figures["loss_without"])[2].removeprefix("global head group 0 of layer "))
+    assert heads == [2 if layer == kept else 0 for layer in range(3)]
+
+
+def test_the_plan_that_is_made_by_itself(run: Path, shards: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "auto", prune="auto", data=shards, limit=1)
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["layer_kinds"] == ["mamba", "hybrid", "hybrid"]
+
+
+def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    plan = tmp_path / "plan.json"
+    assert main(["prune", str(run), "--out", str(plan)]) == 0
+    assert "is there already" in refused("prune", run, "--out", plan)
+    assert "hi must be above lo" in refused("prune", run, "--hi", 0.1, "--lo", 0.2)
+    plan.write_text(json.dumps({"layers": [{"layer": 9, "keep": "mamba"}]}))
+    for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
+        assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
+    assert "names no dataset to measure the pruning by" in refused("export", run, tmp_path / "out", "--prune", "auto")
+    both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
+    assert "--prune and --prune-heads are both given" in both
+    assert list(tmp_path.iterdir()) == [plan]
+
+
+def test_half_of_the_layers_take_turns_in_the_bench() -> None:
+    assert half_pruned(dataclasses.replace(SMALL, num_layers=6)).kinds == (
+        *("hybrid", "mamba", "hybrid", "attention", "hybrid", "mamba"),
+    )
+    shape = ["model.hidden_size=32", "model.num_layers=4", "model.mlp_size=48", "model.vocab_size=96"]
+    figures = bench_prune("tiny", shape, context=40, steps=2)
+    assert figures["layers"] == ["hybrid", "mamba", "hybrid", "attention"]
+    assert set(figures["ratios"]) == {"decode", "prefill", "memory"}
+    assert figures["ratios"]["memory"] < 1
+    for name in ("parameters", "weights_bytes", "cache_bytes"):
+        assert figures["pruned"][name] < figures["whole"][name]

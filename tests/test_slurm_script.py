@@ -1,0 +1,215 @@
+"""The sbatch script: readable, complete, and exactly this; refusals before anything is submitted."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusiontree import cli
+from fusiontree.config import load_config
+from fusiontree.errors import UserError
+from launcher import slurm
+from launcher.plan import Surroundings, plan_slurm
+from launcher.slurm import Job, Sweep
+
+PYTHON = sys.executable
+
+GOLDEN = f"""\
+#!/bin/bash
+#SBATCH --job-name=books
+#SBATCH --nodes=2-4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=6
+#SBATCH --partition=a100
+#SBATCH --account=lab
+#SBATCH --qos=long
+#SBATCH --time=4:00:00
+#SBATCH --constraint=ib
+#SBATCH --signal=USR1@300
+#SBATCH --output=/work/runs/books/logs/slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --exclusive
+#SBATCH --mem=0
+
+# books: 4 nodes of 8 ranks
+# Written by `fusiontree launch`. Keep it, edit it, submit it again: the run goes on from its newest checkpoint.
+
+cd /work || exit 1
+module load cuda/12.8
+export NCCL_DEBUG=INFO
+export DS_ACCELERATOR=cuda
+export GREETING='hello world'
+
+run=/work/runs/books
+
+# which nodes take part, where they meet; refuses to start for ever without progress
+facts=$({PYTHON} -m launcher.allocation begin "$run" --ranks-per-node 8 --nodes 2-4) || exit
+eval "$facts"
+
+srun --nodes="$nodes" --ntasks=$((nodes * 8)) --ntasks-per-node=8 --cpus-per-task=6 \\
+    --kill-on-bad-exit=1 --output="$logs/rank-%t.out" \\
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \\
+    {PYTHON} -m fusiontree train "$run"/config.yaml --json
+
+# the first error of the first rank that failed; then requeue the job, or end with the run's exit code
+{PYTHON} -m launcher.allocation end "$run" $?
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """The folder of the script, and an environment of one variable."""
+    monkeypatch.setattr(os, "getcwd", lambda: "/work")
+    monkeypatch.setattr(Path, "absolute", lambda self: Path("/work") / self)
+    for name in list(os.environ):
+        if name.startswith(
+            ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "CUDA_", "FUSIONTREE_", "WANDB_", "HF_", "OMP_")
+        ):
+            monkeypatch.delenv(name)
+        if name.startswith(("DS_", "TRITON_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    return load_config("tiny", [f"data.path={tmp_path}", "name=books", "batch.tokens=131072"])
+
+
+def rendered(config, job: Job, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
+    around = Surroundings({"GREETING": "hello world"}, ("module load cuda/12.8",))
+    plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], around)
+    return slurm.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
+
+
+def test_the_whole_script(config):
+    job = Job(
+        gpus_per_node=8,
+        min_nodes=2,
+        partition="a100",
+        account="lab",
+        qos="long",
+        time="4:00:00",
+        constraint="ib",
+        cpus_per_task=6,
+        extra=("exclusive", "--mem=0"),
+        save_ahead=300,
+    )
+    assert rendered(config, job, nodes=4, ranks=8) == GOLDEN
+
+
+def test_a_task_may_be_a_node_whose_ranks_deepspeed_starts(config):
+    script = rendered(config, Job(tasks="node"))
+    assert "#SBATCH --ntasks-per-node=1\n" in script
+    assert 'srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \\\n' in script
+    assert (
+        '    bash -c \'trap "" USR1; exec "$0" -m deepspeed.launcher.launch --node_rank=$SLURM_PROCID '
+        "--world_info=$WORLD_INFO --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT --no_local_rank "
+        f'--module "$@"\' {PYTHON} \\\n    fusiontree train "$run"/config.yaml --json\n'
+    ) in script
+
+
+def test_a_sif_runs_in_apptainer(config):
+    script = rendered(config, Job(gpus_per_node=2, container="/images/ft.sif", container_mounts="/data:/data"))
+    assert (
+        "rank \\\n    apptainer exec --nv --bind /work --bind /data:/data /images/ft.sif python -m fusiontree train "
+    ) in script
+    assert 'bash -c \'trap "" USR1; export RANK=' in script
+
+
+def test_other_images_are_for_pyxis(config):
+    script = rendered(config, Job(container="nvcr.io#nvidia/pytorch:25.06-py3", container_mounts="/data:/data"))
+    options = "--container-image='nvcr.io#nvidia/pytorch:25.06-py3' --container-mounts=/work:/work,/data:/data"
+    assert f"    {options} --container-workdir=/work \\\n    bash -c 'export RANK=" in script
+    assert "rank \\\n    python -m fusiontree train " in script
+    assert f"{PYTHON} -m launcher.allocation end" in script  # outside of the container
+
+
+def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(config):
+    sweep = Sweep.of("books", ["optimizer.lr=1e-3,3e-4", "deepspeed=a/b.json"])
+    assert sweep.runs == (
+        ("optimizer.lr=1e-3", "deepspeed=a/b.json", "name=books-lr1e-3-deepspeeda_b.json"),
+        ("optimizer.lr=3e-4", "deepspeed=a/b.json", "name=books-lr3e-4-deepspeeda_b.json"),
+    )
+    script = rendered(config, Job(), names=("books-1", "books-2"))
+    assert "#SBATCH --array=0-1\n" in script
+    assert "#SBATCH --output=/work/runs/books/logs/slurm-%A_%a.log\n" in script
+    assert (
+        "case $SLURM_ARRAY_TASK_ID in\n    0) run=/work/runs/books-1 ;;\n    1) run=/work/runs/books-2 ;;\nesac\n"
+    ) in script
+    assert Sweep.of("books", []).runs == ((),)
+
+
+@pytest.mark.parametrize("axis", ["lr", "lr=", "=1", "lr=1,,2"])
+def test_a_sweep_needs_values(axis):
+    with pytest.raises(UserError, match=r"--sweep '.*' is not of the form key=v1,v2"):
+        Sweep.of("books", [axis])
+
+
+def test_a_sweep_with_a_value_twice_would_be_one_run_twice():
+    with pytest.raises(UserError, match="a value is given twice"):
+        Sweep.of("books", ["seed=1,1"])
+
+
+def test_secrets_do_not_enter_the_script(config, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "1234")
+    monkeypatch.setenv("WANDB_PROJECT", "trees")
+    script = rendered(config, Job())
+    assert "1234" not in script
+    assert "export WANDB_PROJECT=trees\n" in script
+
+
+def test_cpu_ranks_take_one_thread_unless_told(config, monkeypatch):
+    assert "export OMP_NUM_THREADS=1\nexport DS_ACCELERATOR=cpu\n" in rendered(config, Job())
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert "export OMP_NUM_THREADS=4\n" in rendered(config, Job())
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("5", 300), ("5:30", 330), ("1:00:01", 3601), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit, expected):
+    assert slurm.seconds(limit) == expected
+
+
+@pytest.mark.parametrize("limit", ["", "tomorrow", "1:2:3:4", "-5", "1-"])
+def test_other_time_limits_are_refused(limit):
+    with pytest.raises(UserError, match="--time .*: give minutes"):
+        slurm.seconds(limit)
+
+
+def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config):
+    big = load_config("7b", ["data.path=x"])
+    assert slurm.save_ahead(config, 1) == 60
+    assert slurm.save_ahead(big, 1) - 60 == pytest.approx(12 * big.model.parameter_count() / 0.5e9, abs=1)
+    assert slurm.save_ahead(big, 4) - 60 == pytest.approx((slurm.save_ahead(big, 1) - 60) / 4, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slurm"], "--slurm: give --gpus-per-node G, or --ranks-per-node N"),
+        (["--slurm", "--ranks-per-node", "3"], "does not divide among 3 ranks"),
+        (["--slurm", "--ranks-per-node", "0", "--nodes", "2"], "give at least 1 of each"),
+        (["--slurm", "--ranks-per-node", "1", "--time", "1"], "--time 1 is 60 s, and the ranks are asked to save 60 s"),
+        (["--slurm", "--ranks-per-node", "1", "--min-nodes", "2"], "--min-nodes 2 of --nodes 1"),
+        (["--slurm", "--ranks-per-node", "1", "--include", "a"], "--include belongs to --hostfile, not to --slurm"),
+        (["--local", "1", "--partition", "p"], "--partition belongs to --slurm, not to --local"),
+        (["--local", "1", "--env", "A"], "--env: 'A' is not of the form KEY=VALUE"),
+        (["--local", "1", "--env-file", "nowhere"], "--env-file nowhere: no such file"),
+        (["--slurm", "--ranks-per-node", "1"], "--slurm: no sbatch on PATH"),
+    ],
+)
+def test_what_cannot_be_submitted_is_refused_in_one_line(options, message, config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    overrides = [f"data.path={tmp_path}", "batch.tokens=65536", f"output={tmp_path}/runs"]
+    assert cli.main(["launch", "tiny", *options, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

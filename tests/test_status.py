@@ -1,0 +1,110 @@
+"""How a run is doing, from its folder alone and with a queue to ask."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fusiontree import cli, incidents, lease
+from fusiontree.config import load_config, to_yaml
+from fusiontree.status import status
+
+SCONTROL = """#!/bin/sh
+echo "JobId=$4 JobState=$STATE Reason=Priority RunTime=00:01:02 TimeLimit=04:00:00"
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's folder halfway through, its process ended, on a machine without SLURM."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(load_config("tiny", ["schedule.steps=1000"])))
+    lines = [
+        {"step": 400, "tokens": 4, "val_loss": 3.5},
+        {"step": 500, "tokens": 5, "loss": 3.25, "lr": 1e-3, "grad_norm": 1.0, "gate_mean": 0.5, "tokens_per_s": 100.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoints" / "latest").write_text("step-480\n")
+    code = "import sys; from pathlib import Path; from fusiontree import lease; lease.take(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+    return folder
+
+
+def test_the_folder_alone_tells_how_far_the_run_is(run):
+    found = status(run)
+    assert (found["state"], found["step"], found["steps"]) == ("ended before its last step", 500, 1000)
+    assert found["last"] == {
+        "tokens": 5, "loss": 3.25, "lr": 1e-3, "grad_norm": 1.0, "gate_mean": 0.5, "tokens_per_s": 100.0,
+    }  # fmt: skip
+    assert found["val_loss"] == 3.5
+    assert found["checkpoint"]["step"] == 480
+    assert found["job"] is None
+    assert found["incidents"] == {"count": 0, "newest": []}
+
+
+def test_a_run_whose_process_lives_is_running(run):
+    lease.take(run)
+    assert status(run)["state"] == f"running on {os.uname().nodename} (pid {os.getpid()})"
+
+
+def test_a_run_elsewhere_is_running_while_its_files_move(run):
+    (run / lease.FILE).write_text(json.dumps({"holder": "x", "host": "node7", "pid": 1, "time": 0, "job": None}))
+    assert status(run)["state"] == "running on node7, as far as its files tell"
+    old = time.time() - 3600
+    os.utime(run / "metrics.jsonl", (old, old))
+    assert status(run)["state"] == "ended before its last step"
+
+
+def test_a_run_that_was_asked_to_stop_says_so_and_one_at_its_end_is_finished(run):
+    incidents.record(run, "rollback", 300, "loss was NaN: back to step 280")
+    incidents.record(run, "signal", 500, "stopped by SIGUSR1, saved before")
+    found = status(run)
+    assert found["state"] == "stopped, saved"
+    assert found["incidents"]["count"] == 2
+    assert found["incidents"]["newest"][0].endswith("step 300 rollback: loss was NaN: back to step 280")
+    (run / "checkpoints" / "latest").write_text("step-1000\n")
+    assert status(run)["state"] == "finished"
+
+
+def test_a_run_that_was_only_submitted_has_not_started(run):
+    for name in ("lease.json", "metrics.jsonl", "checkpoints/latest"):
+        (run / name).unlink()
+    found = status(run)
+    assert (found["state"], found["step"], found["last"], found["checkpoint"]) == ("not started", 0, None, None)
+
+
+def test_the_queue_is_asked_if_there_is_one(run, monkeypatch):
+    (run / "attempts.json").write_text(
+        json.dumps({"job": "17", "start": 2, "nodes": ["n1"], "fruitless": 0, "step": 0})
+    )
+    assert status(run)["job"] == {"job": "17", "start": 2, "nodes": ["n1"], "fruitless": 0}
+    commands = run.parent / "bin"
+    commands.mkdir()
+    (commands / "scontrol").write_text(SCONTROL)
+    (commands / "scontrol").chmod(0o755)
+    monkeypatch.setenv("STATE", "PENDING")
+    found = status(run)
+    assert found["state"] == "pending"
+    assert found["job"] | {"start": 2} == {
+        "job": "17", "start": 2, "nodes": ["n1"], "fruitless": 0, "state": "PENDING", "reason": "Priority",
+        "run_time": "00:01:02", "time_limit": "04:00:00",
+    }  # fmt: skip
+    monkeypatch.setenv("STATE", "FAILED")
+    assert status(run)["state"] == "ended before its last step"
+
+
+def test_the_command_prints_lines_or_json(run, capsys):
+    assert cli.main(["status", str(run)]) == 0
+    assert "state           ended before its last step\n" in capsys.readouterr().out
+    assert cli.main(["status", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 500
+
+
+def test_no_run_is_a_users_mistake(tmp_path, capsys):
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"fusiontree: error: no run at {tmp_path}; give a folder such as runs/NAME\n"

@@ -1,0 +1,307 @@
+"""Every ZeRO stage, number of ranks and accumulation gives the loss curve of one plain loop, whatever is minimised.
+
+One process imports everything and forks worlds of 4 and of 2 ranks; each builds engine after engine.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusiontree.config import RunConfig, load_config
+from fusiontree.data.batch import Batch, collate
+from fusiontree.distributed import World
+from fusiontree.model.documents import to_device
+from fusiontree.model.lm import HybridLM, branch_drops, materialise
+from fusiontree.training.gates import DECAY
+from fusiontree.training.optimizer import build_optimizer
+from fusiontree.training.schedule import learning_rate, value_at
+
+STEPS, ROWS, LENGTH, VOCAB = 20, 8, 48, 96
+SHAPE = {
+    **{name: value for name, value in vars(SMALL).items() if name not in ("num_layers", "branch_drop")},
+    "num_layers": 2,
+    "branch_drop": 0.2,
+}
+LOSSES = [
+    *("losses.z_loss=0.01", "losses.gate_balance={0: 0.5, 10: 2}", "losses.gate_target=0.7", "losses.gate_band=0.1"),
+    *("losses.gate_entropy=0.3", "distill.weight={0: 1, 20: 0.5}", "distill.temperature=2.0", "distill.top_k=9"),
+]
+MUON = ["optimizer.kind=muon", "optimizer.grad_clip=0", "schedule.steps=6"]
+JOBS = {  # by name: ranks and overrides
+    "zero2 x4": (4, ["deepspeed=zero2", "activation_checkpointing=branch"]),
+    "zero3_offload x4": (4, ["deepspeed=zero3_offload", "activation_checkpointing=every_n"]),
+    "zero0 x2": (2, ["deepspeed=zero0"]),
+    "zero1 x2": (2, ["deepspeed=zero1", "activation_checkpointing=full", "activation_checkpointing.offload=true"]),
+    "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=branch"]),
+    "muon zero1 x2": (2, ["deepspeed=zero1", *MUON]),
+    "muon zero3 x2": (2, ["deepspeed=zero3", *MUON]),
+    "zero3_nvme x2": (2, ["deepspeed=zero3_nvme"]),
+}
+
+
+def skipped(name: str) -> bool:
+    """Whether a job needs the asynchronous I/O that DeepSpeed builds for minutes, and it has not been built here."""
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return "nvme" in name and not any(extensions.rglob("async_io.so"))
+
+
+def config_of(folder: Path, overrides: list[str]) -> RunConfig:
+    words = [f"model.{name}={json.dumps(value)}" for name, value in SHAPE.items()]
+    batch = [f"data.seq_len={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "batch.micro_rows=1", "optimizer.lr=3e-3"]
+    lengths = [f"schedule.steps={STEPS}", "schedule.warmup_steps=3", f"distill.teacher={folder / 'teacher'}"]
+    lengths.append(f"nvme_path={folder / 'nvme'}")
+    return load_config("tiny", [*words, *batch, *lengths, *LOSSES, "activation_checkpointing=none", *overrides])
+
+
+def rows_of(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and document ends of each row of an update; rows differ in how many of their tokens have labels."""
+    draw = np.random.default_rng(step)
+    ends = [np.sort(draw.choice(np.arange(1, LENGTH), size=row % 4 * 5, replace=False)) for row in range(ROWS)]
+    return [(draw.integers(VOCAB, size=LENGTH), np.append(cut, LENGTH).astype(np.int32)) for cut in ends]
+
+
+def batch_of(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    return collate(np.stack([tokens for tokens, _ in rows]), [ends for _, ends in rows])
+
+
+def start(config: RunConfig) -> HybridLM:
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    list(materialise(model, config.seed, torch.device("cpu")))
+    return model
+
+
+def write_teacher(folder: Path) -> None:
+    """An exported folder of another shape, as far as a teacher is read."""
+    folder.mkdir()
+    shape = SHAPE | {"hidden_size": 16, "num_layers": 1, "branch_drop": 0.0}
+    torch.manual_seed(1)
+    model = HybridLM(type(SMALL)(**shape))
+    with torch.no_grad():
+        model.embedding.weight.mul_(8)  # so that it prefers something
+    save_file({f"model.{name}": weight for name, weight in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(shape))
+    (folder / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": "f", "eos_id": 0}))
+    (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str())
+
+
+# --- the truth -------------------------------------------------------------------------------------------------------
+
+
+def penalty_of(mean: torch.Tensor, config: RunConfig, step: int) -> torch.Tensor:
+    """The penalty on the gates as its definition reads."""
+    losses, penalty = config.losses, torch.zeros(())
+    for layer in mean:
+        outside = abs(layer.mean() - losses.gate_target) - losses.gate_band
+        penalty = penalty + value_at(losses.gate_balance, step) * torch.relu(outside) / len(mean)
+        entropy = torch.distributions.Bernoulli(layer).entropy().mean()
+        penalty = penalty + value_at(losses.gate_entropy, step) * entropy / len(mean)
+    return penalty
+
+
+def divergence(logits: torch.Tensor, theirs: torch.Tensor, config: RunConfig) -> torch.Tensor:
+    """The teacher's divergence by token, from whole distributions."""
+    heat, top = config.distill.temperature, theirs.topk(config.distill.top_k).indices
+    p, q = ((x / heat).softmax(-1).gather(-1, top) for x in (theirs, logits))
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+    return heat**2 * (p * (p / q).log()).sum(-1)
+
+
+def plain_curve(config: RunConfig, teacher: HybridLM) -> dict[str, list[float]]:
+    """Losses and gradient norms without DeepSpeed, ranks, accumulation, recomputation or chunks."""
+    model = start(config)
+    optimizer = build_optimizer(model, config.optimizer)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    mean = torch.full((2, SMALL.hidden_size), 0.5)
+    curve: dict[str, list[float]] = {"loss": [], "norm": [], "z_loss": [], "distill_loss": [], "gate_penalty": []}
+    for step in range(config.schedule.steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(config.schedule, peak, step)
+        ids, labels, documents = to_device(batch_of(rows_of(step)), "cpu")
+        drops = branch_drops(config.model, config.seed, step)
+        real = labels != -100
+        logits = model(ids, documents, branch_drops=drops).logits
+        gates = model(ids, documents, labels=labels, branch_drops=drops).gates
+        entropy = torch.nn.functional.cross_entropy(logits[real], labels[real])
+        z_loss = config.losses.z_loss * logits.logsumexp(-1)[real].square().mean()
+        with torch.no_grad():
+            theirs = teacher(ids, documents).logits
+        far = divergence(logits, theirs, config)[real].mean()
+        known = mean.clone().requires_grad_()
+        penalty = penalty_of(known, config, step)
+        (slope,) = torch.autograd.grad(penalty, known)
+        objective = entropy + z_loss + value_at(config.distill.weight, step) * far + (slope * gates).sum()
+        optimizer.zero_grad()
+        objective.backward()
+        clip = config.optimizer.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        mean = mean.lerp(gates.detach(), 1 - DECAY)
+        for name, value in zip(curve, (entropy, norm, z_loss, far, penalty), strict=True):
+            curve[name].append(value.item())
+    return curve
+
+
+# --- the ranks -------------------------------------------------------------------------------------------------------
+
+
+class LiveElements(TorchDispatchMode):
+    """Counts the elements of all storages that operations make and that are still there, and their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if torch.is_tensor(value) and value.device.type != "meta":
+                self._count(value.untyped_storage(), value.element_size())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        key, elements = storage._cdata, storage.nbytes() // size
+        if key not in self.known:
+            self.known.add(key)
+            self.live += elements
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, elements)
+
+    def _forget(self, key: int, elements: int) -> None:
+        self.known.discard(key)
+        self.live -= elements
+
+
+def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
+    """The same figures from this rank's share of the rows."""
+    from fusiontree import distributed
+    from fusiontree.training.step import TrainingStep
+
+    training = TrainingStep(config, world)
+    curve: dict[str, list[float]] = {"loss": [], "norm": []}
+    for step in range(config.schedule.steps):
+        mine = rows_of(step)[world.rank :: world.size]
+        update = training.update([batch_of([row]) for row in mine], step)
+        figures = {"loss": update.own_loss, **update.parts}
+        sums = distributed.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
+        for name, value in zip(figures, sums, strict=True):
+            curve.setdefault(name, []).append(value)
+        curve["norm"].append(float(update.grad_norm))
+    training.engine.destroy()
+    return curve
+
+
+def built_at_zero3(folder: Path, world: World) -> dict[str, Any]:
+    """How a model starts that is cut up as it is made: its weights against a plain start, and the most it held."""
+    import deepspeed
+
+    from fusiontree.training.build import build_model, engine_settings
+
+    config = config_of(folder, ["deepspeed=zero3", "model.num_layers=8"])
+    with LiveElements() as elements:
+        model = build_model(config, world, engine_settings(config, world))
+    plain, equal = start(config), []
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            equal.append(torch.equal(parameter.data, expected.data))
+    largest = max(parameter.numel() for parameter in plain.parameters())
+    return {"equal": equal, "peak": elements.peak, "whole": config.model.parameter_count(), "largest": largest}
+
+
+def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
+    from fusiontree import distributed
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    world = distributed.start()
+    results: dict[str, Any] = {}
+    for name, (ranks, overrides) in JOBS.items():
+        if ranks == size and not skipped(name):
+            results[name] = curve_of(config_of(folder, overrides), world)
+    results["start"] = built_at_zero3(folder, world)
+    (folder / f"ranks-{size}-{rank}.json").write_text(json.dumps(results))
+    distributed.leave()
+
+
+def main(folder: Path) -> None:
+    """What the one process does."""
+    import deepspeed  # noqa: F401 - so that the ranks need not
+
+    import fusiontree.training.step  # noqa: F401 - likewise
+    from fusiontree.network import free_port
+
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    for size in (4, 2):
+        port = free_port()
+        ranks = [fork.Process(target=rank_main, args=(rank, size, port, folder)) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+            assert process.exitcode == 0, process.exitcode
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks have left what they found."""
+    folder = tmp_path_factory.mktemp("zero")
+    write_teacher(folder / "teacher")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
+    code = "import sys, pathlib, test_zero; test_zero.main(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """The plain loop's curves, by optimizer."""
+    from fusiontree.generate import load_export
+
+    teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
+    return {kind: plain_curve(config_of(folder, more), teacher) for kind, more in (("adamw", []), ("muon", MUON))}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+    if skipped(name):
+        pytest.skip(
+            "DeepSpeed's async_io is not built: python -c 'import deepspeed.ops.op_builder as b; "
+            "b.AsyncIOBuilder().load()' takes minutes, libaio-dev, g++ and ninja"
+        )
+    expected = truths["muon" if name.startswith("muon") else "adamw"]
+    ranks = JOBS[name][0]
+    for rank in range(ranks):
+        found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())[name]
+        assert set(found) == set(expected)
+        for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
+            assert found[figure] == pytest.approx(expected[figure], rel=1e-5), figure
+        if "muon" not in name:  # whose norm is that of its update
+            assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_zero3_starts_from_the_plain_weights_and_never_holds_the_whole_model(ranks: int, folder: Path) -> None:
+    for rank in range(ranks):
+        found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())["start"]
+        assert all(found["equal"])
+        assert found["peak"] < found["whole"] / ranks + 2 * found["largest"]
+        assert found["peak"] < found["whole"]
