@@ -10,7 +10,6 @@ that shows whether `run` does; and the whole chain stands in a process group tha
 
 import contextlib
 import fcntl
-import json
 import os
 import shlex
 import signal
