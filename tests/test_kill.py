@@ -25,7 +25,7 @@ CHANGES = {
 
 
 def kill(where: str, number: int, told: Path) -> None:
-    """SIGKILL this process at the `number`-th forward pass, or write, sync, rename or removal of the saves."""
+    """SIGKILL this process at the `number`-th backward pass, or write, sync, rename or removal of the saves."""
     import shutil
 
     from fusiontree import saver
@@ -45,7 +45,7 @@ def kill(where: str, number: int, told: Path) -> None:
         return counting
 
     if where == "update":
-        TrainingStep.forward = counted("update", TrainingStep.forward)
+        TrainingStep._backward = counted("update", TrainingStep._backward)
         return
     if where == "write":
         saver._Hashing.write = counted("write", saver._Hashing.write)
