@@ -193,6 +193,7 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
         "checkpoints",
         "logs",
         "tokenizer",
+        "lease.json",
     }
     assert [path.name for path in checkpoint.list_checkpoints(two_ranks / "checkpoints")] == ["step-4", "step-8"]
     assert (two_ranks / "checkpoints" / "latest").read_text() == "step-8\n"
