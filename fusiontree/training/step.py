@@ -59,8 +59,8 @@ class TrainingStep:
         """
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
-        real = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
-        tokens = distributed.sum_over_ranks(real).clamp(min=1)
+        own_tokens = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
+        tokens = distributed.sum_over_ranks(own_tokens.clone()).clamp(min=1)
         parts, slope = self._gate_penalty(step)
         gates = torch.zeros_like(self.gates.share)
         self.engine.train()
@@ -77,15 +77,16 @@ class TrainingStep:
             if self.engine.is_gradient_accumulation_boundary():
                 broken = self.clipping.prepare()
                 # on its way to the host while the device makes the step
-                told = distributed.HostSum(torch.stack([parts["loss"], torch.full_like(broken, stop), broken]))
+                news = [parts["loss"], torch.full_like(broken, stop), broken, own_tokens]
+                told = distributed.HostSum(torch.stack(news))
                 if watch is not None:
                     watch.meet_gradients()
                 self.clipping.step()
             else:
                 self.engine.step()
-        loss, stops, breaks = told.read()
+        loss, stops, breaks, real = told.read()
         norm, skipped = self.clipping.outcome(breaks > 0)
-        if not skipped:
+        if real and not skipped:  # a batch of padding alone has no gates
             self.gates.update(gates)
         return Update(loss, parts.pop("loss"), norm, gates, parts, skipped, stops > 0)
 
