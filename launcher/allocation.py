@@ -35,7 +35,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
         UserError: no number of the nodes there are fits the batch.
     """
     job, step = os.environ["SLURM_JOB_ID"], newest_step(run)
-    nodes = slurm._ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
     taken = nodes[: fitting_nodes(load_config(str(run / CONFIG)), len(nodes), ranks_per_node, least)]
     record = _next(read_attempts(run), job, step, taken)
     if record["fruitless"] >= STARTS:

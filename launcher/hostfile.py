@@ -19,11 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fusiontree.config import RunConfig
 from fusiontree.console import console
 from fusiontree.errors import RunError, UserError
 from launcher import beat, local, reports
-from launcher.plan import Plan, prepare_run
+from launcher.plan import Plan
 
 _ENVIRONMENT = "environment"  # in the folder of a launch: DeepSpeed's environment file
 _SETUP = "setup.sh"
@@ -192,19 +191,21 @@ def _folder(run: Path) -> Path:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, config: RunConfig, launcher: str) -> int:
+def run(plan: Plan, run_dir: Path, launcher: str) -> int:
     """Run `plan` to its end and return its exit code: 0 when every rank ended well, else the first failing rank's.
 
     SIGINT, SIGTERM and SIGUSR1 ask all ranks to save and leave.
+
+    Args:
+        run_dir: whole path of a folder that all hosts share; the launch keeps its files under ``logs/`` there.
 
     Raises:
         UserError: a host cannot be reached or does not see what is here; or what the first failing rank said.
         RunError: what the first failing rank said, or that a rank died without a word.
         KeyboardInterrupt: stopped by SIGINT.
     """
-    _require("ssh", "pdsh" if launcher == "pdsh" else "mpirun")
-    folder = _folder(prepare_run(config))
-    folder.mkdir()
+    folder = _folder(run_dir)
+    folder.mkdir(parents=True)
     command = render(plan, launcher, folder)
     for name, content in launch_files(plan, launcher, folder).items():
         (folder / name).write_text(content)
@@ -221,7 +222,9 @@ def run(plan: Plan, config: RunConfig, launcher: str) -> int:
     return _verdict(folder, plan.world_size, returned, stopped_by)
 
 
-def _require(*programs: str) -> None:
+def check_programs(launcher: str) -> None:
+    """Raise UserError if what `launcher` needs is not here."""
+    programs = ("ssh", "pdsh" if launcher == "pdsh" else "mpirun")
     missing = next((program for program in programs if shutil.which(program) is None), None)
     if missing:
         raise UserError(f"--hostfile: no {missing} on PATH; install it, or launch with --local or --slurm")

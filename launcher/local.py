@@ -29,9 +29,9 @@ from launcher import beat, reports
 from launcher.plan import Plan
 
 GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
+_ALIVE = "alive"  # in the folder that ranks share with `run`: locked for as long as that lives
 ENDING = 8.0  # seconds that the other ranks have to end when one has failed
 _LAST_LINES = 10  # of a rank's log, shown when it died without a word
-_ALIVE = "alive"  # in the folder that `run` shares with its ranks: locked for as long as `run` lives
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
 _held: list[Any] = []  # the lock that shows that this rank lives, until it ends

@@ -91,6 +91,16 @@ def test_two_hosts_train_as_one_machine_does_and_go_on_after_a_stop(calm, shards
     assert {path.name for path in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
 
 
+def test_the_doctor_looks_at_the_hosts_of_a_hostfile(calm, shards, tmp_path, hosts):
+    words = settings(shards, tmp_path / "out")
+    doctor = [sys.executable, "-m", "fusiontree", "doctor", "tiny", "--json", "--nodes", 2, "--hostfile", hosts, *words]
+    done = calm.run(*doctor)
+    report = json.loads(done.stdout[done.stdout.index("{\n") :])  # DeepSpeed's launcher writes lines of its own first
+    assert set(report["cluster"]["hosts"]) == set(NODES)
+    assert report["problems"] == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_rank_ends_the_launch_with_a_line_that_names_it(calm, shards, tmp_path, hosts):
     run = tmp_path / "run"
     process = calm.start(*words(shards, run, hosts))

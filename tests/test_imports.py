@@ -56,10 +56,13 @@ ARROWS = {
     "fusiontree.report": {
         *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
     },
+    "fusiontree.memory": {"fusiontree.config", "fusiontree.model.config"},
     "fusiontree.doctor": {
+        "fusiontree.memory",
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
-    "launcher": {"fusiontree.config"},
+    "launcher": {"fusiontree.config", "fusiontree.memory"},
+    "fusiontree.probe": {"fusiontree.distributed"},
     "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
@@ -68,8 +71,8 @@ ARROWS = {
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
     "fusiontree.signals": set(),
-    "fusiontree.outcome": set(),
     "fusiontree.lease": set(),
+    "fusiontree.outcome": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -77,8 +80,8 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.status"),
-    "fusiontree.outcome",
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.memory"),
+    *("fusiontree.outcome", "fusiontree.status"),
 )
 
 
