@@ -42,3 +42,15 @@ def test_every_change_of_ranks_and_stage_stays_on_the_curve(shards: Path, tmp_pa
     resumes = [line["message"] for line in incidents.read(tmp_path / "resized") if line["kind"] == "resume"]
     assert resumes[0].endswith("from step 1, saved on 2 ranks at ZeRO stage 1")
     assert len(resumes) == len(LAYOUTS)
+
+
+def test_muons_momentum_comes_along(shards: Path, tmp_path: Path) -> None:
+    changes = {"model__hidden_size": 32, "validation__every": 0, "schedule__steps": 4, "optimizer__grad_clip": 0}
+    changes |= {"optimizer__kind": "muon"}
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", deepspeed="zero2", **changes)], tmp_path)
+    for stage, size in ((2, 2), (3, 1)):
+        words = settings(shards, tmp_path, name="resized", deepspeed=f"zero{stage}", **changes)
+        ranks.run(["train", "tiny", *words], tmp_path, size, setup=ask_to_stop, code=75)
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="resized", deepspeed="zero1", **changes)], tmp_path, 2)
+    expected, resized = metrics(tmp_path / "whole"), metrics(tmp_path / "resized")
+    assert [line["loss"] for line in resized] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
