@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         code, message = _outcome(args)
     finally:
         if args.handler in (_train, _probe):
-            from launcher import local
+            from fusiontree import outcome
 
-            told = local.report(code, message)
+            told = outcome.report(code, message)
     if message and not told:
         rank = os.environ.get("RANK", "0")
         kind = "" if message == _INTERRUPTED else "error: "
@@ -200,7 +200,7 @@ def _launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(local.command_line(plan))
         return 0
-    return local.run(plan)
+    return local.run(plan, config.run_dir / "logs")
 
 
 def _rank_options(args: argparse.Namespace) -> list[str]:

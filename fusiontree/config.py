@@ -709,6 +709,12 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
+def keeps_optimizer_on_nvme(config: RunConfig) -> bool:
+    """Whether the optimizer's states lie on NVMe, from where DeepSpeed's checkpoints do not get them whole."""
+    part = deepspeed_json(config).get("zero_optimization", {}).get("offload_optimizer") or {}
+    return part.get("device") == "nvme"
+
+
 def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
     """Give what is offloaded to NVMe the folder of the run's configuration."""
     for part in (zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)):

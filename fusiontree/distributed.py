@@ -160,7 +160,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 def is_time_out(error: RuntimeError) -> bool:
     """Whether a collective gave up waiting, as `set_timeout` lets it."""
-    return "imed out waiting" in str(error) or "timeout" in str(error)
+    return any(sign in str(error) for sign in ("Timed out waiting", "timed out waiting", "Application timeout"))
 
 
 def leave() -> None:

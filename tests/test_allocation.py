@@ -8,10 +8,11 @@ import subprocess
 
 import pytest
 
+from fusiontree import outcome
 from fusiontree.config import load_config, to_yaml
 from fusiontree.errors import LOST_PEER, RunError, UserError
 from fusiontree.network import free_port
-from launcher import allocation, local
+from launcher import allocation
 
 # stands in for SLURM's command: lists hosts, tells a state, notes what it was asked to requeue
 SCONTROL = """#!/bin/sh
@@ -66,7 +67,7 @@ def report(run, monkeypatch, rank: int, code: int, message: str | None, start: i
     """What a rank leaves behind, by its own code."""
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(run / "logs" / f"12345-{start}"))
     monkeypatch.setenv("RANK", str(rank))
-    assert local.report(code, message)
+    assert outcome.report(code, message)
 
 
 # --- begin -----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ SMALLER = {"model__hidden_size": 32, "validation__every": 0, "checkpoint__keep_l
 
 
 def update(loss: float, norm: float = 1.0, skipped: bool = False) -> Update:
-    return Update(loss, torch.tensor(loss), norm, torch.zeros(1, 1), skipped, stop=False)
+    return Update(loss, torch.tensor(loss), norm, torch.zeros(1, 1), {}, skipped, stop=False)
 
 
 def test_updates_left_out_in_a_row_are_counted_and_their_rows_kept() -> None:
@@ -102,9 +102,9 @@ def poison(rank: int, steps: tuple[int, ...], stop_before: int | None = None) ->
 
     from fusiontree import signals
     from fusiontree.data.stream import TrainStream
-    from fusiontree.training.step import TrainingStep
+    from fusiontree.training.losses import Objective
 
-    fetch, forward, place = TrainStream.__next__, TrainingStep.forward, [0]
+    fetch, objective, place = TrainStream.__next__, Objective.of, [0]
 
     def fetched(self: TrainStream) -> list:
         batches = fetch(self)
@@ -113,13 +113,13 @@ def poison(rank: int, steps: tuple[int, ...], stop_before: int | None = None) ->
             signals.requested = lambda: signal.SIGTERM
         return batches
 
-    def poisoned(self: TrainingStep, batch: object, *arguments: object) -> tuple:
-        loss, gates = forward(self, batch, *arguments)
-        bad = place[0] in steps and int(os.environ["RANK"]) == rank
-        # the loss alone: its gradient stays finite
-        return (loss + math.inf if bad else loss), gates
+    def poisoned(self: Objective, *arguments: object) -> tuple:
+        total, reported = objective(self, *arguments)
+        if place[0] in steps and int(os.environ["RANK"]) == rank:  # the loss alone: its gradient stays finite
+            return total + math.inf, {**reported, "loss": reported["loss"] + math.inf}
+        return total, reported
 
-    TrainStream.__next__, TrainingStep.forward = fetched, poisoned
+    TrainStream.__next__, Objective.of = fetched, poisoned
 
 
 @pytest.mark.parametrize(("stage", "size"), [(0, 1), (2, 2), (3, 2)])
@@ -186,23 +186,21 @@ def test_what_cannot_be_mended_stops_the_run_with_a_report(
 
 
 def hang(rank: int, step: int, seconds: float) -> None:
-    """A rank comes no further in the forward pass of a step, for a while."""
+    """A rank comes no further than the forward pass of a step, for a while."""
     from fusiontree.training.step import TrainingStep
 
-    update = TrainingStep.update
-    forward = TrainingStep.forward
-    current = [0]
+    update, backward, current = TrainingStep.update, TrainingStep._backward, [0]
 
-    def updated(self: TrainingStep, batches: list, number: int, stop: bool) -> object:
+    def updated(self: TrainingStep, batches: list, number: int, *arguments: object) -> object:
         current[0] = number
-        return update(self, batches, number, stop)
+        return update(self, batches, number, *arguments)
 
-    def asleep(self: TrainingStep, *arguments: object) -> tuple:
+    def asleep(self: TrainingStep, *arguments: object) -> None:
         if current[0] == step and int(os.environ["RANK"]) == rank:
             time.sleep(seconds)
-        return forward(self, *arguments)
+        backward(self, *arguments)
 
-    TrainingStep.update, TrainingStep.forward = updated, asleep
+    TrainingStep.update, TrainingStep._backward = updated, asleep
 
 
 def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
     stacks = [(tmp_path / "r" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in range(2)]
     assert all("engine.py" in stack for stack in stacks)
     assert "in asleep" in stacks[1]
-    assert "in backward" in stacks[0]
+    assert ["in backward" in stack for stack in stacks] == [True, False]
     assert "rank 0: step 9 has taken more than" in job.said()
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("hang", 8)]
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals"),
+    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.outcome"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -72,6 +72,7 @@ ARROWS = {
     "fusiontree.incidents": set(),
     "fusiontree.signals": set(),
     "fusiontree.lease": set(),
+    "fusiontree.outcome": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -80,7 +81,7 @@ TORCH_FREE = (
     *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
     *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.memory"),
-    "fusiontree.status",
+    *("fusiontree.outcome", "fusiontree.status"),
 )
 
 

@@ -22,13 +22,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusiontree.config import RunConfig, load_config
+from fusiontree.config import RunConfig, load_config, to_yaml
 from fusiontree.data.batch import Batch, collate
 from fusiontree.distributed import World
+from fusiontree.errors import UserError
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, branch_drops, materialise
 from fusiontree.training.gates import DECAY
 from fusiontree.training.optimizer import build_optimizer
+from fusiontree.training.resume import check_layout
 from fusiontree.training.schedule import learning_rate, value_at
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 8, 48, 96
@@ -296,6 +298,16 @@ def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> 
             assert found[figure] == pytest.approx(expected[figure], rel=1e-5), figure
         if "muon" not in name:  # whose norm is that of its update
             assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+
+
+def test_a_run_with_states_on_nvme_does_not_go_on(tmp_path: Path) -> None:
+    nvme, plain = ["deepspeed=zero3_nvme", "nvme_path=/fast"], ["deepspeed=zero3", "nvme_path=/fast"]
+    for before, now in ((nvme, nvme), (nvme, plain), (plain, nvme)):
+        (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny", before)))
+        with pytest.raises(UserError, match=r"runs/tiny cannot go on: .* set another name"):
+            check_layout(load_config("tiny", now), tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny", plain)))
+    check_layout(load_config("tiny", plain), tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [4, 2])

@@ -16,7 +16,6 @@ from fusiontree import checkpoint, distributed, incidents, signals
 from fusiontree.config import RunConfig, dataset_manifest, deepspeed_json, to_yaml
 from fusiontree.console import console
 from fusiontree.data.batch import Batch
-from fusiontree.data.plan import documents_at
 from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
@@ -24,15 +23,15 @@ from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
 from fusiontree.flops import update_flops
 from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
-from fusiontree.training.health import Health, Trouble, Watchdog
+from fusiontree.training.health import Health, Trouble, Watchdog, culprits, in_words
 from fusiontree.training.layers import LayerWatch
+from fusiontree.training.logs import log_to_file
 from fusiontree.training.metrics import Metrics, summarise, utilisation
-from fusiontree.training.resume import prepare_folder, rows_consumed
+from fusiontree.training.resume import prepare_folder, read_place
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
-_NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
 _NO_START = {"init_from": None}
 
 
@@ -167,20 +166,13 @@ class Trainer:
         return self.stream.rows_consumed - self.stream.recipe.batch_rows, self.stream.rows_consumed
 
     def _tell(self, trouble: Trouble, update: Update) -> None:
-        """Name the rows of an update that went wrong: those of the ranks whose loss is not finite, else all.
+        """Name the rows of an update that went wrong.
 
         Raises:
             RunError: the run is to stop.
         """
-        stream = self.stream
-        own = documents_at(stream, self._last_rows[0] // stream.recipe.batch_rows)["rows"]
-        places = [{key: row[key] for key in ("source", "shard", "row", "first_token")} for row in own]
-        told = distributed.gather((bool(update.own_loss.isfinite()), places))
-        of_all = [places for finite, places in told if not finite] or [places for _, places in told]
-        rows = [place for places in of_all for place in places]
-        named = ", ".join(f"{row['shard']} row {row['row']} from token {row['first_token']}" for row in rows[:_NAMED])
-        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-        message = f"step {self.step:,}: {trouble.message}; rows: {named}{more}"
+        rows = culprits(self.stream, self._last_rows[0], bool(update.own_loss.isfinite()))
+        message = f"step {self.step:,}: {trouble.message}; rows: {in_words(rows)}"
         if self.world.is_main:
             console.print(message, markup=False)
             incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
@@ -330,11 +322,12 @@ class Trainer:
         checkpoint.load(self.training.engine, self.world, path, fresh)
         state = checkpoint.read_state(path)
         self.resume_from, self.step, self.wandb_id = path, state["step"], state["wandb_id"]
-        self.stream.seek(rows_consumed(self.config, path))
-        # an older version's checkpoint has none of these
+        place, left_out = read_place(self.config, path)
+        self.stream.seek(place)
+        self._leave_out(left_out)
+        # an older version's checkpoint has neither
         self.ledger.restore(state.get("bad_rows", []))
         self.health.restore(state.get("health", {}))
-        self._leave_out([(first, end) for first, end in state.get("left_out", [])])
         self.training.gates.restore(checkpoint.read_gates(path))
         if self.world.is_main and fresh:
             saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
@@ -351,22 +344,3 @@ class Trainer:
         with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
-
-
-@contextlib.contextmanager
-def log_to_file(config: RunConfig, world: World) -> Iterator[None]:
-    """Send this rank's log, DeepSpeed's and Python's warnings to ``logs/rank-N.log``: the console is for progress."""
-    folder = config.run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{world.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.captureWarnings(True)
-    root, engine_log = logging.getLogger(), logging.getLogger("DeepSpeed")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    engine_log.handlers = [handler]
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fusiontree import incidents
+from fusiontree import distributed, incidents, outcome
 from fusiontree.config import HealthConfig
+from fusiontree.data.plan import documents_at
+from fusiontree.data.stream import TrainStream
 from fusiontree.errors import HungError
 from fusiontree.training.step import Update
 
+_NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
 _FLOOR = 0.005  # of the median loss: the least that counts as its deviation, so that a very even loss has no spikes
 _KNOWN = 5  # steps whose time must be known before one can be too long
 _LAST_WORDS = 3.0  # seconds in which all ranks write their stacks before the first one ends
@@ -80,6 +83,24 @@ def robust_score(values: "deque[float]", value: float) -> float:
     return (value - median) / max(deviation, _FLOOR * abs(median))
 
 
+def culprits(stream: TrainStream, rows_consumed: int, finite: bool) -> list[dict[str, Any]]:
+    """The rows of the step behind `rows_consumed`: of the ranks whose own loss is not `finite`, or else of all.
+
+    All ranks call it together. A row is its source, shard, row in the shard and first token there.
+    """
+    own = documents_at(stream, rows_consumed // stream.recipe.batch_rows)["rows"]
+    places = [{key: row[key] for key in ("source", "shard", "row", "first_token")} for row in own]
+    told = distributed.gather((finite, places))
+    of_all = [places for finite, places in told if not finite] or [places for _, places in told]
+    return [place for places in of_all for place in places]
+
+
+def in_words(rows: list[dict[str, Any]]) -> str:
+    """Some of `rows` for a line on the console."""
+    named = ", ".join(f"{row['shard']} row {row['row']} from token {row['first_token']}" for row in rows[:_NAMED])
+    return named + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
+
+
 class Watchdog:
     """Ends this rank when a step takes far longer than steps do; each rank has one, so that all write their stacks."""
 
@@ -133,6 +154,7 @@ class Watchdog:
         )
         if self.rank == 0:
             incidents.record(self.run_dir, "hang", step, message)
-        print(f"fusiontree: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        if not outcome.report(HungError.exit_code, message):
+            print(f"fusiontree: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
         time.sleep(_LAST_WORDS)
         os._exit(HungError.exit_code)  # the thread that trains answers no more
