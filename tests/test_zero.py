@@ -22,13 +22,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusiontree.config import RunConfig, load_config
+from fusiontree.config import RunConfig, load_config, to_yaml
 from fusiontree.data.batch import Batch, collate
 from fusiontree.distributed import World
+from fusiontree.errors import UserError
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, branch_drops, materialise
 from fusiontree.training.gates import DECAY
 from fusiontree.training.optimizer import build_optimizer
+from fusiontree.training.resume import check_layout
 from fusiontree.training.schedule import learning_rate, value_at
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 8, 48, 96
@@ -50,13 +52,21 @@ JOBS = {  # by name: ranks and overrides
     "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=branch"]),
     "muon zero1 x2": (2, ["deepspeed=zero1", *MUON]),
     "muon zero3 x2": (2, ["deepspeed=zero3", *MUON]),
+    "zero3_nvme x2": (2, ["deepspeed=zero3_nvme"]),
 }
+
+
+def skipped(name: str) -> bool:
+    """Whether a job needs the asynchronous I/O that DeepSpeed builds for minutes, and it has not been built here."""
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return "nvme" in name and not any(extensions.rglob("async_io.so"))
 
 
 def config_of(folder: Path, overrides: list[str]) -> RunConfig:
     words = [f"model.{name}={json.dumps(value)}" for name, value in SHAPE.items()]
     batch = [f"data.seq_len={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "batch.micro_rows=1", "optimizer.lr=3e-3"]
     lengths = [f"schedule.steps={STEPS}", "schedule.warmup_steps=3", f"distill.teacher={folder / 'teacher'}"]
+    lengths.append(f"nvme_path={folder / 'nvme'}")
     return load_config("tiny", [*words, *batch, *lengths, *LOSSES, "activation_checkpointing=none", *overrides])
 
 
@@ -224,7 +234,7 @@ def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
     world = distributed.start()
     results: dict[str, Any] = {}
     for name, (ranks, overrides) in JOBS.items():
-        if ranks == size:
+        if ranks == size and not skipped(name):
             results[name] = curve_of(config_of(folder, overrides), world)
     results["start"] = built_at_zero3(folder, world)
     (folder / f"ranks-{size}-{rank}.json").write_text(json.dumps(results))
@@ -258,7 +268,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
     code = "import sys, pathlib, test_zero; test_zero.main(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
@@ -274,6 +284,11 @@ def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+    if skipped(name):
+        pytest.skip(
+            "DeepSpeed's async_io is not built: python -c 'import deepspeed.ops.op_builder as b; "
+            "b.AsyncIOBuilder().load()' takes minutes, libaio-dev, g++ and ninja"
+        )
     expected = truths["muon" if name.startswith("muon") else "adamw"]
     ranks = JOBS[name][0]
     for rank in range(ranks):
@@ -285,10 +300,20 @@ def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> 
             assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
 
 
+def test_a_run_with_states_on_nvme_does_not_go_on(tmp_path: Path) -> None:
+    nvme, plain = ["deepspeed=zero3_nvme", "nvme_path=/fast"], ["deepspeed=zero3", "nvme_path=/fast"]
+    for before, now in ((nvme, nvme), (nvme, plain), (plain, nvme)):
+        (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny", before)))
+        with pytest.raises(UserError, match=r"runs/tiny cannot go on: .* set another name"):
+            check_layout(load_config("tiny", now), tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny", plain)))
+    check_layout(load_config("tiny", plain), tmp_path)
+
+
 @pytest.mark.parametrize("ranks", [4, 2])
 def test_zero3_starts_from_the_plain_weights_and_never_holds_the_whole_model(ranks: int, folder: Path) -> None:
     for rank in range(ranks):
         found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())["start"]
         assert all(found["equal"])
-        assert found["peak"] < found["whole"] / ranks + 5 * found["largest"]
+        assert found["peak"] < found["whole"] / ranks + 2 * found["largest"]
         assert found["peak"] < found["whole"]

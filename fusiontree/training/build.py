@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
+from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json, keeps_optimizer_on_nvme
+from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import UserError
 from fusiontree.kernels import DTYPES, choose_kernels
@@ -25,6 +26,11 @@ def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | 
 
     settings = engine_settings(config, world)
     _require_async_io(settings["zero_optimization"])
+    if keeps_optimizer_on_nvme(config) and world.is_main:
+        console.print(
+            f"deepspeed {config.deepspeed}: DeepSpeed does not save an optimizer's states on NVMe whole; this run can "
+            "be neither resumed nor exported (zero3_offload can)"
+        )
     model = build_model(config, world, settings)
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

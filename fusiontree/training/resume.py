@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from fusiontree import checkpoint, distributed, incidents, lease
-from fusiontree.config import KEYS, RunConfig, config_differences, deepspeed_json, load_config, to_yaml
+from fusiontree.config import KEYS, RunConfig, config_differences, keeps_optimizer_on_nvme, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
@@ -29,16 +29,7 @@ def prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed
     Raises:
         UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`.
     """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data, allow_changed)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed))
 
 
 def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str]) -> Path | None:
@@ -53,7 +44,7 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         console.print(line)
         incidents.record(run, "fallback", checkpoint.step_of(path), line)
     if found is not None:
-        _check_layout(config, world, found)
+        check_layout(config, found)
         _check_same(config, data, found, allow_changed)
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
@@ -66,31 +57,32 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
     return found
 
 
-def rows_consumed(config: RunConfig, path: Path) -> int:
-    """Rows of `config`'s length that the checkpoint at `path` stands behind.
+def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Where the checkpoint at `path` stands in the data: rows consumed, of `config`'s length, and what is left out.
 
     Raises:
         UserError: that is inside a batch of `config`.
     """
-    tokens = checkpoint.read_state(path)["rows_consumed"] * load_config(str(path / checkpoint.CONFIG)).data.seq_len
-    if tokens % config.batch.tokens:
+    state, seq_len = checkpoint.read_state(path), load_config(str(path / checkpoint.CONFIG)).data.seq_len
+    # an older version's checkpoint leaves nothing out
+    rows = [state["rows_consumed"], *(row for ends in state.get("left_out", []) for row in ends)]
+    tokens = [row * seq_len for row in rows]
+    if any(place % config.batch.tokens for place in tokens):
         raise UserError(
-            f"{path} stands behind {tokens} tokens, inside a batch of batch.tokens {config.batch.tokens}; take one "
+            f"{path} stands behind {tokens[0]} tokens, inside a batch of batch.tokens {config.batch.tokens}; take one "
             "that divides them"
         )
-    return tokens // config.data.seq_len
+    consumed, *ends = (place // config.data.seq_len for place in tokens)
+    return consumed, list(zip(ends[::2], ends[1::2], strict=True))
 
 
-def _check_layout(config: RunConfig, world: World, path: Path) -> None:
-    """Raise UserError if the checkpoint at `path` cannot be brought to the run's ranks and ZeRO stage."""
-    state = checkpoint.read_state(path)
-    zero = deepspeed_json(config).get("zero_optimization", {})
-    stage, ranks = state["zero_stage"], state["world_size"]
-    resized = (stage, ranks) != (zero.get("stage", 0), world.size)
-    if resized and zero.get("offload_optimizer", {}).get("device") == "nvme":
+def check_layout(config: RunConfig, path: Path) -> None:
+    """Raise UserError if the checkpoint at `path` cannot be brought to where the run keeps its states."""
+    before = load_config(str(path / checkpoint.CONFIG))
+    if any(one.nvme_path is not None and keeps_optimizer_on_nvme(one) for one in (before, config)):
         raise UserError(
-            f"{config.run_dir} was trained on {ranks} ranks at ZeRO stage {stage}, and states on NVMe cannot be cut "
-            "anew; start it so, or take deepspeed=zero3_offload"
+            f"{config.run_dir} cannot go on: DeepSpeed neither saves nor loads an optimizer's states on NVMe whole; "
+            "set another name, and deepspeed=zero3_offload for a run that can"
         )
 
 
@@ -115,7 +107,7 @@ def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Seq
         impossible += [key for key in differing if key.startswith("model.")]
     if impossible:
         raise UserError(f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore them")
-    rows_consumed(config, path)
+    read_place(config, path)
     if differing:
         line = f"went on with other values of {', '.join(differing)}, as allowed"
         console.print(line)
