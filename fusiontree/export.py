@@ -145,7 +145,8 @@ def _write_rest(
 
     ends = {"eos_token_id": state["eos_id"], "pad_token_id": state["pad_id"], "bos_token_id": state["eos_id"]}
     settings = FusionTreeConfig(**shape.to_dict(), **ends)
-    settings.architectures, settings.dtype = [FusionTreeForCausalLM.__name__], DTYPES[dtype]
+    # `transformers serve` takes from transformers itself the class that is named here; this one finds ours by auto_map
+    settings.architectures, settings.dtype = ["AutoModelForCausalLM"], DTYPES[dtype]
     with torch.device("meta"):
         custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the code that makes the model
     settings.save_pretrained(folder)

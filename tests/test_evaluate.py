@@ -75,6 +75,9 @@ def test_an_answer_is_right_when_every_token_is_the_likeliest() -> None:
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert loss == pytest.approx(-logits.gather(1, torch.tensor(answer)[:, None]).mean().item(), rel=1e-4)
     assert not _answer(model, Probe(prompt, [*answer[:-1], (answer[-1] + 1) % 96]))[0]
+    wrong = [(answer[0] + 1) % 96]
+    wrong += [token for (token,) in stream_tokens(model, [prompt + wrong], 1, Sampling(temperature=0), None)]
+    assert not _answer(model, Probe(prompt, wrong))[0]
     bigram = Bigram.count([(np.array([3, 4, 5, 3, 4, 5]), np.array([6]))], 8)
     assert _answered_by(bigram, Probe([7, 3], [4, 5]))
     assert not _answered_by(bigram, Probe([7, 3], [4, 4]))
