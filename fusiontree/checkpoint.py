@@ -60,13 +60,15 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def load(engine: Any, world: World, checkpoint: Path) -> None:
+def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
     """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
 
-    On another number of ranks or at another ZeRO stage than it was saved at, its pieces are cut anew.
+    DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
+    not trained; otherwise the pieces are copied one by one.
     """
     state = read_state(checkpoint)
-    if (state["zero_stage"], state["world_size"]) != (engine.zero_optimization_stage(), world.size):
+    same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
+    if not (same and fresh):
         resize.load(engine, checkpoint, state["zero_stage"], state["world_size"])
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code, message = _outcome(args)
     finally:
-        if args.handler is _train:
-            from launcher import local
+        if args.handler in (_train, _probe):
+            from fusiontree import outcome
 
-            told = local.report(code, message)
+            told = outcome.report(code, message)
     if message and not told:
         rank = os.environ.get("RANK", "0")
         kind = "" if message == _INTERRUPTED else "error: "
@@ -200,7 +200,7 @@ def _launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(local.command_line(plan))
         return 0
-    return local.run(plan)
+    return local.run(plan, config.run_dir / "logs")
 
 
 def _rank_options(args: argparse.Namespace) -> list[str]:
@@ -220,7 +220,7 @@ def _refuse_stray(args: argparse.Namespace) -> None:
 def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     from fusiontree.config import load_config
     from launcher import hostfile
-    from launcher.plan import plan_hosts
+    from launcher.plan import plan_hosts, prepare_run
 
     config = load_config(args.config, args.overrides)
     hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
@@ -229,7 +229,8 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     if args.dry_run:
         print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
         return 0
-    return hostfile.run(plan, config, launcher)
+    hostfile.check_programs(launcher)
+    return hostfile.run(plan, prepare_run(config, args.allow_changed), launcher)
 
 
 def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
@@ -256,7 +257,7 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
         return 0
     slurm.check_cluster(job)
     for one in configs:
-        prepare_run(one)
+        prepare_run(one, args.allow_changed)
     return _submit(slurm.write(text, folder), folder / "logs", args.wait)
 
 
@@ -327,20 +328,18 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from fusiontree.generate import generate_text
+    from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts
 
-    figures = generate_text(
-        args.folder,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        on_text=None if args.json else _stream,
-    )
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give a prompt, or a file of them with --prompts")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    if args.prompts is not None:
+        given = read_prompts(args.prompts)
+        for figures in generate_texts(args.folder, given, args.max_new_tokens, sampling, args.batch):
+            print(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
+        return 0
+    on_text = None if args.json else _stream
+    figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
     if args.json:
         return _show(figures, as_json=True)
     print()
@@ -383,9 +382,39 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.overrides and args.config is None:
         raise UserError("doctor: overrides need a CONFIG before them")
     config = None if args.config is None else load_config(args.config, args.overrides)
-    findings = diagnose(config, ranks=args.ranks)
+    if (args.nodes is not None or args.hostfile is not None) and config is None:
+        raise UserError("doctor: --nodes and --hostfile need a CONFIG")
+    findings = diagnose(config, args.ranks, 1 if args.nodes is None else args.nodes)
+    if config is not None and args.nodes is not None:
+        findings = _with_cluster(findings, config, args)
     _show(findings, args.json)
     return 1 if findings["problems"] else 0
+
+
+def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The doctor's findings, with what the nodes themselves say if they can be reached."""
+    from launcher.probing import probe_cluster
+
+    found = probe_cluster(config, args.nodes, args.ranks, args.hostfile)
+    if found is None:
+        hint = f"not looked at: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
+        return findings | {"cluster": hint}
+    from fusiontree.probe import compare
+
+    cluster = compare(found)
+    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems")]}
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from fusiontree import signals
+    from launcher import local
+
+    local.join_launcher()
+    signals.listen()
+    from fusiontree.probe import probe
+
+    probe(args.target)
+    return 0
 
 
 def _bench_train(args: argparse.Namespace) -> int:
@@ -418,7 +447,7 @@ def _bench_prune(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         from fusiontree.bench.prune import bench_prune
 
-        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps)
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
     return _show(figures, args.json)
 
 
@@ -879,7 +908,14 @@ def _add_model(commands: Any) -> None:
         "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
     )
     generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    generate.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or .jsonl; --json: an answer a line",
+    )
+    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE together (default 8)")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
@@ -933,7 +969,14 @@ def _add_machine(commands: Any) -> None:
         "doctor tiny --ranks 2 data.path=data/books",
     )
     _add_config(doctor, optional=True)
-    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on (default 1)")
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on, a node")
+    doctor.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of the job; they are looked at inside an allocation of SLURM"
+    )
+    doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="or through this hostfile")
+    probe = commands.add_parser("probe")  # for the doctor's own use: not in the help
+    probe.add_argument("target", type=Path)
+    probe.set_defaults(handler=_probe)
 
     demo = _command(
         commands,
@@ -1007,6 +1050,12 @@ def _add_bench(commands: Any) -> None:
     prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
     prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
     prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+    prune.add_argument(
+        "--keep",
+        choices=("alternate", "mamba", "attention"),
+        default="alternate",
+        help="what every second layer keeps (default: the one and the other in turn)",
+    )
 
     kernels = _command(
         bench_commands,

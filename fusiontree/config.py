@@ -246,6 +246,20 @@ class LoggingConfig(_Section):
     tensorboard: bool = False  # event files in the run's folder
 
 
+class HealthConfig(_Section):
+    """What is done when training is not well."""
+
+    max_bad_steps: Count = 5  # updates in a row whose loss or gradient is not finite; each is left out
+    on_bad: Literal["rollback", "stop"] = "rollback"  # rollback: to the last checkpoint, then past the bad rows
+    on_spike: Literal["ignore", "rollback", "stop"] = "ignore"  # ignore: it is recorded
+    spike_score: float = Field(default=10.0, gt=0.0)  # a spike: so many robust deviations above the median loss
+    spike_window: int = Field(default=128, ge=8)  # updates that the median is over
+    max_rollbacks: Count = 3  # to one checkpoint; then the run stops
+    hang_factor: float = Field(default=10.0, gt=1.0)  # a step that takes so many times their median hangs,
+    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too
+    timeout_seconds: float = Field(default=1800.0, gt=0.0)  # that a rank waits for the others anywhere else
+
+
 class KernelsConfig(_Section):
     """Back-end of each operation; `auto` is the best that runs here."""
 
@@ -269,6 +283,7 @@ class RunConfig(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
+    init_from: Path | None = None  # folder made by `fusiontree export`, whose weights the run starts from
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -283,6 +298,7 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+    health: HealthConfig = HealthConfig()
     kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="after")
@@ -627,8 +643,9 @@ def to_yaml(config: RunConfig) -> str:
 
 # what may change when a run is resumed: it moves neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
-    r"|deepspeed|nvme_path|batch\.micro_rows|(logging|validation|checkpoint|kernels|activation_checkpointing)\..+"
+    r"name|output|init_from|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"|deepspeed|nvme_path|batch\.micro_rows"
+    r"|(logging|validation|checkpoint|health|kernels|activation_checkpointing)\..+"
 )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusiontree.errors import RunError, UserError
 from fusiontree.network import free_port
 
 
@@ -112,6 +114,30 @@ def side_group() -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
+def set_timeout(seconds: float) -> None:
+    """Let the collectives of all groups that exist give up after so long; a time-out at the start reaches one only."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def on_main(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the main rank, on every rank; or raises there.
+
+    Raises:
+        UserError, RunError, OSError: `make` did.
+    """
+    found: Any = None
+    if dist.get_rank() == 0:
+        try:
+            found = make()
+        except (UserError, RunError, OSError) as error:
+            found = error
+    found = from_main(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def from_main(value: Any, group: Any = None) -> Any:
     """The main rank's `value` (anything that pickles), on every rank."""
     box = [value]
@@ -130,6 +156,11 @@ def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone: a consequence, not the cause."""
     gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in gloo)
+
+
+def is_time_out(error: RuntimeError) -> bool:
+    """Whether a collective gave up waiting, as `set_timeout` lets it."""
+    return any(sign in str(error) for sign in ("Timed out waiting", "timed out waiting", "Application timeout"))
 
 
 def leave() -> None:

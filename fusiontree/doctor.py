@@ -5,14 +5,15 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fusiontree import memory
 from fusiontree.config import RunConfig, dataset_manifest, deepspeed_json
 from fusiontree.errors import UserError
-from fusiontree.model.config import ModelConfig
 
 # distribution and module; without the first group nothing runs
 _REQUIRED = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "webdataset": "webdataset"}
@@ -24,12 +25,10 @@ _OPTIONAL = {
     "liger-kernel": "liger_kernel",
     "wandb": "wandb",
 }
-_STATE_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # per parameter: all in fp32, Adam has two moments
-_PROCESS_BYTES = 600 * 2**20  # a rank before its model: the interpreter with torch and DeepSpeed
 
 
-def diagnose(config: RunConfig | None, ranks: int = 1) -> dict[str, Any]:
-    """Look at this machine and, if given, at what `config` needs of it on `ranks` ranks.
+def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int = 1) -> dict[str, Any]:
+    """Look at this machine and, if given, at what `config` needs of it on `ranks` ranks of each of `nodes` like it.
 
     Returns:
         versions, machine, kernels (by operation), install (what to add, one line each), problems (why `config`, or
@@ -50,8 +49,8 @@ def diagnose(config: RunConfig | None, ranks: int = 1) -> dict[str, Any]:
         "install": _advice(versions, device_type, config),
     }
     if config is not None:
-        report["run"] = _estimate(config, ranks)
-        problems += _run_problems(config, ranks, report["run"], gpus if device_type == "cuda" else [])
+        report["run"] = _estimate(config, nodes * ranks)
+        problems += _run_problems(config, nodes, ranks, report["run"], gpus if device_type == "cuda" else [])
     return report | {"problems": list(dict.fromkeys(problems))}
 
 
@@ -133,79 +132,31 @@ def _advice(versions: dict[str, str], device_type: str, config: RunConfig | None
 
 
 def _estimate(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """Size of the run and the memory that one of `ranks` ranks needs, estimated to about a factor of 1.5."""
-    parameters = config.model.parameter_count()
-    activations = _activation_bytes(config)
-    report: dict[str, Any] = {"parameters": parameters, "ranks": ranks}
-    return report | _or_unknown(
-        lambda: {
-            "state_bytes": (state := _state_bytes(parameters, deepspeed_json(config), ranks)),
-            "activation_bytes": activations,
-            "memory_per_rank_bytes": state + activations + _PROCESS_BYTES,
-        }
-    )
+    """Size of the run, the memory that one of `ranks` ranks needs, and the disk that its checkpoints take.
+
+    Figures of memory are left out where the DeepSpeed settings cannot be read, which is reported among the problems.
+    """
+    sizes: dict[str, Any] = {"parameters": config.model.parameter_count(), "ranks": ranks}
+    with contextlib.suppress(UserError):
+        sizes["rows_per_rank_and_step"] = config.accumulation_steps(ranks) * config.batch.micro_rows
+    with contextlib.suppress(UserError):
+        sizes |= memory.estimate(config, ranks)
+    sizes["memory_gib_by_stage_and_recomputation"] = memory.table(config, ranks)
+    sizes |= {"checkpoint_bytes": memory.checkpoint_bytes(config), "checkpoints_bytes": memory.disk_bytes(config)}
+    return sizes
 
 
-def _or_unknown(figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures, or none where the DeepSpeed settings cannot be read, which is reported among the problems."""
-    try:
-        return figures()
-    except UserError:
-        return {}
-
-
-def _state_bytes(parameters: int, settings: dict[str, Any], ranks: int) -> int:
-    """Weights, gradients and moments of one rank; ZeRO shares out the moments, then gradients, then weights."""
-    zero = settings.get("zero_optimization", {})
-    shared = ("optimizer", "gradients", "weights")[: zero.get("stage", 0)]
-    kept_here = [what for what in _STATE_BYTES if not (what == "optimizer" and "offload_optimizer" in zero)]
-    return sum(parameters * _STATE_BYTES[what] // (ranks if what in shared else 1) for what in kept_here)
-
-
-def _activation_bytes(config: RunConfig) -> int:
-    """What one forward pass keeps for the backward pass, and the block that is recomputed."""
-    model, tokens = config.model, config.data.seq_len * config.batch.micro_rows
-    item = 2 if config.precision == "bf16" else 4
-    block = max(_block_width(model, layer) for layer in range(model.num_layers)) * item
-    return tokens * (block + sum(_kept_bytes(config, layer, item) for layer in range(model.num_layers)))
-
-
-def _kept_bytes(config: RunConfig, layer: int, item: int) -> int:
-    """Bytes per token that block `layer` keeps for the backward pass, of `item` bytes a value."""
-    model, chosen = config.model, config.activation_checkpointing
-    kept = 0 if chosen.offload else 4 * model.hidden_size  # of a part that is computed again: its input
-    if chosen.policy == "full" or (chosen.policy == "every_n" and layer % chosen.every == 0):
-        return kept
-    block = _block_width(model, layer) * item
-    if chosen.policy != "branch":
-        return block
-    widths = {"mamba": _mamba_width(model, layer), "attention": _attention_width(model, layer)}
-    again = widths if chosen.branch == "both" else [chosen.branch]
-    return block + sum(kept - widths[branch] * item for branch in again if widths[branch])
-
-
-def _block_width(model: ModelConfig, layer: int) -> int:
-    """Values per token that one block keeps: its branches' projections, the MLP's, norms and the gate."""
-    branches = _mamba_width(model, layer) + _attention_width(model, layer)
-    return branches + 4 * model.mlp_size + 12 * model.hidden_size
-
-
-def _mamba_width(model: ModelConfig, layer: int) -> int:
-    return 2 * model.ssm_projection_size if model.has("mamba", layer) else 0
-
-
-def _attention_width(model: ModelConfig, layer: int) -> int:
-    return 2 * (model.queries_per_kv + 1) * sum(model.kv_heads_at(layer)) * model.head_dim
-
-
-def _run_problems(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
-    """Why `config` cannot run on `ranks` ranks here."""
+def _run_problems(
+    config: RunConfig, nodes: int, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]
+) -> list[str]:
+    """Why `config` cannot run on `ranks` ranks here and on each of the other `nodes`."""
     checks: list[Callable[[], Any]] = [
         lambda: deepspeed_json(config),
         lambda: dataset_manifest(config),
-        lambda: config.accumulation_steps(ranks),
+        lambda: config.accumulation_steps(nodes * ranks),
         lambda: _check_devices(config, ranks, gpus),
         lambda: _check_memory(run, ranks, gpus),
+        lambda: _check_disk(config),
     ]
     problems = []
     for check in checks:
@@ -235,4 +186,16 @@ def _check_memory(run: dict[str, Any], ranks: int, gpus: list[dict[str, Any]]) -
         raise UserError(
             f"about {needed / 2**30:.1f} GiB needed by {whose}, {here / 2**30:.1f} GiB there; lower batch.micro_rows "
             "or data.seq_len, set activation_checkpointing=full, a higher ZeRO stage, or take a smaller preset"
+        )
+
+
+def _check_disk(config: RunConfig) -> None:
+    """Raise UserError if the disk of the run's folder cannot hold its checkpoints."""
+    place = next(path for path in [config.run_dir.absolute(), *config.run_dir.absolute().parents] if path.exists())
+    free, needed = shutil.disk_usage(place).free, memory.disk_bytes(config)
+    if needed > free:
+        each = memory.checkpoint_bytes(config) / 2**30
+        raise UserError(
+            f"checkpoints take up to {needed / 2**30:.1f} GiB ({each:.1f} GiB each), {place} has "
+            f"{free / 2**30:.1f} GiB free; lower checkpoint.keep_last or set another output"
         )

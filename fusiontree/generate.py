@@ -1,7 +1,7 @@
 """Text from an exported folder: loading it, sampling, and decoding with the cache."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusiontree.errors import RunError, UserError
 from fusiontree.kernels import choose_kernels
+from fusiontree.model.cache import Cache
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
@@ -50,22 +51,12 @@ class Sampling:
 
 
 def generate_text(
-    folder: Path,
-    prompt: str,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    on_text: Callable[[str], None] | None = None,
+    folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling, on_text: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Continue `prompt` with the model exported to `folder`.
 
     Args:
         on_text: called with the prompt, then with each new piece of text as it comes.
-        Others: see `Sampling`.
 
     Returns:
         The text that was added, its tokens and the prompt's.
@@ -73,31 +64,129 @@ def generate_text(
     Raises:
         UserError: the folder is no export, or the prompt has no token.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    if not prompt:
-        raise UserError("the prompt is empty; give at least one character")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError("the prompt is not UTF-8; give text that is")
+    (figures,) = generate_texts(folder, {"the prompt": prompt}, max_new_tokens, sampling, on_text=on_text)
+    return figures
+
+
+def generate_texts(
+    folder: Path,
+    prompts: Mapping[str, str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    rows: int = 8,
+    on_text: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Continue `prompts`, `rows` of them together; each gives what it would alone.
+
+    Args:
+        prompts: by what to call them in messages. on_text: as of `generate_text`, of the first prompt of each batch.
+
+    Yields:
+        For each prompt, in order, what `generate_text` returns.
+
+    Raises:
+        UserError: the folder is no export, or a prompt has no token or too many.
+    """
+    for name, value in (("--max-new-tokens", max_new_tokens), ("--batch", rows)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    for name, prompt in prompts.items():
+        _check_prompt(name, prompt)
     model, tokenizer = load_export(folder)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    check_positions(model.config, len(prompt_ids) + max_new_tokens)
+    texts = list(prompts.values())
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    check_positions(model.config, max(map(len, ids)) + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
-    if on_text is not None:
-        on_text(prompt)
-    ids: list[int] = []
-    shown = ""
-    for (token,) in stream_tokens(model, [prompt_ids], max_new_tokens, sampling, stop):
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if on_text is not None and not text.endswith("\ufffd"):  # half a character waits for its other half
-            on_text(text[len(shown) :])
-            shown = text
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    if on_text is not None:
-        on_text(text[len(shown) :])
-    return {"prompt": prompt, "text": text, "prompt_tokens": len(prompt_ids), "new_tokens": len(ids)}
+    for start in range(0, len(ids), rows):
+        batch = ids[start : start + rows]
+        streams = [_TextStream(tokenizer, stop, None if on_text is None or i else on_text) for i in range(len(batch))]
+        if on_text is not None:
+            on_text(texts[start])
+        for tokens in stream_tokens(model, batch, max_new_tokens, sampling, stop):
+            for stream, token in zip(streams, tokens, strict=True):
+                stream.add(token)
+        for i, stream in enumerate(streams):
+            text = stream.finish()
+            yield {
+                "prompt": texts[start + i],
+                "text": text,
+                "prompt_tokens": len(batch[i]),
+                "new_tokens": len(stream.ids),
+            }
+
+
+def _check_prompt(name: str, prompt: str) -> None:
+    if not prompt:
+        raise UserError(f"{name} is empty; give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"{name} is not UTF-8; give text that is")
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """The prompts of a file by their place: a line each, or of a `.jsonl` file the key `prompt` of each line's object.
+
+    Raises:
+        UserError: it cannot be read, holds none, or a line is empty or no such object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"no file of prompts at {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    prompts = {f"{path} line {number}": line for number, line in enumerate(lines, 1)}
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; write one a line")
+    if path.suffix == ".jsonl":
+        prompts = {place: _prompt_of(place, line) for place, line in prompts.items()}
+    for place, prompt in prompts.items():
+        _check_prompt(place, prompt)
+    return prompts
+
+
+def _prompt_of(place: str, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{place} is no object such as {{"prompt": "It was"}}') from None
+    if not isinstance(prompt, str):
+        raise UserError(f"{place}: prompt is {prompt!r}; it must be text")
+    return prompt
+
+
+class _TextStream:
+    """One row's tokens up to its first `stop`, shown as text as soon as they are whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: int | None, on_text: Callable[[str], None] | None):
+        self.tokenizer, self.stop, self.on_text = tokenizer, stop, on_text
+        self.ids: list[int] = []
+        self.shown, self.ended = "", False
+
+    def add(self, token: int) -> None:
+        """Take in the next token."""
+        self.ended = self.ended or token == self.stop
+        if self.ended:
+            return
+        self.ids.append(token)
+        if self.on_text is not None:
+            text = self._text()
+            if not text.endswith("\ufffd"):  # half a character waits for its other half
+                self._show(text)
+
+    def finish(self) -> str:
+        """Show the rest; all of the text."""
+        text = self._text()
+        self._show(text)
+        return text
+
+    def _text(self) -> str:
+        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text
+
+    def _show(self, text: str) -> None:
+        if self.on_text is not None:
+            self.on_text(text[len(self.shown) :])
+        self.shown = text
 
 
 @torch.inference_mode()
@@ -107,7 +196,11 @@ def stream_tokens(
     """Yield, step by step, the next token of every row (`stop` for rows that have ended) until all have ended.
 
     Prompts of different lengths are padded on the left; a row's tokens do not depend on its neighbours.
+
+    Raises:
+        UserError: a prompt is empty, or a token is none of the model's.
     """
+    _check_ids(model.config, prompts)
     device, longest = model.embedding.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
@@ -127,6 +220,16 @@ def stream_tokens(
             return
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         logits = decoder.step(token)
+
+
+def _check_ids(config: ModelConfig, prompts: list[list[int]]) -> None:
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {number} has no token; give at least one")
+        wrong = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        if wrong is not None:
+            last = config.vocab_size - 1
+            raise UserError(f"prompt {number}: token {wrong} is out of range; the model's are 0 to {last}")
 
 
 class Decoder:
@@ -164,12 +267,26 @@ class Decoder:
             self._make_room(self.cache.length + L)
         if mask is not None and bool(mask.all()):
             mask = None  # whole rows, which need no masks and take the faster kernels
+        if mask is not None and self.cache.length == 0 and 2 * int(mask.sum()) < B * L:
+            return self._prefill_by_row(ids, mask)  # more padding than prompt
+        return self._prefill(self.cache, ids, mask)
+
+    def _prefill(self, cache: Cache, ids: Tensor, mask: Tensor | None) -> Tensor:
+        B, L = ids.shape
         piece = max(1, PREFILL_TOKENS[ids.device.type] // B)
         for start in range(0, L, piece):
             end = min(start + piece, L)
             documents = None if mask is None else Documents.from_mask(mask[:, :end]).last(end - start)
-            logits = self.model(ids[:, start:end], documents, cache=self.cache, keep_logits=1).logits[:, -1]
+            logits = self.model(ids[:, start:end], documents, cache=cache, keep_logits=1).logits[:, -1]
         return logits
+
+    def _prefill_by_row(self, ids: Tensor, mask: Tensor) -> Tensor:
+        L = ids.shape[1]
+        starts = (L - mask.sum(1)).tolist()
+        rows = [self.cache.row(index, start) for index, start in enumerate(starts)]
+        logits = [self._prefill(row, ids[i : i + 1, starts[i] :], None) for i, row in enumerate(rows)]
+        self.cache.join(rows)
+        return torch.cat(logits)
 
     @torch.inference_mode()
     def step(self, token: Tensor) -> Tensor:
@@ -228,6 +345,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of an exported model."""
+    try:
+        return ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{folder} is a damaged export ({error}); export it again") from None
+
+
 def check_positions(config: ModelConfig, tokens: int) -> None:
     """Raise UserError if documents of `tokens` tokens are longer than the time encoding's table."""
     if config.srte == "learned" and tokens > config.max_positions:
@@ -249,10 +374,9 @@ def load_export(
         UserError: `folder` is not an export of this project. RunError: it is damaged.
     """
     read_facts(folder)
+    shape = read_config(folder)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        shape = ModelConfig.from_dict(config)
         weights: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             weights |= {name.removeprefix("model."): value for name, value in load_file(path, str(device)).items()}

@@ -60,7 +60,7 @@ class Saver:
             gates: running mean of the gates, fp32 [layers, H].
         """
         since = time.perf_counter()
-        self._join()
+        self.wait()
         own = _snapshot(self.engine)
         rest = {checkpoint.STATE: json.dumps(state, indent=1).encode()}
         rest |= {name: text.encode() for name, text in texts.items()}
@@ -76,11 +76,12 @@ class Saver:
         Raises:
             RunError: the last checkpoint could not be written.
         """
-        self._join()
+        self.wait()
         if self._failure is not None:
             raise RunError(f"{self._failure}; free disk space and start again")
 
-    def _join(self) -> None:
+    def wait(self) -> None:
+        """Wait until nothing is being written, whether it could be or not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

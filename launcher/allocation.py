@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.config import RunConfig, load_config
-from fusiontree.errors import LOST_PEER, RunError, StoppedError, UserError
+from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.network import free_port
-from launcher import slurm
+from launcher import reports, slurm
 from launcher.plan import CONFIG, FIRST_PORT, PORTS
 
 ATTEMPTS = "attempts.json"
 FAILURES = 2  # ends in a row without progress after which a job is not requeued
 STARTS = 5  # starts in a row without progress after which it is not begun: SLURM requeues by itself after a lost node
-_TAIL = 15  # lines of a rank's output that are shown when it ended without a word
 _NETWORK = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_NCCL_")
 
 
@@ -36,7 +35,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
         UserError: no number of the nodes there are fits the batch.
     """
     job, step = os.environ["SLURM_JOB_ID"], newest_step(run)
-    nodes = slurm._ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
     taken = nodes[: fitting_nodes(load_config(str(run / CONFIG)), len(nodes), ranks_per_node, least)]
     record = _next(read_attempts(run), job, step, taken)
     if record["fruitless"] >= STARTS:
@@ -101,9 +100,11 @@ def end(run: Path, code: int) -> int:
         return code
     if code == 0:
         return 0
-    reports = [json.loads(path.read_text()) for path in logs.glob("rank-*.json")]
-    code, message = _first_failure(reports, code, logs)
+    failure = reports.first_failure(logs)
+    message = f"srun ended with code {code}; see {logs}" if failure is None else failure.message
     _say(message)
+    if failure is not None and failure.code is not None:
+        code = failure.code
     step = newest_step(run)
     fruitless = 0 if step > record["step"] else record["fruitless"] + 1
     write_atomic(run / ATTEMPTS, json.dumps(record | {"code": code, "message": message, "reached": step}, indent=1))
@@ -126,34 +127,6 @@ def _requeue(job: str, step: int, code: int) -> int:
     else:
         time.sleep(60)  # SLURM ends this script; to return would be a failed job
     return code
-
-
-def _first_failure(reports: list[dict[str, Any]], code: int, logs: Path) -> tuple[int, str]:
-    """The exit code and the words of the rank that failed first; others may only have lost it."""
-    failures = sorted((report for report in reports if report["code"]), key=lambda report: report["time"])
-    causes = [report for report in failures if report["message"] != LOST_PEER]
-    if causes:
-        first = causes[0]
-        words = first["message"] or f"failed, its output ends:\n{_tail(logs, first['rank'])}"
-        return first["code"], f"rank {first['rank']} on {first.get('host', '?')}: {words}"
-    if code == StoppedError.exit_code and not failures:
-        return code, "stopped when asked to, and saved"
-    said = {report["rank"] for report in reports}
-    silent = [
-        rank for rank in sorted(int(p.stem.removeprefix("rank-")) for p in logs.glob("rank-*.out")) if rank not in said
-    ]
-    if silent:
-        return (
-            code,
-            f"rank {silent[0]} ended without a word (srun's code {code}), its output ends:\n{_tail(logs, silent[0])}",
-        )
-    return code, f"srun ended with code {code}; see {logs}"
-
-
-def _tail(logs: Path, rank: int) -> str:
-    path = logs / f"rank-{rank}.out"
-    lines = path.read_text(errors="replace").splitlines()[-_TAIL:] if path.exists() else []
-    return "\n".join(f"  {line}" for line in lines) or "  (nothing)"
 
 
 def read_attempts(run: Path) -> dict[str, Any]:

@@ -27,26 +27,32 @@ class Beat:
     def __init__(self, folder: Path):
         self.path = folder / FILE
         self.stopping = threading.Event()
-        self.ended = threading.Event()
+        self.lock = threading.Lock()  # a beat must not come after the request
 
-    def stop(self) -> None:
-        """Ask all ranks to save and leave."""
-        self.stopping.set()
-        write_atomic(self.path, STOP)
+    def stop(self, grace: float) -> None:
+        """Ask all ranks to save and leave; those that are there `grace` seconds later are killed."""
+        with self.lock:
+            if self.stopping.is_set():
+                return
+            self.stopping.set()
+            write_atomic(self.path, f"{STOP} {grace}")
 
     def _keep(self) -> None:
         count = 0
-        while not self.ended.wait(INTERVAL) and not self.stopping.is_set():
+        while not self.stopping.wait(INTERVAL):
             count += 1
-            with contextlib.suppress(OSError):  # a full or hung disk: the next beat may get through
-                write_atomic(self.path, str(count))
-            if self.stopping.is_set():
-                write_atomic(self.path, STOP)  # this beat may have come after the request
+            with contextlib.suppress(OSError), self.lock:  # a full or hung disk: the next beat may get through
+                if not self.stopping.is_set():
+                    write_atomic(self.path, str(count))
 
 
 @contextlib.contextmanager
-def kept(folder: Path) -> Iterator[Beat]:
-    """Keep a beat in `folder` while the block runs; at its end all ranks that are left are asked to leave."""
+def kept(folder: Path, grace: float) -> Iterator[Beat]:
+    """Keep a beat in `folder` while the block runs; at its end all ranks that are left are asked to leave.
+
+    Args:
+        grace: seconds that these get.
+    """
     beat = Beat(folder)
     write_atomic(beat.path, "0")
     thread = threading.Thread(target=beat._keep, name="beat", daemon=True)
@@ -54,8 +60,7 @@ def kept(folder: Path) -> Iterator[Beat]:
     try:
         yield beat
     finally:
-        beat.stop()
-        beat.ended.set()
+        beat.stop(grace)
         thread.join()
 
 
@@ -63,10 +68,10 @@ def watch(folder: Path, grace: float) -> None:
     """A rank's side, in a thread of its own: return never, end this process when it is time.
 
     Args:
-        grace: seconds between SIGTERM and SIGKILL.
+        grace: seconds between SIGTERM and SIGKILL, unless the launch names others.
     """
     last, missed = "", 0
-    while last != STOP and missed < MISSED:
+    while not last.startswith(STOP) and missed < MISSED:
         time.sleep(INTERVAL)
         try:
             now = (folder / FILE).read_text()
@@ -74,5 +79,5 @@ def watch(folder: Path, grace: float) -> None:
             now = last
         last, missed = (now, 0) if now != last else (last, missed + 1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(grace)
+    time.sleep(float(last.removeprefix(STOP)) if last.startswith(STOP) else grace)
     os.kill(os.getpid(), signal.SIGKILL)

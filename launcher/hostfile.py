@@ -5,7 +5,6 @@ their ssh clients, not what these have started on the hosts, so a beat does (`la
 """
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -20,11 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fusiontree.config import RunConfig
 from fusiontree.console import console
-from fusiontree.errors import UserError
-from launcher import beat, local
-from launcher.plan import Plan, prepare_run
+from fusiontree.errors import RunError, UserError
+from launcher import beat, local, reports
+from launcher.plan import Plan
 
 _ENVIRONMENT = "environment"  # in the folder of a launch: DeepSpeed's environment file
 _SETUP = "setup.sh"
@@ -193,19 +191,21 @@ def _folder(run: Path) -> Path:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, config: RunConfig, launcher: str) -> int:
+def run(plan: Plan, run_dir: Path, launcher: str) -> int:
     """Run `plan` to its end and return its exit code: 0 when every rank ended well, else the first failing rank's.
 
     SIGINT, SIGTERM and SIGUSR1 ask all ranks to save and leave.
+
+    Args:
+        run_dir: whole path of a folder that all hosts share; the launch keeps its files under ``logs/`` there.
 
     Raises:
         UserError: a host cannot be reached or does not see what is here; or what the first failing rank said.
         RunError: what the first failing rank said, or that a rank died without a word.
         KeyboardInterrupt: stopped by SIGINT.
     """
-    _require("ssh", "pdsh" if launcher == "pdsh" else "mpirun")
-    folder = _folder(prepare_run(config))
-    folder.mkdir()
+    folder = _folder(run_dir)
+    folder.mkdir(parents=True)
     command = render(plan, launcher, folder)
     for name, content in launch_files(plan, launcher, folder).items():
         (folder / name).write_text(content)
@@ -215,13 +215,16 @@ def run(plan: Plan, config: RunConfig, launcher: str) -> int:
     )
     for name in sorted(name for name in plan.environment if name.startswith(("NCCL_", "GLOO_", "UCX_", "FI_"))):
         console.print(f"{name}={plan.environment[name]}")
-    with beat.kept(folder) as heart:
+    with beat.kept(folder, local.GRACE) as heart:
         returned, stopped_by = _supervise(command, {**os.environ, **_runner_environment(folder)}, folder, heart)
-    reports = _reports(folder, wait=local.GRACE)
-    return local._verdict(reports, plan.world_size, returned, stopped_by)
+    if stopped_by is not None:
+        _await_ranks(folder)
+    return _verdict(folder, plan.world_size, returned, stopped_by)
 
 
-def _require(*programs: str) -> None:
+def check_programs(launcher: str) -> None:
+    """Raise UserError if what `launcher` needs is not here."""
+    programs = ("ssh", "pdsh" if launcher == "pdsh" else "mpirun")
     missing = next((program for program in programs if shutil.which(program) is None), None)
     if missing:
         raise UserError(f"--hostfile: no {missing} on PATH; install it, or launch with --local or --slurm")
@@ -274,22 +277,24 @@ def _supervise(
 
     def stop(number: int, frame: object) -> None:
         asked.update(signal=asked["signal"] or number, deadline=min(asked["deadline"], time.monotonic() + _SAVING))
-        heart.stop()
+        heart.stop(local.GRACE)
 
     with local._handlers(stop):
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(timeout=0.2), asked["signal"]
-                if failed.is_set() or any(report["code"] for report in _reports(folder)):
-                    asked["deadline"] = min(asked["deadline"], time.monotonic() + _LINGER)
+                if not failed.is_set() and any(report["code"] for report in reports.read(folder)):
+                    failed.set()
+                if failed.is_set() and asked["deadline"] == float("inf"):
+                    heart.stop(_LINGER)  # nothing can be saved without the one that failed
+                    asked["deadline"] = time.monotonic() + 3 * _LINGER
                 if time.monotonic() > asked["deadline"]:
-                    heart.stop()
                     local._signal_group(process.pid, signal.SIGKILL)
         finally:
             local._signal_group(process.pid, signal.SIGKILL)
             process.wait()
-            reader.join()
+            reader.join(timeout=1)  # ssh clients of a killed pdsh keep its end of the pipe
 
 
 def _pass_on(lines: Iterable[str], failed: threading.Event) -> None:
@@ -301,11 +306,23 @@ def _pass_on(lines: Iterable[str], failed: threading.Event) -> None:
             sys.stderr.write(line)
 
 
-def _reports(folder: Path, wait: float = 0.0) -> list[dict[str, Any]]:
-    """What the ranks have said of their ends; waits for those that have joined, `wait` seconds at most."""
-    deadline = time.monotonic() + wait
-    while True:
-        paths = list(folder.glob("rank-*.json"))
-        if len(paths) >= len(list(folder.glob("rank-*.joined"))) or time.monotonic() > deadline:
-            return [json.loads(path.read_text()) for path in paths]
+def _await_ranks(folder: Path) -> None:
+    """Give ranks that were asked to leave the time that they are given for it."""
+    deadline = time.monotonic() + local.GRACE
+    while reports.silent(folder) and time.monotonic() < deadline:
         time.sleep(0.2)
+
+
+def _verdict(folder: Path, ranks: int, returned: int, stopped_by: int | None) -> int:
+    """The exit code of the launch; raises what the first rank that failed has said."""
+    said = reports.read(folder)
+    if len(said) == ranks and not any(report["code"] for report in said):
+        return 0
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    failure = reports.first_failure(folder)
+    if failure is None:
+        return returned or 1  # pdsh, Open MPI or DeepSpeed has written why
+    error = UserError(failure.message) if failure.code == UserError.exit_code else RunError(failure.message)
+    error.exit_code = failure.code or RunError.exit_code
+    raise error

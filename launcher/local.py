@@ -2,9 +2,10 @@
 
 DeepSpeed starts a runner, the runner a launcher, the launcher the ranks. That chain hands on the positive exit code of
 the first rank it sees fail, and little more: death by signal N becomes 256 - N; a stop asked for by signal becomes 1,
-whatever the ranks answer; a killed launcher becomes 0; a rank that aborts after its work is done becomes a failure; and
-ranks outlive a chain that is killed. So each rank reports its own end in a folder it shares with `run`, watches a lock
-there that shows whether `run` still lives, and the whole chain stands in a process group that `run` ends.
+whatever the ranks answer; a killed launcher becomes 0; a rank that aborts after its work is done becomes a failure;
+ranks outlive a chain that is killed; and when one rank has failed, the others have half a minute. So each rank reports
+its own end in a folder it shares with `run`, holds a lock there that shows whether it still lives, and watches another
+that shows whether `run` does; and the whole chain stands in a process group that `run` ends.
 """
 
 import contextlib
@@ -20,19 +21,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusiontree.errors import HungError, RunError, StoppedError, UserError
-from fusiontree.files import write_atomic
+from fusiontree.outcome import FOLDER
 from fusiontree.signals import REPEAT
 from launcher import beat
 from launcher.plan import Plan
 
 GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
-_FOLDER = "FUSIONTREE_LAUNCH"  # environment: the folder a rank shares with `run`
-_ALIVE = "alive"  # in that folder: locked for as long as `run` lives
+_ALIVE = "alive"  # in the folder that ranks share with `run`: locked for as long as that lives
+ENDING = 8.0  # seconds that the other ranks have to end when one has failed
+_LAST_LINES = 10  # of a rank's log, shown when it died without a word
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
+_held: list[Any] = []  # the lock that shows that this rank lives, until it ends
 _KINDS = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError, HungError)}
 
 
@@ -57,11 +60,16 @@ def command_line(plan: Plan) -> str:
     return shlex.join(["env", *(f"{key}={value}" for key, value in plan.environment.items()), *render(plan)])
 
 
-def run(plan: Plan) -> int:
+def run(plan: Plan, logs: Path | None = None) -> int:
     """Run `plan` to its end and return its exit code: 0 when every rank ended well, else the first failing rank's.
 
     SIGINT, SIGTERM and SIGUSR1 go to all ranks; after the first two, what still runs `GRACE` seconds later, or when
     another one comes, is killed. For SIGUSR1, which asks the ranks to save and leave too, they may take their time.
+    When a rank fails, the others have `ENDING` seconds.
+
+    Args:
+        plan: the job.
+        logs: folder with rank-N.log, of which the last lines are shown if rank N dies without a word.
 
     Raises:
         UserError, RunError: what the first failing rank said, or that a rank died without a word.
@@ -71,15 +79,26 @@ def run(plan: Plan) -> int:
         folder = Path(name)
         with open(folder / _ALIVE, "w") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
-            returned, stopped_by = _supervise(render(plan), {**os.environ, **plan.environment, _FOLDER: name})
-        reports = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
-    return _verdict(reports, plan.world_size, returned, stopped_by)
+            end = _supervise(render(plan), {**os.environ, **plan.environment, FOLDER: name}, folder)
+        reports = _reports(folder)
+    if end.silent is not None and logs is not None:
+        _show_last_lines(logs / f"rank-{end.silent}.log")
+    return _verdict(reports, plan.world_size, *end)
 
 
-def _supervise(argv: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
-    """Run `argv` in a process group of its own; its return code and the signal that asked it to stop."""
+class _End(NamedTuple):
+    """How a job ended, seen from outside."""
+
+    returned: int  # by DeepSpeed's launcher
+    stopped_by: int | None = None  # the first signal that asked it to stop
+    silent: int | None = None  # the rank that ended first, if it did not say why
+
+
+def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _End:
+    """Run `argv` in a process group of its own; its ranks report to `folder`."""
     process = subprocess.Popen(argv, env=environment, start_new_session=True, preexec_fn=_leave_signals_to_the_ranks)
     stop: dict[str, Any] = {"signal": None, "deadline": float("inf")}
+    failed, silent = False, None
 
     def forward(number: int, frame: object) -> None:
         now = time.monotonic()
@@ -93,12 +112,47 @@ def _supervise(argv: list[str], environment: dict[str, str]) -> tuple[int, int |
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=0.2), stop["signal"]
+                    return _End(process.wait(timeout=0.2), stop["signal"], silent)
+                if not failed:
+                    failed, silent = _failed(folder)
+                    if failed:
+                        stop["deadline"] = min(stop["deadline"], time.monotonic() + ENDING)
                 if time.monotonic() > stop["deadline"]:
                     _signal_group(process.pid, signal.SIGKILL)
         finally:
             _signal_group(process.pid, signal.SIGKILL)  # whatever the chain has left behind
             process.wait()
+
+
+def _reports(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+
+
+def _failed(folder: Path) -> tuple[bool, int | None]:
+    """Whether a rank has failed, and which one if none has said why."""
+    codes = {report["rank"]: report["code"] for report in _reports(folder)}
+    if any(codes.values()):
+        return True, None
+    for path in sorted(folder.glob("running-*")):
+        rank = int(path.name.removeprefix("running-"))
+        if rank not in codes and _is_free(path) and not (folder / f"rank-{rank}.json").exists():
+            return True, rank
+    return False, None
+
+
+def _is_free(path: Path) -> bool:
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _show_last_lines(path: Path) -> None:
+    if path.exists():
+        lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        print(f"the last lines of {path}:", *lines, sep="\n  ", file=sys.stderr)
 
 
 def _leave_signals_to_the_ranks() -> None:
@@ -122,21 +176,23 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _verdict(reports: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None) -> int:
+def _verdict(
+    reports: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
+) -> int:
     """The job's exit code, from what the ranks reported and, where they could not, from what DeepSpeed returned."""
     failures = sorted((report for report in reports if report["code"]), key=lambda report: report["time"])
     if len(reports) == ranks and not failures:
         return 0  # also when a rank aborted afterwards, in the interpreter's shutdown
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
-    if failures:
+    if failures and silent is None:
         shared = len(reports) == ranks and len({report["message"] for report in reports}) == 1
         return _raise_or_return(failures[0], shared)
     if stopped_by is not None:
         raise RunError(f"stopped by {signal.Signals(stopped_by).name}; the last checkpoint is where it goes on from")
-    if 0 < returned < 128:
+    if 0 < returned < 128 and not failures:
         return returned  # the rank has written why before it could report
-    raise RunError(f"{_cause(returned)}, then start again")
+    raise RunError(f"{_cause(returned, silent)}, then start again")
 
 
 def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
@@ -147,11 +203,14 @@ def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
     raise kind(message if shared else f"rank {failure['rank']}: {message}")
 
 
-def _cause(returned: int) -> str:
+def _cause(returned: int, silent: int | None) -> str:
+    who = "a rank" if silent is None else f"rank {silent}"
     if 256 - returned == signal.SIGKILL:
-        return "a rank was killed by SIGKILL, often for want of memory; free some or lower batch.micro_rows"
+        return f"{who} was killed by SIGKILL, often for want of memory; free some or lower batch.micro_rows"
     if 256 - returned in set(signal.Signals):
-        return f"a rank was killed by {signal.Signals(256 - returned).name}; see the logs in the run's folder"
+        return f"{who} was killed by {signal.Signals(256 - returned).name}; see the logs in the run's folder"
+    if silent is not None:
+        return f"{who} died without a word, often killed for want of memory; see the logs in the run's folder"
     return f"DeepSpeed's launcher was killed (code {returned}), and its ranks with it; see the logs in the run's folder"
 
 
@@ -164,9 +223,11 @@ def join_launcher() -> None:
         for name in ("RANK", "LOCAL_RANK"):
             os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name}"]
         os.environ["WORLD_SIZE"] = os.environ["OMPI_COMM_WORLD_SIZE"]
-    folder = os.environ.get(_FOLDER)
+    folder = os.environ.get(FOLDER)
     if folder is None:
         return
+    _held.append(open(Path(folder) / f"running-{os.environ.get('RANK', '0')}", "w"))  # noqa: SIM115
+    fcntl.flock(_held[0], fcntl.LOCK_EX)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if Path(folder).is_dir():
@@ -183,14 +244,3 @@ def _end_with_launcher(folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def report(code: int, message: str | None) -> bool:
-    """Tell `run` how this rank ended; false if no `run` has started it, or if that is gone."""
-    folder = os.environ.get(_FOLDER)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    rank = int(os.environ.get("RANK", "0"))
-    content = {"rank": rank, "host": os.uname().nodename, "code": code, "message": message, "time": time.time_ns()}
-    write_atomic(Path(folder) / f"rank-{rank}.json", json.dumps(content))
-    return True

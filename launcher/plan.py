@@ -103,10 +103,15 @@ def plan_hosts(
         UserError: the batch does not divide, or the dataset or the DeepSpeed settings are missing or wrong.
     """
     _check(config, sum(map(len, hosts.values())))
+    return plan_program(_program(config, arguments), hosts, around)
+
+
+def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]], around: Surroundings) -> Plan:
+    """Plan `program` (a Python module and its arguments) on every slot of `hosts`."""
     return Plan(
         nodes=len(hosts),
         ranks_per_node=max(map(len, hosts.values())),
-        program=_program(config, arguments),
+        program=program,
         environment={**forwarded(os.environ), "OMP_NUM_THREADS": _threads_there(), **around.environment},
         master_address=next(iter(hosts)),
         master_port=free_port(FIRST_PORT + os.getpid() % PORTS),
@@ -179,15 +184,20 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment[name] for name in names if name not in ("FUSIONTREE_LAUNCH", "CUDA_VISIBLE_DEVICES")}
 
 
-def prepare_run(config: RunConfig) -> Path:
+def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
     """Make the run's folder with its configuration and ``logs/``; the whole path of it.
+
+    Args:
+        allow_changed: dotted keys that may differ from those of a run that has checkpoints there.
 
     Raises:
         UserError: the folder holds something else, or checkpoints of a run with other values.
     """
     run = config.run_dir.absolute()
     refuse_existing(run, overwrite=True, marker=CONFIG)
-    if (run / "checkpoints").is_dir() and (differing := config_differences(load_config(str(run / CONFIG)), config)):
+    before = load_config(str(run / CONFIG)) if (run / "checkpoints").is_dir() else config
+    differing = [key for key in config_differences(before, config) if key not in allow_changed]
+    if differing:
         keys = ", ".join(differing)
         raise UserError(f"{config.run_dir} was trained with other values of {keys}; restore them or set another name")
     (run / "logs").mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from typing import TextIO
 from fusiontree.config import RunConfig
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
+from fusiontree.memory import checkpoint_bytes
 from launcher.plan import Plan
 
 SCRIPT = "job.sbatch"  # in the run's folder
@@ -94,6 +95,10 @@ class Sweep:
 
 def _run_name(name: str, pairs: Sequence[tuple[str, str]]) -> str:
     return "-".join([name, *(re.sub(r"[^A-Za-z0-9._-]", "_", key.rpartition(".")[2] + value) for key, value in pairs)])
+
+
+# what a task does first: its place among the ranks, in torch's words
+_PLACE = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def _program(plan: Plan, job: Job, run: Path) -> str:
     # the signal that asks the ranks to save goes to every process of a task and would end the one around them
     ignoring = 'trap "" USR1; ' if job.tasks == "node" or inside else ""
     if job.tasks == "rank":
-        script = ignoring + 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+        script = ignoring + _PLACE
         return f"bash -c {shlex.quote(script)} rank \\\n    {inside}{python} -m {words}"
     launch = '"$0" -m deepspeed.launcher.launch --node_rank=$SLURM_PROCID --world_info=$WORLD_INFO'
     meeting = "--master_addr=$MASTER_ADDR --master_port=$MASTER_PORT"
@@ -213,8 +218,7 @@ def world_info(nodes: Sequence[str], ranks_per_node: int) -> str:
 
 def save_ahead(config: RunConfig, nodes: int) -> int:
     """Seconds that the step under way and one checkpoint take at most: its bytes at 0.5 GB/s a node."""
-    checkpoint = 12 * config.model.parameter_count()  # weights and Adam's two moments, fp32
-    return _MARGIN + round(checkpoint / (_DISK_RATE * nodes))
+    return _MARGIN + round(checkpoint_bytes(config) / (_DISK_RATE * nodes))
 
 
 def check(job: Job, nodes: int) -> None:
@@ -277,6 +281,18 @@ def submit(script: Path) -> str:
     job_id = done.stdout.strip().split(";")[0]
     write_atomic(script.with_name(SUBMITTED), job_id + "\n")
     return job_id
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """The nodes of an allocation, from SLURM's short form of them."""
+    return _ask("scontrol", "show", "hostnames", nodelist).split()
+
+
+def command(plan: Plan) -> list[str]:
+    """The srun command that runs `plan` inside an allocation; MASTER_ADDR and MASTER_PORT come from the environment."""
+    ranks = plan.ranks_per_node
+    srun = ["srun", f"--nodes={plan.nodes}", f"--ntasks={plan.nodes * ranks}", f"--ntasks-per-node={ranks}"]
+    return [*srun, "--kill-on-bad-exit=1", "bash", "-c", _PLACE, "rank", sys.executable, "-m", *plan.program]
 
 
 def submitted(run: Path) -> str | None:

@@ -42,7 +42,7 @@ class Job:
     processes: list[BaseProcess]
     outputs: list[Path]
 
-    def codes(self, seconds: float = 120) -> list[int | None]:
+    def codes(self, seconds: float = 300) -> list[int | None]:
         """Wait for all to end; their exit codes, -N after signal N."""
         deadline = time.monotonic() + seconds
         for process in self.processes:

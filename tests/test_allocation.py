@@ -8,10 +8,11 @@ import subprocess
 
 import pytest
 
+from fusiontree import outcome
 from fusiontree.config import load_config, to_yaml
 from fusiontree.errors import LOST_PEER, RunError, UserError
 from fusiontree.network import free_port
-from launcher import allocation, local
+from launcher import allocation
 
 # stands in for SLURM's command: lists hosts, tells a state, notes what it was asked to requeue
 SCONTROL = """#!/bin/sh
@@ -66,7 +67,7 @@ def report(run, monkeypatch, rank: int, code: int, message: str | None, start: i
     """What a rank leaves behind, by its own code."""
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(run / "logs" / f"12345-{start}"))
     monkeypatch.setenv("RANK", str(rank))
-    assert local.report(code, message)
+    assert outcome.report(code, message)
 
 
 # --- begin -----------------------------------------------------------------------------------------------------------
@@ -226,10 +227,11 @@ def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, begin, 
     begin()
     (logs / "rank-0.out").write_text("step 1\n")
     (logs / "rank-1.out").write_text("\n".join(f"line {n}" for n in range(30)))
+    (logs / "rank-1.joined").write_text("n2 77")
     report(run, monkeypatch, 0, 1, LOST_PEER)
     allocation.end(run, 137)
     said = capsys.readouterr().err
-    assert "rank 1 ended without a word (srun's code 137), its output ends:\n  line 15\n" in said
+    assert "rank 1 on n2 ended without a word, its output ends:\n  line 15\n" in said
     assert "line 14" not in said
     assert "line 29" in said
 

@@ -138,3 +138,21 @@ def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
     steps = [decoder.prefill(ids[:, :150])] + [decoder.step(ids[:, t]) for t in range(150, 300)]
     assert decoder.cache.room >= 300
     torch.testing.assert_close(torch.stack(steps, 1), model(ids).logits[:, 149:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"srte": "learned"}, {"window_schedule": "pyramid", "conv_kernel": 1}])
+@pytest.mark.parametrize("lengths", [[1, 70], [30, 3, 65, 3], [40, 40, 39]])
+def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(lengths: list[int], kind: dict) -> None:
+    model, longest = build(**kind), max(lengths)
+    ids = torch.randint(96, (len(lengths), longest + 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    decoder, seen = Decoder(model, len(lengths), room=longest + 30), []
+    handle = model.embedding.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].numel()))
+    steps = [decoder.prefill(ids[:, :longest], mask)]
+    handle.remove()
+    assert sum(seen) <= max(2 * sum(lengths), 120)
+    steps += [decoder.step(ids[:, t]) for t in range(longest, longest + 30)]
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            alone = model(ids[row : row + 1, longest - length :]).logits[0, length - 1 :]
+        torch.testing.assert_close(torch.stack([step[row] for step in steps]), alone, rtol=1e-4, atol=1e-5)

@@ -219,14 +219,16 @@ def test_a_full_disk_without_a_name_names_the_runs_folder(stand_in, capsys):
 
 def test_export_hands_on_its_arguments(stand_in, capsys):
     calls = stand_in("fusiontree.export", "export", {"model_bytes": 3 * 2**20, "proved": True})
-    assert cli.main(["export", "runs/a", "out", "--dtype", "bf16"]) == 0
-    assert calls == [((Path("runs/a"), Path("out")), {"dtype": "bf16", "overwrite": False})]
+    assert cli.main(["export", "runs/a", "out", "--dtype", "bf16", "--max-shard-size", "1GB", "--prune", "2"]) == 0
+    options = {"dtype": "bf16", "overwrite": False, "max_shard_size": "1GB", "trust": False, "prune": "2"}
+    options |= {"prune_heads": 0, "data": None, "limit": None}
+    assert calls == [((Path("runs/a"), Path("out")), options)]
     assert capsys.readouterr().out == "model   3.00 MiB\nproved  yes\n"
 
 
 def test_generate_streams_its_text(monkeypatch, capsys):
-    def generate_text(folder, prompt, on_text, **options):
-        seen.update(options, folder=folder, prompt=prompt)
+    def generate_text(folder, prompt, max_new_tokens, sampling, on_text):
+        seen.update(sampling, folder=folder, prompt=prompt, max_new_tokens=max_new_tokens)
         if on_text:
             on_text("def ")
             on_text("main")
@@ -235,6 +237,9 @@ def test_generate_streams_its_text(monkeypatch, capsys):
     seen: dict = {}
     stand = types.ModuleType("fusiontree.generate")
     stand.generate_text = generate_text
+    stand.generate_texts = stand.read_prompts = None
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    stand.Sampling = lambda *values: dict(zip(names, values, strict=True))
     monkeypatch.setitem(sys.modules, "fusiontree.generate", stand)
     assert cli.main(["generate", "out", "a prompt", "--top-k", "5", "--max-new-tokens", "7", "--seed", "9"]) == 0
     assert capsys.readouterr().out == "def main\n"
@@ -246,8 +251,10 @@ def test_generate_streams_its_text(monkeypatch, capsys):
 
 def test_eval_hands_on_its_arguments(stand_in, capsys):
     calls = stand_in("fusiontree.evaluate", "evaluate", {"loss": 2.5, "tokens": 4096})
-    assert cli.main(["eval", "out", "--tasks", "perplexity", "--data", "d", "--limit", "4"]) == 0
-    assert calls == [((Path("out"), ["perplexity"], Path("d"), None, 4), {})]
+    words = ["--tasks", "perplexity,passkey", "recall", "--data", "d", "--limit", "4", "--lengths", "64,128"]
+    assert cli.main(["eval", "out", *words]) == 0
+    options = {"lengths": [64, 128], "seq_len": None, "limit": 4, "samples": 5, "output": None, "overwrite": False}
+    assert calls == [((Path("out"), ["perplexity", "passkey", "recall"], Path("d")), options)]
     assert capsys.readouterr().out == "loss    2.5 nats per token\ntokens  4,096\n"
 
 
@@ -288,12 +295,12 @@ def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "bytes_per_parameter"), [(0, 4, 16), (1, 4, 10), (2, 4, 7), (3, 4, 4), (3, 1, 16)]
+    ("stage", "ranks", "bytes_per_parameter"), [(0, 4, 16), (1, 4, 11), (2, 4, 8), (3, 4, 5), (3, 1, 20)]
 )
 def test_zero_shares_out_moments_then_gradients_then_weights(stage, ranks, bytes_per_parameter):
-    from fusiontree.doctor import _state_bytes
+    from fusiontree.memory import state_bytes
 
-    assert _state_bytes(1000, {"zero_optimization": {"stage": stage}}, ranks) == 1000 * bytes_per_parameter
+    assert state_bytes(1000, {"stage": stage}, ranks) == 1000 * bytes_per_parameter
 
 
 def test_doctor_shows_what_a_broken_package_raised(monkeypatch):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusiontree.config import load_config
 from fusiontree.flops import forward_flops, six_n_flops, update_flops, visible_pairs
 from fusiontree.model.config import ModelConfig
+from fusiontree.training.metrics import utilisation
 
 ROWS = [[40, 8], [20, 28]]
 LENGTHS = [length for row in ROWS for length in row]
@@ -87,3 +88,11 @@ def test_only_global_attention_depends_on_how_a_row_is_cut_when_documents_pass_t
 
 def test_six_n_counts_every_parameter() -> None:
     assert six_n_flops(SMALL, 7) == 42 * sum(p.numel() for p in build().parameters())
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"), [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500)]
+)
+def test_utilisation_is_a_share_of_the_peak_where_that_is_known(device: str, peak: float) -> None:
+    assert utilisation(400e12, device) == {"tflop_per_s": 400, "mfu": pytest.approx(400 / peak)}
+    assert utilisation(2e9, "CPU") == {"tflop_per_s": 0.002}

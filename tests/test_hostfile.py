@@ -219,7 +219,7 @@ import sys, threading
 from pathlib import Path
 from launcher import beat
 beat.INTERVAL, beat.MISSED = 0.05, 10
-threading.Thread(target=beat.watch, args=(Path(sys.argv[1]), 0.2), daemon=True).start()
+threading.Thread(target=beat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
 if len(sys.argv) > 2:
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -247,12 +247,12 @@ def watcher(tmp_path, monkeypatch):
 
 
 def test_a_rank_lives_while_the_beat_does_and_ends_with_the_launch(watcher, tmp_path):
-    with beat.kept(tmp_path):
+    with beat.kept(tmp_path, 9.0):
         process = watcher()
         time.sleep(1.5)  # three times what it would wait in vain
         assert process.poll() is None
     assert process.wait(timeout=10) == -signal.SIGTERM
-    assert (tmp_path / beat.FILE).read_text() == beat.STOP
+    assert (tmp_path / beat.FILE).read_text() == "stop 9.0"
 
 
 def test_a_rank_ends_when_the_launch_was_killed(watcher, tmp_path):
@@ -261,5 +261,5 @@ def test_a_rank_ends_when_the_launch_was_killed(watcher, tmp_path):
 
 
 def test_a_rank_that_cannot_leave_is_killed(watcher, tmp_path):
-    (tmp_path / beat.FILE).write_text(beat.STOP)
+    (tmp_path / beat.FILE).write_text("stop 0.5")
     assert watcher("stubborn").wait(timeout=10) == -signal.SIGKILL

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals"),
+    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.outcome"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -35,7 +35,7 @@ ARROWS = {
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
         *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
-        "fusiontree.generate",  # the reader of exported folders: a teacher is one
+        *("fusiontree.generate", "fusiontree.weights"),  # readers of exported folders: a teacher, a start
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
@@ -56,10 +56,13 @@ ARROWS = {
     "fusiontree.report": {
         *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
     },
+    "fusiontree.memory": {"fusiontree.config", "fusiontree.model.config"},
     "fusiontree.doctor": {
+        "fusiontree.memory",
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
-    "launcher": {"fusiontree.config"},
+    "launcher": {"fusiontree.config", "fusiontree.memory"},
+    "fusiontree.probe": {"fusiontree.distributed"},
     "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},
     "fusiontree.errors": set(),
@@ -69,6 +72,7 @@ ARROWS = {
     "fusiontree.incidents": set(),
     "fusiontree.signals": set(),
     "fusiontree.lease": set(),
+    "fusiontree.outcome": set(),
 }
 FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
@@ -76,7 +80,8 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
     *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.status"),
+    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.memory"),
+    *("fusiontree.outcome", "fusiontree.status"),
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree import cli
+from fusiontree import cli, outcome
 from fusiontree.config import load_config
 from fusiontree.errors import HungError, RunError, StoppedError, UserError
 from fusiontree.network import free_port
@@ -23,11 +23,12 @@ from launcher.plan import Plan, plan_local, visible_gpus
 RANK = """
 import contextlib, os, signal, subprocess, sys, time
 from pathlib import Path
+from fusiontree import outcome
 from launcher import local
 
 def save_and_leave(number, frame):
     time.sleep(2)
-    local.report(75, None)
+    outcome.report(75, None)
     sys.exit(75)
 
 local.join_launcher()
@@ -39,7 +40,7 @@ if todo == "stay":
 elif todo == "leave a child behind":
     child = subprocess.Popen(["sleep", "120"])
     (here / "pid-child").write_text(str(child.pid))
-    local.report(0, None)
+    outcome.report(0, None)
 elif todo == "stay stubbornly":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(120)
@@ -54,18 +55,18 @@ elif todo == "kill DeepSpeed's launcher":
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(120)
 elif todo == "end well, then abort":
-    local.report(0, None)
+    outcome.report(0, None)
     os.abort()
 elif todo == "end well":
-    local.report(0, None)
+    outcome.report(0, None)
 elif todo == "see the environment":
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
     (here / ("environment-" + os.environ["RANK"])).write_text(" ".join(os.environ[name] for name in names))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    local.report(0, None)
+    outcome.report(0, None)
 elif todo.startswith("fail: "):
-    local.report(2, todo.removeprefix("fail: "))
+    outcome.report(2, todo.removeprefix("fail: "))
     sys.exit(2)
 elif todo.startswith("exit "):
     sys.exit(int(todo.removeprefix("exit ")))
@@ -291,7 +292,7 @@ def test_one_ranks_mistake_names_the_rank_and_ends_the_others(job, tmp_path):
 
 
 def test_a_rank_killed_from_outside_is_a_failed_run_that_says_so(job, tmp_path):
-    with pytest.raises(RunError, match=r"^a rank was killed by SIGKILL"):
+    with pytest.raises(RunError, match=r"^rank 0 was killed by SIGKILL"):
         local.run(job("be killed", "stay"))
     expect(lambda: not ranks_running(tmp_path), seconds=5)
 
@@ -300,6 +301,26 @@ def test_a_killed_deepspeed_launcher_is_a_failed_run_without_orphans(job, tmp_pa
     with pytest.raises(RunError, match="DeepSpeed's launcher was killed"):
         local.run(job("kill DeepSpeed's launcher", "stay"))
     expect(lambda: not ranks_running(tmp_path), seconds=5)
+
+
+def test_ranks_that_stay_when_one_has_failed_are_killed_soon_and_its_last_lines_shown(job, tmp_path, capsys):
+    """DeepSpeed's launcher would give them half a minute; a rank that hangs in a kernel of the device needs it all."""
+    (tmp_path / "rank-0.log").write_text("".join(f"line {number}\n" for number in range(30)))
+    with pytest.raises(RunError, match=r"^rank 0 died without a word"):  # if DeepSpeed ended it: was killed by SIGKILL
+        local.run(job("be killed", "stay stubbornly"), tmp_path)
+    expect(lambda: not ranks_running(tmp_path), seconds=5)
+    shown = capsys.readouterr().err
+    assert shown.endswith("line 29\n")
+    assert "line 20\n" in shown
+    assert "line 19\n" not in shown
+
+
+def test_a_failure_that_follows_from_a_silent_death_is_not_taken_for_the_cause():
+    reports = [said(0, 1, "another rank has ended", 5)]
+    with pytest.raises(RunError, match=r"^rank 1 was killed by SIGKILL"):
+        local._verdict(reports, 2, returned=256 - signal.SIGKILL, stopped_by=None, silent=1)
+    with pytest.raises(RunError, match=r"^rank 1 died without a word"):
+        local._verdict(reports, 2, returned=1, stopped_by=None, silent=1)
 
 
 def test_nothing_that_a_rank_started_outlives_the_run(job, tmp_path):
@@ -398,6 +419,6 @@ def test_success_needs_every_rank():
 
 
 def test_other_jobs_ranks_report_to_nobody(monkeypatch, tmp_path):
-    assert local.report(1, "words") is False
+    assert outcome.report(1, "words") is False
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path / "gone"))
-    assert local.report(1, "words") is False
+    assert outcome.report(1, "words") is False

@@ -44,9 +44,9 @@ def test_a_checkpoint_of_a_start_that_lost_the_run_stays_out_of_the_way(tmp_path
     lease.take(tmp_path)
     take_elsewhere(tmp_path)
     with pytest.raises(RunError, match="newer start"):
-        checkpoint._put_in_place(folder / ".step-8.partial", folder / "step-8")
+        checkpoint.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-4\n"
     assert not (folder / "step-8").exists()
     lease.take(tmp_path)
-    checkpoint._put_in_place(folder / ".step-8.partial", folder / "step-8")
+    checkpoint.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-8\n"

@@ -51,7 +51,7 @@ def test_a_run_that_diverges_still_has_a_line(value: float) -> None:
     assert len(fit(parts(loss=value, perplexity=value, grad_norm=value), 60)) <= 60
 
 
-@pytest.mark.parametrize(("width", "bar"), [(60, False), (200, True)])
+@pytest.mark.parametrize(("width", "bar"), [(50, False), (200, True)])
 def test_the_line_fits_the_terminal(width: int, bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, soft_wrap=True)
     monkeypatch.setattr(progress, "console", console)
@@ -61,7 +61,7 @@ def test_the_line_fits_the_terminal(width: int, bar: bool, monkeypatch: pytest.M
     assert isinstance(console.file, io.StringIO)
     drawn = console.file.getvalue()
     assert ("━" in drawn) is bar
-    assert "step 1,234/5,000" in drawn
+    assert line.progress.tasks[0].fields["line"] in drawn  # whole: nothing has squeezed it
 
 
 def test_a_log_file_gets_whole_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

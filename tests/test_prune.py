@@ -17,6 +17,7 @@ from fusiontree.errors import UserError
 from fusiontree.export import export
 from fusiontree.generate import load_export
 from fusiontree.prune.plan import (
+    PrunedWeights,
     Pruning,
     branch_candidates,
     cache_bytes,
@@ -59,6 +60,13 @@ def test_the_mean_gate_is_folded_by_channel() -> None:
         assert torch.equal(pruned[f"{name}.out_proj.weight"], expected)
     assert torch.equal(pruned["blocks.1.mamba.out_proj.weight"], state["blocks.1.mamba.out_proj.weight"])
     assert not [name for name in pruned if name.startswith(("blocks.0.attention", "blocks.2.mamba", "blocks.0.fusion"))]
+
+
+def test_a_folded_weight_keeps_its_dtype() -> None:
+    state, _ = whole()
+    low = {name: value.bfloat16() for name, value in state.items()}
+    pruned = PrunedWeights(low, SMALL, Pruning.none(SMALL).replace(0, "mamba"), torch.full((3, 32), 0.7))
+    assert {value.dtype for value in pruned.values()} == {torch.bfloat16}
 
 
 def test_a_pruned_head_group_takes_its_own_weights_along() -> None:
@@ -222,6 +230,8 @@ def test_half_of_the_layers_take_turns_in_the_bench() -> None:
     assert half_pruned(dataclasses.replace(SMALL, num_layers=6)).kinds == (
         *("hybrid", "mamba", "hybrid", "attention", "hybrid", "mamba"),
     )
+    kept = half_pruned(dataclasses.replace(SMALL, num_layers=4), "mamba")
+    assert kept.kinds == ("hybrid", "mamba", "hybrid", "mamba")
     shape = ["model.hidden_size=32", "model.num_layers=4", "model.mlp_size=48", "model.vocab_size=96"]
     figures = bench_prune("tiny", shape, context=40, steps=2)
     assert figures["layers"] == ["hybrid", "mamba", "hybrid", "attention"]

@@ -31,7 +31,7 @@ def test_its_commands_parse(command: str) -> None:
 
 def test_all_commands_are_shown() -> None:
     shown = {tuple(command.split()[1 : 3 if " data " in command else 2]) for command in COMMANDS}
-    expected = {(name,) for name in ("doctor", "launch", "report", "export", "generate", "eval", "bench")}
+    expected = {(name,) for name in ("doctor", "launch", "status", "report", "export", "generate", "eval", "bench")}
     assert shown == expected | {("data", name) for name in ("tokenizer", "build", "verify", "inspect")}
 
 

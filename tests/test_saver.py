@@ -87,8 +87,8 @@ def stop_after_step_4() -> None:
 
     update = TrainingStep.update
 
-    def counted(self: TrainingStep, batches: list, step: int, stop: bool) -> object:
-        return update(self, batches, step, stop=step == 3)
+    def counted(self: TrainingStep, batches: list, step: int, stop: bool, *watch: object) -> object:
+        return update(self, batches, step, step == 3, *watch)
 
     TrainingStep.update = counted
     signals.requested = lambda: signal.SIGTERM

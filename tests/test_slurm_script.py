@@ -186,7 +186,7 @@ def test_other_time_limits_are_refused(limit):
 def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config):
     big = load_config("7b", ["data.path=x"])
     assert slurm.save_ahead(config, 1) == 60
-    assert slurm.save_ahead(big, 1) - 60 == pytest.approx(12 * big.model.parameter_count() / 0.5e9, abs=1)
+    assert slurm.save_ahead(big, 1) - 60 == pytest.approx(16 * big.model.parameter_count() / 0.5e9, abs=1)
     assert slurm.save_ahead(big, 4) - 60 == pytest.approx((slurm.save_ahead(big, 1) - 60) / 4, abs=1)
 
 

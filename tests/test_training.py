@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.data.batch import IGNORE, Batch
 from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.flops import update_flops
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
@@ -37,14 +38,17 @@ def losses(run: Path) -> list[float]:
 
 
 def plain_losses(
-    config: RunConfig, look: Callable[[HybridLM, Batch], None] | None = None
+    config: RunConfig,
+    look: Callable[[HybridLM, Batch], None] | None = None,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[float], list[float], float]:
     """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss.
 
-    `look` is shown the model, and the batch, before each update.
+    `look` is shown the model, and the batch, before each update; `left_out` are ranges of rows.
     """
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
+    stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialise(model, config.seed, torch.device("cpu")))
@@ -171,6 +175,11 @@ def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
         assert 0.1 < line["memory_gib"] < 8
         assert line["tokens"] == line["step"] * 1024
         assert 0 < line["gate_mean"] < 1
+    stream = open_stream(config := load_config(str(two_ranks / "config.yaml")), open_training(config))
+    for line, batches in zip(training, stream, strict=False):
+        flops = update_flops(config.model, [length for batch in batches for length in batch.lengths])
+        updates_per_s = line["tokens_per_s"] / 1024
+        assert line["tflop_per_s"] * 2 == pytest.approx(sum(flops.values()) * updates_per_s / 1e12)  # on two devices
     assert [line["lr"] for line in training[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
     assert training[-1]["lr"] == pytest.approx(3e-4)
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 4, 8]
@@ -184,6 +193,7 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
         "checkpoints",
         "logs",
         "tokenizer",
+        "lease.json",
     }
     assert [path.name for path in checkpoint.list_checkpoints(two_ranks / "checkpoints")] == ["step-4", "step-8"]
     assert (two_ranks / "checkpoints" / "latest").read_text() == "step-8\n"

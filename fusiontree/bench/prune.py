@@ -1,5 +1,6 @@
 """What pruning half the layers to one branch gains: prefill, decoding and memory of both models in one process."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,16 +19,16 @@ PREFILLS = 5  # timed, behind one that compiles and tunes
 
 
 def bench_prune(
-    preset: str, overrides: list[str], batch: int = 1, context: int = 32_768, steps: int = 64
+    preset: str, overrides: list[str], batch: int = 1, context: int = 32_768, steps: int = 64, keep: str = "alternate"
 ) -> dict[str, Any]:
     """Measure `preset` with random weights, whole and with every second layer pruned to one branch.
 
-    The pruned layers keep Mamba and attention in turn: of layers 1, 3, 5, 7, ... the first keeps Mamba, the second
-    attention, and so on.
+    What pruning gains depends on what the gates let go of: attention's cache grows with the prompt, Mamba's does not.
 
     Args:
         preset: its name or a YAML file. overrides: ``key=value``, as for a run.
         batch: rows decoded together. context: tokens of each row's prompt. steps: tokens made, and timed, per row.
+        keep: what layers 1, 3, 5, ... keep: "mamba", "attention", or "alternate", the one and the other in turn.
 
     Returns:
         The machine, the kinds of the layers, the figures of both models as of `measure_decoding`, and their ratios,
@@ -39,7 +40,7 @@ def bench_prune(
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
     check_positions(config.model, context + UNTIMED_STEPS + steps)
-    pruning = half_pruned(config.model)
+    pruning = half_pruned(config.model, keep)
     with measure.naming_lack_of_memory(f"the weights of {config.name}"):
         model = random_model(config, device)
     figures = {}
@@ -62,18 +63,20 @@ def bench_prune(
         "kernels": dict(model.kernels.names),
         "batch": batch,
         "context": context,
+        "keep": keep,
         "layers": list(pruning.kinds),
         **figures,
         "ratios": _ratios(figures["whole"], figures["pruned"]),
     }
 
 
-def half_pruned(config: ModelConfig) -> Pruning:
-    """Every second layer with one branch, Mamba and attention in turn."""
-    pruning, keeps = Pruning.none(config), ("mamba", "attention")
-    for number, layer in enumerate(range(1, config.num_layers, 2)):
-        keep: LayerKind = keeps[number % 2]  # type: ignore[assignment]
-        pruning = pruning.replace(layer, keep)
+def half_pruned(config: ModelConfig, keep: str = "alternate") -> Pruning:
+    """Every second layer with one branch, `keep` as of `bench_prune`."""
+    kinds: dict[str, tuple[LayerKind, ...]] = {"mamba": ("mamba",), "attention": ("attention",)}
+    turns = itertools.cycle(kinds.get(keep, ("mamba", "attention")))
+    pruning = Pruning.none(config)
+    for layer, kind in zip(range(1, config.num_layers, 2), turns, strict=False):
+        pruning = pruning.replace(layer, kind)
     return pruning
 
 

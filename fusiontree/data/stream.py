@@ -113,6 +113,7 @@ class TrainStream:
         self.recipe, self.sources, self.order = recipe, sources, make_order(sources, recipe)
         self.rank, self.world_size, self.micro_tokens = rank, world_size, micro_rows * recipe.seq_len
         self.rows_consumed = 0  # of the final length, by all ranks together
+        self._left_out: list[tuple[int, int]] = []
         self._slices = _Slices(sources)
         self._workers = workers
         _keep_freed_memory()
@@ -124,11 +125,17 @@ class TrainStream:
         self.close()
         self.rows_consumed = rows_consumed
 
+    def leave_out(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """From the next step on, pass over those between the two rows consumed of each of `ranges`."""
+        self.close()
+        self._left_out = sorted(ranges)
+
     def __iter__(self) -> "TrainStream":
         return self
 
     def __next__(self) -> list[Batch]:
         """This rank's batches of the next step, in order; StopIteration where the sources are used up."""
+        self.rows_consumed = self._past(self.rows_consumed)
         if self._ahead is None:
             self._ahead = _ReadAhead(self._tasks(self.rows_consumed), self._workers)
         count = self.recipe.batch_tokens // (self.micro_tokens * self.world_size)
@@ -161,13 +168,19 @@ class TrainStream:
         return None if end is None else end * self.sources.row_len // self.recipe.batch_tokens
 
     def _tasks(self, rows_consumed: int) -> Iterator[Callable[[], Batch]]:
-        step = rows_consumed // self.recipe.batch_rows
-        while self.last_step is None or step < self.last_step:
-            row = step * self.recipe.batch_rows
+        row = self._past(rows_consumed)
+        while self.last_step is None or row // self.recipe.batch_rows < self.last_step:
             length = self.order.stage(row * self.recipe.seq_len).seq_len
             for places in self.places(row):
                 yield partial(self._slices.batch, places, length)
-            step += 1
+            row = self._past(row + self.recipe.batch_rows)
+
+    def _past(self, rows_consumed: int) -> int:
+        """The first place from `rows_consumed` on that is not left out."""
+        for first, end in self._left_out:
+            if first <= rows_consumed < end:
+                rows_consumed = end
+        return rows_consumed
 
 
 class _ReadAhead:

@@ -111,13 +111,8 @@ def _losses(model: HybridLM, inputs: tuple[Tensor, Tensor, Documents], number: i
 
 def _token_losses(model: HybridLM, ids: Tensor, labels: Tensor, documents: Documents) -> Tensor:
     """Nats of each token, fp32 [B, L], 0 where there is no label; a few rows of logits exist at a time."""
-    hidden: list[Tensor] = []
-    handle = model.norm.register_forward_hook(lambda _m, _i, output: hidden.append(output))
-    try:
-        model(ids, documents, keep_logits=1)
-    finally:
-        handle.remove()
-    flat, weight = hidden[0].flatten(0, 1), model.head_weight.to(hidden[0].dtype)
+    hidden, _ = model.hidden(ids, documents)
+    flat, weight = hidden.flatten(0, 1), model.head_weight.to(hidden.dtype)
     at_a_time = max(1, _LOGITS_AT_A_TIME // len(weight))
     parts = [
         F.cross_entropy(F.linear(x, weight).float(), target, ignore_index=IGNORE, reduction="none")

@@ -5,7 +5,8 @@ so one step can be captured in a CUDA graph. Only `reserve`, when there is too l
 No gradient passes through the cache: what it remembers is a value.
 """
 
-from collections.abc import Callable, Hashable
+import copy
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,16 @@ class LayerCache:
         """Keep (or repeat, or reorder) `rows`, int64 [new B]."""
         for name, value in vars(self).items():
             setattr(self, name, value[rows])
+
+    def row(self, here: slice, start: int) -> "LayerCache":
+        """The same memory seen by one row, whose tokens begin at `start` of the others'."""
+        parts = {name: value[here] for name, value in vars(self).items()}
+        return LayerCache(**{name: part[:, start:] if "global" in name else part for name, part in parts.items()})
+
+    def turn(self, tokens: int) -> None:
+        """Move what the rings hold to the slots of tokens that stand `tokens` later."""
+        for ring in (self.ring_k, self.ring_v):
+            ring.copy_(ring.roll(tokens % ring.shape[1], 1))
 
     def append_conv(self, x: Tensor) -> Tensor:
         """Put the tail before new inputs [B, L, channels] and keep the last of them as the new tail."""
@@ -120,6 +131,29 @@ class Cache:
             setattr(self, name, getattr(self, name)[rows])
         for layer in self.layers:
             layer.select(rows)
+
+    def row(self, index: int, start: int) -> "Cache":
+        """A row that has seen nothing as a cache of its own: it writes into this one, from token `start` on.
+
+        `join` makes what rows have seen this cache's own.
+        """
+        row, here = copy.copy(self), slice(index, index + 1)
+        row.length, row.whole, row._made = 0, True, {}
+        row.position = torch.zeros_like(self.position)
+        row.seq_idx = self.seq_idx[here, start:]
+        for name in ("next_position", "last_document", "tail_documents"):
+            setattr(row, name, getattr(self, name)[here])
+        row.layers = [layer.row(here, start) for layer in self.layers]
+        return row
+
+    def join(self, rows: Sequence["Cache"]) -> None:
+        """Go on behind the last tokens of `rows`, of every `row`, which end together: the shorter ones begin later."""
+        self.length = max(row.length for row in rows)
+        self.position.fill_(self.length)
+        self.whole = all(row.length == self.length for row in rows)
+        for row in rows:
+            for layer in row.layers:
+                layer.turn(self.length - row.length)
 
     def conv_documents(self, documents: Documents) -> Tensor:
         """Documents of the convolution's tail and the new tokens, int32 [B, taps - 1 + L]."""

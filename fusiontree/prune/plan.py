@@ -79,7 +79,7 @@ class PrunedWeights(Mapping[str, Tensor]):
             value = self._kept_heads(value, what, layer)
         if what == "out_proj.weight" and self.whole.kind_at(layer) == "hybrid" and self.pruning.kinds[layer] == branch:
             gate = self.gates[layer] if branch == "mamba" else 1 - self.gates[layer]
-            value = value * (2 * gate)[:, None]
+            value = (value * (2 * gate)[:, None]).to(value.dtype)
         return value
 
     def __iter__(self) -> Iterator[str]:

@@ -169,7 +169,6 @@ function lineChart(holder, spec) {
       const text = spec.names ? spec.names[t] : format(t);
       svg.append(shape("text", { x: sx(t), y: height - 6, "text-anchor": "middle" }, text));
     }
-    if (!spec.names) svg.append(shape("text", { x: box.left - 6, y: height - 6, "text-anchor": "end" }, settings.x));
     const smooth = spec.smooth && settings.smooth;
     for (const s of shown) {
       const look = { stroke: s.hue, "stroke-dasharray": s.dash };
@@ -258,11 +257,13 @@ function drawCurves() {
   const charts = [
     { title: "Training loss", hint: "nats per token", names: ["loss"], smooth: true },
     { title: "Validation loss", hint: "nats per token", names: ["val_loss", ...bySource] },
+    { title: "What else is minimised", names: ["z_loss", "distill_loss", "gate_penalty"], smooth: true },
     { title: "Learning rate", names: ["lr"] },
     { title: "Gradient norm", hint: "before clipping", names: ["grad_norm"], smooth: true, log: true },
     { title: "Throughput", hint: "tokens/s, all ranks", names: ["tokens_per_s"], smooth: true },
-    { title: "MFU", hint: "share of the peak, by the model's own FLOPs", names: ["mfu"], smooth: true },
-    { title: "Compute", hint: "model TFLOP/s a device", names: ["tflop_per_s"], smooth: true },
+    runs.some((run) => run.curves.mfu) // the same curve in other units
+      ? { title: "MFU", hint: "share of the peak, by the model's own FLOPs", names: ["mfu"], smooth: true }
+      : { title: "Compute", hint: "model TFLOP/s a device", names: ["tflop_per_s"], smooth: true },
     { title: "Mean gate", hint: "1 is all Mamba, 0 all attention", names: ["gate_mean"], smooth: true },
     { title: "Peak memory", hint: "GiB, of the rank with most", names: ["memory_gib"] },
   ];

@@ -13,6 +13,7 @@ from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.model.recompute import Recompute
 from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
+from fusiontree.training.initial import Initial
 from fusiontree.training.optimizer import build_optimizer
 
 
@@ -71,7 +72,7 @@ def _require_async_io(zero: dict[str, Any]) -> None:
 
 
 def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> HybridLM:
-    """The model with its initial weights, the same whatever the ranks and the ZeRO stage.
+    """The model with its initial weights, drawn or an exported model's, the same whatever the ranks and the ZeRO stage.
 
     At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
     """
@@ -81,8 +82,11 @@ def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> Hy
     kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
     with torch.device("meta"):
         model = HybridLM(config.model, kernels, dtype, _recompute(config.activation_checkpointing))
+    initial = None if config.init_from is None else Initial(config.init_from, model)
     first: Any = None
     for module in materialise(model, config.seed, world.device):
+        if initial is not None:
+            initial.give(module)
         if settings["zero_optimization"].get("stage", 0) < 3:
             continue
         own = list(module.parameters(recurse=False))

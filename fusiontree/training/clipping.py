@@ -37,6 +37,10 @@ class FusedClipping:
         self.adam.found_inf = (~torch.isfinite(self.norm)).float()
         return self.adam.found_inf
 
+    def step(self) -> None:
+        """The engine's step."""
+        self.engine.step()
+
     def outcome(self, broken: bool) -> tuple[Tensor, bool]:
         """The norm before clipping, fp32 (), and whether the step was left out, which is what `prepare` gave."""
         return self.norm, broken
@@ -60,18 +64,23 @@ class EngineClipping:
 
     def prepare(self) -> Tensor:
         """As in `FusedClipping`; where only the step itself will tell, 0."""
-        parameters = list(self.engine.module.parameters())
-        broken = torch.zeros((), device=self.engine.device)
+        self.broken = torch.zeros((), device=self.engine.device)
         if self.engine.zero_optimization_stage() == 0:
-            self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            broken = (~torch.isfinite(self.norm)).float()
-            if broken.item():
-                for parameter in parameters:
-                    parameter.grad = None  # a step without gradients is none
-        return broken
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self.norm = torch.nn.utils.get_total_norm(gradients)
+            self.broken = (~torch.isfinite(self.norm)).float()
+        return self.broken
+
+    def step(self) -> None:
+        """The engine's step; without ZeRO it would not look whether the gradient is finite."""
+        if self.norm is None or not self.broken.item():
+            self.engine.step()
+            return
+        self.engine.zero_grad()
+        self.engine.micro_steps += 1  # by which the engine knows where an update ends
 
     def outcome(self, broken: bool) -> tuple[Tensor | float, bool]:
-        """As in `FusedClipping`, after the engine's step."""
+        """As in `FusedClipping`, after `step`."""
         if self.norm is not None:
             return self.norm, broken
         return self.engine.get_global_grad_norm(), self.engine.optimizer.overflow

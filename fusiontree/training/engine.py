@@ -5,6 +5,7 @@ import logging
 import resource
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,20 @@ from fusiontree.data.batch import Batch
 from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.distributed import World
-from fusiontree.errors import LOST_PEER, RunError, StoppedError
+from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
 from fusiontree.flops import update_flops
 from fusiontree.saver import Retention, Saver
 from fusiontree.training.data import Data, open_data, open_stream
+from fusiontree.training.health import Health, Trouble, Watchdog, culprits, in_words
 from fusiontree.training.layers import LayerWatch
+from fusiontree.training.logs import log_to_file
 from fusiontree.training.metrics import Metrics, summarise, utilisation
-from fusiontree.training.resume import prepare_folder, rows_consumed
+from fusiontree.training.resume import prepare_folder, read_place
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
+_NO_START = {"init_from": None}
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -68,6 +72,9 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
     except RuntimeError as error:
         if distributed.is_lost_peer(error):
             raise RunError(LOST_PEER) from None
+        if distributed.is_time_out(error):
+            limit = f"{config.health.timeout_seconds:.0f} s (health.timeout_seconds)"
+            raise HungError(f"a rank has waited {limit} for the others; start again to go on") from None
         raise
     return {
         "run": str(config.run_dir),
@@ -86,16 +93,22 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        self.training = TrainingStep(config, world)
+        # a run that goes on needs no start, and may have outlived it
+        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
+        distributed.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention)
+        self.health = Health(config.health)
+        self.watchdog = Watchdog(config.health, config.run_dir, world.rank)
+        self.left_out: list[tuple[int, int]] = []  # stretches of rows consumed that training has stepped past
+        self.rollbacks: Counter[Path] = Counter()
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
         self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
         self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
         self.step_seconds: list[float] = []  # of each timed stretch, per update
         if resume_from is not None:
-            self._resume(resume_from)
+            self._resume(resume_from, fresh=True)
 
     @property
     def tokens(self) -> int:
@@ -103,27 +116,94 @@ class Trainer:
         return self.step * self.config.batch.tokens
 
     def run(self) -> None:
-        """Fetch, update, record, validate, save, until the schedule ends."""
-        steps, every = self.config.schedule.steps, self.config.checkpoint.every
+        """Train to the end of the schedule; after trouble, once more from the last good checkpoint."""
+        with self.watchdog:
+            while (trouble := self._train()) is not None:
+                self._roll_back(trouble)
+        self.saver.finish()
+
+    def _train(self) -> Trouble | None:
+        """Fetch, update, judge, record, validate, save, until the schedule ends or trouble asks for a rollback."""
+        steps = self.config.schedule.steps
         with self._recording():
             if self.step == 0:
                 self._validate()
             self._start_lap()
             while self.step < steps:
-                batches = next(self.stream)
-                self.ledger.meet(batches)
-                self.lap_documents += (length for batch in batches for length in batch.lengths)
-                update = self._update(batches)
+                with self.watchdog.step(self.step):
+                    update = self._update(self._fetch())
                 self.step += 1
-                if self._due(self.config.logging.every):
+                trouble = self.health.judge(update, self._last_rows)
+                if trouble is not None:
+                    self._tell(trouble, update)
+                    if trouble.action == "rollback":
+                        return trouble
+                if self._due(self.config.logging.every) and not update.skipped:
                     self._record(update)
                 if self._due(self.config.validation.every):
                     self._validate()
-                if self._due(every) or update.stop:
+                if self._due(self.config.checkpoint.every) or update.stop:
                     self._save()
                 if update.stop and self.step < steps:
                     self._stop()
-            self.saver.finish()
+        return None
+
+    def _fetch(self) -> list[Batch]:
+        try:
+            batches = next(self.stream)
+        except StopIteration:
+            raise RunError(
+                f"the sources are used up after step {self.step:,}, for some rows were stepped past; lower "
+                "schedule.steps or raise max_epochs"
+            ) from None
+        self.ledger.meet(batches)
+        self.lap_documents += (length for batch in batches for length in batch.lengths)
+        return batches
+
+    @property
+    def _last_rows(self) -> tuple[int, int]:
+        """Rows consumed before and behind the last step."""
+        return self.stream.rows_consumed - self.stream.recipe.batch_rows, self.stream.rows_consumed
+
+    def _tell(self, trouble: Trouble, update: Update) -> None:
+        """Name the rows of an update that went wrong.
+
+        Raises:
+            RunError: the run is to stop.
+        """
+        rows = culprits(self.stream, self._last_rows[0], bool(update.own_loss.isfinite()))
+        message = f"step {self.step:,}: {trouble.message}; rows: {in_words(rows)}"
+        if self.world.is_main:
+            console.print(message, markup=False)
+            incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
+        if trouble.action == "stop":
+            self.saver.wait()
+            raise RunError(f"{message}; look at them, then start again with other values of health.* or optimizer.lr")
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Go on from the last good checkpoint, past the rows of the trouble."""
+        self.saver.wait()
+        path = distributed.on_main(lambda: checkpoint.newest(self.config.run_dir / "checkpoints")[0])
+        hint = "look at the rows, then start again with other values of health.* or optimizer.lr"
+        if path is None:
+            raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to go back to; {hint}")
+        self.rollbacks[path] += 1
+        if self.rollbacks[path] > self.config.health.max_rollbacks:
+            raise RunError(f"step {self.step:,}: {trouble.message}, rolled back to {path} too often; {hint}")
+        if self.world.is_main:
+            message = (
+                f"rolled back from step {self.step:,} to {checkpoint.step_of(path):,}, past the rows of the trouble"
+            )
+            console.print(message)
+            incidents.record(self.config.run_dir, "rollback", self.step, message, rows_consumed=trouble.rows)
+        left_out = [*self.left_out, trouble.rows]
+        self._resume(path, fresh=False)
+        self._leave_out(left_out)
+        self.health.bad.clear()  # the checkpoint may have been saved in the midst of them
+
+    def _leave_out(self, ranges: list[tuple[int, int]]) -> None:
+        self.left_out = ranges
+        self.stream.leave_out(ranges)
 
     def _stop(self) -> None:
         """Leave as asked, after the checkpoint of this step."""
@@ -131,9 +211,7 @@ class Trainer:
         (name, *_) = [number.name for number in distributed.gather(signals.requested()) if number is not None]
         if self.world.is_main:
             incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
-        raise StoppedError(
-            f"stopped by {name} after step {self.step:,}, which is saved: start again to go on from there"
-        )
+        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to go on")
 
     def _update(self, batches: list[Batch]) -> Update:
         """Make the next update; now and then, watch and write down what its layers do."""
@@ -224,7 +302,9 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "rows_consumed": self.stream.rows_consumed,
+            "left_out": self.left_out,
             "bad_rows": self.ledger.to_json(),
+            "health": self.health.to_json(),
             "world_size": self.world.size,
             "zero_stage": self.training.engine.zero_optimization_stage(),
             "data_fingerprint": self.data.train.fingerprint,
@@ -237,14 +317,19 @@ class Trainer:
         log.info("saving step %d", self.step)
         self._start_lap()
 
-    def _resume(self, path: Path) -> None:
-        checkpoint.load(self.training.engine, self.world, path)
+    def _resume(self, path: Path, fresh: bool) -> None:
+        """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
+        checkpoint.load(self.training.engine, self.world, path, fresh)
         state = checkpoint.read_state(path)
-        self.step, self.wandb_id = state["step"], state["wandb_id"]
-        self.stream.seek(rows_consumed(self.config, path))
-        self.ledger.restore(state.get("bad_rows", []))  # none in a checkpoint of an older version
+        self.resume_from, self.step, self.wandb_id = path, state["step"], state["wandb_id"]
+        place, left_out = read_place(self.config, path)
+        self.stream.seek(place)
+        self._leave_out(left_out)
+        # an older version's checkpoint has neither
+        self.ledger.restore(state.get("bad_rows", []))
+        self.health.restore(state.get("health", {}))
         self.training.gates.restore(checkpoint.read_gates(path))
-        if self.world.is_main:
+        if self.world.is_main and fresh:
             saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
             message = f"resuming {self.config.run_dir} from step {self.step:,}"
             console.print(message)
@@ -259,22 +344,3 @@ class Trainer:
         with Metrics(self.config, behind, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
-
-
-@contextlib.contextmanager
-def log_to_file(config: RunConfig, world: World) -> Iterator[None]:
-    """Send this rank's log, DeepSpeed's and Python's warnings to ``logs/rank-N.log``: the console is for progress."""
-    folder = config.run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{world.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.captureWarnings(True)
-    root, engine_log = logging.getLogger(), logging.getLogger("DeepSpeed")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    engine_log.handlers = [handler]
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()

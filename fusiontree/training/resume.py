@@ -13,10 +13,11 @@ from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
 from fusiontree.distributed import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.training.initial import check_initial
 
 DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
@@ -28,16 +29,7 @@ def prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed
     Raises:
         UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`.
     """
-    found: Any = None
-    if world.is_main:
-        try:
-            found = _prepare_folder(config, world, data, allow_changed)
-        except (UserError, RunError, OSError) as error:
-            found = error
-    found = distributed.from_main(found)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed))
 
 
 def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str]) -> Path | None:
@@ -56,6 +48,8 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         _check_same(config, data, found, allow_changed)
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    if found is None:
+        check_initial(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
@@ -63,19 +57,23 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
     return found
 
 
-def rows_consumed(config: RunConfig, path: Path) -> int:
-    """Rows of `config`'s length that the checkpoint at `path` stands behind.
+def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Where the checkpoint at `path` stands in the data: rows consumed, of `config`'s length, and what is left out.
 
     Raises:
         UserError: that is inside a batch of `config`.
     """
-    tokens = checkpoint.read_state(path)["rows_consumed"] * load_config(str(path / checkpoint.CONFIG)).data.seq_len
-    if tokens % config.batch.tokens:
+    state, seq_len = checkpoint.read_state(path), load_config(str(path / checkpoint.CONFIG)).data.seq_len
+    # an older version's checkpoint leaves nothing out
+    rows = [state["rows_consumed"], *(row for ends in state.get("left_out", []) for row in ends)]
+    tokens = [row * seq_len for row in rows]
+    if any(place % config.batch.tokens for place in tokens):
         raise UserError(
-            f"{path} stands behind {tokens} tokens, inside a batch of batch.tokens {config.batch.tokens}; take one "
+            f"{path} stands behind {tokens[0]} tokens, inside a batch of batch.tokens {config.batch.tokens}; take one "
             "that divides them"
         )
-    return tokens // config.data.seq_len
+    consumed, *ends = (place // config.data.seq_len for place in tokens)
+    return consumed, list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def check_layout(config: RunConfig, path: Path) -> None:
@@ -109,7 +107,7 @@ def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Seq
         impossible += [key for key in differing if key.startswith("model.")]
     if impossible:
         raise UserError(f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore them")
-    rows_consumed(config, path)
+    read_place(config, path)
     if differing:
         line = f"went on with other values of {', '.join(differing)}, as allowed"
         console.print(line)

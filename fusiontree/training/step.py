@@ -80,7 +80,9 @@ class TrainingStep:
                 told = distributed.HostSum(torch.stack([parts["loss"], torch.full_like(broken, stop), broken]))
                 if watch is not None:
                     watch.meet_gradients()
-            self.engine.step()
+                self.clipping.step()
+            else:
+                self.engine.step()
         loss, stops, breaks = told.read()
         norm, skipped = self.clipping.outcome(breaks > 0)
         if not skipped:

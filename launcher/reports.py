@@ -1,0 +1,63 @@
+"""What ranks leave in the folder of a launch, which all hosts share, and who of them failed first.
+
+``rank-N.joined`` (host, process id) when it has begun, ``rank-N.json`` when it has ended by itself (`launcher.local`),
+and under SLURM ``rank-N.out``, its output.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusiontree.errors import LOST_PEER
+
+_TAIL = 15  # lines of a rank's output that are shown where it has said nothing itself
+
+
+class Failure(NamedTuple):
+    """The first rank that failed, and what is known of why."""
+
+    code: int | None  # its exit code; None: it was killed, or could not even begin
+    message: str
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks have said of their ends: rank, host, code, message (None: it wrote a traceback), time."""
+    return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+
+
+def joined(folder: Path) -> dict[int, str]:
+    """Host of every rank that has begun."""
+    return {_rank(path): path.read_text().split()[0] for path in folder.glob("rank-*.joined")}
+
+
+def silent(folder: Path) -> list[int]:
+    """Ranks that have begun and not said how they ended."""
+    begun = {_rank(path) for pattern in ("rank-*.joined", "rank-*.out") for path in folder.glob(pattern)}
+    return sorted(begun - {report["rank"] for report in read(folder)})
+
+
+def first_failure(folder: Path) -> Failure | None:
+    """The failure that the others come from; None if no rank failed, or none that left a trace.
+
+    A rank that only lost another is no cause; one that ended without a word may be.
+    """
+    failures = sorted((report for report in read(folder) if report["code"]), key=lambda report: report["time"])
+    causes = [report for report in failures if report["message"] != LOST_PEER]
+    if causes:
+        first = causes[0]
+        words = first["message"] or f"failed{_output(folder, first['rank'])}"
+        return Failure(first["code"], f"rank {first['rank']} on {first['host']}: {words}")
+    for rank in silent(folder):
+        where = f" on {host}" if (host := joined(folder).get(rank)) else ""
+        return Failure(None, f"rank {rank}{where} ended without a word{_output(folder, rank)}")
+    return Failure(failures[0]["code"], failures[0]["message"]) if failures else None
+
+
+def _output(folder: Path, rank: int) -> str:
+    path = folder / f"rank-{rank}.out"
+    lines = path.read_text(errors="replace").splitlines()[-_TAIL:] if path.exists() else []
+    return ", its output ends:\n" + "\n".join(f"  {line}" for line in lines) if lines else "; see its host's log"
+
+
+def _rank(path: Path) -> int:
+    return int(path.stem.removeprefix("rank-"))

@@ -1,0 +1,120 @@
+"""Files of prompts give each prompt's own continuation; what cannot be continued is refused; Ctrl-C leaves nothing."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, build, write_run
+
+from fusiontree.cli import main
+from fusiontree.errors import UserError
+from fusiontree.export import export
+from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts, stream_tokens
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = dataclasses.replace(SMALL, vocab_size=512, srte="learned")
+    run = tmp_path_factory.mktemp("runs") / "run"
+    write_run(run, config, build(vocab_size=512, srte="learned").state_dict(), tokenizer_folder, 0, 1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    export(run, run / "out")
+    return run / "out"
+
+
+def test_a_prompt_of_a_file_is_continued_as_it_would_be_alone(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    prompts = ["tree", "gate branch scan " * 6, "window\\tstate", "a shard of rows"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    sampling = Sampling(temperature=0.9, top_p=0.9, seed=3)
+    alone = [generate_text(exported, prompt, 12, sampling) for prompt in prompts]
+    for name in ("p.txt", "p.jsonl"):
+        given = read_prompts(tmp_path / name)
+        assert list(generate_texts(exported, given, 12, sampling, rows=3)) == alone
+    words = ["generate", str(exported), "--prompts", str(tmp_path / "p.txt"), "--max-new-tokens", "12"]
+    options = ["--temperature", "0.9", "--top-p", "0.9", "--seed", "3", "--batch", "2"]
+    assert main([*words, *options, "--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == alone
+    assert main([*words, *options]) == 0
+    assert capsys.readouterr().out == "".join(f"{each['prompt']}{each['text']}\n\n" for each in alone)
+
+
+def test_what_cannot_be_continued_is_refused_in_one_line(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    files = {"gap.txt": "a\n\nb\n", "none.txt": "", "bad.jsonl": '{"text": "a"}\n', "number.jsonl": '{"prompt": 3}\n'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    folder = [str(exported)]
+    for words, message in (
+        ([*folder, ""], "the prompt is empty"),
+        ([*folder, "tree " * 200], "are more than the learned time encoding has: 128"),
+        ([*folder, "tree", "--max-new-tokens", "128"], "more than the learned time encoding has: 128"),
+        (folder, "give a prompt, or a file of them with --prompts"),
+        ([*folder, "a", "--prompts", str(tmp_path / "gap.txt")], "give a prompt, or a file of them"),
+        ([*folder, "--prompts", str(tmp_path / "gap.txt")], "gap.txt line 2 is empty"),
+        ([*folder, "--prompts", str(tmp_path / "none.txt")], "none.txt holds no prompt"),
+        ([*folder, "--prompts", str(tmp_path / "missing")], "no file of prompts at"),
+        ([*folder, "--prompts", str(tmp_path / "latin.txt")], "latin.txt is not UTF-8 text"),
+        ([*folder, "--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl line 1 is no object such as"),
+        ([*folder, "--prompts", str(tmp_path / "number.jsonl")], "prompt is 3; it must be text"),
+        ([*folder, "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ([str(tmp_path), "a"], "is not an exported model"),
+    ):
+        assert main(["generate", *words]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [([5, 96], "token 96 is out of range"), ([-1], "token -1"), ([], "no token")]
+)
+def test_ids_that_are_none_of_the_models_are_refused(prompt: list[int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        next(stream_tokens(build(), [[1], prompt], 4, Sampling(), None))
+
+
+# Ctrl-C where the work is, however fast the machine: the first call of `where` interrupts its own process
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
+from fusiontree import {module} as place
+from fusiontree.cli import main
+before = place.{name}
+def interrupted(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return before(*arguments, **options)
+place.{name} = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    code = INTERRUPTED.format(module="export", name="prove")
+    command = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "interrupted; nothing half-written was left under a final name" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_generation_ends_with_one_line(exported: Path) -> None:
+    code = INTERRUPTED.format(module="generate", name="draw")
+    command = [sys.executable, "-c", code, "generate", str(exported), "tree", "--max-new-tokens", "9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "tree"
+    assert done.stderr == "fusiontree: interrupted; nothing half-written was left under a final name\n"

@@ -1,0 +1,228 @@
+"""What goes wrong in training is left out, rolled back, stepped past, or ended with every rank's stacks."""
+
+import json
+import math
+import os
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from conftest import counting_dataset, metrics, settings
+from test_training import plain_losses
+
+from fusiontree import checkpoint, incidents
+from fusiontree.config import HealthConfig, load_config
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import TrainStream, one_source
+from fusiontree.training.health import Health, robust_score
+from fusiontree.training.step import Update
+
+ROWS = 8  # of a step of the micro run
+SMALLER = {"model__hidden_size": 32, "validation__every": 0, "checkpoint__keep_last": 9, "batch__micro_rows": 1}
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def update(loss: float, norm: float = 1.0, skipped: bool = False) -> Update:
+    return Update(loss, torch.tensor(loss), norm, torch.zeros(1, 1), {}, skipped, stop=False)
+
+
+def test_updates_left_out_in_a_row_are_counted_and_their_rows_kept() -> None:
+    health = Health(HealthConfig(max_bad_steps=3))
+    assert health.judge(update(math.nan, math.inf, True), (0, 8)).action == "go on"
+    assert health.judge(update(2.0), (8, 16)) is None
+    assert "gradient norm is inf" in health.judge(update(2.0, math.inf, True), (16, 24)).message
+    restored = Health(HealthConfig(max_bad_steps=3))
+    restored.restore(json.loads(json.dumps(health.to_json())))
+    for judge in (health, restored):
+        assert judge.judge(update(math.nan, math.inf, True), (24, 32)).action == "go on"
+        trouble = judge.judge(update(math.nan, math.inf, True), (32, 40))
+        assert (trouble.kind, trouble.action, trouble.rows) == ("skipped_update", "rollback", (16, 40))
+        assert "loss is nan" in trouble.message
+        assert judge.skipped == 4
+
+
+@pytest.mark.parametrize(("on_spike", "action"), [("ignore", "go on"), ("rollback", "rollback"), ("stop", "stop")])
+def test_a_spike_is_a_loss_far_above_the_last_ones(on_spike: str, action: str) -> None:
+    health = Health(HealthConfig(spike_window=16, on_spike=on_spike))
+    draw = random.Random(0)
+    assert health.judge(update(50.0), (0, 8)) is None  # nothing to compare it with yet
+    for _ in range(200):
+        assert health.judge(update(3 + draw.gauss(0, 0.05)), (0, 8)) is None
+    assert health.judge(update(1.0), (0, 8)) is None  # a fall is none
+    trouble = health.judge(update(4.5), (8, 16))
+    assert (trouble.kind, trouble.action, trouble.rows) == ("loss_spike", action, (8, 16))
+
+
+def test_the_score_is_the_usual_one_for_a_normal_and_deaf_to_outliers() -> None:
+    draw = random.Random(0)
+    values = [draw.gauss(5, 0.5) for _ in range(20_000)]
+    assert robust_score(values, 6.5) == pytest.approx(3, rel=0.05)
+    assert robust_score([*values, *[1000.0] * 500], 6.5) == pytest.approx(3, rel=0.1)
+    assert robust_score([2.0] * 20, 2.05) == pytest.approx(5)  # even values: half a percent is a deviation
+
+
+# --- stepping past ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_left_out_is_stepped_past_from_wherever_the_stream_goes_on(workers: int, tmp_path: Path) -> None:
+    sources = Sources({"": counting_dataset(tmp_path / "set", 100, 2)})
+
+    def stream() -> TrainStream:
+        return TrainStream(sources, one_source(3, 4 * 32, 32), 4, workers=workers)
+
+    whole = stream()
+    steps = [next(whole)[0].input_ids.tolist() for _ in range(12)]
+    left_out = [(28, 32), (8, 16), (16, 20)]
+    expected = [steps[i] for i in (0, 1, 5, 6, 8, 9)]
+    at_once = stream()
+    at_once.leave_out(left_out)
+    assert [next(at_once)[0].input_ids.tolist() for _ in range(6)] == expected
+    again = stream()
+    for i, step in enumerate(expected):
+        place = again.rows_consumed
+        again = stream()
+        again.leave_out(left_out)
+        again.seek(place)
+        assert next(again)[0].input_ids.tolist() == step, i
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def poison(rank: int, steps: tuple[int, ...], stop_before: int | None = None) -> None:
+    """One rank's loss is not finite over the rows of some steps; the run is asked to stop before a step."""
+    import signal
+
+    from fusiontree import signals
+    from fusiontree.data.stream import TrainStream
+    from fusiontree.training.losses import Objective
+
+    fetch, objective, place = TrainStream.__next__, Objective.of, [0]
+
+    def fetched(self: TrainStream) -> list:
+        batches = fetch(self)
+        place[0] = self.rows_consumed // ROWS - 1
+        if place[0] + 1 == stop_before:
+            signals.requested = lambda: signal.SIGTERM
+        return batches
+
+    def poisoned(self: Objective, *arguments: object) -> tuple:
+        total, reported = objective(self, *arguments)
+        if place[0] in steps and int(os.environ["RANK"]) == rank:  # the loss alone: its gradient stays finite
+            return total + math.inf, {**reported, "loss": reported["loss"] + math.inf}
+        return total, reported
+
+    TrainStream.__next__, Objective.of = fetched, poisoned
+
+
+@pytest.mark.parametrize(("stage", "size"), [(0, 1), (2, 2), (3, 2)])
+def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
+    stage: int, size: int, shards: Path, tmp_path: Path
+) -> None:
+    changes = {**SMALLER, "deepspeed": f"zero{stage}", "checkpoint__every": 1, "schedule__steps": 5}
+    words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    said = ranks.run(words, tmp_path, size, setup=partial(poison, size - 1, (3,)))
+    saved = [tmp_path / "r" / "checkpoints" / f"step-{step}" for step in (3, 4, 5)]
+    before, behind, later = map(checkpoint.read_weights, saved)
+    assert all(torch.equal(before[name], behind[name]) for name in before)
+    assert not any(torch.equal(before[name], later[name]) for name in before if name.endswith("proj.weight"))
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [1, 2, 3, 5]
+    assert torch.isfinite(checkpoint.read_gates(saved[1])).all()
+    (incident,) = incidents.read(tmp_path / "r")
+    assert (incident["kind"], incident["step"], len(incident["rows"])) == ("skipped_update", 4, ROWS // size)
+    row = incident["rows"][0]
+    assert f"step 4: loss is inf: the update is left out, 1 in a row; rows: {row['shard']} row {row['row']}" in said
+
+
+@pytest.mark.parametrize(("stage", "size", "stop_before"), [(0, 1, None), (2, 1, 9), (3, 2, None)])
+def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
+    stage: int, size: int, stop_before: int | None, shards: Path, tmp_path: Path
+) -> None:
+    changes = {**SMALLER, "deepspeed": f"zero{stage}", "checkpoint__every": 4, "health__max_bad_steps": 2}
+    changes["validation__every"] = 100
+    words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    if stop_before is not None:  # and a job that goes on later steps past them too
+        ranks.run(words, tmp_path, size, setup=partial(poison, 0, (5, 6), stop_before), code=75)
+    ranks.run(words, tmp_path, size, setup=partial(poison, 0, (5, 6)))
+    run = tmp_path / "r"
+    expected, norms, _ = plain_losses(load_config(str(run / "config.yaml")), left_out=[(5 * ROWS, 7 * ROWS)])
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == [*range(1, 9)]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    kinds = [(line["kind"], line["step"]) for line in incidents.read(run)]
+    assert kinds[:3] == [("skipped_update", 6), ("skipped_update", 7), ("rollback", 7)]
+    assert checkpoint.read_state(run / "checkpoints" / "step-8")["left_out"] == [[5 * ROWS, 7 * ROWS]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"health__on_bad": "stop"}, "step 6: loss is inf: the update is left out, 1 in a row; rows: "),
+        (
+            {"checkpoint__every": 100},
+            "step 6: loss is inf: the update is left out, 1 in a row, and there is no checkpoint",
+        ),
+        ({}, "rolled back to "),
+    ],
+)
+def test_what_cannot_be_mended_stops_the_run_with_a_report(
+    changes: dict, words: str, shards: Path, tmp_path: Path
+) -> None:
+    setting = {**SMALLER, "checkpoint__every": 4, "health__max_bad_steps": 1, "schedule__steps": 20, **changes}
+    argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **setting)]
+    said = ranks.run(argv, tmp_path, setup=partial(poison, 0, tuple(range(5, 20))), code=1)
+    assert f"error: {words}" in said or words + str(tmp_path / "r" / "checkpoints" / "step-4") + " too often" in said
+
+
+# --- hanging ---------------------------------------------------------------------------------------------------------
+
+
+def hang(rank: int, step: int, seconds: float) -> None:
+    """A rank comes no further than the forward pass of a step, for a while."""
+    from fusiontree.training.step import TrainingStep
+
+    update, backward, current = TrainingStep.update, TrainingStep._backward, [0]
+
+    def updated(self: TrainingStep, batches: list, number: int, *arguments: object) -> object:
+        current[0] = number
+        return update(self, batches, number, *arguments)
+
+    def asleep(self: TrainingStep, *arguments: object) -> None:
+        if current[0] == step and int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        backward(self, *arguments)
+
+    TrainingStep.update, TrainingStep._backward = updated, asleep
+
+
+def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:
+    changes = {**SMALLER, "schedule__steps": 20, "health__hang_seconds": 6}
+    argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 8, 600))
+    assert job.codes() == [76, 76], job.said()
+    stacks = [(tmp_path / "r" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in range(2)]
+    assert all("engine.py" in stack for stack in stacks)
+    assert "in asleep" in stacks[1]
+    assert ["in backward" in stack for stack in stacks] == [True, False]
+    assert "rank 0: step 9 has taken more than" in job.said()
+    assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("hang", 8)]
+
+
+def test_a_rank_that_hangs_where_no_step_is_watched_runs_into_the_time_out(shards: Path, tmp_path: Path) -> None:
+    """In a group that DeepSpeed has made, which a time-out given at the start does not reach."""
+    changes = {**SMALLER, "deepspeed": "zero2", "health__timeout_seconds": 3}
+    argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 2, 20))
+    job.processes[0].join(60)
+    assert job.processes[0].exitcode == 76, job.said()
+    assert job.processes[1].is_alive()
+    assert "a rank has waited 3 s (health.timeout_seconds) for the others" in job.said()
+    assert job.codes() == [76, 1]

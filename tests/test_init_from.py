@@ -1,0 +1,105 @@
+"""A run starts from an exported model: the same weights at any ZeRO stage, and only what may differ differs."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, build, cli, settings, write_run
+
+from fusiontree.config import RunConfig, load_config
+from fusiontree.data.format import Dataset
+from fusiontree.distributed import World
+from fusiontree.errors import RunError, UserError
+from fusiontree.evaluate import evaluate
+from fusiontree.export import export
+from fusiontree.training.build import build_model
+from fusiontree.training.initial import check_initial
+from fusiontree.weights import of_safetensors
+
+SHAPE = {**dataclasses.asdict(SMALL), "vocab_size": 512, "layer_kinds": ("mamba", "hybrid", "attention")}
+KINDS = "[mamba,hybrid,attention]"
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model's folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    shape = {"vocab_size": 512, "layer_kinds": ("mamba", "hybrid", "attention")}
+    config = dataclasses.replace(SMALL, **shape)
+    write_run(folder / "run", config, build(**shape).state_dict(), tokenizer_folder, 0, 1)
+    export(folder / "run", folder / "out")
+    return folder / "out"
+
+
+def config_for(exported: Path, *changes: str) -> RunConfig:
+    values = {f"model.{name}": value for name, value in SHAPE.items() if value is not None}
+    values |= {"model.layer_kinds": KINDS, "init_from": exported, "data.seq_len": 128, "batch.tokens": 256}
+    return load_config("tiny", [*(f"{key}={value}" for key, value in values.items()), "batch.micro_rows=2", *changes])
+
+
+def test_the_model_starts_with_the_exported_weights(exported: Path) -> None:
+    config = config_for(exported, "model.rope_base=2000000.0", "model.window=64")
+    model = build_model(config, World(0, 1, torch.device("cpu")), {"zero_optimization": {"stage": 1}})
+    weights = of_safetensors(exported)
+    state = model.state_dict()
+    assert {f"model.{name}" for name in state} == set(weights)
+    assert all(torch.equal(state[name.removeprefix("model.")], value) for name, value in weights.items())
+    assert model.config.rope_base == 2_000_000
+
+
+def test_a_run_at_zero3_goes_on_where_the_export_stands_and_outlives_it(
+    exported: Path, shards: Path, tmp_path: Path
+) -> None:
+    values = {f"model.{name}": value for name, value in SHAPE.items() if value is not None}
+    start = shutil.copytree(exported, tmp_path / "start")
+    values |= {"model.layer_kinds": KINDS, "init_from": start, "deepspeed": "zero3", "schedule.steps": 2}
+    values |= {"schedule.warmup_steps": 0, "checkpoint.every": 1}
+    words = [*settings(shards, tmp_path, name="next"), *(f"{key}={value}" for key, value in values.items())]
+    cli("train", "tiny", *words)
+    run = tmp_path / "next"
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    held_out = evaluate(exported, ["perplexity"], shards, seq_len=128, limit=6)["perplexity"]
+    assert first["val_loss"] == pytest.approx(held_out["loss"], rel=1e-5)
+    assert str(start) in (run / "config.yaml").read_text()
+    shutil.rmtree(start)
+    cli("train", "tiny", *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.layer_kinds=null", r"set model\.layer_kinds=\[mamba,hybrid,attention\] \(what may differ: rope_base"),
+        ("model.mlp_size=64", r"set model\.mlp_size=48"),
+        ("model.fusion=token", r"set model\.fusion=channel"),
+    ],
+)
+def test_another_shape_is_refused_with_what_to_set(exported: Path, shards: Path, change: str, words: str) -> None:
+    manifest = Dataset(shards).manifest
+    check_initial(config_for(exported, "model.max_positions=256", "model.branch_drop=0.1"), manifest)
+    with pytest.raises(UserError, match=words) as caught:
+        check_initial(config_for(exported, change), manifest)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_tokenizer_and_no_export_are_refused(exported: Path, shards: Path, tmp_path: Path) -> None:
+    manifest = Dataset(shards).manifest
+    with pytest.raises(UserError, match="is not an exported model"):
+        check_initial(config_for(tmp_path), manifest)
+    facts = json.loads((exported / "fusiontree.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    (tmp_path / "fusiontree.json").write_text(json.dumps({**facts, "tokenizer_fingerprint": "other"}))
+    with pytest.raises(UserError, match="tokenizer"):
+        check_initial(config_for(tmp_path), manifest)
+
+
+def test_weights_that_are_not_those_of_their_configuration_are_named(exported: Path, tmp_path: Path) -> None:
+    changed = json.loads((exported / "config.json").read_text()) | {"mlp_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    config = config_for(tmp_path, "model.mlp_size=64")
+    with pytest.raises(RunError, match="its weights are not those of its config.json"):
+        build_model(config, World(0, 1, torch.device("cpu")), {"zero_optimization": {"stage": 1}})
