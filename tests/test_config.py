@@ -379,7 +379,7 @@ def test_reading_a_configuration_needs_no_torch():
 
 def test_sections_keep_their_names():
     assert list(RunConfig.model_fields) == [
-        *("name", "output", "seed", "model", "data", "batch", "optimizer", "schedule", "losses"),
+        *("name", "output", "seed", "init_from", "model", "data", "batch", "optimizer", "schedule", "losses"),
         *("distill", "precision", "activation_checkpointing", "deepspeed", "nvme_path", "checkpoint", "validation"),
-        *("logging", "kernels"),
+        *("logging", "health", "kernels"),
     ]

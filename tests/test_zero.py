@@ -44,15 +44,15 @@ LOSSES = [
     *("losses.gate_entropy=0.3", "distill.weight={0: 1, 20: 0.5}", "distill.temperature=2.0", "distill.top_k=9"),
 ]
 MUON = ["optimizer.kind=muon", "optimizer.grad_clip=0", "schedule.steps=6"]
+RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
 JOBS = {  # by name: ranks and overrides
     "zero2 x4": (4, ["deepspeed=zero2", "activation_checkpointing=branch"]),
     "zero3_offload x4": (4, ["deepspeed=zero3_offload", "activation_checkpointing=every_n"]),
-    "zero0 x2": (2, ["deepspeed=zero0"]),
-    "zero1 x2": (2, ["deepspeed=zero1", "activation_checkpointing=full", "activation_checkpointing.offload=true"]),
-    "zero3 x2": (2, ["deepspeed=zero3", "activation_checkpointing=branch"]),
-    "muon zero1 x2": (2, ["deepspeed=zero1", *MUON]),
-    "muon zero3 x2": (2, ["deepspeed=zero3", *MUON]),
-    "zero3_nvme x2": (2, ["deepspeed=zero3_nvme"]),
+    "zero0 x2": (2, ["batch.micro_rows=2", "deepspeed=zero0"]),
+    "zero1 x2": (2, ["batch.micro_rows=2", "deepspeed=zero1", RECOMPUTED]),
+    "zero3 x2": (2, ["batch.micro_rows=2", "deepspeed=zero3", "activation_checkpointing=branch"]),
+    "muon zero3 x2": (2, ["batch.micro_rows=2", "deepspeed=zero3", *MUON]),
+    "zero3_nvme x2": (2, ["batch.micro_rows=2", "deepspeed=zero3_nvme"]),
 }
 
 
@@ -199,7 +199,9 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
     curve: dict[str, list[float]] = {"loss": [], "norm": []}
     for step in range(config.schedule.steps):
         mine = rows_of(step)[world.rank :: world.size]
-        update = training.update([batch_of([row]) for row in mine], step)
+        micro_rows = config.batch.micro_rows
+        batches = [batch_of(mine[first : first + micro_rows]) for first in range(0, len(mine), micro_rows)]
+        update = training.update(batches, step)
         figures = {"loss": update.own_loss, **update.parts}
         sums = distributed.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
         for name, value in zip(figures, sums, strict=True):
