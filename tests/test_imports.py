@@ -121,7 +121,7 @@ def within(name: str, part: str) -> bool:
 
 def owner(module: str) -> str | None:
     """The part of ARROWS that `module` belongs to, the most specific one; None for a free one."""
-    if module in FREE:
+    if module in FREE or within(module, "fusiontree.cli"):
         return None
     parts = [part for part in ARROWS if within(module, part)]
     assert parts, f"{module} stands in no part of ARROWS: say there what it may import"
@@ -132,7 +132,8 @@ def forbidden_first_party(module: str, names: set[str]) -> set[str]:
     own = {name for name in names if name.split(".")[0] in PACKAGES}
     part = owner(module)
     if part is None:
-        return {name for name in own if within(name, "fusiontree.cli") and module != "fusiontree.__main__"}
+        inside = module == "fusiontree.__main__" or within(module, "fusiontree.cli")
+        return {name for name in own if within(name, "fusiontree.cli") and not inside}
     if part == "fusiontree.model":
         return {name for name in own if not within(name, part)}
     return {name for name in own - LEAVES if not any(within(name, allowed) for allowed in {part, *ARROWS[part]})}

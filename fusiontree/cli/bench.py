@@ -1,0 +1,178 @@
+"""``fusiontree bench``: measurements."""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusiontree.cli.parsing import FORMAT, add_config, add_preset, command
+from fusiontree.cli.printing import show
+
+
+def _bench_train(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print: standard output is for the figures
+        from fusiontree.bench.train import Workload, bench_train
+
+        figures = bench_train(
+            args.preset,
+            args.overrides,
+            Workload(args.documents, args.steps, args.warmup),
+            seq_len=args.seq_len,
+            batch_tokens=args.batch_tokens,
+            recompute=args.recompute,
+            peer=args.peer,
+            peer_recompute=args.peer_recompute == "full",
+            profile=args.profile,
+        )
+    return show(figures, args.json)
+
+
+def _bench_decode(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.decode import bench_decode
+
+        figures = bench_decode(args.preset, args.overrides, args.batch, args.context, args.steps)
+    return show(figures, args.json)
+
+
+def _bench_prune(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.prune import bench_prune
+
+        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
+    return show(figures, args.json)
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.kernels import bench_kernels
+
+        figures = bench_kernels(args.preset, args.overrides, args.seq_len, args.repeats)
+    return show(figures, args.json)
+
+
+def _bench_loader(args: argparse.Namespace) -> int:
+    from fusiontree.bench.loader import bench_loader
+
+    return show(bench_loader(args.data, args.seq_len, args.rows), args.json)
+
+
+def _bench_overhead(args: argparse.Namespace) -> int:
+    with contextlib.redirect_stdout(sys.stderr):
+        from fusiontree.bench.overhead import bench_overhead
+
+        figures = bench_overhead(args.config, args.overrides, args.rounds, args.warmup)
+    if isinstance(args.json, Path):
+        from fusiontree.files import write_atomic
+
+        write_atomic(args.json, json.dumps(figures, indent=2) + "\n")
+    return show(figures, args.json is True)
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    summary = "Measure how fast things are here; nothing is written but --profile."
+    bench = commands.add_parser(
+        "bench",
+        help=summary,
+        description=summary,
+        epilog="Example: fusiontree bench train --preset tiny",
+        formatter_class=FORMAT,
+    )
+    bench_commands = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = command(
+        bench_commands,
+        "train",
+        _bench_train,
+        "Measure training under the real engine, beside a peer's if wished.",
+        "bench train --preset 1b --seq-len 32768 --peer hf-falcon-h1",
+    )
+    add_preset(train)
+    train.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: the preset's)")
+    train.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per update (default: one row)")
+    train.add_argument(
+        "--documents",
+        choices=("packed", "single"),
+        default="packed",
+        help="documents of random lengths, or one a row (default packed)",
+    )
+    train.add_argument("--steps", type=int, default=10, metavar="N", help="updates timed (default 10)")
+    train.add_argument("--warmup", type=int, default=3, metavar="N", help="updates before them (default 3)")
+    train.add_argument("--recompute", default="none", metavar="KIND", help="activation checkpointing (default none)")
+    train.add_argument("--peer", metavar="NAME", help="hf-llama, hf-falcon-h1 or fla-mamba2, in the same run")
+    train.add_argument(
+        "--peer-recompute", choices=("none", "full"), default="full", help="the peer's checkpointing (default full)"
+    )
+    train.add_argument("--profile", type=Path, metavar="FILE", help="write where the time of a step goes, in Markdown")
+
+    decode = command(
+        bench_commands,
+        "decode",
+        _bench_decode,
+        "Measure prefill and decoding with random weights.",
+        "bench decode --preset 1b --batch 1 64 --context 1024 32768",
+    )
+    add_preset(decode)
+    decode.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows together (default 1)")
+    decode.add_argument(
+        "--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens of a prompt (default 1024)"
+    )
+    decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
+
+    prune = command(
+        bench_commands,
+        "prune",
+        _bench_prune,
+        "Measure what pruning every second layer to one branch gains, with random weights.",
+        "bench prune --preset 1b --context 32768",
+    )
+    add_preset(prune)
+    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
+    prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
+    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+    prune.add_argument(
+        "--keep",
+        choices=("alternate", "mamba", "attention"),
+        default="alternate",
+        help="what every second layer keeps (default: the one and the other in turn)",
+    )
+
+    kernels = command(
+        bench_commands,
+        "kernels",
+        _bench_kernels,
+        "Measure every back-end that runs here against the reference.",
+        "bench kernels --preset 1b --seq-len 32768",
+    )
+    add_preset(kernels)
+    kernels.add_argument("--seq-len", type=int, metavar="N", help="tokens in the row (default: the preset's)")
+    kernels.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls each (default 10)")
+
+    loader = command(
+        bench_commands,
+        "loader",
+        _bench_loader,
+        "Measure how fast training batches come from a dataset.",
+        "bench loader --data data/books",
+    )
+    loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
+    loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
+    loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
+
+    overhead = command(
+        bench_commands,
+        "overhead",
+        _bench_overhead,
+        "Measure what the engine costs: a real run beside a bare DeepSpeed loop, in turns.",
+        "bench overhead 125m --json overhead.json",
+        figures=False,
+    )
+    add_config(overhead)
+    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="pairs of blocks timed (default 12)")
+    overhead.add_argument("--warmup", type=int, default=1, metavar="N", help="pairs before them (default 1)")
+    overhead.add_argument(
+        "--json", nargs="?", type=Path, const=True, metavar="FILE", help="print the figures as JSON, or write them"
+    )

@@ -1,0 +1,244 @@
+"""``fusiontree data``: tokenizers and datasets, and what a run makes of them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command
+from fusiontree.cli.printing import show
+from fusiontree.errors import UserError
+
+
+def _data_tokenizer(args: argparse.Namespace) -> int:
+    from data_tools.tokenizer import train_tokenizer
+
+    figures = train_tokenizer(
+        args.input,
+        args.vocab_size,
+        args.output,
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        overwrite=args.overwrite,
+        reading=_reading(args),
+    )
+    return show(figures, args.json)
+
+
+def _reading(args: argparse.Namespace) -> Any:
+    from data_tools.readers import Reading
+
+    separator = args.doc_separator and args.doc_separator.replace("\\n", "\n").replace("\\t", "\t")
+    return Reading(args.text_key, separator, args.min_chars, args.max_chars)
+
+
+def _data_build(args: argparse.Namespace) -> int:
+    from data_tools.build import build
+
+    figures = build(
+        args.input,
+        args.tokenizer,
+        args.output,
+        holdout=args.holdout,
+        holdout_from=args.holdout_from,
+        workers=args.workers,
+        row_len=args.row_len,
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        overwrite=args.overwrite,
+        reading=_reading(args),
+        dedup=args.dedup,
+        eos=args.eos,
+        encoder=args.encoder,
+    )
+    return show(figures, args.json)
+
+
+def _data_verify(args: argparse.Namespace) -> int:
+    from data_tools.verify import verify
+
+    figures = verify(args.folder, workers=args.workers)
+    show(figures, args.json)
+    return 1 if figures["problems"] else 0
+
+
+def _data_reindex(args: argparse.Namespace) -> int:
+    from data_tools.reindex import reindex
+
+    figures = reindex(args.folder, args.tokenizer, args.eos, args.skip_damaged, args.workers)
+    show(figures, args.json)
+    return 1 if figures["problems"] else 0
+
+
+def _data_inspect(args: argparse.Namespace) -> int:
+    from data_tools.inspection import describe, show_row
+
+    if args.row is None:
+        return show(describe(args.folder), args.json)
+    return show(show_row(args.folder, args.row, split=args.split, tokenizer=args.tokenizer), args.json)
+
+
+def _data_plan(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from fusiontree.data.plan import plan
+    from fusiontree.training.data import open_stream, open_training
+
+    config = load_config(args.config, args.overrides)
+    figures = plan(open_stream(config, open_training(config)), config.schedule.steps)
+    return show(figures, args.json)
+
+
+def _data_at(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from fusiontree.data.plan import documents_at
+    from fusiontree.training.data import open_stream, open_training
+
+    config = load_config(args.config, args.overrides)
+    if not 0 <= args.step < config.schedule.steps:
+        raise UserError(f"--step is {args.step}; the steps of the run are 0 to {config.schedule.steps - 1}")
+    if not 0 <= args.rank < args.world_size:
+        raise UserError(f"--rank is {args.rank}; the ranks are 0 to {args.world_size - 1} (--world-size)")
+    figures = documents_at(open_stream(config, open_training(config), args.rank, args.world_size), args.step)
+    if args.json:
+        return show(figures, as_json=True)
+    for row in figures["rows"]:
+        place = f"{row['shard']} row {row['row']} from token {row['first_token']}"
+        print(f"batch {row['batch']}  {row['source']} epoch {row['epoch']}  {place}")
+        for document in row["documents"]:
+            print("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
+    return 0
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    summary = "Make, check and look at datasets."
+    data = commands.add_parser(
+        "data",
+        help=summary,
+        description=summary,
+        epilog="Example: fusiontree data verify data/books",
+        formatter_class=FORMAT,
+    )
+    data_commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    tokenizer = command(
+        data_commands,
+        "tokenizer",
+        _data_tokenizer,
+        "Train a byte-level BPE tokenizer on text.",
+        "data tokenizer --input books/ --vocab-size 8192 --output data/tokenizer",
+    )
+    _add_inputs(tokenizer)
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
+
+    build = command(
+        data_commands,
+        "build",
+        _data_build,
+        "Tokenise text and pack it into WebDataset shards.",
+        "data build --input books/ --tokenizer data/tokenizer --output data/books",
+    )
+    _add_inputs(build)
+    build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
+    build.add_argument(
+        "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+    )
+    build.add_argument(
+        "--holdout-from",
+        choices=("spread", "end"),
+        default="spread",
+        help="spread: evenly over the documents (default); end: the last files",
+    )
+    build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
+    build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
+    build.add_argument("--dedup", action="store_true", help="leave out documents whose text came before")
+    build.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    build.add_argument(
+        "--encoder",
+        choices=("auto", "gigatoken", "tokenizers"),
+        default="auto",
+        help="library that encodes (default: the faster one if it agrees with the other)",
+    )
+
+    verify = command(
+        data_commands,
+        "verify",
+        _data_verify,
+        "Check every byte of a dataset against its checksums; exit 1 if any is wrong.",
+        "data verify data/books",
+    )
+    verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    verify.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+
+    reindex = command(
+        data_commands,
+        "reindex",
+        _data_reindex,
+        "Make lost indexes and a lost manifest again from the shards; exit 1 if a shard is damaged.",
+        "data reindex data/books",
+    )
+    reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
+    reindex.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="the one that made the shards (default: the copy in DIR)"
+    )
+    reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    reindex.add_argument(
+        "--skip-damaged", action="store_true", help="adopt the sound shards, though others are damaged"
+    )
+    reindex.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+
+    inspect = command(
+        data_commands,
+        "inspect",
+        _data_inspect,
+        "Describe a dataset, or show one of its rows.",
+        "data inspect data/books --row 7",
+    )
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    inspect.add_argument("--row", type=int, metavar="N", help="show stored row N, from 0")
+    inspect.add_argument("--split", choices=("train", "validation"), default="train", help="the row's split")
+    inspect.add_argument("--tokenizer", type=Path, metavar="DIR", help="decode the row with this tokenizer")
+
+    plan = command(
+        data_commands,
+        "plan",
+        _data_plan,
+        "Show what a run will train on: tokens and epochs by source and stage. Nothing is trained.",
+        "data plan run.yaml",
+    )
+    add_config(plan)
+
+    at = command(
+        data_commands,
+        "at",
+        _data_at,
+        "Show the documents that a run trains on at a step.",
+        "data at run.yaml --step 1200 --rank 3 --world-size 8",
+    )
+    add_config(at)
+    at.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, from 0")
+    at.add_argument("--rank", type=int, default=0, metavar="R", help="of the ranks of the run (default 0)")
+    at.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks of the run (default 1)")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted glob patterns of text"
+    )
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="only files that match; repeatable"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="no files that match; repeatable"
+    )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="key or column of the text in JSON and parquet (default text)"
+    )
+    parser.add_argument(
+        "--doc-separator",
+        metavar="TEXT",
+        help=r"what ends a document in plain text, \n for a new line (default: a file)",
+    )
+    parser.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents (default 0)")
+    parser.add_argument("--max-chars", type=int, metavar="N", help="leave out longer documents")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    add_overwrite(parser)

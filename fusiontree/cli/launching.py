@@ -1,0 +1,190 @@
+"""``fusiontree launch``: a run on this machine, on a hostfile's hosts or on a SLURM cluster."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusiontree.cli.parsing import add_allow_changed, add_config, command
+from fusiontree.errors import UserError
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from launcher import local
+    from launcher.plan import plan_local, surroundings
+
+    around = surroundings(args.env, args.env_file, args.pre_command)
+    _refuse_stray(args)
+    if args.slurm:
+        return _launch_slurm(args, around)
+    if args.hostfile is not None:
+        return _launch_hosts(args, around)
+    config = load_config(args.config, args.overrides)
+    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, around)
+    if args.dry_run:
+        print(local.command_line(plan))
+        return 0
+    return local.run(plan, config.run_dir / "logs")
+
+
+def _rank_options(args: argparse.Namespace) -> list[str]:
+    """What a launch hands on to the `train` of every rank, beside the configuration."""
+    return [*(f"--allow-changed={key}" for key in args.allow_changed), *(["--json"] if args.json else [])]
+
+
+# options that mean something for one target only
+_TARGET_OPTIONS = {
+    "--hostfile": ("launcher", "include", "exclude"),
+    "--slurm": (
+        *("nodes", "min_nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "tasks", "partition", "account"),
+        *("qos", "time", "constraint", "container", "container_mounts", "sbatch", "sweep", "save_ahead", "wait"),
+    ),
+}
+
+
+def _refuse_stray(args: argparse.Namespace) -> None:
+    """Raise UserError for an option of another target: it would be silently without effect."""
+    target = "--slurm" if args.slurm else "--hostfile" if args.hostfile is not None else "--local"
+    for owner, names in _TARGET_OPTIONS.items():
+        for name in names if owner != target else ():
+            if getattr(args, name) not in (None, [], False):
+                raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not to {target}; leave it out")
+
+
+def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
+    from fusiontree.config import load_config
+    from launcher import hostfile
+    from launcher.plan import plan_hosts, prepare_run
+
+    config = load_config(args.config, args.overrides)
+    hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
+    plan = plan_hosts(config, hosts, _rank_options(args), around)
+    launcher = args.launcher or "pdsh"
+    if args.dry_run:
+        print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
+        return 0
+    hostfile.check_programs(launcher)
+    return hostfile.run(plan, prepare_run(config, args.allow_changed), launcher)
+
+
+def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
+    from fusiontree.config import load_config
+    from launcher import slurm
+    from launcher.plan import plan_slurm, prepare_run
+
+    config = load_config(args.config, args.overrides)
+    nodes = 1 if args.nodes is None else args.nodes
+    ranks = args.gpus_per_node if args.ranks_per_node is None else args.ranks_per_node
+    if ranks is None:
+        raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
+    sweep = slurm.Sweep.of(config.name, args.sweep)
+    configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
+    job = _slurm_job(args, slurm.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
+    plans = [
+        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
+    ]
+    slurm.check(job, nodes)
+    folder = config.run_dir.absolute()
+    text = slurm.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    slurm.check_cluster(job)
+    for one in configs:
+        prepare_run(one, args.allow_changed)
+    return _submit(slurm.write(text, folder), folder / "logs", args.wait)
+
+
+def _slurm_job(args: argparse.Namespace, save_ahead: int) -> Any:
+    from launcher.slurm import Job
+
+    return Job(
+        gpus_per_node=args.gpus_per_node,
+        min_nodes=args.min_nodes,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        time=args.time,
+        constraint=args.constraint,
+        cpus_per_task=args.cpus_per_task,
+        extra=tuple(args.sbatch),
+        container=args.container,
+        container_mounts=args.container_mounts,
+        tasks=args.tasks or "rank",
+        save_ahead=save_ahead,
+    )
+
+
+def _submit(script: Path, logs: Path, wait: bool) -> int:
+    from launcher import slurm
+
+    job = slurm.submit(script)
+    print(
+        f"job {job}: {script}\nfollow it with  tail -F {logs}/slurm-{job}*.log\nend it with     scancel {job}",
+        flush=True,
+    )
+    return slurm.follow(job, logs, sys.stdout) if wait else 0
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    launch = command(
+        commands,
+        "launch",
+        _launch,
+        "Train on several ranks: of this machine, of a hostfile's hosts, or of a SLURM cluster.",
+        "launch tiny --local 2 data.path=data/books",
+    )
+    add_config(launch)
+    add_allow_changed(launch)
+    target = launch.add_mutually_exclusive_group(required=True)
+    target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
+    target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")
+    target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
+    launch.add_argument("--dry-run", action="store_true", help="print the command or script; start nothing")
+    launch.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="variable of every rank; repeatable"
+    )
+    launch.add_argument("--env-file", type=Path, metavar="FILE", help="such variables, KEY=VALUE a line")
+    launch.add_argument(
+        "--pre-command",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line that runs first on every node, e.g. 'module load cuda'; repeatable",
+    )
+    _add_hostfile(launch)
+    _add_slurm(launch)
+
+
+def _add_hostfile(launch: argparse.ArgumentParser) -> None:
+    group = launch.add_argument_group("with --hostfile")
+    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="what reaches the hosts (default pdsh)")
+    group.add_argument("--include", metavar="HOSTS", help="only these, HOST[:SLOT,...][@HOST...]")
+    group.add_argument("--exclude", metavar="HOSTS", help="all but these")
+
+
+def _add_slurm(launch: argparse.ArgumentParser) -> None:
+    group = launch.add_argument_group("with --slurm")
+    group.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default 1)")
+    group.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few as this after losing some")
+    group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node, a rank on each")
+    group.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of each node (default: its GPUs)")
+    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each task")
+    group.add_argument("--tasks", choices=("rank", "node"), help="a task is a rank, or a node's ranks (default rank)")
+    for name in ("partition", "account", "qos", "constraint"):
+        group.add_argument(f"--{name}", metavar="NAME", help="as sbatch takes it")
+    group.add_argument("--time", metavar="LIMIT", help="time limit of one start, as sbatch takes it")
+    group.add_argument(
+        "--save-ahead", type=int, metavar="S", help="seconds before the limit at which to save (default: an estimate)"
+    )
+    group.add_argument("--container", metavar="IMAGE", help="a .sif for apptainer, else an image for pyxis")
+    group.add_argument("--container-mounts", metavar="FROM:TO[,...]", help="besides the current folder")
+    group.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"
+    )
+    group.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a job array over values; repeated: product"
+    )
+    group.add_argument("--wait", action="store_true", help="follow the job; exit with its code")

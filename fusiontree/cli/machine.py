@@ -1,0 +1,87 @@
+"""``fusiontree doctor`` and ``demo``: what this machine can run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fusiontree.cli.parsing import add_config, command
+from fusiontree.cli.printing import show
+from fusiontree.errors import UserError
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fusiontree.config import load_config
+    from fusiontree.doctor import diagnose
+
+    if args.overrides and args.config is None:
+        raise UserError("doctor: overrides need a CONFIG before them")
+    config = None if args.config is None else load_config(args.config, args.overrides)
+    if (args.nodes is not None or args.hostfile is not None) and config is None:
+        raise UserError("doctor: --nodes and --hostfile need a CONFIG")
+    findings = diagnose(config, args.ranks, 1 if args.nodes is None else args.nodes)
+    if config is not None and args.nodes is not None:
+        findings = _with_cluster(findings, config, args)
+    show(findings, args.json)
+    return 1 if findings["problems"] else 0
+
+
+def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The doctor's findings, with what the nodes themselves say if they can be reached."""
+    from launcher.probing import probe_cluster
+
+    found = probe_cluster(config, args.nodes, args.ranks, args.hostfile)
+    if found is None:
+        hint = f"not looked at: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
+        return findings | {"cluster": hint}
+    from fusiontree.probe import compare
+
+    cluster = compare(found)
+    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems")]}
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from fusiontree import signals
+    from launcher import local
+
+    local.join_launcher()
+    signals.listen()
+    from fusiontree.probe import probe
+
+    probe(args.target)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from fusiontree.demo import run_demo
+
+    return run_demo(args.root)
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    doctor = command(
+        commands,
+        "doctor",
+        _doctor,
+        "Report versions, devices and kernels; with CONFIG, exit 1 if it cannot run here.",
+        "doctor tiny --ranks 2 data.path=data/books",
+    )
+    add_config(doctor, optional=True)
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on, a node")
+    doctor.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of the job; they are looked at inside an allocation of SLURM"
+    )
+    doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="or through this hostfile")
+    probe = commands.add_parser("probe")  # for the doctor's own use: not in the help
+    probe.add_argument("target", type=Path)
+    probe.set_defaults(handler=_probe, is_rank=True)
+
+    demo = command(
+        commands,
+        "demo",
+        _demo,
+        "Run the whole product on this machine: text in, a trained and exported model out.",
+        "demo --root /tmp/fusiontree-demo",
+        figures=False,
+    )
+    demo.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)")

@@ -1,0 +1,177 @@
+"""``fusiontree export``, ``prune``, ``generate`` and ``eval``: what comes out of a run."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fusiontree.cli.parsing import add_overwrite, command
+from fusiontree.cli.printing import show
+from fusiontree.errors import UserError
+from fusiontree.files import write_atomic
+
+EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from fusiontree.export import export
+
+    figures = export(
+        args.source,
+        args.output,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        trust=args.trust_checkpoint,
+        prune=args.prune,
+        prune_heads=args.prune_heads,
+        data=args.data,
+        limit=args.limit,
+    )
+    return show(figures, args.json)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from fusiontree.prune.pruner import plan_run
+
+    if args.out is not None and args.out.exists() and not args.overwrite:
+        raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
+    plan = plan_run(args.source, args.hi, args.lo)
+    if args.out is not None:
+        write_atomic(args.out, json.dumps(plan, indent=1))
+    return show(plan, args.json)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts
+
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give a prompt, or a file of them with --prompts")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    if args.prompts is not None:
+        given = read_prompts(args.prompts)
+        for figures in generate_texts(args.folder, given, args.max_new_tokens, sampling, args.batch):
+            print(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
+        return 0
+    on_text = None if args.json else _stream
+    figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
+    if args.json:
+        return show(figures, as_json=True)
+    print()
+    return 0
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from fusiontree.evaluate import evaluate
+
+    figures = evaluate(
+        args.folder,
+        [task for text in args.tasks for task in text.split(",") if task],
+        args.data,
+        lengths=_numbers("--lengths", args.lengths),
+        seq_len=args.seq_len,
+        limit=args.limit,
+        samples=args.samples,
+        output=args.output,
+        overwrite=args.overwrite,
+    )
+    return show(figures, args.json)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """The whole numbers of a list such as 1024,4096."""
+    try:
+        return [int(part) for part in (text or "").split(",") if part]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers, e.g. 1024,4096") from None
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    export = command(
+        commands,
+        "export",
+        _export,
+        "Turn a run or a checkpoint into a Hugging Face folder.",
+        "export runs/demo runs/demo/export --dtype bf16",
+    )
+    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
+    export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
+    )
+    export.add_argument(
+        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+    )
+    export.add_argument(
+        "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
+    )
+    export.add_argument(
+        "--prune-heads", type=int, default=0, metavar="N", help="global key-value heads to prune, by loss"
+    )
+    export.add_argument("--data", metavar="DIR", type=Path, help="held-out rows that measure it (default: the run's)")
+    export.add_argument("--limit", type=int, metavar="N", help="of these, at most (default: all)")
+    add_overwrite(export)
+
+    prune = command(
+        commands,
+        "prune",
+        _prune,
+        "Say which branches the gates of a run do without, and what that saves.",
+        "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
+    )
+    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
+    prune.add_argument("--hi", type=float, default=0.8, metavar="G", help="mean gate above which Mamba is enough")
+    prune.add_argument("--lo", type=float, default=0.2, metavar="G", help="mean gate below which attention is enough")
+    prune.add_argument("--out", type=Path, metavar="FILE", help="write the plan, to edit and to give to export --prune")
+    prune.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
+
+    generate = command(
+        commands,
+        "generate",
+        _generate,
+        "Continue a prompt with an exported model.",
+        "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
+    )
+    generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or .jsonl; --json: an answer a line",
+    )
+    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE together (default 8)")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold P together"
+    )
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest"
+    )
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 = none (default 1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="(default 0)")
+
+    evaluate = command(
+        commands,
+        "eval",
+        _eval,
+        "Measure an exported model.",
+        "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
+    )
+    evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"of {', '.join(EVAL_TASKS)}")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
+    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
+    evaluate.add_argument("--lengths", metavar="N,N,...", help="tokens of prompts (default: as trained)")
+    evaluate.add_argument("--samples", type=int, default=5, metavar="N", help="prompts of each kind (default 5)")
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="folder to make: results.json, heat maps as PNG")
+    add_overwrite(evaluate)

@@ -1,0 +1,72 @@
+"""``fusiontree train``, ``status`` and ``report``: a run, and what is to be seen of it."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from fusiontree.cli.parsing import add_allow_changed, add_config, command
+from fusiontree.cli.printing import show
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fusiontree import signals
+    from launcher import local
+
+    local.join_launcher()
+    signals.listen()
+    from fusiontree.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    args.output = config.run_dir
+    from fusiontree.training.engine import train
+
+    summary = train(config, args.allow_changed)
+    return show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from fusiontree.status import status
+
+    return show(status(args.run), args.json)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fusiontree.report import write_report
+
+    return show(write_report(args.runs, args.out), args.json)
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    train = command(
+        commands,
+        "train",
+        _train,
+        "Train on one rank; also what each rank of a launch runs.",
+        "train tiny data.path=data/books optimizer.lr=1e-3",
+    )
+    add_config(train)
+    add_allow_changed(train)
+    train.set_defaults(is_rank=True)
+
+    status = command(
+        commands,
+        "status",
+        _status,
+        "Tell how a run is doing: queue, step, last figures, checkpoint, incidents.",
+        "status runs/books",
+    )
+    status.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+
+    report = command(
+        commands,
+        "report",
+        _report,
+        "Write a run's curves, gates, incidents and configuration as one HTML page; several runs are compared.",
+        "report runs/demo",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html, compare.html of several)"
+    )
