@@ -10,7 +10,7 @@ demo: install
 	@$(BIN)/python -m fusiontree demo
 
 test: install lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@echo 'Left out: the tests on a real SLURM cluster and real ssh hosts (make test-cluster).'
 
 # needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; touches nothing of this machine's

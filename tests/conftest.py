@@ -29,6 +29,7 @@ from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.ops import Kernels
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, which share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may ask a hub
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels run on the CPU where a test asks for them

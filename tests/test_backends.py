@@ -312,9 +312,10 @@ def test_decoding_step_by_step_equals_the_full_forward(
     ids = torch.randint(96, (3, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     mask = torch.arange(128, device=DEVICE) >= torch.tensor(padding, device=DEVICE)[:, None]
     whole = model(ids, Documents.from_mask(mask)).logits
-    decoder = Decoder(model, 3, room=100)  # less than there will be: the cache moves on the way
+    end = 128 if DEVICE == "cuda" else 86  # Triton's interpreter takes a second a token
+    decoder = Decoder(model, 3, room=80)  # less than there will be: the cache moves on the way
     steps = [decoder.prefill(ids[:, :70], mask[:, :70])]
-    steps += [decoder.step(ids[:, t]).clone() for t in range(70, 128)]
+    steps += [decoder.step(ids[:, t]).clone() for t in range(70, end)]
     stepped = torch.stack(steps, 1)
-    assert decoder.cache.length == 128
-    assert gap(stepped[:, :-1], whole[:, 69:127].double().cpu()) < (2e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert decoder.cache.length == end
+    assert gap(stepped[:, :-1], whole[:, 69 : end - 1].double().cpu()) < (2e-2 if dtype == torch.bfloat16 else 2e-3)

@@ -432,16 +432,16 @@ def test_memory_held_is_counted_once() -> None:
 
 
 def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusiontree.bench import decode
+    from fusiontree.bench import decoding
 
-    run = decode._run
+    run = decoding._run
 
     def scarce(model: Any, rows: int, *rest: Any) -> Any:
         if rows > 1:
             raise torch.OutOfMemoryError("no memory")
         return run(model, rows, *rest)
 
-    monkeypatch.setattr(decode, "_run", scarce)
+    monkeypatch.setattr(decoding, "_run", scarce)
     first, second = bench_decode("tiny", SHAPE, batches=[1, 2], contexts=[20], steps=1)["decode"]
     assert first["tokens_per_s"] > 0
     assert second == {"batch": 2, "context": 20, "problem": "out of GPU memory with 2 rows of 20 tokens: no memory"}
