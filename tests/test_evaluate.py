@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import SMALL, build, write_run
 
-from fusiontree.cli import EVAL_TASKS, main
+from fusiontree.cli import main
+from fusiontree.cli.model import EVAL_TASKS
 from fusiontree.evaluate import TASKS, evaluate
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden

@@ -265,7 +265,12 @@ def interrupted_copy(run: Path, output: Path) -> Path:
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "step-8")
     (copy / "checkpoints" / "latest").write_text("step-4\n")
+    (copy / incidents.FILE).unlink(missing_ok=True)  # of other tests
     return copy
+
+
+def test_nothing_is_left_in_shared_memory(two_ranks: Path) -> None:
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
 
 
 def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
