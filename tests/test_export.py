@@ -134,6 +134,21 @@ def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, 
     assert given["beams"].shape[0] == 2
 
 
+def test_a_cache_is_taken_by_either_name_and_passed_over_by_none(exported: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
+    ids = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        whole = model(ids).logits[:, -1]
+        for name in ("past_key_values", "cache"):
+            first = model(ids[:, :-1], use_cache=True)
+            last = model(ids[:, -1:], **{name: first.past_key_values}).logits[:, -1]
+            torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-4)
+        with pytest.raises(TypeError, match="takes its cache as past_key_values or cache"):
+            model(ids[:, -1:], cache_params=first.past_key_values)
+
+
 def test_the_whole_model_goes_along(exported: Path) -> None:
     source = Path(model_package.__file__).parent
     assert {path.name for path in source.glob("*.py")} - {"__init__.py"} <= {p.name for p in exported.glob("*.py")}

@@ -111,7 +111,8 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: int | Tensor | None = None,
-        **_: Any,
+        cache: FusionTreeCache | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, fp32 [B, L, V] (of the last `logits_to_keep` tokens; 0: all), the cache and, with labels, the loss.
 
@@ -125,9 +126,15 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: make a cache and return it; implied by `past_key_values`.
             logits_to_keep: as above.
             num_items_in_batch: divide the summed loss by this instead of the number of labels.
+            cache: `past_key_values` under the name that transformers gives it from 5.24 on.
+            others: what transformers hands to every model; none may hold a cache, which would be passed over.
         """
+        if any(isinstance(value, Cache) for value in others.values()):
+            raise TypeError(
+                f"this model takes its cache as past_key_values or cache, not as one of {', '.join(others)}"
+            )
         B, L = input_ids.shape
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             model = self.model
             cache = FusionTreeCache(model.config, B, model.activation_dtype, input_ids.device)
