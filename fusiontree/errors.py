@@ -26,3 +26,11 @@ class HungError(RunError):
     """A step took so long that the watchdog ended the job; every rank's stacks lie in the run's folder."""
 
     exit_code = 76
+
+
+_BY_CODE = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError, HungError)}
+
+
+def of_code(code: int | None, message: str) -> UserError | RunError:
+    """The error that a process which ended with `code` and said `message` stands for; None: it was killed."""
+    return _BY_CODE.get(RunError.exit_code if code is None else code, RunError)(message)

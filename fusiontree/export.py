@@ -17,7 +17,7 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
-from fusiontree.generate import FACTS
+from fusiontree.generate import FACTS, PREFIX
 from fusiontree.kernels import DTYPES
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
@@ -27,7 +27,6 @@ from fusiontree.prune.pruner import Pruner
 from fusiontree.weights import Spec, write_safetensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_PREFIX = "model."  # of the trained model's names inside the exported one
 
 
 def export(
@@ -123,10 +122,10 @@ def _write_weights(
     specs = {}
     for name, parameter in model.named_parameters():
         kept = name.endswith(FusionTreeForCausalLM.FP32_NAMES)
-        specs[_PREFIX + name] = Spec(tuple(parameter.shape), torch.float32 if kept else DTYPES[dtype])
+        specs[PREFIX + name] = Spec(tuple(parameter.shape), torch.float32 if kept else DTYPES[dtype])
 
     def read(name: str) -> Tensor:
-        return weights[name.removeprefix(_PREFIX)]
+        return weights[name.removeprefix(PREFIX)]
 
     with progress_bar() as bar:
         task = bar.add_task("export", total=len(specs), note="")

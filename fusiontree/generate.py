@@ -20,6 +20,7 @@ from fusiontree.model.lm import HybridLM
 from fusiontree.model.ssm import STATE_PARAMETERS
 
 FACTS = "fusiontree.json"  # in an exported folder: what the run was
+PREFIX = "model."  # there, of the names of the weights
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32_768}  # of all rows, in one forward over a piece of the prompts: bounds memory
 
 
@@ -379,7 +380,7 @@ def load_export(
     try:
         weights: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            weights |= {name.removeprefix("model."): value for name, value in load_file(path, str(device)).items()}
+            weights |= {name.removeprefix(PREFIX): value for name, value in load_file(path, str(device)).items()}
         if dtype is not None:
             weights = {n: w if n.endswith(STATE_PARAMETERS) else w.to(dtype) for n, w in weights.items()}
         kernels = choose_kernels(device.type, config=shape, dtype=weights["embedding.weight"].dtype)

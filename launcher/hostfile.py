@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.console import console
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import UserError, of_code
 from launcher import beat, local, reports
 from launcher.plan import Plan
 
@@ -268,7 +268,7 @@ def _supervise(
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=local._leave_signals_to_the_ranks,
+        preexec_fn=local.leave_signals_to_the_ranks,
     )
     failed = threading.Event()
     reader = threading.Thread(target=_pass_on, args=(process.stderr, failed), name="launcher-errors", daemon=True)
@@ -279,7 +279,7 @@ def _supervise(
         asked.update(signal=asked["signal"] or number, deadline=min(asked["deadline"], time.monotonic() + _SAVING))
         heart.stop(local.GRACE)
 
-    with local._handlers(stop):
+    with local.handling(stop):
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -290,9 +290,9 @@ def _supervise(
                     heart.stop(_LINGER)  # nothing can be saved without the one that failed
                     asked["deadline"] = time.monotonic() + 3 * _LINGER
                 if time.monotonic() > asked["deadline"]:
-                    local._signal_group(process.pid, signal.SIGKILL)
+                    local.signal_group(process.pid, signal.SIGKILL)
         finally:
-            local._signal_group(process.pid, signal.SIGKILL)
+            local.signal_group(process.pid, signal.SIGKILL)
             process.wait()
             reader.join(timeout=1)  # ssh clients of a killed pdsh keep its end of the pipe
 
@@ -323,6 +323,4 @@ def _verdict(folder: Path, ranks: int, returned: int, stopped_by: int | None) ->
     failure = reports.first_failure(folder)
     if failure is None:
         return returned or 1  # pdsh, Open MPI or DeepSpeed has written why
-    error = UserError(failure.message) if failure.code == UserError.exit_code else RunError(failure.message)
-    error.exit_code = failure.code or RunError.exit_code
-    raise error
+    raise of_code(failure.code, failure.message)

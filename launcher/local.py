@@ -10,7 +10,6 @@ that shows whether `run` does; and the whole chain stands in a process group tha
 
 import contextlib
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -23,10 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusiontree.errors import HungError, RunError, StoppedError, UserError
+from fusiontree.errors import RunError, of_code
 from fusiontree.outcome import FOLDER
 from fusiontree.signals import REPEAT
-from launcher import beat
+from launcher import beat, reports
 from launcher.plan import Plan
 
 GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
@@ -36,7 +35,6 @@ _LAST_LINES = 10  # of a rank's log, shown when it died without a word
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
 _held: list[Any] = []  # the lock that shows that this rank lives, until it ends
-_KINDS = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError, HungError)}
 
 
 # --- the launching side ----------------------------------------------------------------------------------------------
@@ -80,10 +78,10 @@ def run(plan: Plan, logs: Path | None = None) -> int:
         with open(folder / _ALIVE, "w") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             end = _supervise(render(plan), {**os.environ, **plan.environment, FOLDER: name}, folder)
-        reports = _reports(folder)
+        said = reports.read(folder)
     if end.silent is not None and logs is not None:
         _show_last_lines(logs / f"rank-{end.silent}.log")
-    return _verdict(reports, plan.world_size, *end)
+    return _verdict(said, plan.world_size, *end)
 
 
 class _End(NamedTuple):
@@ -96,7 +94,7 @@ class _End(NamedTuple):
 
 def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _End:
     """Run `argv` in a process group of its own; its ranks report to `folder`."""
-    process = subprocess.Popen(argv, env=environment, start_new_session=True, preexec_fn=_leave_signals_to_the_ranks)
+    process = subprocess.Popen(argv, env=environment, start_new_session=True, preexec_fn=leave_signals_to_the_ranks)
     stop: dict[str, Any] = {"signal": None, "deadline": float("inf")}
     failed, silent = False, None
 
@@ -106,9 +104,9 @@ def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _E
             stop.update(signal=number, since=now, deadline=now + GRACE)
         elif number in _STOPS and now - stop["since"] > REPEAT:
             stop.update(deadline=now)
-        _signal_group(process.pid, number)
+        signal_group(process.pid, number)
 
-    with _handlers(forward):
+    with handling(forward):
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -118,19 +116,15 @@ def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _E
                     if failed:
                         stop["deadline"] = min(stop["deadline"], time.monotonic() + ENDING)
                 if time.monotonic() > stop["deadline"]:
-                    _signal_group(process.pid, signal.SIGKILL)
+                    signal_group(process.pid, signal.SIGKILL)
         finally:
-            _signal_group(process.pid, signal.SIGKILL)  # whatever the chain has left behind
+            signal_group(process.pid, signal.SIGKILL)  # whatever the chain has left behind
             process.wait()
-
-
-def _reports(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
 
 
 def _failed(folder: Path) -> tuple[bool, int | None]:
     """Whether a rank has failed, and which one if none has said why."""
-    codes = {report["rank"]: report["code"] for report in _reports(folder)}
+    codes = {report["rank"]: report["code"] for report in reports.read(folder)}
     if any(codes.values()):
         return True, None
     for path in sorted(folder.glob("running-*")):
@@ -155,14 +149,15 @@ def _show_last_lines(path: Path) -> None:
         print(f"the last lines of {path}:", *lines, sep="\n  ", file=sys.stderr)
 
 
-def _leave_signals_to_the_ranks() -> None:
+def leave_signals_to_the_ranks() -> None:
     """Make the chain ignore what is forwarded: its runner would die, with a traceback, before its ranks have ended."""
     for number in _FORWARDED:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def _handlers(handler: Any) -> Iterator[None]:
+def handling(handler: Any) -> Iterator[None]:
+    """Let `handler` have what is forwarded to the ranks."""
     previous = {number: signal.signal(number, handler) for number in _FORWARDED}
     try:
         yield
@@ -171,22 +166,23 @@ def _handlers(handler: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _signal_group(group: int, number: int) -> None:
+def signal_group(group: int, number: int) -> None:
+    """Send signal `number` to process group `group`, if it is still there."""
     with contextlib.suppress(ProcessLookupError):  # the group has ended: there is nothing left to tell
         os.killpg(group, number)
 
 
 def _verdict(
-    reports: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
+    said: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
 ) -> int:
     """The job's exit code, from what the ranks reported and, where they could not, from what DeepSpeed returned."""
-    failures = sorted((report for report in reports if report["code"]), key=lambda report: report["time"])
-    if len(reports) == ranks and not failures:
+    failures = sorted((report for report in said if report["code"]), key=lambda report: report["time"])
+    if len(said) == ranks and not failures:
         return 0  # also when a rank aborted afterwards, in the interpreter's shutdown
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if failures and silent is None:
-        shared = len(reports) == ranks and len({report["message"] for report in reports}) == 1
+        shared = len(said) == ranks and len({report["message"] for report in said}) == 1
         return _raise_or_return(failures[0], shared)
     if stopped_by is not None:
         raise RunError(f"stopped by {signal.Signals(stopped_by).name}; the last checkpoint is where it goes on from")
@@ -199,8 +195,7 @@ def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
     code, message = failure["code"], failure["message"]
     if message is None:
         return int(code)  # its traceback has been shown
-    kind = _KINDS.get(code, RunError)
-    raise kind(message if shared else f"rank {failure['rank']}: {message}")
+    raise of_code(code, message if shared else f"rank {failure['rank']}: {message}")
 
 
 def _cause(returned: int, silent: int | None) -> str:
@@ -223,19 +218,18 @@ def join_launcher() -> None:
         for name in ("RANK", "LOCAL_RANK"):
             os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name}"]
         os.environ["WORLD_SIZE"] = os.environ["OMPI_COMM_WORLD_SIZE"]
-    folder = os.environ.get(FOLDER)
-    if folder is None:
+    if FOLDER not in os.environ:
         return
-    _held.append(open(Path(folder) / f"running-{os.environ.get('RANK', '0')}", "w"))  # noqa: SIM115
+    folder, rank = Path(os.environ[FOLDER]), os.environ.get("RANK", "0")
+    _held.append(open(folder / f"running-{rank}", "w"))  # noqa: SIM115
     fcntl.flock(_held[0], fcntl.LOCK_EX)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if Path(folder).is_dir():
-        (Path(folder) / f"rank-{os.environ.get('RANK', '0')}.joined").write_text(f"{os.uname().nodename} {os.getpid()}")
-    if (Path(folder) / _ALIVE).exists():  # SLURM ends its ranks itself
-        threading.Thread(target=_end_with_launcher, args=(Path(folder),), name="launcher-watch", daemon=True).start()
-    if (Path(folder) / beat.FILE).exists():  # it is on another machine
-        threading.Thread(target=beat.watch, args=(Path(folder), GRACE), name="launcher-watch", daemon=True).start()
+    (folder / f"rank-{rank}.joined").write_text(f"{os.uname().nodename} {os.getpid()}")
+    if (folder / _ALIVE).exists():  # SLURM ends its ranks itself
+        threading.Thread(target=_end_with_launcher, args=(folder,), name="launcher-watch", daemon=True).start()
+    if (folder / beat.FILE).exists():  # it is on another machine
+        threading.Thread(target=beat.watch, args=(folder, GRACE), name="launcher-watch", daemon=True).start()
 
 
 def _end_with_launcher(folder: Path) -> None:

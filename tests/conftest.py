@@ -238,6 +238,16 @@ def write_run(
     return folder
 
 
+def export_small(folder: Path, tokenizer: Path) -> Path:
+    """An exported folder of a small model with the tokenizer's vocabulary."""
+    from fusiontree.export import export
+
+    config = dataclasses.replace(SMALL, vocab_size=512)
+    write_run(folder / "run", config, build(vocab_size=512).state_dict(), tokenizer, 0, 1)
+    export(folder / "run", folder / "out")
+    return folder / "out"
+
+
 def seal(folder: Path) -> None:
     hashes = {}
     for path in folder.iterdir():

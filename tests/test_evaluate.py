@@ -1,6 +1,5 @@
 """Evaluation: losses add up by position and document, baselines count what they say, answers are scored exactly."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -11,24 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, build, write_run
+from conftest import build, export_small
 
 from fusiontree.cli import main
 from fusiontree.cli.model import EVAL_TASKS
 from fusiontree.evaluate import TASKS, evaluate
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
-from fusiontree.export import export
 from fusiontree.generate import Sampling, stream_tokens
 
 
 @pytest.fixture(scope="module")
 def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    config = dataclasses.replace(SMALL, vocab_size=512)
-    write_run(folder / "run", config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
-    export(folder / "run", folder / "out")
-    return folder / "out"
+    return export_small(tmp_path_factory.mktemp("runs"), tokenizer_folder)
 
 
 def test_bigram_losses_are_those_of_plain_counting() -> None:

@@ -1,7 +1,6 @@
 """The exported folder as others run it: an OpenAI-compatible server, and a public evaluation harness."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -14,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, build, write_run
+from conftest import export_small
 
-from fusiontree.export import export
 from fusiontree.network import free_port
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -28,11 +26,7 @@ def missing(*modules: str) -> bool:
 
 @pytest.fixture(scope="module")
 def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    config = dataclasses.replace(SMALL, vocab_size=512)
-    write_run(folder / "run", config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
-    export(folder / "run", folder / "out")
-    return folder / "out"
+    return export_small(tmp_path_factory.mktemp("runs"), tokenizer_folder)
 
 
 @contextlib.contextmanager

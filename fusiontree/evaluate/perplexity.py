@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusiontree.console import progress_bar
@@ -19,10 +18,9 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.evaluate.subject import Subject
 from fusiontree.model.documents import Documents, to_device
 from fusiontree.model.lm import HybridLM
-from fusiontree.model.reference import IGNORE
+from fusiontree.model.reference import IGNORE, token_losses
 
 ROWS_PER_FORWARD = 4
-_LOGITS_AT_A_TIME = 2**27  # values
 _FIRST_BUCKET = 64  # tokens; each later one ends at four times the position
 _SHOWN = 3  # documents with the highest loss
 
@@ -110,15 +108,9 @@ def _losses(model: HybridLM, inputs: tuple[Tensor, Tensor, Documents], number: i
 
 
 def _token_losses(model: HybridLM, ids: Tensor, labels: Tensor, documents: Documents) -> Tensor:
-    """Nats of each token, fp32 [B, L], 0 where there is no label; a few rows of logits exist at a time."""
+    """Nats of each token, fp32 [B, L], 0 where there is no label."""
     hidden, _ = model.hidden(ids, documents)
-    flat, weight = hidden.flatten(0, 1), model.head_weight.to(hidden.dtype)
-    at_a_time = max(1, _LOGITS_AT_A_TIME // len(weight))
-    parts = [
-        F.cross_entropy(F.linear(x, weight).float(), target, ignore_index=IGNORE, reduction="none")
-        for x, target in zip(flat.split(at_a_time), labels.flatten().split(at_a_time), strict=True)
-    ]
-    return torch.cat(parts).view_as(labels)
+    return token_losses(hidden.flatten(0, 1), model.head_weight, labels.flatten()).view_as(labels)
 
 
 def _batches(

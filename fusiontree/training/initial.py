@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from fusiontree.config import RunConfig
 from fusiontree.data.format import Manifest
 from fusiontree.errors import RunError, UserError
-from fusiontree.generate import read_config, read_facts
+from fusiontree.generate import PREFIX, read_config, read_facts
 from fusiontree.model.config import ModelConfig
 from fusiontree.weights import of_safetensors
 
 # fields of the model that its weights have no part in
 MAY_DIFFER = ("rope_base", "window", "window_schedule", "chunk_size", "branch_drop")
-_PREFIX = "model."  # of the names in an exported folder
 
 
 def check_initial(config: RunConfig, manifest: Manifest) -> None:
@@ -50,7 +49,7 @@ class Initial:
 
     def __init__(self, folder: Path, model: nn.Module):
         self.folder, self.weights = folder, of_safetensors(folder)
-        self.paths = {module: f"{_PREFIX}{path}." for path, module in model.named_modules()}
+        self.paths = {module: f"{PREFIX}{path}." for path, module in model.named_modules()}
 
     def give(self, module: nn.Module) -> None:
         """Overwrite the module's own parameters."""
