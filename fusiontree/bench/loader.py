@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusiontree.console import progress_bar
-from fusiontree.data.batch import Batch, collate, slice_ends
+from fusiontree.data.batch import Batch, collate, cut_ends
 from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
@@ -103,9 +103,8 @@ def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[i
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     for tokens, ends in _webdataset_samples(sources):
         for row, row_ends in zip(tokens, ends, strict=True):
-            for part in range(len(row) // seq_len):
-                cut = row[part * seq_len : (part + 1) * seq_len]
-                waiting.append((cut, slice_ends(row_ends[row_ends != 0], seq_len, part)))
+            for cut in zip(row.reshape(-1, seq_len), cut_ends(row_ends[row_ends != 0], seq_len), strict=True):
+                waiting.append(cut)
                 if len(waiting) == rows:
                     batch = collate(np.stack([cut for cut, _ in waiting]), [ends for _, ends in waiting])
                     waiting = []

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ ENDS = np.dtype("<i4")
 _LARGEST_HEADER = 1024  # bytes, of an .npy member; ours have 128
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _Record = TypeVar("_Record")
+_Bytes: TypeAlias = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -296,13 +297,12 @@ class Shard:
         Raises:
             RunError: the bytes do not match the row's checksum.
         """
-        content = self._bytes(row)
-        if zlib.crc32(content) != self.index["crc"][row]:
+        tokens, ends = self._bytes(row)
+        if zlib.crc32(ends, zlib.crc32(tokens)) != self.index["crc"][row]:
             raise RunError(
                 f"{self.where}: row {row} is damaged (checksum differs); restore the shard or build it again"
             )
-        size = self.row_len * self.dtype.itemsize
-        return np.frombuffer(content[:size], self.dtype), np.frombuffer(content[size:], ENDS)
+        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, ENDS)
 
     def _ranges(self, row: int) -> list[tuple[int, int]]:
         """Offset and length, in bytes, of a row's tokens and of its segment ends."""
@@ -310,12 +310,13 @@ class Shard:
         tokens, ends = self.row_len * self.dtype.itemsize, int(entry["segments"]) * ENDS.itemsize
         return [(int(entry["tokens"]), tokens), (int(entry["ends"]), ends)]
 
-    def _bytes(self, row: int) -> bytes:
-        """The bytes of a row's tokens, then of its segment ends, as far as they are there."""
+    def _bytes(self, row: int) -> tuple[_Bytes, _Bytes]:
+        """The bytes of a row's tokens and of its segment ends, as far as they are there."""
         # opened for each row: a few microseconds, and no descriptors to bound, to share with forks or to leak
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return b"".join(os.pread(descriptor, length, offset) for offset, length in self._ranges(row))
+            (tokens, size), (ends, ends_size) = self._ranges(row)
+            return os.pread(descriptor, size, tokens), os.pread(descriptor, ends_size, ends)
         finally:
             os.close(descriptor)
 
@@ -386,8 +387,10 @@ class RemoteShard(Shard):
             self.store.forget(self.info.name, row)
             raise
 
-    def _bytes(self, row: int) -> bytes:
-        return self.store.row(self.info.name, row, self._ranges(row))
+    def _bytes(self, row: int) -> tuple[_Bytes, _Bytes]:
+        ranges = self._ranges(row)
+        content = memoryview(self.store.row(self.info.name, row, ranges))
+        return content[: ranges[0][1]], content[ranges[0][1] :]
 
     def _whole(self) -> Path:
         self.store.files([self.info.name])

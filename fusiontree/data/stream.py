@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
-from fusiontree.data.batch import BadRow, Batch, collate, slice_ends
+from fusiontree.data.batch import BadRow, Batch, collate, cut_ends
 from fusiontree.data.mixture import Mixture, SourceRows
 from fusiontree.data.order import Place, RowOrder, Stage
 from fusiontree.data.readahead import Make, ReadAhead
@@ -205,42 +206,53 @@ def validation_batches(
     return (slices.batch(chosen[first : first + micro_rows], seq_len, micro_rows) for first in firsts)
 
 
+class _CutRow(NamedTuple):
+    """A packed row, cut into slices."""
+
+    tokens: np.ndarray  # [slices, seq_len]
+    ends: list[np.ndarray]  # of each slice, int32 [segments]
+    damage: BadRow | None
+
+
 class _Slices:
     """The packed rows of all sources, cut to a length."""
 
     def __init__(self, sources: Sources):
         self.sources = sources
-        self._kept = lru_cache(CACHED_ROWS)(sources.read)
+        self._kept = lru_cache(CACHED_ROWS)(self._cut)
+
+    def _cut(self, source: int, row: int, seq_len: int) -> _CutRow:
+        tokens, ends, damage = self.sources.read(source, row)
+        return _CutRow(tokens.reshape(-1, seq_len), cut_ends(ends, seq_len), damage)
 
     def batch(self, places: Sequence[Place], seq_len: int, rows: int | None = None) -> Batch:
         """The slices at `places`, filled up to `rows` with masked rows."""
         B = len(places) if rows is None else rows
-        # a row's slices are used near one another: read and check it once
-        read = self._kept if seq_len < self.sources.row_len else self.sources.read
+        # a row's slices are used near one another: read, check and cut it once
+        cut = self._kept if seq_len < self.sources.row_len else self._cut
         tokens = np.empty((B, seq_len), dtype=self.sources.dtype)
         tokens[len(places) :] = self.sources.pad_id
         ends = [np.array([-seq_len], dtype=np.int32)] * B
         bad: dict[BadRow, None] = {}
         for i, (source, _, row, part) in enumerate(places):
-            row_tokens, row_ends, damage = read(source, row)
+            row_tokens, row_ends, damage = cut(source, row, seq_len)
             if damage is not None:
                 bad[damage] = None
-            tokens[i] = row_tokens[part * seq_len : (part + 1) * seq_len]
-            ends[i] = row_ends if len(row_tokens) == seq_len else slice_ends(row_ends, seq_len, part)
+            tokens[i], ends[i] = row_tokens[part], row_ends[part]
         return collate(tokens, ends, tuple(bad), tuple(place.source for place in places))
 
     def with_documents(self, seq_len: int) -> list[Place]:
         """All slices that hold more than padding, in the order on disk."""
         found = []
         for source, dataset in enumerate(self.sources.datasets):
-            parts = self.sources.row_len // seq_len
             padding = self.sources.row_len - dataset.valid_tokens
             for row in range(dataset.num_rows):
-                real = [*range(parts)]
+                parts = [*range(self.sources.row_len // seq_len)]
                 if padding[row] >= seq_len:  # in the others no slice can be empty
-                    ends = self._kept(source, row)[1]
-                    real = [part for part in range(parts) if (slice_ends(ends, seq_len, part) > 0).any()]
-                found += [Place(source, 0, row, part) for part in real]
+                    parts = [
+                        part for part, ends in enumerate(self._kept(source, row, seq_len).ends) if (ends > 0).any()
+                    ]
+                found += [Place(source, 0, row, part) for part in parts]
         return found
 
 
