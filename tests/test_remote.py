@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import cli
+from fsspec import AbstractFileSystem
 
 from fusiontree.data import remote
 from fusiontree.data.format import Dataset
@@ -275,8 +276,7 @@ def test_an_address_without_a_dataset_is_one_line(server: Server, location: str,
 
 
 @pytest.fixture
-def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The dataset in a real object store on loopback."""
+def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
     moto_server = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
@@ -289,13 +289,29 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
     files.mkdir("bucket")
-    files.put(str(shards) + "/", "bucket/books/", recursive=True)
-    yield "s3://bucket/books"
+    yield files
     store.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_dataset_in_an_object_store_trains_as_on_disk(bucket: str, shards: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def gs_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for kinds of buckets that it does not know
+    gcsfs = pytest.importorskip("gcsfs")
+    store = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    store.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{store._api._httpd.server_port}")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield gcsfs.GCSFileSystem()
+    store.stop()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_dataset_in_an_object_store_trains_as_on_disk(
+    protocol: str, request: pytest.FixtureRequest, shards: Path, tmp_path: Path
+) -> None:
     def batches(location: str) -> list:
         sources = Sources({"": Dataset(location, "train", Cache(tmp_path))})
         stream = TrainStream(sources, one_source(0, 2048, 128), 4, workers=3)
@@ -303,13 +319,39 @@ def test_a_dataset_in_an_object_store_trains_as_on_disk(bucket: str, shards: Pat
         stream.close()
         return found
 
-    assert batches(bucket) == batches(str(shards))
-    words = [f"data.path={bucket}", f"data.cache={tmp_path}", "data.seq_len=128", "model.vocab_size=512"]
+    files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
+    files.put(str(shards) + "/", "bucket/books/", recursive=True)
+    address = f"{protocol}://bucket/books"
+    assert batches(address) == batches(str(shards))
+    words = [f"data.path={address}", f"data.cache={tmp_path}", "data.seq_len=128", "model.vocab_size=512"]
     assert "padding" in cli("data", "plan", "tiny", *words).stdout
     shown = cli("data", "at", "tiny", *words, "--step", 3).stdout
-    assert f"{bucket}/train/" in shown
+    assert f"{address}/train/" in shown
     assert ".txt from" in shown
-    assert (
-        "more than model.vocab_size 100"
-        in cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
-    )
+    small = cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
+    assert "more than model.vocab_size 100" in small
+    with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere holds no manifest.json"):
+        Dataset(f"{protocol}://bucket/nowhere", "train", Cache(tmp_path))
+
+
+def test_a_busy_object_store_is_asked_again(
+    gs_bucket: AbstractFileSystem, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gcp_storage_emulator.server import Router
+
+    gs_bucket.put(str(shards) + "/", "bucket/books/", recursive=True)
+    dataset = Dataset("gs://bucket/books", "train", Cache(tmp_path))
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.9)  # before gcsfs, which waits a second or more, asks again itself
+    faults, handle = [503, 429], Router.handle
+
+    def busy(router: Router, method: str) -> None:
+        if faults:
+            router._request_handler.send_error(faults.pop())
+        else:
+            handle(router, method)
+
+    monkeypatch.setattr(Router, "handle", busy)
+    for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
+        assert np.array_equal(one, other)
+    assert not faults
