@@ -17,6 +17,7 @@ from conftest import cli
 from fsspec import AbstractFileSystem
 
 from fusiontree.data import remote
+from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset
 from fusiontree.data.remote import Cache, UnreachableError
 from fusiontree.data.sources import Sources
@@ -79,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         size, status = len(content), 200
         if span:
             first, last = span.removeprefix("bytes=").split("-")
+            if int(first) >= size:
+                self.send_error(416)
+                return
             content, status = content[int(first) : int(last) + 1], 206
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -262,6 +266,34 @@ def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shar
     assert "row 3 cannot be read" in str(sources.read(0, 3)[2])
 
 
+def test_a_shard_cut_at_its_address_is_refused_at_the_start_and_masked_later(
+    server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
+    shutil.copytree(shards, tmp_path / "copy")
+    server.folder = tmp_path / "copy"
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path / "cache"))})
+    shard = Dataset(server.folder).shards[0]
+    size = int(shard.index["tokens"][2]) + 100  # so that row 2 is cut, and what lies behind is gone
+    os.truncate(shard.path, size)
+    server.faults = ["drop"]
+    assert sources.read(0, 1)[2] is None
+    server.asked.clear()
+    for row in (2, 5):
+        tokens, ends, bad = sources.read(0, row)
+        assert str(bad) == f"{server.address}/{shard.info.name}: row {row} cannot be read (cut short at byte {size})"
+        assert set(tokens.tolist()) == {sources.pad_id}
+        assert ends.tolist() == [-sources.row_len]
+    assert len(rows_asked(server)) == 6  # each as often as a row on disk, without any delays of the way
+    words = rf"shard {server.address}/{shard.info.name} has {size} bytes, not {shard.info.bytes}; copy it again"
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            Dataset(server.address, "train", Cache(tmp_path / "empty"))
+    shard.path.unlink()
+    with pytest.raises(UserError, match=r"lacks files of the dataset \(.*000000\.tar\); copy it again"):
+        Dataset(server.address, "train", Cache(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize(
     ("location", "words"),
     [("ftp://host/books", "protocol ftp is none of s3, gs"), ("{server}/nowhere", "nowhere holds no manifest.json")],
@@ -288,7 +320,7 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
-    files.mkdir("bucket")
+    files.makedirs("bucket", exist_ok=True)  # the store forgets nothing between two tests
     yield files
     store.stop()
     s3fs.S3FileSystem.clear_instance_cache()
@@ -332,6 +364,23 @@ def test_a_dataset_in_an_object_store_trains_as_on_disk(
     assert "more than model.vocab_size 100" in small
     with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere holds no manifest.json"):
         Dataset(f"{protocol}://bucket/nowhere", "train", Cache(tmp_path))
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_shard_cut_in_an_object_store_is_masked_and_named(
+    protocol: str, request: pytest.FixtureRequest, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
+    files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
+    files.put(str(shards) + "/", "bucket/books/", recursive=True)
+    sources = Sources({"": Dataset(f"{protocol}://bucket/books", "train", Cache(tmp_path))})
+    shard = sources.datasets[0].shards[0]
+    content = files.cat_file(f"bucket/books/{shard.info.name}")
+    size = int(shard.index["tokens"][2]) + 100
+    files.pipe_file(f"bucket/books/{shard.info.name}", content[:size])
+    assert sources.read(0, 1)[2] is None
+    for row in (2, 5):
+        assert str(sources.read(0, row)[2]) == f"{shard.where}: row {row} cannot be read (cut short at byte {size})"
 
 
 def test_a_busy_object_store_is_asked_again(

@@ -398,10 +398,20 @@ class RemoteShard(Shard):
 
 
 def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
-    """Fetch the indexes of shards at an address, and the tokenizer that every run needs."""
+    """Fetch the indexes of shards at an address, and the tokenizer that every run needs.
+
+    A shard's size is checked before its index is on this node; one that changes later is found out row by row.
+
+    Raises:
+        UserError: a file is missing, or a shard is of another size than the manifest says.
+    """
+    indexes = {str(index_path(Path(info.name))): info for info in infos}
+    new = [info for name, info in indexes.items() if not (store.folder / name).is_file()]
     try:
-        tokenizer = [f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)]
-        store.files([*tokenizer, *(str(index_path(Path(info.name))) for info in infos)])
+        for info, size in zip(new, store.sizes([info.name for info in new]), strict=True):
+            if size not in (None, info.bytes):
+                raise UserError(f"shard {store.address}/{info.name} has {size} bytes, not {info.bytes}; copy it again")
+        store.files([*(f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)), *indexes])
     except OSError as error:
         raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
 
