@@ -9,13 +9,13 @@ import json
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
+from isal import isal_zlib
 
 from fusiontree import __version__
 from fusiontree.data.packing import PACKER_VERSION, Span
@@ -40,7 +40,7 @@ ENDS = np.dtype("<i4")
 _LARGEST_HEADER = 1024  # bytes, of an .npy member; ours have 128
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _Record = TypeVar("_Record")
-_Bytes: TypeAlias = bytes | memoryview
+Buffer: TypeAlias = bytes | memoryview | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def row_crc(tokens: Buffer, ends: Buffer) -> int:
+    """CRC32 (zlib's) of a row's token bytes followed by the bytes of its segment ends.
+
+    Args:
+        tokens: bytes, or a contiguous little-endian array.
+        ends: likewise.
+    """
+    return isal_zlib.crc32(ends, isal_zlib.crc32(tokens))
+
+
 class Dataset:
     """One split of a dataset, its packed rows read by number and checked on every read.
 
@@ -298,7 +308,7 @@ class Shard:
             RunError: the bytes do not match the row's checksum.
         """
         tokens, ends = self._bytes(row)
-        if zlib.crc32(ends, zlib.crc32(tokens)) != self.index["crc"][row]:
+        if row_crc(tokens, ends) != self.index["crc"][row]:
             raise RunError(
                 f"{self.where}: row {row} is damaged (checksum differs); restore the shard or build it again"
             )
@@ -310,7 +320,7 @@ class Shard:
         tokens, ends = self.row_len * self.dtype.itemsize, int(entry["segments"]) * ENDS.itemsize
         return [(int(entry["tokens"]), tokens), (int(entry["ends"]), ends)]
 
-    def _bytes(self, row: int) -> tuple[_Bytes, _Bytes]:
+    def _bytes(self, row: int) -> tuple[Buffer, Buffer]:
         """The bytes of a row's tokens and of its segment ends, as far as they are there."""
         # opened for each row: a few microseconds, and no descriptors to bound, to share with forks or to leak
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -387,7 +397,7 @@ class RemoteShard(Shard):
             self.store.forget(self.info.name, row)
             raise
 
-    def _bytes(self, row: int) -> tuple[_Bytes, _Bytes]:
+    def _bytes(self, row: int) -> tuple[Buffer, Buffer]:
         ranges = self._ranges(row)
         content = memoryview(self.store.row(self.info.name, row, ranges))
         return content[: ranges[0][1]], content[ranges[0][1] :]
