@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from fusiontree.data.batch import Batch
 
-AHEAD = 4  # batches per worker that wait or are being made, at least; at most twice as many, or two steps
+AHEAD = 8  # batches per worker that wait or are being made, at least; at most twice as many, or two steps
 
 Make: TypeAlias = Callable[[], Batch]
 
