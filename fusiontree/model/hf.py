@@ -147,7 +147,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self._loss(output.logits, labels, attention_mask, documents, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss, output.logits, cache)  # the cache's name differs by version
 
     def _documents(
         self, B: int, L: int, mask: Tensor | None, position_ids: Tensor | None, cache: FusionTreeCache | None
