@@ -235,6 +235,8 @@ class Cache:
         end = self.length + documents.seq_idx.shape[1]
         first = 0 if window is None else max(0, self.length - window)
         index = torch.arange(first, end, device=self.seq_idx.device)
-        distance = index[self.length - first :, None] - index[None]
-        near = (distance >= 0) & (distance < (end if window is None else window))
+        new = index[self.length - first :, None]
+        near = index <= new
+        if window is not None:
+            near &= index > new - window
         return near & (self.seq_idx[:, None, first:end] == documents.seq_idx[..., None])
