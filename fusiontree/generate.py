@@ -205,12 +205,16 @@ def stream_tokens(
     device, longest = model.embedding.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
     generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
     decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
     logits = decoder.prefill(ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token = torch.stack([draw(row, ids[i][mask[i]], sampling, generators[i]) for i, row in enumerate(logits)])
+        rows = zip(logits, seen, generators, strict=True)
+        token = torch.stack([draw(row, before, sampling, generator) for row, before, generator in rows])
         if stop is not None:
             token = token.masked_fill(ended, stop)
             ended |= token == stop
@@ -219,7 +223,7 @@ def stream_tokens(
         yield token.tolist()
         if step + 1 == max_new_tokens:
             return
-        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        seen.scatter_(1, token[:, None], True)
         logits = decoder.step(token)
 
 
@@ -312,12 +316,11 @@ class Decoder:
 
 
 def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token from `logits` [V] by `sampling`; `seen` are the row's tokens so far. int64 ()."""
+    """Draw one token from `logits` [V] by `sampling`; `seen`, bool [V], are those in the row so far. int64 ()."""
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
-        scores = logits[seen]
-        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
-        logits = logits.index_put((seen,), penalised)
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax()
     probabilities, order = candidates(logits / sampling.temperature, sampling)
