@@ -96,6 +96,7 @@ def generate_texts(
     model, tokenizer = load_export(folder)
     texts = list(prompts.values())
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    _check_ids(model.config, dict(zip(prompts, ids, strict=True)))
     check_positions(model.config, max(map(len, ids)) + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
     for start in range(0, len(ids), rows):
@@ -201,7 +202,7 @@ def stream_tokens(
     Raises:
         UserError: a prompt is empty, or a token is none of the model's.
     """
-    _check_ids(model.config, prompts)
+    _check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
     device, longest = model.embedding.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
@@ -227,14 +228,14 @@ def stream_tokens(
         logits = decoder.step(token)
 
 
-def _check_ids(config: ModelConfig, prompts: list[list[int]]) -> None:
-    for number, prompt in enumerate(prompts):
+def _check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
+    for name, prompt in prompts.items():
         if not prompt:
-            raise UserError(f"prompt {number} has no token; give at least one")
+            raise UserError(f"{name} has no token; give at least one")
         wrong = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if wrong is not None:
             last = config.vocab_size - 1
-            raise UserError(f"prompt {number}: token {wrong} is out of range; the model's are 0 to {last}")
+            raise UserError(f"{name}: token {wrong} is out of range; the model's are 0 to {last}")
 
 
 class Decoder:
