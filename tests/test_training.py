@@ -18,7 +18,7 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.flops import update_flops
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, materialise
+from fusiontree.model.lm import HybridLM, drawn, materialise
 from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
 from fusiontree.training.optimizer import parameter_groups
 from fusiontree.training.schedule import learning_rate
@@ -51,7 +51,7 @@ def plain_losses(
     stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, config.seed, torch.device("cpu")))
+    list(materialise(model, drawn(config.seed), torch.device("cpu")))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer), betas=(config.optimizer.beta1, config.optimizer.beta2)
     )

@@ -27,7 +27,7 @@ from fusiontree.data.batch import Batch, collate
 from fusiontree.distributed import World
 from fusiontree.errors import UserError
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, branch_drops, materialise
+from fusiontree.model.lm import HybridLM, branch_drops, drawn, materialise
 from fusiontree.training.gates import DECAY
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.resume import check_layout
@@ -84,7 +84,7 @@ def batch_of(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
 def start(config: RunConfig) -> HybridLM:
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, config.seed, torch.device("cpu")))
+    list(materialise(model, drawn(config.seed), torch.device("cpu")))
     return model
 
 

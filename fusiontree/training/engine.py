@@ -32,7 +32,6 @@ from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
-_NO_START = {"init_from": None}
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -93,8 +92,7 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        # a run that goes on needs no start, and may have outlived it
-        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
+        self.training = TrainingStep(config, world, goes_on=resume_from is not None)
         distributed.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention)
