@@ -69,7 +69,7 @@ def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
     if not (same and fresh):
-        resize.load(engine, checkpoint, state["zero_stage"], state["world_size"])
+        resize.load(engine, checkpoint, state["zero_stage"])
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:

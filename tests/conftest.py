@@ -215,7 +215,7 @@ def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks
                 flat.append(padded.view(ranks, -1)[rank])
         parts = [part.clone() for part in torch.cat(flat).split(sub_group)]
         torch.save({"param_shapes": shapes}, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts}
+        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts, "optimizer_state_dict": {"state": {}}}
         path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer}, path)
 
