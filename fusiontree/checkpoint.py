@@ -64,11 +64,11 @@ def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
     """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
 
     DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
-    not trained; otherwise the pieces are copied one by one.
+    not trained; otherwise, and to NVMe, the pieces are copied one by one.
     """
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
-    if not (same and fresh):
+    if not (same and fresh) or resize.keeps_states_on_nvme(engine):
         resize.load(engine, checkpoint, state["zero_stage"])
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

@@ -6,6 +6,7 @@ parameter, so a load is a copy from pieces to pieces: exact, and without a whole
 own pieces do not need stays on disk.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,21 +32,27 @@ def load(engine: Any, checkpoint: Path, stage: int) -> None:
     """Give `engine` the weights and the optimizer's state of `checkpoint`; all ranks call it together.
 
     Args:
-        engine: DeepSpeed's, of the same model and with the same optimizer; not with states on NVMe.
+        engine: DeepSpeed's, of the same model and with the same optimizer.
         checkpoint: its folder.
         stage: ZeRO stage that it was saved at.
     """
+    groups = _groups(engine)
+    names = [engine.param_names[parameter] for group in groups for parameter in group]
     parts: dict[str, list[Part]] = {}
-    for part in layout.parts(checkpoint, stage, layout.opener(values=True), _names(engine)):
+    for part in layout.parts(checkpoint, stage, layout.opener(values=True), names):
         parts.setdefault(part.name, []).append(part)
     optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):
         engine.optimizer.checkpoint_event_prologue()
     with torch.no_grad():
-        for slot in _slots(engine):
-            for part in parts[slot.name]:
-                _fill(slot, part, optimizer.state[slot.flat], fused)
+        for number, group in enumerate(groups):
+            with in_memory(engine, number):
+                for slot in _slots(engine, number, group):
+                    for part in parts[slot.name]:
+                        _fill(slot, part, optimizer.state[slot.flat], fused)
+                if engine.zero_optimization_stage() == 3:
+                    engine.optimizer._reassign_or_swap_out_partitioned_parameters(number)
         _spread(engine)
     if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
         engine.optimizer.checkpoint_event_epilogue()
@@ -72,6 +79,23 @@ def _fill(slot: Slot, part: Part, state: dict[str, Any], fused: bool) -> None:
 # --- what an engine holds --------------------------------------------------------------------------------------------
 
 
+def keeps_states_on_nvme(engine: Any) -> bool:
+    """Whether the optimizer's states lie on NVMe between its steps; `in_memory` brings them."""
+    return getattr(engine.optimizer, "swap_optimizer", False)
+
+
+@contextlib.contextmanager
+def in_memory(engine: Any, number: int) -> Iterator[None]:
+    """While the block runs, what the optimizer holds of its group `number` is in memory, wherever it lies."""
+    zero = engine.optimizer
+    if not keeps_states_on_nvme(engine) or not zero._swappable_optimizer_subgroup(number):
+        yield
+        return
+    zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    zero._optimizer_states_and_gradient_swap_out(number)
+
+
 def _groups(engine: Any) -> list[list[Tensor]]:
     """The parameters by group of the optimizer, or by part of one, in order."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -80,26 +104,19 @@ def _groups(engine: Any) -> list[list[Tensor]]:
     return zero.bit16_groups if stage > 0 else [group["params"] for group in zero.param_groups]
 
 
-def _names(engine: Any) -> list[str]:
-    """The names of the optimizer's parameters, in its order."""
-    return [engine.param_names[parameter] for group in _groups(engine) for parameter in group]
-
-
-def _slots(engine: Any) -> Iterator[Slot]:
-    """What this rank's optimizer holds."""
+def _slots(engine: Any, number: int, group: list[Tensor]) -> Iterator[Slot]:
+    """What this rank's optimizer holds of the parameters of a group."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    for number, group in enumerate(_groups(engine)):
-        for parameter in group:
-            name = engine.param_names[parameter]
-            if stage == 0:
-                yield Slot(name, 0, parameter.numel(), parameter, 0)
-            elif stage == 3:
-                part, start, length = zero.grad_position[zero.get_param_id(parameter)]
-                yield Slot(name, engine.global_rank * length, length, zero.fp32_partitioned_groups_flat[part], start)
-            elif (place := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-                here, there = place.lp_fragment_address, place.hp_fragment_address
-                flat = zero.single_partition_of_fp32_groups[number]
-                yield Slot(name, here.start, here.numel, flat, there.start)
+    for parameter in group:
+        name = engine.param_names[parameter]
+        if stage == 0:
+            yield Slot(name, 0, parameter.numel(), parameter, 0)
+        elif stage == 3:
+            _, start, length = zero.grad_position[zero.get_param_id(parameter)]
+            yield Slot(name, engine.global_rank * length, length, zero.fp32_partitioned_groups_flat[number], start)
+        elif (place := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            here, there = place.lp_fragment_address, place.hp_fragment_address
+            yield Slot(name, here.start, here.numel, zero.single_partition_of_fp32_groups[number], there.start)
 
 
 def _spread(engine: Any) -> None:
@@ -107,16 +124,5 @@ def _spread(engine: Any) -> None:
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
         zero.update_lp_params()
-    if stage == 3:
-        groups = zip(
-            zero.fp32_partitioned_groups_flat,
-            zero.fp16_partitioned_groups_flat,
-            zero.fp16_partitioned_groups,
-            strict=True,
-        )
-        for fp32, own, parameters in groups:
-            own.copy_(fp32)
-            for parameter, part in zip(parameters, zero.unflatten(own, parameters), strict=True):
-                parameter.data = part
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+    if stage == 3 and zero.persistent_parameters:
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)

@@ -181,6 +181,18 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+NO_ASYNC_IO = (
+    "DeepSpeed's async_io is not built: python -c 'import deepspeed.ops.op_builder as b; b.AsyncIOBuilder().load()' "
+    "takes minutes, libaio-dev, g++ and ninja"
+)
+
+
+def has_async_io() -> bool:
+    """Whether DeepSpeed has built here what reads and writes states on NVMe."""
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return any(extensions.rglob("async_io.so"))
+
+
 MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
 
 

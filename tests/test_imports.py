@@ -23,7 +23,7 @@ ARROWS = {
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
     "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize", "fusiontree.weights"},
-    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed"},
+    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed", "fusiontree.resize"},
     "fusiontree.layout": set(),
     "fusiontree.resize": {"fusiontree.layout"},
     "fusiontree.weights": {"fusiontree.layout"},

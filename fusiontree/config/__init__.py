@@ -4,7 +4,7 @@ Every mistake a user can make here ends in one UserError line that says what, wh
 """
 
 from fusiontree.config.datasets import dataset_manifest, require_vocabulary
-from fusiontree.config.deepspeed import deepspeed_json, keeps_optimizer_on_nvme
+from fusiontree.config.deepspeed import deepspeed_json
 from fusiontree.config.keys import KEYS, config_differences
 from fusiontree.config.reading import load_config, preset_names
 from fusiontree.config.run import RunConfig
@@ -22,7 +22,6 @@ __all__ = [
     "config_differences",
     "dataset_manifest",
     "deepspeed_json",
-    "keeps_optimizer_on_nvme",
     "load_config",
     "preset_names",
     "require_vocabulary",

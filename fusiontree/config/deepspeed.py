@@ -34,11 +34,19 @@ _OWNED = {
 }
 
 
+# settings that would train something else than the configuration describes, or not the whole of it
+_UNFIT = {
+    "sequence_parallel_size": "a scan has to see its whole row, and would be handed a part of it without a word",
+    "tensor_parallel": "the blocks are not written for it",
+    "checkpoint": "checkpoints are this project's own, and go on at any number of ranks and any stage",
+}
+
+
 def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's own settings, from ds_configs/ by name or from a file by path.
 
     Raises:
-        UserError: missing, not JSON, or it sets what the run's configuration owns.
+        UserError: missing, not JSON, or it sets what the run's configuration owns or the model cannot follow.
     """
     folder = importlib.resources.files("ds_configs")
     names = sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
@@ -54,17 +62,14 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if key in settings:
             raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+    for key, reason in _UNFIT.items():
+        if key in settings:
+            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there: {reason}")
     zero = settings.get("zero_optimization", {})
     _place_on_nvme(config, zero)
     if config.optimizer.kind == "muon":
         _check_muon(config, zero)
     return settings
-
-
-def keeps_optimizer_on_nvme(config: RunConfig) -> bool:
-    """Whether the optimizer's states lie on NVMe, from where DeepSpeed's checkpoints do not get them whole."""
-    part = deepspeed_json(config).get("zero_optimization", {}).get("offload_optimizer") or {}
-    return part.get("device") == "nvme"
 
 
 def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json, keeps_optimizer_on_nvme
-from fusiontree.console import console
+from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed import World
 from fusiontree.errors import UserError
 from fusiontree.kernels import DTYPES, choose_kernels
@@ -27,11 +26,6 @@ def build_engine(config: RunConfig, world: World, goes_on: bool = False) -> tupl
 
     settings = engine_settings(config, world)
     _require_async_io(settings["zero_optimization"])
-    if keeps_optimizer_on_nvme(config) and world.is_main:
-        console.print(
-            f"deepspeed {config.deepspeed}: DeepSpeed does not save an optimizer's states on NVMe whole; this run can "
-            "be neither resumed nor exported (zero3_offload can)"
-        )
     model = build_model(config, world, settings, goes_on)
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -46,6 +40,7 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
         **deepspeed_json(config),
     }
