@@ -49,12 +49,13 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what saves that never ended have left under `folder`, and put back what they had moved aside."""
+    """Remove what saves that never ended have left under `folder`; put back what no whole checkpoint replaced."""
     for old in folder.glob(".step-*.old"):
         final = folder / old.name[1:].removesuffix(".old")
-        if final.exists():
+        if final.exists() and not verify(final):
             shutil.rmtree(old)
         else:
+            shutil.rmtree(final, ignore_errors=True)
             os.replace(old, final)
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)

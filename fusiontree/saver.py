@@ -39,13 +39,14 @@ class Retention(NamedTuple):
 class Saver:
     """Writes the checkpoints of a run; all ranks make one and call it together."""
 
-    def __init__(self, engine: Any, world: World, run_dir: Path, retention: Retention):
+    def __init__(self, engine: Any, world: World, run_dir: Path, retention: Retention, timeout_seconds: float):
+        """`timeout_seconds`: how long a rank's thread waits for the others, which may still write or verify."""
         self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
         self.waited = 0.0  # seconds for which training has stood still to take copies
         # DeepSpeed would copy scripts of its own and files on NVMe beside the checkpoints, in the middle of the step
         engine._copy_recovery_script = lambda folder: None
         engine.zero_nvme_offload_optimizer = lambda: False
-        self._group = distributed.side_group()
+        self._group = distributed.side_group(timeout_seconds)
         self._thread: threading.Thread | None = None
         self._failure: str | None = None  # of the last save, when its thread has ended
         self._error: Exception | None = None  # that a thread met and did not expect
