@@ -61,8 +61,8 @@ def skipped(name: str) -> bool:
     return "nvme" in name and not has_async_io()
 
 
-def config_of(folder: Path, overrides: list[str]) -> RunConfig:
-    words = [f"model.{name}={json.dumps(value)}" for name, value in SHAPE.items()]
+def config_of(folder: Path, overrides: list[str], shape: dict[str, Any] = SHAPE) -> RunConfig:
+    words = [f"model.{name}={json.dumps(value)}" for name, value in shape.items()]
     batch = [f"data.seq_len={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "batch.micro_rows=1", "optimizer.lr=3e-3"]
     lengths = [f"schedule.steps={STEPS}", "schedule.warmup_steps=3", f"distill.teacher={folder / 'teacher'}"]
     lengths.append(f"nvme_path={folder / 'nvme'}")
@@ -128,7 +128,7 @@ def plain_curve(config: RunConfig, teacher: HybridLM) -> dict[str, list[float]]:
     model = start(config)
     optimizer = build_optimizer(model, config.optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    mean = torch.full((2, SMALL.hidden_size), 0.5)
+    mean = torch.full((2, config.model.hidden_size), 0.5)
     curve: dict[str, list[float]] = {"loss": [], "norm": [], "z_loss": [], "distill_loss": [], "gate_penalty": []}
     for step in range(config.schedule.steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
