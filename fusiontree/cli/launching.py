@@ -54,7 +54,7 @@ def _refuse_stray(args: argparse.Namespace) -> None:
 
 def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     from fusiontree.config import load_config
-    from launcher import hostfile
+    from launcher import hostfile, remote
     from launcher.plan import plan_hosts, prepare_run
 
     config = load_config(args.config, args.overrides)
@@ -62,10 +62,10 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     plan = plan_hosts(config, hosts, _rank_options(args), around)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
-        print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
+        print(remote.command_line(plan, launcher, config.run_dir.absolute()))
         return 0
-    hostfile.check_programs(launcher)
-    return hostfile.run(plan, prepare_run(config, args.allow_changed), launcher)
+    remote.check_programs(launcher)
+    return remote.run(plan, prepare_run(config, args.allow_changed), launcher)
 
 
 def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
