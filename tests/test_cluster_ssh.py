@@ -8,30 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import NODES, PATH, Cluster, until, why_not
-from conftest import cli, metrics, settings
+from cluster import NODES, PATH, Cluster, ranks, training, until, why_not
+from conftest import LONG, metrics, settings
 
 pytestmark = pytest.mark.cluster
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
-
-LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}
-
-
-@pytest.fixture
-def calm(cluster) -> Cluster:
-    """The hosts, both there."""
-    cluster.settle()
-    yield cluster
-    cluster.settle()
-
-
-@pytest.fixture(scope="module")
-def truth(shards, tmp_path_factory) -> Path:
-    """The same run on two ranks of this machine, uninterrupted."""
-    output = tmp_path_factory.mktemp("truth")
-    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
-    return output / "truth"
 
 
 @pytest.fixture
@@ -58,19 +40,6 @@ def words(shards: Path, run: Path, hosts: Path, *options: object, **changes: obj
     target = ["--hostfile", hosts, "--env", "DS_ACCELERATOR=cpu", *options]
     values = settings(shards, run.parent, name=run.name, **LONG | changes)
     return [sys.executable, "-m", "fusiontree", "launch", "tiny", *target, *values]
-
-
-def training(run: Path, step: int) -> None:
-    """Wait until the run has made `step` updates."""
-    path = run / "metrics.jsonl"
-    until(lambda: path.exists() and f'"step": {step},' in path.read_text(), 120, f"step {step} of {run}")
-
-
-def ranks(cluster: Cluster, run: Path) -> list[tuple[str, str]]:
-    """Host and id of every process that trains `run`."""
-    pattern = f"[-]m fusiontree train {run}/config.yaml"
-    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in NODES}
-    return [(node, pid) for node, pids in found.items() for pid in pids]
 
 
 def refusal(cluster: Cluster, *command: object) -> str:
