@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +17,6 @@ from fusiontree.files import write_atomic
 
 GROUP_ROWS = 32  # rows per WebDataset sample: megatoken members read an order of magnitude faster than single documents
 SHARD_ROWS = 512
-_COPIED = 4 << 20  # bytes handed to the file at a time
 
 
 class ShardWriter:
@@ -83,7 +81,10 @@ class ShardWriter:
 
 def write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, about: dict[str, str]) -> None:
     """Write a shard: its rows as samples, each with `about`; `first_row` is the number in the split of the first."""
-    with tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=_COPIED) as tar:
+    from webdataset.writer import TarWriter  # slow to import, and readers never need it
+
+    # whatever could differ between two builds (time, user, umask) is fixed
+    with TarWriter(stream, user="fusiontree", group="fusiontree", mode=0o644, mtime=0, encoder=False) as tar:
         for at in range(0, len(rows), GROUP_ROWS):
             group = rows[at : at + GROUP_ROWS]
             ends = np.zeros((len(group), max(len(row.ends) for row in group)), dtype=ENDS)
@@ -93,20 +94,14 @@ def write_tar(stream: BinaryIO, rows: list[PackedRow], first_row: int, about: di
             tokens = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
             crcs = [row_crc(row, kept.ends.astype(ENDS)) for row, kept in zip(tokens, group, strict=True)]
             sample = about | {"crc": crcs, "documents": [[_span_json(span) for span in row.spans] for row in group]}
-            members = {
-                "ends.npy": _encode_array(ends),
-                "json": json.dumps(sample, separators=(",", ":")).encode(),
-                "tok.npy": _encode_array(tokens),
-            }
-            for kind, content in members.items():
-                tar.addfile(_member(f"{first_row + at:09d}.{kind}", len(content)), io.BytesIO(content))
-
-
-def _member(name: str, size: int) -> tarfile.TarInfo:
-    """A tar's header; whatever could differ between two builds (time, user, umask) is fixed."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.uname, member.gname = size, 0o644, "fusiontree", "fusiontree"
-    return member
+            tar.write(
+                {
+                    "__key__": f"{first_row + at:09d}",
+                    "ends.npy": _encode_array(ends),
+                    "json": json.dumps(sample, separators=(",", ":")).encode(),
+                    "tok.npy": _encode_array(tokens),
+                }
+            )
 
 
 def _span_json(span: Span) -> dict[str, Any]:
