@@ -273,8 +273,8 @@ class Decoder:
             self._make_room(self.cache.length + L)
         if mask is not None and bool(mask.all()):
             mask = None  # whole rows, which need no masks and take the faster kernels
-        if mask is not None and self.cache.length == 0 and 2 * int(mask.sum()) < B * L:
-            return self._prefill_by_row(ids, mask)  # more padding than prompt
+        if mask is not None and self.cache.length == 0 and 2 * int(mask.sum()) < B * L and bool(mask.any(1).all()):
+            return self._prefill_by_row(ids, mask)  # more padding than prompt, and no row of padding alone
         return self._prefill(self.cache, ids, mask)
 
     def _prefill(self, cache: Cache, ids: Tensor, mask: Tensor | None) -> Tensor:

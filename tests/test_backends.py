@@ -2,11 +2,12 @@
 
 On a machine without a GPU that is the reference itself and our Triton kernels in Triton's interpreter. Errors are
 relative Euclidean norms. Tolerances: fp32 1e-5, but 2e-3 where a kernel's matrix units round to 10 bits (TF32); bf16
-rounds each value to 8 bits, 4e-3, and gradients that come through two rounded factors are allowed 2e-2.
+rounds each value to 8 bits, 4e-3, so outputs are allowed 1e-2 and gradients, through two rounded factors, 2e-2.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def scan_inputs(dtype: torch.dtype, L: int = 128) -> list[torch.Tensor]:
+def scan_inputs(dtype: torch.dtype, L: int) -> list[torch.Tensor]:
     B, H, P, G, S = 2, 4, 32, 2, 32
     dt, A = normal(B, L, H, seed=1).sigmoid() * 0.2, -normal(H, seed=2).exp()
     projections = [normal(B, L, G, S, dtype=dtype, seed=s) * 0.3 for s in (3, 4)]
@@ -97,9 +98,9 @@ def scan_inputs(dtype: torch.dtype, L: int = 128) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("scan"))
-@pytest.mark.parametrize("first", [0, -1])
-def test_the_scan_equals_the_reference(name: str, dtype: torch.dtype, first: int) -> None:
-    seq, scan = documents_of(ROWS).seq_idx, backend("scan", name)
+@pytest.mark.parametrize(("first", "length"), [(0, 128), (-1, 117)])  # the second ends inside a chunk
+def test_the_scan_equals_the_reference(name: str, dtype: torch.dtype, first: int, length: int) -> None:
+    seq, scan = documents_of(ROWS).seq_idx[:, :length], backend("scan", name)
 
     def run(function: Callable[..., object], device: str) -> Callable[..., object]:
         before = torch.full((2,), first, dtype=torch.int32, device=device)
@@ -107,17 +108,23 @@ def test_the_scan_equals_the_reference(name: str, dtype: torch.dtype, first: int
             *args[:6], seq.to(device), initial_state=args[6], initial_seq=before, chunk_size=32
         )
 
-    compare(run(scan, DEVICE), run(reference.scan_chunked, "cpu"), scan_inputs(dtype), tolerance(dtype, rounds=True))
+    inputs = scan_inputs(dtype, length)
+    compare(run(scan, DEVICE), run(reference.scan_chunked, "cpu"), inputs, tolerance(dtype, rounds=True))
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("convolution"))
-@pytest.mark.parametrize("taps", [4, 3])
-def test_the_convolution_equals_the_reference(name: str, dtype: torch.dtype, taps: int) -> None:
-    seq, convolution = documents_of(ROWS).seq_idx, backend("convolution", name)
-    inputs = [normal(2, 128, 72, dtype=dtype), normal(40, taps, seed=1), normal(40, seed=2)]
+@pytest.mark.parametrize(
+    ("taps", "rows", "channels"), [(4, ROWS, 40), (3, ROWS, 40), (4, [[300, 1, 299]], 150)]
+)  # the last: several programs along the row and across the channels
+def test_the_convolution_equals_the_reference(
+    name: str, dtype: torch.dtype, taps: int, rows: list[list[int]], channels: int
+) -> None:
+    seq, convolution = documents_of(rows).seq_idx, backend("convolution", name)
+    wide, part = normal(*seq.shape, channels + 32, dtype=dtype), slice(16, 16 + channels)
+    inputs = [wide, normal(channels, taps, seed=1), normal(channels, seed=2)]
     compare(  # a view of wider rows, as the model gives it
-        lambda x, w, b: convolution(x[..., 16:56], w, b, seq.to(DEVICE)),
-        lambda x, w, b: reference.convolution(x[..., 16:56], w, b, seq),
+        lambda x, w, b: convolution(x[..., part], w, b, seq.to(DEVICE)),
+        lambda x, w, b: reference.convolution(x[..., part], w, b, seq),
         inputs,
         tolerance(dtype, rounds=False),
     )
@@ -152,11 +159,12 @@ def test_attention_of_a_later_piece_equals_the_reference(name: str, dtype: torch
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("decode"))
-def test_decoding_attention_equals_the_reference(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [2, 40])  # the cache shared out among programs; several blocks for each
+def test_decoding_attention_equals_the_reference(name: str, dtype: torch.dtype, rows: int) -> None:
     decode = backend("decode", name)
-    q, k, v = (normal(2, t, heads, 64, dtype=dtype, seed=t) for t, heads in ((1, 4), (300, 2), (301, 2)))
+    q, k, v = (normal(rows, t, heads, 64, dtype=dtype, seed=t) for t, heads in ((1, 4), (300, 2), (301, 2)))
     v = v[:, :300]
-    visible = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) > 0.3
+    visible = torch.rand(rows, 300, generator=torch.Generator().manual_seed(0)) > 0.3
     visible[:, 250:], visible[1, :150] = False, False  # whole stretches unseen
     arguments = [t.to(DEVICE) for t in (q, k, v, visible, torch.tensor([250]))]
     truth = reference.decode_attention(*(t.double() for t in (q, k, v)), visible, torch.tensor([250]))
@@ -180,55 +188,70 @@ def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype, z_los
     )
 
 
-def pieces() -> dict[str, tuple[list[torch.Tensor], tuple[object, ...]] | None]:
-    """By piece: what it is compared on, leaves and the rest; None: by the tests of the whole model."""
-    x, y, z = (normal(2, 128, 64, seed=s) for s in range(3))
+Piece = tuple[list[torch.Tensor], Callable[..., object]]  # leaves, and how the piece is called with them
+
+
+def pieces(dtype: torch.dtype) -> dict[str, list[Piece]]:
+    """By name what each piece is compared on, activations in `dtype`; none: by the tests of the whole model."""
+    x, y, z = (normal(2, 128, 64, dtype=dtype, seed=s) for s in range(3))
     rotary = tuple(t.to(DEVICE) for t in (normal(2, 128, 1, 32).cos(), normal(2, 128, 1, 32).sin()))
-    real = torch.ones(2, 128, dtype=torch.bool, device=DEVICE)
-    weight = normal(64, seed=4)
+    real = torch.arange(128, device=DEVICE).expand(2, -1) < 100
+    weight, bias = normal(64, seed=4), normal(64, seed=9)
+    down, up, up_token = normal(8, 128, seed=7), normal(64, 8, seed=8), normal(1, 8, seed=8)
+    gates = [[down, up, bias], [down, up_token, bias[:1]], [bias], []]  # by channel, by token, static, none
+    heads = [normal(2, 128, n, 8, dtype=dtype, seed=n) for n in (3, 5)]
     return {
-        "add_norm": ([x, y, weight], (1e-5,)),
-        "norm_with_time": ([x, y, weight], (1e-5,)),
-        "attention_inputs": ([normal(2, 128, 8 * 64), normal(64, seed=1), normal(64, seed=2)], (rotary, 1e-5, [1, 1])),
-        "joined_norm": None,
-        "time_step": ([x, weight], ()),
-        "gated_norm": ([x, y, weight], (1e-5,)),
-        "mamba_step": None,
-        "remember": None,
-        "fuse": ([x, y, z, normal(8, 128, seed=7), normal(64, 8, seed=8), weight, normal(64, seed=9)], (real, 1e-5)),
-        "swiglu": ([x], ()),
+        "add_norm": [([x, y, weight], lambda f, *t: f(*t, 1e-5))],
+        "norm_with_time": [([x, y, weight], lambda f, *t: f(*t, 1e-5))],
+        "attention_inputs": [
+            (
+                [normal(2, 128, 8 * 64, dtype=dtype), normal(64, seed=1), normal(64, seed=2)],
+                lambda f, *t: f(*t, rotary, 1e-5, [1, 1]),
+            )
+        ],
+        "joined_norm": [([*heads, weight], lambda f, a, b, w: f([a, b], w, 1e-5))],
+        "time_step": [([x, weight], lambda f, *t: f(*t))],
+        "gated_norm": [([x, y, weight], lambda f, *t: f(*t, 1e-5))],
+        "mamba_step": [],
+        "remember": [],
+        "fuse": [([x, y, z, weight, *gate], partial(fuse, real=counted)) for gate in gates for counted in (real, None)],
+        "swiglu": [([x], lambda f, *t: f(*t))],
     }
 
 
 def test_every_compiled_piece_is_compared() -> None:
-    assert set(pieces()) == set(Pointwise._fields)
+    found = pieces(torch.float32)
+    assert set(found) == set(Pointwise._fields)
+    for name, calls in found.items():
+        for leaves, call in calls:
+            assert flat(call(getattr(Pointwise(), name), *(t.to(DEVICE) for t in leaves)))
+
+
+def fuse(f: Callable[..., object], x: torch.Tensor, m: torch.Tensor, *rest: torch.Tensor, real: object) -> object:
+    a, weight, *gate = rest
+    return f(x, m, a, (*[None] * (3 - len(gate)), *gate), real, weight, 1e-5)
+
+
+def flat(outputs: object) -> tuple[torch.Tensor, ...]:
+    """All tensors of nested tuples and lists, in order."""
+    if outputs is None or isinstance(outputs, torch.Tensor):
+        return () if outputs is None else (outputs,)
+    return tuple(t for o in outputs for t in flat(o))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="the compiled pieces are for GPUs")
-@pytest.mark.parametrize("name", [name for name, piece in pieces().items() if piece is not None])
-def test_compiled_pieces_equal_their_functions(name: str) -> None:
-    tensors, rest = pieces()[name]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, calls in pieces(torch.float32).items() if calls])
+def test_compiled_pieces_equal_their_functions(name: str, dtype: torch.dtype) -> None:
     compiled, plain = getattr(ops.select(device_type=DEVICE).pointwise, name), getattr(Pointwise(), name)
-    if name == "fuse":  # its gate is a tuple
-        compiled, plain = (
-            lambda x, m, a, down, up, bias, weight, real, eps, f=f: f(x, m, a, (down, up, bias), real, weight, eps)
-            for f in (compiled, plain)
+    for leaves, call in pieces(dtype)[name]:
+        compare(
+            lambda *t, call=call: flat(call(compiled, *t)),
+            lambda *t, call=call: flat(call(plain, *(value.to(DEVICE) for value in t))),
+            leaves,
+            tolerance(dtype, rounds=False),
         )
-
-    def flat(outputs: object) -> tuple[torch.Tensor, ...]:
-        if isinstance(outputs, torch.Tensor):
-            return (outputs,)
-        return tuple(t for o in outputs for t in flat(o))
-
-    results = []
-    for function in (plain, compiled):
-        leaves = [t.to(DEVICE).requires_grad_() for t in tensors]
-        outputs = flat(function(*leaves, *rest))
-        total = sum((o * torch.linspace(-1, 2, o.numel(), device=DEVICE).view(o.shape)).sum() for o in outputs)
-        results.append((*outputs, *torch.autograd.grad(total, leaves)))
-    for plainly, fast in zip(*results, strict=True):
-        assert gap(fast.detach(), plainly.detach().double().cpu()) < 1e-5
 
 
 @pytest.mark.gpu
@@ -309,17 +332,41 @@ def test_a_later_token_changes_no_earlier_logit(requested: dict[str, str], dtype
 
 
 @pytest.mark.parametrize(("requested", "dtype"), choices())
-@pytest.mark.parametrize("padding", [(0, 60, 20), (0, 0, 0)])
+@torch.inference_mode()
+def test_padding_changes_no_real_logit_and_all_stays_finite_in_its_dtype(
+    requested: dict[str, str], dtype: torch.dtype
+) -> None:
+    model, streams = model_with(requested, dtype), set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: streams.add(output[0].dtype))
+    ids = torch.randint(96, (3, 80), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    mask = torch.arange(80, device=DEVICE) >= torch.tensor([0, 50, 80], device=DEVICE)[:, None]
+    before = model(ids, Documents.from_mask(mask.int())).logits
+    after = model(torch.where(mask, ids, (ids + 1) % 96), Documents.from_mask(mask)).logits
+    assert before.isfinite().all()
+    assert torch.equal(before[mask], after[mask])
+    alone = model(ids[1:2, 50:]).logits[0]
+    assert gap(before[1, 50:], alone.double().cpu()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    decoder = Decoder(model, 3, room=80)
+    assert decoder.prefill(ids[:, :78], mask[:, :78]).isfinite().all()
+    assert all(decoder.step(ids[:, t]).isfinite().all() for t in (78, 79))
+    assert streams == {dtype}
+
+
+@pytest.mark.parametrize(("requested", "dtype"), choices())
+@pytest.mark.parametrize(
+    ("padding", "piece"), [((0, 60, 20), 30), ((0, 0, 0), 30), ((0, 69, 67), 128)]
+)  # the last: row by row, each prompt in one piece
 @torch.inference_mode()
 def test_decoding_step_by_step_equals_the_full_forward(
-    padding: tuple[int, ...], requested: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    padding: tuple[int, ...], piece: int, requested: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PREFILL_TOKENS, DEVICE, 3 * 30)  # the prompt's 70 tokens come in three pieces
+    monkeypatch.setitem(PREFILL_TOKENS, DEVICE, 3 * piece)
     model = model_with(requested, dtype)
     ids = torch.randint(96, (3, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     mask = torch.arange(128, device=DEVICE) >= torch.tensor(padding, device=DEVICE)[:, None]
     whole = model(ids, Documents.from_mask(mask)).logits
-    end = 128 if DEVICE == "cuda" else 86  # Triton's interpreter takes a second a token
+    end = 128 if DEVICE == "cuda" else 77  # Triton's interpreter takes a second a token
     decoder = Decoder(model, 3, room=80)  # less than there will be: the cache moves on the way
     steps = [decoder.prefill(ids[:, :70], mask[:, :70])]
     steps += [decoder.step(ids[:, t]).clone() for t in range(70, end)]

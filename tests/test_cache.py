@@ -70,6 +70,21 @@ def test_padding_on_the_left_changes_no_real_logit_and_a_padded_row_is_finite() 
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("starts", [(0, 25, 40), (0, 30, 40), (40,)])  # less padding than prompt, more, nothing else
+def test_a_row_of_padding_alone_decodes_to_finite_logits_and_disturbs_no_other(starts: tuple[int, ...]) -> None:
+    model = build()
+    ids = torch.randint(96, (len(starts), 43), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(40) >= torch.tensor(starts)[:, None]
+    decoder = Decoder(model, len(starts), room=43)
+    found = [decoder.prefill(ids[:, :40], mask), *(decoder.step(ids[:, t]) for t in range(40, 43))]
+    for row, start in enumerate(starts):
+        logits = torch.stack([step[row] for step in found])
+        assert logits.isfinite().all()
+        if start < 40:
+            alone = model(ids[row : row + 1, start:]).logits[0, -4:]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_selected_rows_go_on_as_they_were() -> None:
     model = build()
     ids = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(0))

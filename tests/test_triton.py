@@ -26,10 +26,11 @@ def test_swiglu(inner: int) -> None:
     torch.testing.assert_close(outcome(swiglu, inputs), outcome(pointwise.swiglu, inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [16, 40, 600])
-def test_the_gated_norm_of_a_strided_gate(size: int) -> None:
+@pytest.mark.parametrize(("tokens", "size"), [(5, 16), (5, 40), (5, 600), (550, 16)])  # the last: several a program
+def test_the_gated_norm_of_a_strided_gate(tokens: int, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(*shape, generator=generator) for shape in ((2, 5, size), (2, 5, 3 * size), (size,))]
+    shapes = ((2, tokens, size), (2, tokens, 3 * size), (size,))
+    inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
 
     def strided(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda y, wide, weight: function(y, wide[..., size : 2 * size], weight, 1e-5)
@@ -51,9 +52,10 @@ def test_one_token_is_written_where_it_belongs(heads: int) -> None:
     assert torch.equal(values, expected[1])
 
 
-def test_prefix_sums_begin_anew_in_each_document_and_chunk() -> None:
-    lengths, Q, H = [[20, 1, 22], [16, 27]], 16, 3
-    dt, A = torch.rand(2, 43, H, generator=torch.Generator().manual_seed(0)), torch.tensor([-0.5, -1.0, -2.0])
+@pytest.mark.parametrize("H", [3, 11])  # below and above what one program takes
+def test_prefix_sums_begin_anew_in_each_document_and_chunk(H: int) -> None:
+    lengths, Q = [[20, 1, 22], [16, 27]], 16
+    dt, A = torch.rand(2, 43, H, generator=torch.Generator().manual_seed(0)), -torch.arange(1.0, H + 1) / 2
     seq = documents_of(lengths).seq_idx
     steps, sums = (t.cpu() for t in decay_sums(dt.to(DEVICE), A.to(DEVICE), seq.to(DEVICE), Q))
     assert steps.shape == sums.shape == (2, H, 3, Q)

@@ -166,7 +166,8 @@ def _scan_within_limits(
 ) -> tuple[Tensor, Tensor]:
     rows, L, H, P = x.shape
     G, S = B.shape[2:]
-    made = rows * L * max(H * P, H * P * S // Q, G * Q)  # outputs, states and scores by chunk
+    # outputs, states and scores by chunk; and the gradients of x, B and C, which lie side by side
+    made = rows * L * max(H * P, H * P * S // Q, G * Q, H * P + 2 * G * S)
     if fits(max(_span(x), _span(B), _span(C), made)):
         return _Scan.apply(x, dt, A, B, C, D, seq, initial, Q)
     if rows > 1:
