@@ -234,10 +234,6 @@ def _cause(returned: int, silent: int | None) -> str:
 
 def join_launcher() -> None:
     """Called first on each rank: takes signals again and ends this process when the `run` that started it is gone."""
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" in os.environ:  # Open MPI's names
-        for name in ("RANK", "LOCAL_RANK"):
-            os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name}"]
-        os.environ["WORLD_SIZE"] = os.environ["OMPI_COMM_WORLD_SIZE"]
     if FOLDER not in os.environ:
         return
     folder, rank = Path(os.environ[FOLDER]), os.environ.get("RANK", "0")

@@ -198,9 +198,29 @@ MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A SLURM cluster of two nodes that are ssh hosts too; a test that harms a node calls ``settle`` first."""
+    """A SLURM cluster of two nodes that are ssh hosts too."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as made:
         yield made
+
+
+@pytest.fixture
+def calm(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, both nodes idle before and no job left after."""
+    cluster.settle()
+    yield cluster
+    cluster.run("scancel", "--user=root", code=None)
+    cluster.settle()
+
+
+LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}  # enough to be interrupted in
+
+
+@pytest.fixture(scope="session")
+def truth(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `LONG` run on two ranks of this machine, uninterrupted."""
+    output = tmp_path_factory.mktemp("truth")
+    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
+    return output / "truth"
 
 
 def metrics(run: Path) -> list[dict]:

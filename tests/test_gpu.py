@@ -12,7 +12,8 @@ import torch
 from conftest import cli, metrics, settings
 
 from fusiontree import incidents
-from fusiontree.config import KernelsConfig, load_config
+from fusiontree.config import load_config
+from fusiontree.model.ops import OPS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +28,7 @@ SHAPE = {
     "ssm_state_size": 32,
     "chunk_size": 32,
 }
-PLAIN = [f"kernels.{op}=reference" for op in KernelsConfig.model_fields]
+PLAIN = [f"kernels.{op}=reference" for op in OPS]
 RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
 JOBS = {  # by name: overrides and how far the losses may be from the plain loop's
     "zero0": (PLAIN, 1e-4),
@@ -47,7 +48,7 @@ def curves(folder: Path) -> None:
     world = distributed.start()
     found = {}
     for name, (overrides, _) in JOBS.items():
-        config = test_zero.config_of(folder, [f"deepspeed={name.split()[0]}", *overrides], SHAPE)
+        config = test_zero.config_of(folder, [f"deepspeed={name.split()[0]}", "batch.micro_rows=4", *overrides], SHAPE)
         found[name] = test_zero.curve_of(config, world)
     (folder / "curves.json").write_text(json.dumps(found))
     distributed.leave()

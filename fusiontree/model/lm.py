@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import rotary_embedding
@@ -105,7 +104,9 @@ class HybridLM(nn.Module):
         x, gates = self.hidden(input_ids, documents, labels, cache, branch_drops)
         if labels is None:
             kept = x if keep_logits is None else x[:, -keep_logits:]
-            return Output(None, F.linear(kept, self.head_weight.to(x.device, x.dtype)).float(), None)
+            # by a module's own call: who keeps its weights elsewhere fetches them before it
+            logits = self.embedding(kept, as_head=True) if self.head is None else self.head(kept)
+            return Output(None, logits.float(), None)
         head = x.flatten(0, 1), self.head_weight
         if by_token:
             return Output(None, None, None, token_losses(*head, labels.flatten()).view_as(labels))
