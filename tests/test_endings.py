@@ -107,12 +107,14 @@ def test_a_run_is_hung_killed_and_stopped_and_nothing_outlives_it(launch: Callab
 
     hung = launch()
     held = hung.shared_memory()
-    os.kill(hung.rank(1), signal.SIGSTOP)
+    os.kill(hung.rank(0), signal.SIGSTOP)
     code, said = hung.wait()
     assert code == 76, said
-    assert "error: rank 0: step " in said
-    assert (run / "logs" / "stacks-rank-0.txt").exists()
-    assert [line["kind"] for line in incidents.read(run)] == ["hang"]
+    assert "error: rank 1: step " in said
+    assert (run / "logs" / "stacks-rank-1.txt").exists()
+    (incident,) = incidents.read(run)
+    assert (incident["kind"], incident["silent"]) == ("hang", [0])
+    assert incident["message"].endswith("; no answer from rank 0")
 
     orphaned = launch()
     held |= orphaned.shared_memory()

@@ -213,7 +213,9 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
     assert "in asleep" in stacks[1]
     assert ["in backward" in stack for stack in stacks] == [True, False]
     assert "rank 0: step 9 has taken more than" in job.said()
-    assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("hang", 8)]
+    assert [(line["kind"], line["step"], line["silent"]) for line in incidents.read(tmp_path / "r")] == [
+        ("hang", 8, [])
+    ]
 
 
 def hang_in_a_write(rank: int, seconds: float) -> None:

@@ -316,12 +316,16 @@ def test_a_finished_run_is_left_as_it_is(two_ranks: Path, shards: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"optimizer__lr": 1e-3}, "optimizer.lr"), ({"model__window": 16}, "model.window"), ({"seed": 1}, "seed")],
+    [
+        ({"optimizer__lr": 1e-3}, "optimizer.lr"),
+        ({"model__window": 16}, "model.window"),
+        ({"seed": 1, "schedule__steps": 9}, "schedule.steps"),  # seed is allowed
+    ],
 )
 def test_another_configuration_is_refused_by_name(
     changes: dict, words: str, two_ranks: Path, shards: Path, tmp_path: Path
 ) -> None:
-    argv = ["train", "tiny", *settings(shards, two_ranks.parent, name="two", **changes)]
+    argv = ["train", "tiny", "--allow-changed", "seed", *settings(shards, two_ranks.parent, name="two", **changes)]
     assert f"other values of {words};" in ranks.run(argv, tmp_path, 2, code=2)
     assert load_config(str(two_ranks / "config.yaml")).optimizer.lr == 3e-3
 
@@ -387,9 +391,14 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    cli("train", "tiny", *settings(shards, tmp_path, name="w", logging__wandb="true", validation__every=0))
+    words = ["train", "tiny", *settings(shards, tmp_path, name="w", logging__wandb="true", validation__every=0)]
+    cli(*words)
     saved = checkpoint.list_checkpoints(tmp_path / "w" / "checkpoints")
     ids = {checkpoint.read_state(path)["wandb_id"] for path in saved}
     assert len(saved) == 2
     (run_id,) = ids
-    assert any(run_id in path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*"))
+    shutil.rmtree(saved[-1])
+    cli(*words)  # goes on
+    starts = [path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*")]
+    assert len(starts) == 2
+    assert all(name.endswith(run_id) for name in starts)

@@ -95,7 +95,7 @@ class Trainer:
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.saver = Saver(self.training.engine, world, config.run_dir, retention, config.health.timeout_seconds)
         self.health = Health(config.health)
-        self.watchdog = Watchdog(config.health, config.run_dir, world.rank)
+        self.watchdog = Watchdog(config.health, config.run_dir, world)
         self.left_out: list[tuple[int, int]] = []  # stretches of rows consumed that training has stepped past
         self.rollbacks: Counter[Path] = Counter()
         self.wandb_id: str | None = None

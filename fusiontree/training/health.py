@@ -17,6 +17,7 @@ from fusiontree import distributed, incidents, outcome
 from fusiontree.config import HealthConfig
 from fusiontree.data.plan import documents_at
 from fusiontree.data.stream import TrainStream
+from fusiontree.distributed import World
 from fusiontree.errors import HungError
 from fusiontree.training.step import Update
 
@@ -104,8 +105,8 @@ def in_words(rows: list[dict[str, Any]]) -> str:
 class Watchdog:
     """Ends this rank when a step takes far longer than steps do; each rank has one, so that all write their stacks."""
 
-    def __init__(self, config: HealthConfig, run_dir: Path, rank: int):
-        self.config, self.run_dir, self.rank = config, run_dir, rank
+    def __init__(self, config: HealthConfig, run_dir: Path, world: World):
+        self.config, self.run_dir, self.world = config, run_dir, world
         self._took: deque[float] = deque(maxlen=50)  # seconds of the last steps
         self._since: tuple[float, int] | None = None  # when the step began that is under way, and its number
         self._closed = threading.Event()
@@ -144,17 +145,28 @@ class Watchdog:
                 self._end(since[1])
 
     def _end(self, step: int) -> None:
-        path = self.run_dir / "logs" / f"stacks-rank-{self.rank}.txt"
-        with open(path, "w") as stream:
+        with open(self._stacks(self.world.rank), "w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
         median = statistics.median(self._took)
         message = (
             f"step {step + 1:,} has taken more than {self.limit:.0f} s, the median is {median:.2f} s: the job ends; "
-            f"the ranks' stacks: {path.parent}/stacks-rank-*.txt"
+            f"the ranks' stacks: {self._stacks('*')}"
         )
-        if self.rank == 0:
-            incidents.record(self.run_dir, "hang", step, message)
         if not outcome.report(HungError.exit_code, message):
-            print(f"fusiontree: error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+            print(f"fusiontree: error: rank {self.world.rank}: {message}", file=sys.stderr, flush=True)
         time.sleep(_LAST_WORDS)
+        self._record(step, message)
         os._exit(HungError.exit_code)  # the thread that trains answers no more
+
+    def _record(self, step: int, message: str) -> None:
+        """The incident, by the lowest rank that answers: some may not."""
+        since = self._stacks(self.world.rank).stat().st_mtime - _LAST_WORDS
+        paths = map(self._stacks, range(self.world.size))
+        answers = [path.exists() and path.stat().st_mtime > since for path in paths]
+        if answers.index(True) == self.world.rank:
+            silent = [rank for rank, answer in enumerate(answers) if not answer]
+            suffix = f"; no answer from rank {', '.join(map(str, silent))}" if silent else ""
+            incidents.record(self.run_dir, "hang", step, message + suffix, silent=silent)
+
+    def _stacks(self, rank: int | str) -> Path:
+        return self.run_dir / "logs" / f"stacks-rank-{rank}.txt"
