@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cli, settings
+from conftest import cli, metrics, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -54,6 +55,17 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: 
     parity = json.loads((exported / "parity.json").read_text())
     assert parity["logits"] == parity["left_padding"] == parity["packed"] == 0
     assert parity["cached_decoding"] < 1e-4
+
+
+def test_the_model_card_has_the_runs_facts(exported: Path, run: Path) -> None:
+    card = (exported / "README.md").read_text()
+    facts = dict(re.findall(r"^\| (.+) \| (.+) \|$", card, re.MULTILINE))
+    losses = [line["val_loss"] for line in metrics(run) if "val_loss" in line]
+    assert facts["updates"] == "8"
+    assert facts["tokens"] == f"{metrics(run)[-1]['tokens']:,}"
+    assert facts["held-out loss"] == f"{losses[-1]:.4f} nats per token"
+    assert facts["tokens per update"] == "1,024"
+    assert f"{sum(p.numel() for p in trained(run).parameters()):,} parameters" in card
 
 
 WITHOUT_US = """
