@@ -79,7 +79,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 folder, saved = sys.argv[1:]
 torch.set_num_threads(1)
 AutoConfig.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 stored = load_file(folder + "/model.safetensors")
 assert {name: 1 for name in stored} == {name: 1 for name in model.state_dict()}
