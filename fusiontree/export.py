@@ -16,8 +16,8 @@ from fusiontree import __version__, checkpoint
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.errors import UserError
+from fusiontree.exported import FACTS, PREFIX
 from fusiontree.files import read_json_lines, refuse_existing, staged_folder, write_atomic
-from fusiontree.generate import FACTS, PREFIX
 from fusiontree.kernels import DTYPES
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM

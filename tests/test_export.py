@@ -69,6 +69,8 @@ def test_the_model_card_has_the_runs_facts(exported: Path, run: Path) -> None:
 
 
 WITHOUT_US = """
+import os
+import re
 import sys
 from importlib.util import find_spec
 for name in ("fusiontree", "deepspeed", "mamba_ssm", "webdataset", "gigatoken", "launcher", "data_tools", "accelerate"):
@@ -127,6 +129,8 @@ except ValueError as error:
 else:
     raise AssertionError("the configuration's kernels are passed over")
 torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
+os.chdir(folder)
+exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1], {})  # as the model card shows it
 model.save_pretrained(folder + "-again")
 again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
 assert torch.equal(again(ids).logits, model(ids).logits)
