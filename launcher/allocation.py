@@ -5,12 +5,14 @@ exit code. The record of a job's starts is ``attempts.json`` in the run's folder
 """
 
 import argparse
+import base64
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
         RunError: the job has started too often without progress.
         UserError: no number of the nodes there are fits the batch.
     """
-    job, step = os.environ["SLURM_JOB_ID"], newest_step(run)
+    job, step = slurm.this_job(), newest_step(run)
     nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
     taken = nodes[: fitting_nodes(load_config(str(run / CONFIG)), len(nodes), ranks_per_node, least)]
     record = _next(read_attempts(run), job, step, taken)
@@ -45,7 +47,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
     write_atomic(run / ATTEMPTS, json.dumps(record, indent=1))
     logs = run / "logs" / f"{job}-{record['start']}"
     logs.mkdir(parents=True, exist_ok=True)
-    port = free_port(FIRST_PORT + int(job) % PORTS)
+    port = free_port(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS)
     where = f"{' '.join(taken)}, meeting at {taken[0]}:{port}"
     _say(f"start {record['start']} from step {step} on {where}; the ranks' output is in {logs}")
     if len(taken) < most:
@@ -58,7 +60,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
         "logs": str(logs),
         "MASTER_ADDR": taken[0],
         "MASTER_PORT": str(port),
-        "WORLD_INFO": slurm.world_info(taken, ranks_per_node),
+        "WORLD_INFO": _world_info(taken, ranks_per_node),
         "FUSIONTREE_LAUNCH": str(logs),
     }
 
@@ -77,6 +79,11 @@ def fitting_nodes(config: RunConfig, given: int, ranks_per_node: int, least: int
         else:
             return nodes
     raise failure
+
+
+def _world_info(nodes: Sequence[str], ranks_per_node: int) -> str:
+    """What DeepSpeed's node launcher reads: the ranks' devices by node, as it encodes them."""
+    return base64.urlsafe_b64encode(json.dumps({node: list(range(ranks_per_node)) for node in nodes}).encode()).decode()
 
 
 def _next(before: dict[str, Any], job: str, step: int, nodes: list[str]) -> dict[str, Any]:

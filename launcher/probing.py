@@ -13,7 +13,7 @@ from typing import Any
 from fusiontree.config import RunConfig
 from fusiontree.errors import RunError, UserError
 from fusiontree.network import free_port
-from launcher import hostfile, slurm
+from launcher import hostfile, remote, slurm
 from launcher.plan import FIRST_PORT, PORTS, Plan, Surroundings, plan_program
 
 
@@ -35,8 +35,8 @@ def probe_cluster(config: RunConfig, nodes: int, ranks_per_node: int, hosts: Pat
             if len(slots) < nodes:
                 raise UserError(f"--nodes {nodes}: {hosts} names {len(slots)}")
             plan = plan_program(("fusiontree", "probe", str(target)), slots, Surroundings())
-            hostfile.check_programs("pdsh")
-            hostfile.run(plan, folder, "pdsh")
+            remote.check_programs("pdsh")
+            remote.run(plan, folder, "pdsh")
         found: dict[str, Any] = json.loads(target.read_text())
         return found
 

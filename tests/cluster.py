@@ -6,9 +6,11 @@ configuration in /etc are each host's own. Nothing outside is touched, and all o
 """
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -66,7 +68,37 @@ TCPTimeout=2
 AccountingStorageType=accounting_storage/none
 NodeName=node1 NodeAddr={network}.11 CPUs=8 CoresPerSocket=8 RealMemory=8000 State=UNKNOWN
 NodeName=node2 NodeAddr={network}.12 CPUs=8 CoresPerSocket=8 RealMemory=8000 State=UNKNOWN
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=2 PreemptMode=OFF
+"""
+
+# SLURM's own containers; each is a task's, called after its node, job, step and rank. Without exec, the shell that
+# SLURM puts in front would end by the signal that asks the ranks to save
+_OCI_CONF = """
+RunTimeQuery="{root}/runtime state %n.%u.%j.%s.%t"
+RunTimeRun="exec {root}/runtime run --bundle %b %n.%u.%j.%s.%t"
+RunTimeKill="{root}/runtime kill --all %n.%u.%j.%s.%t KILL"
+RunTimeDelete="{root}/runtime delete --force %n.%u.%j.%s.%t"
+"""
+
+# SLURM 22.05 tells a container nothing of its task, here the only one of its node; crun refuses to start where control
+# groups of both versions are mounted, even if it is to use none
+_RUNTIME = """#!/bin/sh
+[ "$1" != run ] || python3 -c '
+import json, os, subprocess, sys
+bundle = json.load(open(sys.argv[1]))
+variables = bundle["process"]["env"]
+nodes = dict(variable.split("=", 1) for variable in variables)["SLURM_JOB_NODELIST"]
+names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True).split()
+variables += [f"SLURM_PROCID={names.index(os.uname().nodename)}", "SLURM_LOCALID=0"]
+json.dump(bundle, open(sys.argv[1], "w"))
+' "$3"/config.json || exit
+exec unshare --mount sh -c '
+    mount -t tmpfs tmpfs /sys/fs/cgroup
+    exec crun --cgroup-manager=disabled --root=/run/crun "$@"
+' crun "$@"
 """
 
 _SSHD_CONFIG = """
@@ -241,6 +273,9 @@ class Cluster:
         (etc / "resolv.conf").write_text("")
         facts = {"root": self.root, "network": NETWORK, "path": PATH}
         (etc / "slurm/slurm.conf").write_text(_SLURM_CONF.format(**facts))
+        (etc / "slurm/oci.conf").write_text(_OCI_CONF.format(**facts))
+        (self.root / "runtime").write_text(_RUNTIME)
+        (self.root / "runtime").chmod(0o755)
         (etc / "sshd_config").write_text(_SSHD_CONFIG.format(**facts))
         (etc / "ssh_config").write_text(_SSH_CONFIG.format(**facts))
         for name in ("key", "host_key"):
@@ -314,6 +349,46 @@ def until(condition: Callable[[], object], seconds: float, what: str = "") -> No
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what or condition}"
         time.sleep(0.1)
+
+
+def steps(run: Path) -> list[int]:
+    """Steps that the run has recorded so far."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def training(run: Path, step: int) -> None:
+    """Wait until the run has made `step` updates."""
+    until(lambda: max(steps(run), default=0) >= step, 120, f"step {step} of {run}")
+
+
+def ranks(cluster: Cluster, run: Path) -> list[tuple[str, str]]:
+    """Node and id of every process that trains `run`, those that started others first."""
+    pattern = f"[-]m fusiontree train {run}/config.yaml"
+    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in NODES}
+    return [(node, pid) for node, pids in found.items() for pid in pids]
+
+
+def image(folder: Path) -> Path:
+    """An OCI bundle: this machine's files under a root of its own, where Python lies at /image/bin."""
+    root = folder / "rootfs"
+    shared = [path for path in Path("/").iterdir() if path.is_dir() and path.name not in ("proc", "run")]
+    for path in [*shared, Path("/proc"), Path("/run"), Path("/image/bin")]:
+        (root / path.relative_to("/")).mkdir(parents=True)
+    python = root / "image/bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    mounts = [{"destination": str(path), "source": str(path), "type": "none", "options": ["rbind"]} for path in shared]
+    config = {
+        "ociVersion": "1.0.0",
+        "root": {"path": "rootfs"},
+        "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
+        "mounts": [{"destination": "/proc", "source": "proc", "type": "proc"}, *mounts],
+        "linux": {"namespaces": [{"type": "mount"}]},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @contextlib.contextmanager

@@ -181,14 +181,46 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+NO_ASYNC_IO = (
+    "DeepSpeed's async_io is not built: python -c 'import deepspeed.ops.op_builder as b; b.AsyncIOBuilder().load()' "
+    "takes minutes, libaio-dev, g++ and ninja"
+)
+
+
+def has_async_io() -> bool:
+    """Whether DeepSpeed has built here what reads and writes states on NVMe."""
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return any(extensions.rglob("async_io.so"))
+
+
 MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A SLURM cluster of two nodes that are ssh hosts too; a test that harms a node calls ``settle`` first."""
+    """A SLURM cluster of two nodes that are ssh hosts too."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as made:
         yield made
+
+
+@pytest.fixture
+def calm(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, both nodes idle before and no job left after."""
+    cluster.settle()
+    yield cluster
+    cluster.run("scancel", "--user=root", code=None)
+    cluster.settle()
+
+
+LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}  # enough to be interrupted in
+
+
+@pytest.fixture(scope="session")
+def truth(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `LONG` run on two ranks of this machine, uninterrupted."""
+    output = tmp_path_factory.mktemp("truth")
+    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
+    return output / "truth"
 
 
 def metrics(run: Path) -> list[dict]:
@@ -215,7 +247,7 @@ def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks
                 flat.append(padded.view(ranks, -1)[rank])
         parts = [part.clone() for part in torch.cat(flat).split(sub_group)]
         torch.save({"param_shapes": shapes}, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts}
+        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts, "optimizer_state_dict": {"state": {}}}
         path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer}, path)
 

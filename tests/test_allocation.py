@@ -1,5 +1,6 @@
 """Inside an allocation: which nodes take part, where they meet, what becomes of a job when a start has ended."""
 
+import base64
 import json
 import os
 import shlex
@@ -88,13 +89,9 @@ def test_the_script_gets_nodes_rendezvous_and_logs(run, capsys, monkeypatch):
     assert "start 0 from step 0 on n1 n2" in printed.err
 
 
-def test_deepspeeds_node_launcher_reads_the_nodes_as_meant():
-    import base64
-
-    from launcher.slurm import world_info
-
-    decoded = json.loads(base64.urlsafe_b64decode(world_info(["n1", "n2"], 2)))
-    assert decoded == {"n1": [0, 1], "n2": [0, 1]}
+def test_deepspeeds_node_launcher_reads_the_nodes_as_meant(run):
+    facts = allocation.begin(run, 2, 2, 2)
+    assert json.loads(base64.urlsafe_b64decode(facts["WORLD_INFO"])) == {"n1": [0, 1], "n2": [0, 1]}
 
 
 def test_two_jobs_on_one_node_meet_at_different_ports():

@@ -2,46 +2,21 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster, full_disk, until, why_not
-from conftest import cli, metrics, settings
+from cluster import NODES, PATH, Cluster, full_disk, image, ranks, steps, training, until, why_not
+from conftest import LONG, cli, metrics, settings
 
 pytestmark = pytest.mark.cluster
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 
 
-@pytest.fixture
-def calm(cluster) -> Cluster:
-    """The cluster, both nodes idle before and no job left after."""
-    cluster.settle()
-    yield cluster
-    cluster.run("scancel", "--user=root", code=None)
-    cluster.settle()
-
-
-@pytest.fixture(scope="module")
-def truth(shards, tmp_path_factory) -> Path:
-    """The same run on two ranks of this machine, uninterrupted."""
-    output = tmp_path_factory.mktemp("truth")
-    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **SHORT))
-    return output / "truth"
-
-
 SHORT = {"schedule__steps": 8}
-LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}
-
-
-@pytest.fixture(scope="module")
-def long_truth(shards, tmp_path_factory) -> Path:
-    """A run long enough to be interrupted, uninterrupted."""
-    output = tmp_path_factory.mktemp("truth")
-    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
-    return output / "truth"
 
 
 def launch(cluster: Cluster, shards: Path, run: Path, *options: object, code: int = 0, **changes: object):
@@ -58,21 +33,9 @@ def submitted(*arguments, **keywords) -> str:
     return re.match(r"job (\d+):", launch(*arguments, **keywords).stdout)[1]
 
 
-def steps(run: Path) -> list[int]:
-    """Steps that the run has recorded so far."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
-
-
 def log(run: Path, job: str) -> str:
     """What the job's script and srun have said."""
     return (run / "logs" / f"slurm-{job}.log").read_text()
-
-
-def training(run: Path, step: int) -> None:
-    """Wait until the run has made `step` updates."""
-    until(lambda: max(steps(run), default=0) >= step, 120, f"step {step} of {run}")
 
 
 def ended(cluster: Cluster, job: str, seconds: float = 180) -> dict[str, str]:
@@ -86,20 +49,22 @@ def contents(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts}
 
 
-def ranks(cluster: Cluster, node: str, run: Path) -> list[str]:
-    """Ids, on `node`, of the processes that train `run` there."""
-    found = cluster.run("pgrep", "-f", f"[-]m fusiontree train {run}/config.yaml", on=node, code=None)
-    return found.stdout.split()
+@pytest.fixture(scope="module")
+def short_truth(shards, tmp_path_factory) -> Path:
+    """A `SHORT` run on two ranks of this machine."""
+    output = tmp_path_factory.mktemp("truth")
+    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **SHORT))
+    return output / "truth"
 
 
 # --- a job from beginning to end -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tasks", ["rank", "node"])
-def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, truth):
+def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, short_truth):
     run = tmp_path / "run"
     done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", "GREETING=a b", **SHORT)
-    assert metrics(run) == metrics(truth)
+    assert metrics(run) == metrics(short_truth)
     job = re.match(r"job (\d+): .*/job.sbatch\nfollow it with  tail -F .*\nend it with     scancel \1\n", done.stdout)[
         1
     ]
@@ -125,6 +90,33 @@ def test_setup_lines_variables_and_extra_directives_reach_the_ranks(calm, shards
     done = calm.run("sbatch", "--wait", "--parsable", probe)
     number = done.stdout.strip()
     assert (run / "logs" / f"{number}-0" / "rank-1.out").read_text() == "a b by-setup\n"
+
+
+def inside(runtime: str, folder: Path) -> list[object]:
+    """Options that run the ranks in a container with a root of its own."""
+    bundle = image(folder)
+    if runtime == "crun":
+        return ["--container", f"oci:{bundle}", "--env", f"PATH=/image/bin:{PATH}"]
+    mounts = ",".join(f"{path}:{path}" for path in ("/usr", "/bin", "/lib", "/lib64", sys.base_prefix))
+    container = ["--container", bundle / "rootfs", "--container-mounts", mounts]
+    return [*container, "--env", "APPTAINERENV_PREPEND_PATH=/image/bin"]
+
+
+@pytest.mark.parametrize("runtime", ["crun", "apptainer"])
+def test_ranks_in_containers_save_and_come_back_and_go_on_exactly(runtime, calm, shards, tmp_path, truth):
+    if shutil.which(runtime, path=PATH) is None:
+        pytest.skip(f"no {runtime} here")
+    run = tmp_path / "run"
+    container = inside(runtime, tmp_path / "image")
+    job = submitted(calm, shards, run, *container, **LONG)
+    training(run, 8)
+    places = [path.read_text().split() for path in (run / "logs" / f"{job}-0").glob("rank-*.joined")]
+    assert [calm.run("ls", f"/proc/{pid}/root/image/bin", on=node).stdout for node, pid in places] == ["python\n"] * 2
+    calm.run("scancel", "--signal=USR1", job)
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert "stopped by SIGUSR1" in log(run, job)
+    assert calm.state(job)["Restarts"] == "1"
+    assert metrics(run) == metrics(truth)
 
 
 def test_a_sweep_is_one_array_of_runs(calm, shards, tmp_path):
@@ -160,7 +152,7 @@ def test_the_doctor_looks_at_the_nodes_of_an_allocation(calm, shards, tmp_path):
 # --- stopped and come back -------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards, tmp_path, long_truth):
+def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
     """As SLURM asks before the time limit: USR1 to the job's steps."""
     run = tmp_path / "run"
     job = submitted(calm, shards, run, **LONG)
@@ -169,9 +161,21 @@ def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards
         calm.run("scancel", "--signal=USR1", job)
         until(lambda: calm.state(job)["JobState"] != "RUNNING", 60)
     assert ended(calm, job)["JobState"] == "COMPLETED"
-    assert metrics(run) == metrics(long_truth)
+    assert metrics(run) == metrics(truth)
     assert calm.state(job)["Restarts"] == "2"
     assert "stopped by SIGUSR1" in log(run, job)
+
+
+def test_a_preempted_job_saves_and_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, **LONG)
+    training(run, 12)
+    urgent = calm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    assert ended(calm, urgent.stdout.strip())["JobState"] == "COMPLETED"
+    assert ended(calm, job)["JobState"] == "COMPLETED"
+    assert "stopped by SIGTERM" in log(run, job)
+    assert calm.state(job)["Restarts"] == "1"
+    assert metrics(run) == metrics(truth)
 
 
 def test_the_time_limit_requeues(calm, shards, tmp_path):
@@ -195,20 +199,20 @@ def test_a_cancelled_job_ends_at_once_and_stays_away(calm, shards, tmp_path):
     assert ended(calm, job, 30)["JobState"] == "CANCELLED"
     time.sleep(8)  # longer than a requeued job is held
     assert calm.state(job)["JobState"] == "CANCELLED"
-    assert not ranks(calm, "node1", run) + ranks(calm, "node2", run)
+    assert not ranks(calm, run)
 
 
-def test_a_killed_rank_is_named_and_the_job_goes_on_exactly(calm, shards, tmp_path, long_truth):
+def test_a_killed_rank_is_named_and_the_job_goes_on_exactly(calm, shards, tmp_path, truth):
     run = tmp_path / "run"
     job = submitted(calm, shards, run, **LONG)
     training(run, 12)
-    calm.run("kill", "-9", *ranks(calm, "node2", run)[-1:], on="node2")
+    calm.run("kill", "-9", *[pid for node, pid in ranks(calm, run) if node == "node2"][-1:], on="node2")
     assert ended(calm, job)["JobState"] == "COMPLETED"
-    assert metrics(run) == metrics(long_truth)
+    assert metrics(run) == metrics(truth)
     assert "rank 1 on node2 ended without a word" in log(run, job)
 
 
-def test_a_full_disk_on_one_node_costs_checkpoints_and_not_the_run(calm, shards, tmp_path, long_truth):
+def test_a_full_disk_on_one_node_costs_checkpoints_and_not_the_run(calm, shards, tmp_path, truth):
     run = tmp_path / "run"
     job = submitted(calm, shards, run, **LONG)
     training(run, 7)
@@ -216,7 +220,7 @@ def test_a_full_disk_on_one_node_costs_checkpoints_and_not_the_run(calm, shards,
         until(lambda: (run / "incidents.jsonl").exists(), 60, "a checkpoint that could not be written")
     assert "No space left on device" in (run / "incidents.jsonl").read_text()
     assert ended(calm, job)["JobState"] == "COMPLETED"
-    assert metrics(run) == metrics(long_truth)
+    assert metrics(run) == metrics(truth)
     assert (run / "checkpoints" / "latest").read_text() == f"step-{LONG['schedule__steps']}\n"
 
 
@@ -244,7 +248,7 @@ def test_a_users_mistake_ends_the_job_with_its_code(calm, shards, tmp_path):
 # --- lost nodes ------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_lost_a_node_goes_on_with_fewer(calm, shards, tmp_path, long_truth):
+def test_a_job_that_lost_a_node_goes_on_with_fewer(calm, shards, tmp_path, truth):
     run = tmp_path / "run"
     job = submitted(calm, shards, run, "--min-nodes", 1, **LONG)
     training(run, 12)
@@ -252,8 +256,8 @@ def test_a_job_that_lost_a_node_goes_on_with_fewer(calm, shards, tmp_path, long_
     assert ended(calm, job)["JobState"] == "COMPLETED"
     assert "on 1 of 2 nodes (1 at least)" in log(run, job)
     assert json.loads((run / "attempts.json").read_text())["nodes"] == ["node1"]
-    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(long_truth)]
-    for here, there in zip(metrics(run), metrics(long_truth), strict=True):
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(truth)]
+    for here, there in zip(metrics(run), metrics(truth), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)
 
 
@@ -268,7 +272,7 @@ def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, s
     assert json.loads((run / "lease.json").read_text())["host"] == "node2"
     assert steps(run) == [*range(1, LONG["schedule__steps"] + 1)]
     written = contents(run)
-    until(lambda: not ranks(calm, "node1", run), 120, "the end of the half that is still cut off")
+    until(lambda: not ranks(calm, run), 120, "the end of the half that is still cut off")
     calm.settle()  # the cable is back
     time.sleep(2)
     assert contents(run) == written
@@ -281,7 +285,7 @@ def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--partition", "gpu"], "--partition gpu: no such partition; there are debug"),
+        (["--partition", "gpu"], "--partition gpu: no such partition; there are debug, urgent"),
         (["--nodes", 3], "SLURM refuses .*: Requested node configuration is not available"),
         (["--constraint", "ib"], "SLURM refuses .*: .*feature"),
         (["--sbatch=--nonsense"], "SLURM refuses .*"),

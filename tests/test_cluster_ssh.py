@@ -1,36 +1,19 @@
-"""Jobs on real ssh hosts through pdsh: run, stopped, killed, cut off; no host keeps what was started on it."""
+"""Jobs on real ssh hosts by pdsh and Open MPI: run, stopped, killed, cut off; no host keeps what was started there."""
 
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster, until, why_not
-from conftest import cli, metrics, settings
+from cluster import NODES, PATH, Cluster, ranks, training, until, why_not
+from conftest import LONG, metrics, settings
 
 pytestmark = pytest.mark.cluster
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
-
-LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}
-
-
-@pytest.fixture
-def calm(cluster) -> Cluster:
-    """The hosts, both there."""
-    cluster.settle()
-    yield cluster
-    cluster.settle()
-
-
-@pytest.fixture(scope="module")
-def truth(shards, tmp_path_factory) -> Path:
-    """The same run on two ranks of this machine, uninterrupted."""
-    output = tmp_path_factory.mktemp("truth")
-    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
-    return output / "truth"
 
 
 @pytest.fixture
@@ -41,24 +24,22 @@ def hosts(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(params=["pdsh", "openmpi"])
+def launcher(request) -> list[str]:
+    """Each of the launchers, as options."""
+    if request.param == "openmpi" and shutil.which("mpirun", path=PATH) is None:
+        pytest.skip("no mpirun here (Debian: openmpi-bin)")
+    return ["--launcher", request.param]
+
+
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
 def words(shards: Path, run: Path, hosts: Path, *options: object, **changes: object) -> list[object]:
     """A launch's command."""
     target = ["--hostfile", hosts, "--env", "DS_ACCELERATOR=cpu", *options]
     values = settings(shards, run.parent, name=run.name, **LONG | changes)
     return [sys.executable, "-m", "fusiontree", "launch", "tiny", *target, *values]
-
-
-def training(run: Path, step: int) -> None:
-    """Wait until the run has made `step` updates."""
-    path = run / "metrics.jsonl"
-    until(lambda: path.exists() and f'"step": {step},' in path.read_text(), 120, f"step {step} of {run}")
-
-
-def ranks(cluster: Cluster, run: Path) -> list[tuple[str, str]]:
-    """Host and id of every process that trains `run`."""
-    pattern = f"[-]m fusiontree train {run}/config.yaml"
-    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in NODES}
-    return [(node, pid) for node, pids in found.items() for pid in pids]
 
 
 def refusal(cluster: Cluster, *command: object) -> str:
@@ -71,11 +52,10 @@ def stop(cluster: Cluster, run: Path, number: signal.Signals) -> None:
     cluster.run("pkill", f"-{number.name[3:]}", "-f", f"fusiontree launch .* name={run.name}$")
 
 
-def test_two_hosts_train_as_one_machine_does_and_go_on_after_a_stop(calm, shards, tmp_path, hosts, truth):
+def test_two_hosts_train_as_one_machine_does_and_go_on_after_a_stop(calm, shards, tmp_path, hosts, truth, launcher):
     run = tmp_path / "run"
-    first = calm.start(
-        *words(shards, run, hosts, "--env", "GREETING=a 'b' $c", "--pre-command", "export MADE=by-setup")
-    )
+    around = ["--env", "GREETING=a 'b' $c", "--pre-command", "export MADE=by-setup"]
+    first = calm.start(*words(shards, run, hosts, *launcher, *around), **AS_ROOT)
     training(run, 12)
     pid = next(pid for node, pid in ranks(calm, run) if node == "node2")
     environment = calm.run("cat", f"/proc/{pid}/environ", on="node2").stdout.split("\0")
@@ -86,7 +66,7 @@ def test_two_hosts_train_as_one_machine_does_and_go_on_after_a_stop(calm, shards
     assert first.returncode == 75, said
     assert "stopped by SIGTERM" in said
     assert not ranks(calm, run)
-    calm.run(*words(shards, run, hosts))
+    calm.run(*words(shards, run, hosts, *launcher), **AS_ROOT)
     assert metrics(run) == metrics(truth)
     assert {path.name for path in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
 
@@ -101,9 +81,9 @@ def test_the_doctor_looks_at_the_hosts_of_a_hostfile(calm, shards, tmp_path, hos
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_rank_ends_the_launch_with_a_line_that_names_it(calm, shards, tmp_path, hosts):
+def test_a_killed_rank_ends_the_launch_with_a_line_that_names_it(calm, shards, tmp_path, hosts, launcher):
     run = tmp_path / "run"
-    process = calm.start(*words(shards, run, hosts))
+    process = calm.start(*words(shards, run, hosts, *launcher), **AS_ROOT)
     training(run, 12)
     calm.run("kill", "-9", *[pid for node, pid in ranks(calm, run) if node == "node2"][-1:], on="node2")
     said = process.communicate(timeout=120)[0]

@@ -14,7 +14,7 @@ import pytest
 from fusiontree import cli
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
-from launcher import beat, hostfile, local, plan
+from launcher import beat, hostfile, plan, remote
 from launcher.plan import Plan, Surroundings, plan_hosts
 
 NOTHING = Surroundings()
@@ -126,8 +126,8 @@ def test_deepspeed_reads_the_command_as_meant(tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
     made = planned({"node1": (1, 3), "node2": (0,)}, Surroundings(setup=("module load cuda",)))
-    args = deepspeeds_arguments(hostfile.render(made, "pdsh", tmp_path))
-    for name, content in hostfile.launch_files(made, "pdsh", tmp_path).items():
+    args = deepspeeds_arguments(remote.render(made, "pdsh", tmp_path))
+    for name, content in remote.launch_files(made, "pdsh", tmp_path).items():
         (tmp_path / name).write_text(content)
     active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
     assert dict(active) == {"node1": [1, 3], "node2": [0]}
@@ -141,7 +141,7 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     values = {"PLAIN": "1", "BLANK": "a b", "QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|"}
-    content = hostfile.launch_files(planned({"node1": (0,)}, Surroundings(values)), "pdsh", tmp_path)["environment"]
+    content = remote.launch_files(planned({"node1": (0,)}, Surroundings(values)), "pdsh", tmp_path)["environment"]
     args = argparse.Namespace(user_args=[], user_script="x")
     runner = PDSHRunner(args, "")
     for line in content.splitlines():
@@ -154,12 +154,12 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
     assert found["PATH"] == "/usr/bin:/bin"
     assert found["FUSIONTREE_LAUNCH"] == str(tmp_path)
     with pytest.raises(UserError, match="variable LINES has more than one line"):
-        hostfile.launch_files(planned({"node1": (0,)}, Surroundings({"LINES": "a\nb"})), "pdsh", tmp_path)
+        remote.launch_files(planned({"node1": (0,)}, Surroundings({"LINES": "a\nb"})), "pdsh", tmp_path)
 
 
 def test_the_users_own_environment_file_still_counts(tmp_path, monkeypatch):
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\n")
-    text = hostfile.launch_files(planned({"node1": (0,)}), "pdsh", tmp_path)["environment"]
+    text = remote.launch_files(planned({"node1": (0,)}), "pdsh", tmp_path)["environment"]
     assert "NCCL_SOCKET_IFNAME=ib0\n" in text
 
 
@@ -182,28 +182,31 @@ def test_an_environment_file_holds_lines_comments_and_quotes(tmp_path):
 
 def test_open_mpi_gets_the_rendezvous_and_whole_hosts_only(tmp_path):
     made = planned({"node1": (0, 1), "node2": (0,)})
-    args = deepspeeds_arguments(hostfile.render(made, "openmpi", tmp_path))
-    assert (args.launcher, args.include, args.num_gpus) == ("openmpi", "", -1)
-    files = hostfile.launch_files(made, "openmpi", tmp_path)
-    assert files["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
-    assert "MASTER_ADDR=node1\nMASTER_PORT=21000\n" in files["environment"]
+    args = deepspeeds_arguments(remote.render(made, "openmpi", tmp_path))
+    assert (args.launcher, args.include, args.num_gpus, args.no_python) == ("openmpi", "", -1, True)
+    assert [args.user_script, *args.user_args] == ["bash", str(tmp_path / "rank.sh")]
+    assert remote.launch_files(made, "openmpi", tmp_path)["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
     with pytest.raises(UserError, match="takes the first slots of a host"):
-        hostfile.render(planned({"node1": (1,)}), "openmpi", tmp_path)
-    with pytest.raises(UserError, match="--pre-command does not reach"):
-        hostfile.render(planned({"node1": (0,)}, Surroundings(setup=("x",))), "openmpi", tmp_path)
+        remote.render(planned({"node1": (1,)}), "openmpi", tmp_path)
 
 
-def test_a_rank_of_open_mpi_finds_its_place(monkeypatch):
-    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4"}.items():
-        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    local.join_launcher()
-    assert [os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "1", "4"]
+def test_a_rank_of_open_mpi_gets_variables_setup_and_the_rendezvous(tmp_path):
+    values = {"QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|", "LINES": "a\nb"}
+    made = planned({"node1": (0,)}, Surroundings(values, ("export MADE=by-setup",)))
+    script = remote.launch_files(made, "openmpi", tmp_path)["rank.sh"]
+    *lines, program = script.splitlines()
+    assert program == f"exec {sys.executable} -m fusiontree train /runs/a/config.yaml"
+    shell = "\n".join([*lines, "env -0"])
+    place = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True, env=os.environ | place)
+    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
+    expected = {**values, "MADE": "by-setup", "MASTER_ADDR": "node1", "MASTER_PORT": "21000"}
+    expected |= {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_the_dry_run_is_a_script_that_makes_the_files_and_starts(tmp_path):
-    text = hostfile.command_line(planned({"node1": (0,)}, Surroundings({"A": "b c"})), "pdsh", tmp_path)
+    text = remote.command_line(planned({"node1": (0,)}, Surroundings({"A": "b c"})), "pdsh", tmp_path)
     *files, command = text.rsplit("\n", 1)
     words = shlex.split(command)
     assert words[0] == "env"

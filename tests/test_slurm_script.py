@@ -9,9 +9,9 @@ import pytest
 from fusiontree import cli
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
-from launcher import slurm
+from launcher import sbatch
 from launcher.plan import Surroundings, plan_slurm
-from launcher.slurm import Job, Sweep
+from launcher.sbatch import Job, Sweep
 
 PYTHON = sys.executable
 
@@ -83,7 +83,7 @@ def config(tmp_path):
 def rendered(config, job: Job, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
     around = Surroundings({"GREETING": "hello world"}, ("module load cuda/12.8",))
     plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], around)
-    return slurm.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
+    return sbatch.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
 
 
 def test_the_whole_script(config):
@@ -127,6 +127,22 @@ def test_other_images_are_for_pyxis(config):
     assert f"    {options} --container-workdir=/work \\\n    bash -c 'export RANK=" in script
     assert "rank \\\n    python -m fusiontree train " in script
     assert f"{PYTHON} -m launcher.allocation end" in script  # outside of the container
+
+
+def test_slurms_own_containers_take_a_bundle_that_has_its_mounts(config):
+    script = rendered(config, Job(container="oci:/images/my bundle"))
+    first = 'bash -c \': "${SLURM_PROCID:?is not set inside}"; cd /work || exit; export RANK='
+    assert f"    --container='/images/my bundle' \\\n    {first}" in script
+    assert "rank \\\n    python -m fusiontree train " in script
+    with pytest.raises(UserError, match="--container-mounts /a:/b: an OCI bundle has its own; add them to /b/config"):
+        rendered(config, Job(container="oci:/b", container_mounts="/a:/b"))
+
+
+def test_a_container_sees_the_folders_of_runs_that_lie_elsewhere(config, tmp_path):
+    around = Surroundings()
+    plan = plan_slurm(config, 1, 1, False, [], around)
+    script = sbatch.render(plan, Job(container=str(tmp_path)), [Path("/scratch/runs/books")], Path("/scratch/logs"))
+    assert f"apptainer exec --bind /work --bind /scratch/runs {tmp_path} python" in script  # a folder: a sandbox
 
 
 def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(config):
@@ -174,20 +190,20 @@ def test_cpu_ranks_take_one_thread_unless_told(config, monkeypatch):
     [("5", 300), ("5:30", 330), ("1:00:01", 3601), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit, expected):
-    assert slurm.seconds(limit) == expected
+    assert sbatch.seconds(limit) == expected
 
 
 @pytest.mark.parametrize("limit", ["", "tomorrow", "1:2:3:4", "-5", "1-"])
 def test_other_time_limits_are_refused(limit):
     with pytest.raises(UserError, match="--time .*: give minutes"):
-        slurm.seconds(limit)
+        sbatch.seconds(limit)
 
 
 def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config):
     big = load_config("7b", ["data.path=x"])
-    assert slurm.save_ahead(config, 1) == 60
-    assert slurm.save_ahead(big, 1) - 60 == pytest.approx(16 * big.model.parameter_count() / 0.5e9, abs=1)
-    assert slurm.save_ahead(big, 4) - 60 == pytest.approx((slurm.save_ahead(big, 1) - 60) / 4, abs=1)
+    assert sbatch.save_ahead(config, 1) == 60
+    assert sbatch.save_ahead(big, 1) - 60 == pytest.approx(16 * big.model.parameter_count() / 0.5e9, abs=1)
+    assert sbatch.save_ahead(big, 4) - 60 == pytest.approx((sbatch.save_ahead(big, 1) - 60) / 4, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def _refuse_stray(args: argparse.Namespace) -> None:
 
 def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     from fusiontree.config import load_config
-    from launcher import hostfile
+    from launcher import hostfile, remote
     from launcher.plan import plan_hosts, prepare_run
 
     config = load_config(args.config, args.overrides)
@@ -62,15 +62,15 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     plan = plan_hosts(config, hosts, _rank_options(args), around)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
-        print(hostfile.command_line(plan, launcher, config.run_dir.absolute()))
+        print(remote.command_line(plan, launcher, config.run_dir.absolute()))
         return 0
-    hostfile.check_programs(launcher)
-    return hostfile.run(plan, prepare_run(config, args.allow_changed), launcher)
+    remote.check_programs(launcher)
+    return remote.run(plan, prepare_run(config, args.allow_changed), launcher)
 
 
 def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     from fusiontree.config import load_config
-    from launcher import slurm
+    from launcher import sbatch, slurm
     from launcher.plan import plan_slurm, prepare_run
 
     config = load_config(args.config, args.overrides)
@@ -78,26 +78,26 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     ranks = args.gpus_per_node if args.ranks_per_node is None else args.ranks_per_node
     if ranks is None:
         raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
-    sweep = slurm.Sweep.of(config.name, args.sweep)
+    sweep = sbatch.Sweep.of(config.name, args.sweep)
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
-    job = _slurm_job(args, slurm.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
+    job = _slurm_job(args, sbatch.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
     plans = [
         plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
     ]
-    slurm.check(job, nodes)
+    sbatch.check(job, nodes)
     folder = config.run_dir.absolute()
-    text = slurm.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
+    text = sbatch.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
     if args.dry_run:
         print(text, end="")
         return 0
-    slurm.check_cluster(job)
+    slurm.check_cluster(job.partition)
     for one in configs:
         prepare_run(one, args.allow_changed)
-    return _submit(slurm.write(text, folder), folder / "logs", args.wait)
+    return _submit(sbatch.write(text, folder), folder / "logs", args.wait)
 
 
 def _slurm_job(args: argparse.Namespace, save_ahead: int) -> Any:
-    from launcher.slurm import Job
+    from launcher.sbatch import Job
 
     return Job(
         gpus_per_node=args.gpus_per_node,
@@ -179,7 +179,11 @@ def _add_slurm(launch: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save-ahead", type=int, metavar="S", help="seconds before the limit at which to save (default: an estimate)"
     )
-    group.add_argument("--container", metavar="IMAGE", help="a .sif for apptainer, else an image for pyxis")
+    group.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="a .sif or a folder for apptainer, oci:BUNDLE for SLURM's own containers, else an image for pyxis",
+    )
     group.add_argument("--container-mounts", metavar="FROM:TO[,...]", help="besides the current folder")
     group.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -156,8 +156,11 @@ class HybridLM(nn.Module):
         return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
 
 
-def materialise(model: HybridLM, seed: int, device: torch.device) -> Iterator[nn.Module]:
-    """Give a model made on the meta device its initial weights on `device`, a function of `seed` and their names alone.
+Give = Callable[[str, Any], None]  # makes the own parameters of a module, given with its name; before, they are meta
+
+
+def materialise(model: HybridLM, give: Give, device: torch.device) -> Iterator[nn.Module]:
+    """Bring a model made on the meta device to `device`, with the weights that `give` gives (`drawn`, for one).
 
     Yields:
         Each module as soon as its own parameters are there: who cuts them up never holds the whole model.
@@ -165,11 +168,20 @@ def materialise(model: HybridLM, seed: int, device: torch.device) -> Iterator[nn
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
-        module.to_empty(device="cpu", recurse=False)  # drawn on the host, so that every device starts alike
-        module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
+        give(name, module)
         for own, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, own, nn.Parameter(parameter.detach().to(device)))
         yield module
+
+
+def drawn(seed: int) -> Give:
+    """Initial weights: a function of `seed` and the modules' names alone, drawn on the host for every device."""
+
+    def give(name: str, module: Any) -> None:
+        module.to_empty(device="cpu", recurse=False)
+        module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
+
+    return give
 
 
 def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:
