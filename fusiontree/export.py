@@ -16,8 +16,8 @@ from fusiontree import __version__, checkpoint
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.errors import UserError
-from fusiontree.files import refuse_existing, staged_folder, write_atomic
-from fusiontree.generate import FACTS, PREFIX
+from fusiontree.exported import FACTS, PREFIX
+from fusiontree.files import read_json_lines, refuse_existing, staged_folder, write_atomic
 from fusiontree.kernels import DTYPES
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
@@ -86,7 +86,8 @@ def export(
         # transformers copies a folder's code there to import it; read when it is first imported, below
         os.environ["HF_MODULES_CACHE"] = modules
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
-        _write_rest(partial, config, shape, {**state, **pruned}, tokenizer, dtype)
+        facts = {**state, "val_loss": _held_out_loss(found), **pruned}
+        _write_rest(partial, config, shape, facts, tokenizer, dtype)
         console.print("proving the export: logits and cached decoding against the trained model")
         parity = prove(partial, shape, weights, dtype)
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
@@ -109,6 +110,13 @@ def _size(text: str) -> int:
     if found is None or float(found[1]) == 0:
         raise UserError(f"--max-shard-size is {text!r}; give a size such as 5GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _held_out_loss(found: Path) -> float | None:
+    """The last that the run measured until the checkpoint `found`, nats per token; None: none."""
+    lines = read_json_lines(found.parent.parent / "metrics.jsonl")
+    known = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] <= checkpoint.step_of(found)]
+    return known[-1] if known else None
 
 
 def _write_weights(
@@ -163,9 +171,13 @@ def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> 
         ("updates", f"{state['step']:,}"),
         ("tokens", f"{state['tokens']:,}"),
         ("row length", f"{config.data.seq_len:,} tokens"),
-        ("peak learning rate", f"{config.optimizer.lr:g}"),
+        ("tokens per update", f"{config.batch.tokens:,}"),
+        ("peak learning rate", f"{config.optimizer.lr:g}, {config.schedule.kind}"),
         ("precision", config.precision),
+        ("sources", ", ".join(filter(None, config.data.locations)) or "one dataset"),
     ]
+    if state["val_loss"] is not None:
+        lines.append(("held-out loss", f"{state['val_loss']:.4f} nats per token"))
     if "pruning" in state:
         before, after = (state["pruning"][when] for when in ("before", "after"))
         kinds = ", ".join(f"{layer}: {kind}" for layer, kind in enumerate(model.layer_kinds or ()) if kind != "hybrid")
@@ -194,7 +206,7 @@ of them global, the rest with a window of {model.window} tokens), fused by a lea
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```

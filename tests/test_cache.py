@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree.generate import Decoder
+from fusiontree.model import reference
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.recompute import Recompute
@@ -144,6 +145,25 @@ def test_a_convolution_of_one_tap_decodes() -> None:
     mask = torch.arange(40) >= torch.tensor([0, 9])[:, None]
     stepped = with_cache(model, ids, mask, [20, *range(21, 40)])
     torch.testing.assert_close(stepped, model(ids, Documents.from_mask(mask)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_cache_is_attended_to_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, heads, 8, generator=draw) for length, heads in ((30, 4), (70, 2), (70, 2)))
+    sizes: list[int] = []
+    inner = reference._sdpa
+
+    def counted(queries: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sizes.append(queries.shape[2])
+        return inner(queries, *rest)
+
+    monkeypatch.setattr(reference, "_sdpa", counted)
+    for window in (None, 20):
+        whole = reference.attention_continued(q, k, v, window)
+        with monkeypatch.context() as small:
+            small.setattr(reference, "_TILE", 2 * 70 * 8)
+            torch.testing.assert_close(reference.attention_continued(q, k, v, window), whole)
+    assert sizes == 2 * [30, 8, 8, 8, 6]
 
 
 def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cli, settings
+from conftest import cli, metrics, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -56,7 +57,20 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: 
     assert parity["cached_decoding"] < 1e-4
 
 
+def test_the_model_card_has_the_runs_facts(exported: Path, run: Path) -> None:
+    card = (exported / "README.md").read_text()
+    facts = dict(re.findall(r"^\| (.+) \| (.+) \|$", card, re.MULTILINE))
+    losses = [line["val_loss"] for line in metrics(run) if "val_loss" in line]
+    assert facts["updates"] == "8"
+    assert facts["tokens"] == f"{metrics(run)[-1]['tokens']:,}"
+    assert facts["held-out loss"] == f"{losses[-1]:.4f} nats per token"
+    assert facts["tokens per update"] == "1,024"
+    assert f"{sum(p.numel() for p in trained(run).parameters()):,} parameters" in card
+
+
 WITHOUT_US = """
+import os
+import re
 import sys
 from importlib.util import find_spec
 for name in ("fusiontree", "deepspeed", "mamba_ssm", "webdataset", "gigatoken", "launcher", "data_tools", "accelerate"):
@@ -67,7 +81,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 folder, saved = sys.argv[1:]
 torch.set_num_threads(1)
 AutoConfig.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 stored = load_file(folder + "/model.safetensors")
 assert {name: 1 for name in stored} == {name: 1 for name in model.state_dict()}
@@ -115,6 +129,8 @@ except ValueError as error:
 else:
     raise AssertionError("the configuration's kernels are passed over")
 torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
+os.chdir(folder)
+exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1], {})  # as the model card shows it
 model.save_pretrained(folder + "-again")
 again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
 assert torch.equal(again(ids).logits, model(ids).logits)

@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
     """The plain loop's curves on a CPU, by optimizer."""
-    from fusiontree.generate import load_export
+    from fusiontree.exported import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
     kinds = {"adamw": [], "muon": test_zero.MUON}

@@ -36,22 +36,23 @@ ARROWS = {
     "fusiontree.training": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
         *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
-        *("fusiontree.generate", "fusiontree.weights"),  # readers of exported folders: a teacher, a start
+        *("fusiontree.exported", "fusiontree.weights"),  # readers of exported folders: a teacher, a start
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
         *("fusiontree.kernels", "fusiontree.parity", "fusiontree.weights"),
-        "fusiontree.generate",  # the reader of an exported folder owns what it looks for there
+        "fusiontree.exported",  # the reader of an exported folder owns what it looks for there
     },
-    "fusiontree.generate": {"fusiontree.config", "fusiontree.kernels", "fusiontree.model"},
+    "fusiontree.exported": {"fusiontree.kernels", "fusiontree.model"},
+    "fusiontree.generate": {"fusiontree.exported", "fusiontree.model"},
     "fusiontree.evaluate": {
-        *("fusiontree.generate", "fusiontree.model", "fusiontree.data"),
+        *("fusiontree.exported", "fusiontree.generate", "fusiontree.model", "fusiontree.data"),
         "fusiontree.bench.decoding",  # throughput is measured in one way
     },
     "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
     "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
     "fusiontree.bench": {
-        *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.generate"),
+        *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.exported"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
     },
     "fusiontree.report": {

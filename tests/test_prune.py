@@ -15,7 +15,7 @@ from fusiontree.cli import main
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
 from fusiontree.export import export
-from fusiontree.generate import load_export
+from fusiontree.exported import load_export
 from fusiontree.prune.plan import (
     PrunedWeights,
     Pruning,

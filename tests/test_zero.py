@@ -277,7 +277,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
     """The plain loop's curves, by kind."""
-    from fusiontree.generate import load_export
+    from fusiontree.exported import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
     return {kind: plain_curve(config_of(folder, more), teacher) for kind, more in KINDS.items()}

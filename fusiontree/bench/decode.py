@@ -12,7 +12,7 @@ from fusiontree.config import RunConfig
 from fusiontree.console import progress_bar
 from fusiontree.distributed import accelerator
 from fusiontree.errors import UserError
-from fusiontree.generate import check_positions
+from fusiontree.exported import check_positions
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM
 

@@ -11,7 +11,7 @@ from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
 from fusiontree.bench.train import bench_config
 from fusiontree.distributed import accelerator
 from fusiontree.errors import UserError
-from fusiontree.generate import check_positions
+from fusiontree.exported import check_positions
 from fusiontree.model.config import LayerKind, ModelConfig
 from fusiontree.prune.plan import Pruning, pruned_model
 

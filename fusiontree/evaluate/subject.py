@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from fusiontree.data.format import Dataset
 from fusiontree.evaluate.ngram import Bigram
-from fusiontree.generate import check_positions, load_export, read_facts
+from fusiontree.exported import check_positions, load_export, read_facts
 from fusiontree.model.lm import HybridLM
 
 _COUNTED_TOKENS = 2**22  # of the training rows, for the n-gram baseline

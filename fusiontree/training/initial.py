@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusiontree.config import RunConfig
 from fusiontree.data.format import Manifest
 from fusiontree.errors import RunError, UserError
-from fusiontree.generate import PREFIX, read_config, read_facts
+from fusiontree.exported import PREFIX, read_config, read_facts
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import Give, drawn
 from fusiontree.weights import of_safetensors

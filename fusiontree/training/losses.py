@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.config import LossConfig, RunConfig
-from fusiontree.generate import check_positions, load_export
+from fusiontree.exported import check_positions, load_export
 from fusiontree.kernels import DTYPES
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM, Output
