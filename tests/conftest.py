@@ -181,7 +181,7 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib"}  # what two equal runs differ in
+MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib", "save_seconds"}  # what two equal runs differ in
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import NODES, PATH, Cluster, full_disk, image, ranks, steps, training, until, why_not
@@ -19,13 +20,19 @@ if reason := why_not():
 SHORT = {"schedule__steps": 8}
 
 
-def launch(cluster: Cluster, shards: Path, run: Path, *options: object, code: int = 0, **changes: object):
+def words(shards: Path, run: Path, *options: object, **changes: object) -> list[object]:
+    """The command that submits a run."""
+    target = ["--slurm", "--nodes", 2, "--ranks-per-node", 1, "--time", 10, *options]
+    return [
+        *(sys.executable, "-m", "fusiontree", "launch", "tiny"),
+        *settings(shards, run.parent, name=run.name, **changes),
+        *target,
+    ]
+
+
+def launch(cluster: Cluster, *arguments: Any, code: int = 0, **changes: Any):
     """Submit a run from the cluster's head."""
-    words = settings(shards, run.parent, name=run.name, **changes)
-    target = ["--slurm", "--nodes", 2, "--ranks-per-node", 1, "--time", 10]
-    return cluster.run(
-        sys.executable, "-m", "fusiontree", "launch", "tiny", *words, *target, *options, code=code, timeout=240
-    )
+    return cluster.run(*words(*arguments, **changes), code=code, timeout=240)
 
 
 def submitted(*arguments, **keywords) -> str:
@@ -119,23 +126,24 @@ def test_ranks_in_containers_save_and_come_back_and_go_on_exactly(runtime, calm,
     assert metrics(run) == metrics(truth)
 
 
-def test_a_sweep_is_one_array_of_runs(calm, shards, tmp_path):
+def test_a_task_of_a_sweep_comes_back_by_itself(calm, shards, tmp_path):
     run = tmp_path / "run"
-    axes = ["--sweep", "optimizer.lr=1e-3,3e-4"]
-    launch(
-        calm,
-        shards,
-        run,
-        "--wait",
-        "--nodes",
-        1,
-        *axes,
-        schedule__steps=2,
-        schedule__warmup_steps=0,
-        validation__every=0,
-    )
-    rates = {name: metrics(tmp_path / name)[0]["lr"] for name in ("run-lr1e-3", "run-lr3e-4")}
-    assert rates["run-lr1e-3"] == pytest.approx(rates["run-lr3e-4"] * 10 / 3)
+    axis = ["--nodes", 1, "--sweep", "optimizer.lr=1e-3,3e-4"]
+    launched = calm.start(*words(shards, run, *axis, "--wait", **LONG))
+    until((run / "job.id").exists, 60)
+    job = (run / "job.id").read_text().strip()
+    first, last = (tmp_path / f"run-lr{rate}" for rate in ("1e-3", "3e-4"))
+    for one in (first, last):
+        training(one, 8)
+    calm.run("scancel", "--signal=USR1", f"{job}_1")  # the last task has the id of the whole array
+    said = launched.communicate(timeout=180)[0]
+    assert launched.returncode == 0, said
+    assert "requeued: goes on from step" in said
+    states = [calm.state(f"{job}_{task}") for task in (0, 1)]
+    assert [(state["JobState"], state["Restarts"]) for state in states] == [("COMPLETED", "0"), ("COMPLETED", "1")]
+    for one in (first, last):
+        assert steps(one) == [*range(1, LONG["schedule__steps"] + 1)]
+    assert metrics(first)[0]["lr"] == pytest.approx(metrics(last)[0]["lr"] * 10 / 3)
 
 
 def test_the_doctor_looks_at_the_nodes_of_an_allocation(calm, shards, tmp_path):
@@ -155,7 +163,7 @@ def test_the_doctor_looks_at_the_nodes_of_an_allocation(calm, shards, tmp_path):
 def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
     """As SLURM asks before the time limit: USR1 to the job's steps."""
     run = tmp_path / "run"
-    job = submitted(calm, shards, run, **LONG)
+    job = submitted(calm, shards, run, logging__wandb="true", **LONG)
     for step in (8, 20):
         training(run, step)
         calm.run("scancel", "--signal=USR1", job)
@@ -164,6 +172,8 @@ def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards
     assert metrics(run) == metrics(truth)
     assert calm.state(job)["Restarts"] == "2"
     assert "stopped by SIGUSR1" in log(run, job)
+    starts = [path.name.rpartition("-") for path in (run / "wandb").glob("offline-run-*")]
+    assert (len(starts), len({run_id for _, _, run_id in starts})) == (3, 1)
 
 
 def test_a_preempted_job_saves_and_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
@@ -277,6 +287,22 @@ def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, s
     time.sleep(2)
     assert contents(run) == written
     assert calm.state(job)["JobState"] == "COMPLETED"
+
+
+def test_a_start_that_is_cut_off_and_could_train_on_ends_itself(calm, shards, tmp_path):
+    """One node's ranks need no other: they train on, on the same files, until they look for the lease."""
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, "--nodes", 1, **LONG | {"schedule__steps": 100_000, "checkpoint__every": 20})
+    training(run, 25)
+    (node,) = {node for node, _ in ranks(calm, run)}
+    calm.cut(node)
+    until(lambda: json.loads((run / "lease.json").read_text())["host"] != node, 120, "the start that follows")
+    until(lambda: node not in {where for where, _ in ranks(calm, run)}, 30, "the end of the one that was cut off")
+    before = max(steps(run), default=0)
+    training(run, before + 20)
+    assert steps(run) == [*range(1, len(steps(run)) + 1)]
+    assert "is now written by a newer start" in (run / "logs" / f"{job}-0" / "rank-0.json").read_text()
+    assert calm.state(job)["JobState"] == "RUNNING"
 
 
 # --- refused before anything is submitted ----------------------------------------------------------------------------
