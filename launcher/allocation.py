@@ -58,9 +58,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int
         spare = f", {len(nodes)} given" if len(nodes) > len(taken) else ""
         _say(f"on {len(taken)} of {most} nodes ({least} at least{spare}): the batch of the run divides among these")
     if step and (needed := sbatch.save_ahead(config, len(taken))) > save_ahead:
-        _say(
-            f"steps and saves are slower than foreseen: submit the next job with --save-ahead {needed}, not {save_ahead}"
-        )
+        _say(f"steps and saves are slower than foreseen: submit the next job with --save-ahead {needed}")
     for name in sorted(name for name in os.environ if name.startswith(_NETWORK)):
         _say(f"{name}={os.environ[name]}")
     return {
