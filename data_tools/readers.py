@@ -162,7 +162,8 @@ def _json_text(line: str, key: str) -> str:
     if not isinstance(text, str):
         raise Rejected(f"{key!r} is no text")
     try:
-        text.encode()
+        if not text.isascii():  # which is known without a look at it
+            text.encode()
     except UnicodeEncodeError:  # an escape such as \ud800 alone
         raise Rejected("half a surrogate pair") from None
     return text
@@ -174,7 +175,7 @@ def _json_text(line: str, key: str) -> str:
 @contextlib.contextmanager
 def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Any]]:
     """The file as it lies on the disk, whose position is the progress, and the stream of what it holds."""
-    with open(file.path, "rb") as raw:
+    with open(file.path, "rb", buffering=_PIECE) as raw:
         if file.compression == "gz":
             with gzip.open(raw) as stream:
                 yield raw, stream

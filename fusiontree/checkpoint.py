@@ -49,12 +49,13 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what saves that never ended have left under `folder`, and put back what they had moved aside."""
+    """Remove what saves that never ended have left under `folder`; put back what no whole checkpoint replaced."""
     for old in folder.glob(".step-*.old"):
         final = folder / old.name[1:].removesuffix(".old")
-        if final.exists():
+        if final.exists() and not verify(final):
             shutil.rmtree(old)
         else:
+            shutil.rmtree(final, ignore_errors=True)
             os.replace(old, final)
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
@@ -64,12 +65,12 @@ def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
     """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
 
     DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
-    not trained; otherwise the pieces are copied one by one.
+    not trained; otherwise, and to NVMe, the pieces are copied one by one.
     """
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
-    if not (same and fresh):
-        resize.load(engine, checkpoint, state["zero_stage"], state["world_size"])
+    if not (same and fresh) or resize.keeps_states_on_nvme(engine):
+        resize.load(engine, checkpoint, state["zero_stage"])
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:

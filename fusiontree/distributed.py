@@ -109,9 +109,9 @@ def barrier() -> None:
     dist.barrier()
 
 
-def side_group() -> Any:
-    """A group of all ranks for a thread beside training, over the hosts' network and without a time-out to speak of."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+def side_group(seconds: float) -> Any:
+    """A group of all ranks for a thread beside training, over the hosts' network; it waits so long for any of them."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
 
 def set_timeout(seconds: float) -> None:

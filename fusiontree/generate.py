@@ -96,6 +96,7 @@ def generate_texts(
     model, tokenizer = load_export(folder)
     texts = list(prompts.values())
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    _check_ids(model.config, dict(zip(prompts, ids, strict=True)))
     check_positions(model.config, max(map(len, ids)) + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
     for start in range(0, len(ids), rows):
@@ -201,16 +202,20 @@ def stream_tokens(
     Raises:
         UserError: a prompt is empty, or a token is none of the model's.
     """
-    _check_ids(model.config, prompts)
+    _check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
     device, longest = model.embedding.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
     generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
     decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
     logits = decoder.prefill(ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token = torch.stack([draw(row, ids[i][mask[i]], sampling, generators[i]) for i, row in enumerate(logits)])
+        rows = zip(logits, seen, generators, strict=True)
+        token = torch.stack([draw(row, before, sampling, generator) for row, before, generator in rows])
         if stop is not None:
             token = token.masked_fill(ended, stop)
             ended |= token == stop
@@ -219,18 +224,18 @@ def stream_tokens(
         yield token.tolist()
         if step + 1 == max_new_tokens:
             return
-        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        seen.scatter_(1, token[:, None], True)
         logits = decoder.step(token)
 
 
-def _check_ids(config: ModelConfig, prompts: list[list[int]]) -> None:
-    for number, prompt in enumerate(prompts):
+def _check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
+    for name, prompt in prompts.items():
         if not prompt:
-            raise UserError(f"prompt {number} has no token; give at least one")
+            raise UserError(f"{name} has no token; give at least one")
         wrong = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if wrong is not None:
             last = config.vocab_size - 1
-            raise UserError(f"prompt {number}: token {wrong} is out of range; the model's are 0 to {last}")
+            raise UserError(f"{name}: token {wrong} is out of range; the model's are 0 to {last}")
 
 
 class Decoder:
@@ -312,12 +317,11 @@ class Decoder:
 
 
 def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token from `logits` [V] by `sampling`; `seen` are the row's tokens so far. int64 ()."""
+    """Draw one token from `logits` [V] by `sampling`; `seen`, bool [V], are those in the row so far. int64 ()."""
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
-        scores = logits[seen]
-        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
-        logits = logits.index_put((seen,), penalised)
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax()
     probabilities, order = candidates(logits / sampling.temperature, sampling)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,24 @@ from fusiontree.weights import of_safetensors
 # the same precision; only decoding with the cache sums in another order, which bf16 shows
 TOLERANCE = 1e-3
 CACHED_TOLERANCES = {"fp32": 1e-3, "bf16": 0.1}
-COMPARED = 256  # tokens at the end of each row whose logits are compared: all of a large vocabulary's would not fit
+COMPARED = 128  # tokens at the end of each row whose logits are compared: all of a large vocabulary's would not fit
 STEPS = 8  # tokens decoded one by one
+
+
+class Row(NamedTuple):
+    """One row of tokens, as transformers takes it and what that means."""
+
+    ids: Tensor  # int64 [1, L]
+    mask: Tensor  # bool [1, L], false on padding
+    documents: Documents
 
 
 @torch.inference_mode()
 def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> dict[str, Any]:
     """Compare the model that transformers makes of `folder` with the trained one, on rows past a chunk and a window.
 
-    One row is a document, one is padded at its left, one packs three documents.
+    One row is a document, one is padded at its left, one packs three documents. Rows are computed one by one: what the
+    layers of a large model hold of all three together would be more than its largest weight.
 
     Args:
         config, weights: of the trained model. dtype: `fp32` or `bf16`, of the exported weights.
@@ -38,22 +47,15 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
     Raises:
         RunError: one is beyond its tolerance, or the folder's weights are not those of its model.
     """
-    ids, mask, positions, documents = _rows(config)
+    rows = _rows(config)
     with torch.device("meta"):
         trained = HybridLM(config, compute_dtype=DTYPES[dtype]).eval()
-    with on_demand(trained, weights):
-        expected = trained(ids, documents, keep_logits=COMPARED).logits
+    with on_demand(trained, weights, DTYPES[dtype]):
+        expected = {check: trained(row.ids, row.documents, keep_logits=COMPARED).logits for check, row in rows.items()}
     exported = _exported(folder, dtype)
-    real = mask[:, -COMPARED:]
     with on_demand(exported, of_safetensors(folder)):
-        actual = exported(ids, attention_mask=mask, position_ids=positions, logits_to_keep=COMPARED).logits
-        differences = {
-            name: _difference(actual[row][real[row]], expected[row][real[row]])
-            for row, name in enumerate(("logits", "left_padding", "packed"))
-        }
-        decoded = _decode(exported, ids[:2], mask[:2])
-    decoded_real = real[:2, -decoded.shape[1] :]
-    differences["cached_decoding"] = _difference(decoded[decoded_real], expected[:2, -decoded.shape[1] :][decoded_real])
+        differences = {check: _difference(_logits(exported, row), expected[check], row) for check, row in rows.items()}
+        differences["cached_decoding"] = _decoding_difference(exported, rows, expected)
     tolerances = dict.fromkeys(differences, TOLERANCE) | {"cached_decoding": CACHED_TOLERANCES[dtype]}
     for check, difference in differences.items():
         if not difference <= tolerances[check]:
@@ -61,24 +63,25 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
                 f"export fails its proof: {check} differs from the trained model by {difference:.2g} of the logits' "
                 f"standard deviation, more than {tolerances[check]:g}; nothing was written"
             )
-    return {**differences, "tolerances": tolerances, "tokens": ids.shape[1]}
+    return {**differences, "tolerances": tolerances, "tokens": rows["logits"].ids.shape[1]}
 
 
-def _rows(config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Documents]:
-    """Three rows: token ids, mask, positions as transformers takes them, and the documents that they mean."""
+def _rows(config: ModelConfig) -> dict[str, Row]:
+    """A row for each check of whole rows."""
     reach = max(config.chunk_size, config.window)
     length = reach + reach // 4 + 37
     if config.srte == "learned":
         length = min(length, config.max_positions)
     ids = torch.randint(config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, : length // 8] = False
-    numbers = (~mask).logical_not().int()  # of each token's document: padding 0, what is real 1
-    starts = [length // 16, length - 20]  # the document between them is longer than the reach
-    for number, start in enumerate(starts, 2):
-        numbers[2, start:] = number
-    documents = Documents.from_seq_idx(numbers)
-    return ids, mask, documents.position_ids, documents
+    whole, padded, packed = torch.ones(3, 1, length, dtype=torch.int32)  # the document of each token, padding is 0
+    padded[:, : length // 8] = 0
+    for start in (length // 16, length - 20):  # the document between them is longer than the reach
+        packed[:, start:] += 1
+    checks = {"logits": whole, "left_padding": padded, "packed": packed}
+    return {
+        check: Row(ids[i : i + 1], numbers > 0, Documents.from_seq_idx(numbers))
+        for i, (check, numbers) in enumerate(checks.items())
+    }
 
 
 def _exported(folder: Path, dtype: str) -> Any:
@@ -90,29 +93,43 @@ def _exported(folder: Path, dtype: str) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=DTYPES[dtype]).eval()
 
 
-def _decode(exported: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the end of rows that are taken in in two pieces and then token by token."""
-    pieces, cache, done = [], None, 0
+def _logits(exported: Any, row: Row) -> Tensor:
+    output = exported(
+        row.ids, attention_mask=row.mask, position_ids=row.documents.position_ids, logits_to_keep=COMPARED
+    )
+    return output.logits
+
+
+def _difference(actual: Tensor, expected: Tensor, row: Row) -> float:
+    """Of the logits of the row's last tokens, as many as `actual` has, padding left out."""
+    real = row.mask[:, -actual.shape[1] :]
+    of_real = expected[:, -actual.shape[1] :][real]
+    return float((actual[real] - of_real).abs().max() / of_real.std())
+
+
+def _decoding_difference(exported: Any, rows: Mapping[str, Row], expected: Mapping[str, Tensor]) -> float:
+    """Of the end of two rows together, one padded, that are taken in in two pieces and then token by token."""
+    together = [(rows[check], expected[check]) for check in ("logits", "left_padding")]
+    ids, mask = torch.cat([row.ids for row, _ in together]), torch.cat([row.mask for row, _ in together])
+    logits, cache, done = [], None, 0
     first_step = ids.shape[1] - STEPS
     for end in [ids.shape[1] // 2, *range(first_step, ids.shape[1] + 1)]:
-        kept = 1 if end <= first_step else 0
         output = exported(
-            ids[:, done:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=kept
+            ids[:, done:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        cache, done = output.past_key_values, end
-        pieces.append(output.logits)
-    return torch.cat(pieces[1:], 1)
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.std())
+        last, cache = output.to_tuple()
+        logits.append(last)
+        done = end
+    decoded = torch.cat(logits[1:], 1)
+    return max(_difference(decoded[i : i + 1], logits_of, row) for i, (row, logits_of) in enumerate(together))
 
 
 @contextlib.contextmanager
-def on_demand(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def on_demand(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[None]:
     """Let a model on the meta device compute: each module has its weights while its own forward runs, and no longer.
 
-    The embedding and the head, which stand at both ends of every forward, stay.
+    Args:
+        dtype: of matrices, whose layers would otherwise make a copy in it beside them; None: as they are.
 
     Raises:
         RunError: `weights` has not the names and shapes of the model.
@@ -121,19 +138,15 @@ def on_demand(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
     for name in sorted({*shapes, *weights}):
         if name not in shapes or name not in weights:
             raise RunError(f"the weights are not the model's: {name} is in one of them only")
-    kept = ("embedding", "head")
     handles = []
     for path, module in model.named_modules():
         own = {name: f"{path}.{name}" if path else name for name in module._parameters}
         own = {name: full for name, full in own.items() if full in shapes}
         if not own:
             continue
-        if path.rpartition(".")[2] in kept:
-            _give(module, own, weights, shapes)
-            continue
         empty = dict(module._parameters)
-        handles.append(module.register_forward_pre_hook(lambda m, _i, own=own: _give(m, own, weights, shapes)))
-        handles.append(module.register_forward_hook(lambda m, _i, _o, empty=empty: m._parameters.update(empty)))
+        handles.append(module.register_forward_pre_hook(lambda m, _, own=own: _give(m, own, weights, shapes, dtype)))
+        handles.append(module.register_forward_hook(lambda m, *_, empty=empty: m._parameters.update(empty)))
     try:
         yield
     finally:
@@ -142,10 +155,16 @@ def on_demand(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
 
 
 def _give(
-    module: nn.Module, own: Mapping[str, str], weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    module: nn.Module,
+    own: Mapping[str, str],
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None,
 ) -> None:
     for name, full in own.items():
         value = weights[full]
         if tuple(value.shape) != shapes[full]:
             raise RunError(f"{full} is {list(value.shape)}, not {list(shapes[full])} as the model's")
+        if value.ndim == 2:
+            value = value.to(dtype or value.dtype)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)

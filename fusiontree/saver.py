@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fusiontree import checkpoint, distributed, incidents, lease
+from fusiontree import checkpoint, distributed, incidents, lease, resize
 from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import RunError
@@ -39,12 +39,14 @@ class Retention(NamedTuple):
 class Saver:
     """Writes the checkpoints of a run; all ranks make one and call it together."""
 
-    def __init__(self, engine: Any, world: World, run_dir: Path, retention: Retention):
+    def __init__(self, engine: Any, world: World, run_dir: Path, retention: Retention, timeout_seconds: float):
+        """`timeout_seconds`: how long a rank's thread waits for the others, which may still write or verify."""
         self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
         self.waited = 0.0  # seconds for which training has stood still to take copies
-        # DeepSpeed would copy scripts of its own beside the checkpoints, in the middle of the step
+        # DeepSpeed would copy scripts of its own and files on NVMe beside the checkpoints, in the middle of the step
         engine._copy_recovery_script = lambda folder: None
-        self._group = distributed.side_group()
+        engine.zero_nvme_offload_optimizer = lambda: False
+        self._group = distributed.side_group(timeout_seconds)
         self._start = distributed.from_main(lease.ME, self._group)
         self._seconds: float | None = None  # of the newest checkpoint, until `figures` has told
         self._thread: threading.Thread | None = None
@@ -174,9 +176,20 @@ def _snapshot(engine: Any) -> dict[str, Any]:
         files = engine.checkpoint_engine.files
     finally:
         engine.checkpoint_engine = writer
+    if resize.keeps_states_on_nvme(engine):
+        _fetch_from_nvme(engine, next(file for name, file in files.items() if name.endswith("optim_states.pt")))
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
     return files
+
+
+def _fetch_from_nvme(engine: Any, file: dict[str, Any]) -> None:
+    """Put into a file of the optimizer's states what DeepSpeed leaves out: its parts of them that are not in memory."""
+    states, zero = file["optimizer_state_dict"], engine.optimizer
+    for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        with resize.in_memory(engine, number):
+            states["fp32_flat_groups"][number] = _host_copy(flat)
+            states["optimizer_state_dict"]["state"][number] = _host_copy(zero.optimizer.state[flat])
 
 
 def _host_copy(value: Any) -> Any:

@@ -1,12 +1,9 @@
-"""Weights that stay in their files until asked for, tensor by tensor; no pickled code is ever run on the way.
+"""Weights that stay in their files until asked for, tensor by tensor.
 
 So a model leaves a checkpoint on a machine that could not hold it: what is in memory is the tensor at hand.
 """
 
-import contextlib
 import json
-import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -14,22 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusiontree.errors import RunError, UserError
+from fusiontree import layout
+from fusiontree.errors import RunError
 
 INDEX = "model.safetensors.index.json"
 _HEADER_ALIGNMENT = 8  # bytes, as the format's own writer pads its header
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors, that we write or read
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK = 2**26  # bytes written at a time
-# what DeepSpeed pickles beside tensors; inert stand-ins take their place, so that none of its code runs
-_PICKLED_BY_DEEPSPEED = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
 
 
 class Piece(NamedTuple):
@@ -41,7 +31,7 @@ class Piece(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Where a tensor lies; what its pieces hold behind its last value is padding."""
+    """Where a tensor lies."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -68,7 +58,7 @@ class TensorFiles(Mapping[str, Tensor]):
                     if not read:
                         raise RunError(f"{path} ends inside the tensor {name}; restore the file")
                     done += read
-        return buffer[: prod(shape)].view(shape)
+        return buffer.view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.located)
@@ -90,83 +80,35 @@ def of_checkpoint(folder: Path, zero_stage: int, trust: bool = False) -> TensorF
         UserError: the files hold more than tensors and DeepSpeed's own few objects, and are not trusted.
         RunError: files of a rank are missing, or hold something else than DeepSpeed writes.
     """
+    read = layout.opener(values=False, trust=trust)
     try:
-        return TensorFiles(_of_stage_3(folder, trust) if zero_stage == 3 else _of_whole_weights(folder, trust))
+        return TensorFiles(_of_stage_3(folder, read) if zero_stage == 3 else _of_whole_weights(folder, read))
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise RunError(f"{folder} is no checkpoint of DeepSpeed at ZeRO stage {zero_stage} ({error!r})") from None
 
 
-def _of_whole_weights(folder: Path, trust: bool) -> dict[str, Located]:
-    """Below stage 3 every rank holds whole fp32 weights, which are the master weights themselves."""
-    path = folder / "mp_rank_00_model_states.pt"
-    module = _skeleton(path, trust)["module"]
-    return {name: Located(value.dtype, tuple(value.shape), [_piece(path, value)]) for name, value in module.items()}
+def _of_whole_weights(folder: Path, read: layout.Open) -> dict[str, Located]:
+    path, weights = layout.whole_weights(folder, read)
+    return {
+        name: Located(value.dtype, tuple(value.shape), [_piece(path, value, 0, value.numel())])
+        for name, value in weights.items()
+    }
 
 
-def _of_stage_3(folder: Path, trust: bool) -> dict[str, Located]:
-    """Every rank holds its part of each weight, padded to the same size, one behind the other over its flat groups."""
-    ranks = len(list(folder.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt")))
-    states = _skeleton(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", trust)
-    shapes = {name: tuple(shape) for group in states["param_shapes"] for name, shape in group.items()}
-    groups = []
-    for rank in range(ranks):
-        path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        optimizer = _skeleton(path, trust)["optimizer_state_dict"]
-        if optimizer["partition_count"] != ranks:
-            raise RunError(f"{folder} has the files of {ranks} ranks of {optimizer['partition_count']}; restore them")
-        groups.append([_piece(path, flat) for flat in optimizer["fp32_flat_groups"]])
-    located, start = {}, 0
-    for name, shape in shapes.items():
-        count = -(-prod(shape) // ranks)
-        pieces = [piece for flat in groups for piece in _cut(flat, start, count)]
-        located[name] = Located(torch.float32, shape, pieces)
-        start += count
-    return located
+def _of_stage_3(folder: Path, read: layout.Open) -> dict[str, Located]:
+    pieces: dict[str, list[Piece]] = {}
+    for part in layout.parts(folder, 3, read):
+        pieces.setdefault(part.name, []).append(_piece(part.path, part.flat, part.start, part.length))
+    shapes = layout.shapes(folder, read)
+    return {name: Located(torch.float32, shape, pieces[name]) for name, shape in shapes.items()}
 
 
-def _cut(flat: Sequence[Piece], start: int, count: int) -> Iterator[Piece]:
-    """`count` fp32 values from `start` on of the pieces `flat`, taken as one."""
-    for path, offset, size in flat:
-        first, last = max(start, 0), min(start + count, size)
-        if first < last:
-            yield Piece(path, offset + first * torch.float32.itemsize, last - first)
-        start -= size
-
-
-def _piece(path: Path, value: Tensor) -> Piece:
+def _piece(path: Path, value: Tensor, start: int, length: int) -> Piece:
+    """Where `length` elements of `value` from `start` on lie."""
     if not value.is_contiguous():
         raise RunError(f"{path} holds a tensor whose values do not lie together; it is none of this project's")
     stored: Any = value.untyped_storage()._checkpoint_offset
-    return Piece(path, stored + int(value.storage_offset()) * value.dtype.itemsize, value.numel())
-
-
-def _skeleton(path: Path, trust: bool) -> dict[str, Any]:
-    """What `path` holds, with tensors that know their place in the file and have no values."""
-    inert: Any = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _PICKLED_BY_DEEPSPEED]
-    known = contextlib.nullcontext() if trust else torch.serialization.safe_globals(inert)
-    try:
-        with known, FakeTensorMode():
-            return torch.load(path, weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{path} holds more than tensors ({what[1] if what else 'pickled objects'}), and unpickling that can run "
-            "any code; if you trust where it comes from, add --trust-checkpoint"
-        ) from None
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing; restore the checkpoint or use another one") from None
-    except (RuntimeError, ModuleNotFoundError) as error:
-        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-class _Inert:
-    """In place of an object that is of no use here; takes what the pickle gives it and does nothing."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
+    return Piece(path, stored + (int(value.storage_offset()) + start) * value.dtype.itemsize, length)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------

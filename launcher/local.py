@@ -2,10 +2,11 @@
 
 DeepSpeed starts a runner, the runner a launcher, the launcher the ranks. That chain hands on the positive exit code of
 the first rank it sees fail, and little more: death by signal N becomes 256 - N; a stop asked for by signal becomes 1,
-whatever the ranks answer; a killed launcher becomes 0; a rank that aborts after its work is done becomes a failure;
-ranks outlive a chain that is killed; and when one rank has failed, the others have half a minute. So each rank reports
-its own end in a folder it shares with `run`, holds a lock there that shows whether it still lives, and watches another
-that shows whether `run` does; and the whole chain stands in a process group that `run` ends.
+whatever the ranks answer, and after half a minute their death; a killed launcher becomes 0; a rank that aborts after
+its work is done becomes a failure; ranks outlive a chain that is killed; and when one rank has failed, the others have
+half a minute. So each rank reports its own end in a folder it shares with `run`, holds a lock there that shows whether
+it still lives, and watches another that shows whether `run` does; signals go to the ranks past the chain; and the whole
+chain stands in a process group that `run` ends.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusiontree.errors import RunError, of_code
+from fusiontree.files import write_atomic
 from fusiontree.outcome import FOLDER
 from fusiontree.signals import REPEAT
 from launcher import beat, reports
@@ -77,7 +79,7 @@ def run(plan: Plan, logs: Path | None = None) -> int:
         folder = Path(name)
         with open(folder / _ALIVE, "w") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
-            end = _supervise(render(plan), {**os.environ, **plan.environment, FOLDER: name}, folder)
+            end = _supervise(plan, folder)
         said = reports.read(folder)
     if end.silent is not None and logs is not None:
         _show_last_lines(logs / f"rank-{end.silent}.log")
@@ -92,30 +94,48 @@ class _End(NamedTuple):
     silent: int | None = None  # the rank that ended first, if it did not say why
 
 
-def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _End:
-    """Run `argv` in a process group of its own; its ranks report to `folder`."""
-    process = subprocess.Popen(argv, env=environment, start_new_session=True, preexec_fn=leave_signals_to_the_ranks)
-    stop: dict[str, Any] = {"signal": None, "deadline": float("inf")}
-    failed, silent = False, None
+class _Stop:
+    """Hands a job's signals on to its ranks, and holds when those must have ended that are asked to.
 
-    def forward(number: int, frame: object) -> None:
-        now = time.monotonic()
-        if number in _STOPS and stop["signal"] is None:
-            stop.update(signal=number, since=now, deadline=now + GRACE)
-        elif number in _STOPS and now - stop["since"] > REPEAT:
-            stop.update(deadline=now)
-        signal_group(process.pid, number)
+    To the ranks alone: DeepSpeed's launcher, told as well, kills them half a minute later, whatever they have to save.
+    """
 
-    with handling(forward):
+    def __init__(self, folder: Path, ranks: int):
+        self.folder, self.ranks = folder, ranks
+        self.signal: int | None = None  # the first that asked to stop
+        self.since = 0.0
+        self.deadline = float("inf")
+
+    def __call__(self, number: int, frame: object) -> None:
+        now, begun = time.monotonic(), reports.processes(self.folder)
+        if len(begun) < self.ranks:  # there is nothing to save yet
+            self.signal, self.since, self.deadline = number, now, now
+        elif number in _STOPS and self.signal is None:
+            self.signal, self.since, self.deadline = number, now, now + GRACE
+        elif number in _STOPS and now - self.since > REPEAT:
+            self.deadline = now
+        for rank in begun:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(rank, number)
+
+
+def _supervise(plan: Plan, folder: Path) -> _End:
+    """Run `plan` in a process group of its own; its ranks report to `folder`."""
+    environment = {**os.environ, **plan.environment, FOLDER: str(folder)}
+    process = subprocess.Popen(
+        render(plan), env=environment, start_new_session=True, preexec_fn=leave_signals_to_the_ranks
+    )
+    stop, failed, silent = _Stop(folder, plan.world_size), False, None
+    with handling(stop):
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return _End(process.wait(timeout=0.2), stop["signal"], silent)
+                    return _End(process.wait(timeout=0.2), stop.signal, silent)
                 if not failed:
                     failed, silent = _failed(folder)
                     if failed:
-                        stop["deadline"] = min(stop["deadline"], time.monotonic() + ENDING)
-                if time.monotonic() > stop["deadline"]:
+                        stop.deadline = min(stop.deadline, time.monotonic() + ENDING)
+                if time.monotonic() > stop.deadline:
                     signal_group(process.pid, signal.SIGKILL)
         finally:
             signal_group(process.pid, signal.SIGKILL)  # whatever the chain has left behind
@@ -124,14 +144,14 @@ def _supervise(argv: list[str], environment: dict[str, str], folder: Path) -> _E
 
 def _failed(folder: Path) -> tuple[bool, int | None]:
     """Whether a rank has failed, and which one if none has said why."""
-    codes = {report["rank"]: report["code"] for report in reports.read(folder)}
-    if any(codes.values()):
+    failed = reports.failures(reports.read(folder))
+    if reports.names_a_cause(failed):
         return True, None
     for path in sorted(folder.glob("running-*")):
         rank = int(path.name.removeprefix("running-"))
-        if rank not in codes and _is_free(path) and not (folder / f"rank-{rank}.json").exists():
+        if _is_free(path) and not (folder / f"rank-{rank}.json").exists():
             return True, rank
-    return False, None
+    return bool(failed), None
 
 
 def _is_free(path: Path) -> bool:
@@ -176,7 +196,7 @@ def _verdict(
     said: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
 ) -> int:
     """The job's exit code, from what the ranks reported and, where they could not, from what DeepSpeed returned."""
-    failures = sorted((report for report in said if report["code"]), key=lambda report: report["time"])
+    failures = reports.failures(said)
     if len(said) == ranks and not failures:
         return 0  # also when a rank aborted afterwards, in the interpreter's shutdown
     if stopped_by == signal.SIGINT:
@@ -221,7 +241,7 @@ def join_launcher() -> None:
     fcntl.flock(_held[0], fcntl.LOCK_EX)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    (folder / f"rank-{rank}.joined").write_text(f"{os.uname().nodename} {os.getpid()}")
+    write_atomic(folder / f"rank-{rank}.joined", f"{os.uname().nodename} {os.getpid()}")
     if (folder / _ALIVE).exists():  # SLURM ends its ranks itself
         threading.Thread(target=_end_with_launcher, args=(folder,), name="launcher-watch", daemon=True).start()
     if (folder / beat.FILE).exists():  # it is on another machine

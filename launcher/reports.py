@@ -30,10 +30,28 @@ def joined(folder: Path) -> dict[int, str]:
     return {_rank(path): path.read_text().split()[0] for path in folder.glob("rank-*.joined")}
 
 
+def processes(folder: Path) -> list[int]:
+    """Process ids of the ranks that have begun, each on its host."""
+    return [int(path.read_text().split()[1]) for path in folder.glob("rank-*.joined")]
+
+
 def silent(folder: Path) -> list[int]:
     """Ranks that have begun and not said how they ended."""
     begun = {_rank(path) for pattern in ("rank-*.joined", "rank-*.out") for path in folder.glob(pattern)}
     return sorted(begun - {report["rank"] for report in read(folder)})
+
+
+def failures(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the reports that tell of a failure, the first in time first; one that only lost another rank, which is
+    no cause, behind all others.
+    """
+    failed = [report for report in said if report["code"]]
+    return sorted(failed, key=lambda report: (report["message"] == LOST_PEER, report["time"]))
+
+
+def names_a_cause(failed: list[dict[str, Any]]) -> bool:
+    """Whether the first of `failures` is more than the consequence of another rank's end."""
+    return bool(failed) and failed[0]["message"] != LOST_PEER
 
 
 def first_failure(folder: Path) -> Failure | None:
@@ -41,16 +59,15 @@ def first_failure(folder: Path) -> Failure | None:
 
     A rank that only lost another is no cause; one that ended without a word may be.
     """
-    failures = sorted((report for report in read(folder) if report["code"]), key=lambda report: report["time"])
-    causes = [report for report in failures if report["message"] != LOST_PEER]
-    if causes:
-        first = causes[0]
+    failed = failures(read(folder))
+    if names_a_cause(failed):
+        first = failed[0]
         words = first["message"] or f"failed{_output(folder, first['rank'])}"
         return Failure(first["code"], f"rank {first['rank']} on {first['host']}: {words}")
     for rank in silent(folder):
         where = f" on {host}" if (host := joined(folder).get(rank)) else ""
         return Failure(None, f"rank {rank}{where} ended without a word{_output(folder, rank)}")
-    return Failure(failures[0]["code"], failures[0]["message"]) if failures else None
+    return Failure(failed[0]["code"], failed[0]["message"]) if failed else None
 
 
 def _output(folder: Path, rank: int) -> str:

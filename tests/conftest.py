@@ -181,6 +181,18 @@ def settings(shards: Path, output: Path, **changes: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+NO_ASYNC_IO = (
+    "DeepSpeed's async_io is not built: python -c 'import deepspeed.ops.op_builder as b; b.AsyncIOBuilder().load()' "
+    "takes minutes, libaio-dev, g++ and ninja"
+)
+
+
+def has_async_io() -> bool:
+    """Whether DeepSpeed has built here what reads and writes states on NVMe."""
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    return any(extensions.rglob("async_io.so"))
+
+
 MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib", "save_seconds"}  # what two equal runs differ in
 
 
@@ -235,7 +247,7 @@ def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks
                 flat.append(padded.view(ranks, -1)[rank])
         parts = [part.clone() for part in torch.cat(flat).split(sub_group)]
         torch.save({"param_shapes": shapes}, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts}
+        optimizer = {"partition_count": ranks, "fp32_flat_groups": parts, "optimizer_state_dict": {"state": {}}}
         path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer}, path)
 

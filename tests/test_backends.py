@@ -180,28 +180,35 @@ def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype, z_los
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="the compiled pieces are for GPUs")
-@pytest.mark.parametrize("name", Pointwise._fields)
-def test_compiled_pieces_equal_their_functions(name: str) -> None:
+def pieces() -> dict[str, tuple[list[torch.Tensor], tuple[object, ...]] | None]:
+    """By piece: what it is compared on, leaves and the rest; None: by the tests of the whole model."""
     x, y, z = (normal(2, 128, 64, seed=s) for s in range(3))
     rotary = tuple(t.to(DEVICE) for t in (normal(2, 128, 1, 32).cos(), normal(2, 128, 1, 32).sin()))
     real = torch.ones(2, 128, dtype=torch.bool, device=DEVICE)
     weight = normal(64, seed=4)
-    arguments = {
+    return {
+        "add_norm": ([x, y, weight], (1e-5,)),
         "norm_with_time": ([x, y, weight], (1e-5,)),
         "attention_inputs": ([normal(2, 128, 8 * 64), normal(64, seed=1), normal(64, seed=2)], (rotary, 1e-5, [1, 1])),
         "joined_norm": None,
         "time_step": ([x, weight], ()),
         "gated_norm": ([x, y, weight], (1e-5,)),
-        "mamba_step": None,  # the decoding tests below
+        "mamba_step": None,
         "remember": None,
         "fuse": ([x, y, z, normal(8, 128, seed=7), normal(64, 8, seed=8), weight, normal(64, seed=9)], (real, 1e-5)),
         "swiglu": ([x], ()),
-    }[name]
-    if arguments is None:
-        pytest.skip("covered by the tests of the whole model")
-    tensors, rest = arguments
+    }
+
+
+def test_every_compiled_piece_is_compared() -> None:
+    assert set(pieces()) == set(Pointwise._fields)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the compiled pieces are for GPUs")
+@pytest.mark.parametrize("name", [name for name, piece in pieces().items() if piece is not None])
+def test_compiled_pieces_equal_their_functions(name: str) -> None:
+    tensors, rest = pieces()[name]
     compiled, plain = getattr(ops.select(device_type=DEVICE).pointwise, name), getattr(Pointwise(), name)
     if name == "fuse":  # its gate is a tuple
         compiled, plain = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import write_split
 
-from fusiontree.data.batch import IGNORE, Batch, collate, slice_ends
+from fusiontree.data.batch import IGNORE, Batch, collate, cut_ends
 from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.sources import Sources
@@ -52,17 +52,18 @@ def test_a_row_with_padding_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "expected"),
-    [(0, [3, -8]), (1, [-2, 8]), (2, [8]), (3, [4, -8])],  # a cut stretch of padding and a cut document stay such
+    ("ends", "slices"),
+    [
+        ([3, -10, 28, -32], [[3, -8], [-2, 8], [8], [4, -8]]),  # what is cut, padding or document, stays such
+        ([8, 16, 32], [[8], [8], [8], [8]]),  # a bound on the edge of a slice makes no empty segment
+        ([1, 2, -7, 9, 24, -25, 26, 32], [[1, 2, -7, 8], [1, 8], [8], [-1, 2, 8]]),
+        ([-32], [[-8]] * 4),
+    ],
 )
-def test_a_slice_keeps_the_bounds_inside_it(part: int, expected: list[int]) -> None:
-    ends = np.array([3, -10, 28, -32], dtype=np.int32)
-    assert slice_ends(ends, 8, part).tolist() == expected
-
-
-def test_a_bound_on_the_edge_of_a_slice_makes_no_empty_segment() -> None:
-    ends = np.array([8, 16, 32], dtype=np.int32)
-    assert [slice_ends(ends, 8, part).tolist() for part in range(4)] == [[8], [8], [8], [8]]
+def test_a_slice_keeps_the_bounds_inside_it(ends: list[int], slices: list[list[int]]) -> None:
+    row = np.array(ends, dtype=np.int32)
+    assert [part.tolist() for part in cut_ends(row, 8)] == slices
+    assert [part.tolist() for part in cut_ends(row, 32)] == [ends]
 
 
 def stream_of(

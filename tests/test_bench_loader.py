@@ -25,7 +25,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_figure_is_there(shards: Path) -> None:
     figures = json.loads(json.dumps(bench_loader(shards, seq_len=128, rows=2)))
     assert all(figures[name] > 0 for name in RATES)
-    assert 0 <= figures["waiting_share"] < 1
+    assert 0 < figures["waiting_floor"] < 1
+    assert 0 < figures["waiting_share"] < 1
     assert set(figures["memory_bytes"]) == {"after_5_batches", "after_50_batches"}
     assert (figures["seq_len"], figures["rows_per_batch"], figures["workers"]) == (128, 2, 2)
 

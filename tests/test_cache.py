@@ -147,7 +147,7 @@ def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(le
     ids = torch.randint(96, (len(lengths), longest + 30), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     decoder, seen = Decoder(model, len(lengths), room=longest + 30), []
-    handle = model.embedding.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].numel()))
+    handle = model.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].numel()))
     steps = [decoder.prefill(ids[:, :longest], mask)]
     handle.remove()
     assert sum(seen) <= max(2 * sum(lengths), 120)

@@ -95,8 +95,11 @@ def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
     make(tmp_path, 3).rename(tmp_path / ".step-3.old")  # killed between two renames
     make(tmp_path, 4)
     (tmp_path / ".step-4.old").mkdir()  # killed before it was removed
+    make(tmp_path, 5).rename(tmp_path / ".step-5.old")  # killed likewise, and then its successor was damaged
+    (make(tmp_path, 5) / "weights.pt").write_text("other")
     checkpoint.tidy(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3", "step-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3", "step-4", "step-5"]
+    assert checkpoint.verify(tmp_path / "step-5") == []
 
 
 def test_a_step_that_comes_again_takes_the_place_of_its_old_checkpoint(tmp_path: Path) -> None:

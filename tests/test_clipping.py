@@ -14,7 +14,7 @@ from fusiontree import distributed
 from fusiontree.config import load_config
 from fusiontree.data.batch import collate
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, materialise
+from fusiontree.model.lm import HybridLM, drawn, materialise
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.step import TrainingStep
 
@@ -31,7 +31,7 @@ def breakable(model):
 def plain(config):
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, config.seed, torch.device("cpu")))
+    list(materialise(model, drawn(config.seed), torch.device("cpu")))
     breakable(model)
     optimizer = build_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:

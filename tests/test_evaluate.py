@@ -1,5 +1,6 @@
 """Evaluation: losses add up by position and document, baselines count what they say, answers are scored exactly."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build, export_small
+from conftest import SMALL, build, export_small, write_run
 
 from fusiontree.cli import main
 from fusiontree.cli.model import EVAL_TASKS
 from fusiontree.evaluate import TASKS, evaluate
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
+from fusiontree.export import export
 from fusiontree.generate import Sampling, stream_tokens
 
 
@@ -102,6 +104,21 @@ def test_all_tasks_give_figures_baselines_json_and_heat_maps(exported: Path, sha
         assert figures["first_token"]["p95_seconds"] >= figures["first_token"]["median_seconds"] > 0
         assert figures["prefill_tokens_per_s"] > 0 < figures["tokens_per_s"]
     assert tuple(TASKS) == EVAL_TASKS
+
+
+def test_a_question_longer_than_the_time_encoding_is_refused(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shape = {"vocab_size": 512, "srte": "learned"}
+    write_run(
+        tmp_path / "run", dataclasses.replace(SMALL, **shape), build(**shape).state_dict(), tokenizer_folder, 0, 1
+    )
+    export(tmp_path / "run", tmp_path / "out")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "recall"]) == 2
+    line = capsys.readouterr().err
+    assert "tokens are more than the learned time encoding has: 128" in line
+    assert line.count("\n") == 1
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(

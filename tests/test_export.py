@@ -1,13 +1,17 @@
 """An exported folder loads where this project is not installed, and is the trained model."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import cli, settings
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fusiontree import checkpoint
 from fusiontree import model as model_package
@@ -54,9 +58,9 @@ def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: 
 
 WITHOUT_US = """
 import sys
-for name in ("fusiontree", "deepspeed", "mamba_ssm", "triton", "webdataset", "launcher", "data_tools"):
-    sys.modules[name] = None  # importing it raises
-import importlib.util
+from importlib.util import find_spec
+for name in ("fusiontree", "deepspeed", "mamba_ssm", "webdataset", "gigatoken", "launcher", "data_tools", "accelerate"):
+    assert find_spec(name) is None, name
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -103,9 +107,6 @@ half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtyp
 assert {p.dtype for n, p in half.named_parameters() if n.endswith("A_log")} == {torch.float32}
 assert half.model.embedding.weight.dtype == torch.bfloat16
 assert half.generate(alone, max_new_tokens=3).shape[1] <= alone.shape[1] + 3
-if importlib.util.find_spec("accelerate"):
-    placed = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto")
-    assert torch.equal(placed(ids).logits, model(ids).logits)
 chosen = AutoConfig.from_pretrained(folder, trust_remote_code=True, kernels={"scan": "warp"})
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, config=chosen)(ids)
@@ -115,13 +116,35 @@ else:
     raise AssertionError("the configuration's kernels are passed over")
 torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
 model.save_pretrained(folder + "-again")
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+assert torch.equal(again(ids).logits, model(ids).logits)
 """
+
+
+def clean_environment(site: Path) -> dict[str, str]:
+    """Environment variables under which Python has what transformers and torch need, and no other package."""
+    site.mkdir()
+    wanted, found = ["torch", "transformers"], set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in found:
+            continue
+        found.add(name)
+        distribution = metadata.distribution(name)
+        for requirement in map(Requirement, distribution.requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                wanted.append(requirement.name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    return {**os.environ, "PYTHONPATH": str(site), "HF_HOME": str(site.parent)}
 
 
 def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.pt"
-    command = [sys.executable, "-c", WITHOUT_US, str(exported), str(saved)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    command = [sys.executable, "-S", "-c", WITHOUT_US, str(exported), str(saved)]  # -S: nothing that is installed here
+    environment = clean_environment(tmp_path / "site")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     given = torch.load(saved)
     model = trained(run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
 def test_ids_that_are_none_of_the_models_are_refused(prompt: list[int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         next(stream_tokens(build(), [[1], prompt], 4, Sampling(), None))
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_before_a_word_is_shown(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_run(tmp_path / "run", SMALL, build().state_dict(), tokenizer_folder, 0, 1)  # with a larger tokenizer
+    export(tmp_path / "run", tmp_path / "out")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "out"), "a tree", "--max-new-tokens", "9"]) == 2
+    told = capsys.readouterr()
+    assert re.fullmatch(
+        r"fusiontree: error: the prompt: token \d+ is out of range; the model's are 0 to 95\n", told.err
+    )
+    assert told.out == ""
 
 
 # Ctrl-C where the work is, however fast the machine: the first call of `where` interrupts its own process

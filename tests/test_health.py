@@ -216,6 +216,31 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("hang", 8)]
 
 
+def hang_in_a_write(rank: int, seconds: float) -> None:
+    """A rank's disk answers no more, for a while."""
+    from fusiontree import saver
+
+    write = saver._write_files
+
+    def asleep(*arguments: object) -> object:
+        if int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        return write(*arguments)
+
+    saver._write_files = asleep
+
+
+def test_a_rank_that_hangs_in_a_save_runs_into_the_time_out(shards: Path, tmp_path: Path) -> None:
+    changes = {**SMALLER, "health__timeout_seconds": 4}
+    argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    job = ranks.start(argv, tmp_path, 2, partial(hang_in_a_write, 1, 30))
+    job.processes[0].join(60)
+    assert job.processes[0].exitcode == 76, job.said()
+    assert job.processes[1].is_alive()
+    assert "a rank has waited 4 s (health.timeout_seconds) for the others" in job.said()
+    assert job.codes() == [76, 1]
+
+
 def test_a_rank_that_hangs_where_no_step_is_watched_runs_into_the_time_out(shards: Path, tmp_path: Path) -> None:
     """In a group that DeepSpeed has made, which a time-out given at the start does not reach."""
     changes = {**SMALLER, "deepspeed": "zero2", "health__timeout_seconds": 3}

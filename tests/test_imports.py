@@ -23,9 +23,10 @@ ARROWS = {
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
     "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize", "fusiontree.weights"},
-    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed"},
-    "fusiontree.resize": set(),
-    "fusiontree.weights": set(),
+    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed", "fusiontree.resize"},
+    "fusiontree.layout": set(),
+    "fusiontree.resize": {"fusiontree.layout"},
+    "fusiontree.weights": {"fusiontree.layout"},
     "fusiontree.parity": {"fusiontree.model", "fusiontree.kernels", "fusiontree.weights"},
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.prune.pruner": {

@@ -50,6 +50,22 @@ def test_the_model_starts_with_the_exported_weights(exported: Path) -> None:
     assert model.config.rope_base == 2_000_000
 
 
+def test_weights_that_are_given_or_loaded_are_not_drawn_before(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, settings = World(0, 1, torch.device("cpu")), {"zero_optimization": {"stage": 1}}
+
+    def drawing(*_: object, **options: object) -> None:
+        assert options["generator"] is None, "drawn"  # torch's own modules start on meta, where it costs nothing
+
+    monkeypatch.setattr(torch.nn.init, "normal_", drawing)
+    build_model(config_for(exported), world, settings)
+    goes_on = build_model(config_for(tmp_path / "gone"), world, settings, goes_on=True)
+    assert not any(parameter.any() for parameter in goes_on.parameters())
+    with pytest.raises(AssertionError, match="drawn"):
+        build_model(config_for(exported, "init_from=null"), world, settings)
+
+
 def test_a_run_at_zero3_goes_on_where_the_export_stands_and_outlives_it(
     exported: Path, shards: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from fusiontree import cli, outcome
 from fusiontree.config import load_config
-from fusiontree.errors import HungError, RunError, StoppedError, UserError
+from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError, UserError
 from fusiontree.network import free_port
 from launcher import local, plan
 from launcher.plan import Plan, plan_local, visible_gpus
@@ -27,6 +27,8 @@ from fusiontree import outcome
 from launcher import local
 
 def save_and_leave(number, frame):
+    with open(here / ("heard-" + os.environ["RANK"]), "a") as heard:
+        heard.write(signal.Signals(number).name)
     time.sleep(2)
     outcome.report(75, None)
     sys.exit(75)
@@ -44,9 +46,10 @@ elif todo == "leave a child behind":
 elif todo == "stay stubbornly":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(120)
-elif todo == "save on SIGUSR1":
-    signal.signal(signal.SIGUSR1, save_and_leave)
-    (here / "listening").touch()
+elif todo == "save and leave":
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, save_and_leave)
+    (here / ("listening-" + os.environ["RANK"])).touch()
     time.sleep(120)
 elif todo == "be killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -323,6 +326,17 @@ def test_a_failure_that_follows_from_a_silent_death_is_not_taken_for_the_cause()
         local._verdict(reports, 2, returned=1, stopped_by=None, silent=1)
 
 
+def test_a_rank_that_lost_another_and_said_so_first_is_not_taken_for_the_cause(monkeypatch, tmp_path):
+    monkeypatch.setenv(outcome.FOLDER, str(tmp_path))
+    (tmp_path / "running-0").touch()
+    outcome.report(1, LOST_PEER)
+    assert local._failed(tmp_path) == (True, None)  # nobody else has failed
+    (tmp_path / "running-1").touch()  # and nobody holds it
+    assert local._failed(tmp_path) == (True, 1)
+    with pytest.raises(RunError, match=r"^rank 1: wrong$"):
+        local._verdict([said(0, 1, LOST_PEER, 5), said(1, 1, "wrong", 6)], 2, returned=1, stopped_by=None)
+
+
 def test_nothing_that_a_rank_started_outlives_the_run(job, tmp_path):
     assert local.run(job("leave a child behind")) == 0
     assert (tmp_path / "pid-child").exists()
@@ -369,11 +383,23 @@ def test_a_ranks_code_and_words_come_through(code, kind):
     assert caught.value.exit_code == code
 
 
-def test_ranks_may_save_and_leave_with_a_code_of_their_own(started, tmp_path):
-    process = started("save on SIGUSR1", "save on SIGUSR1")
-    expect((tmp_path / "listening").exists)
-    process.send_signal(signal.SIGUSR1)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_may_save_and_leave_with_a_code_of_their_own(number, started, tmp_path):
+    process = started("save and leave")
+    expect((tmp_path / "listening-0").exists)
+    process.send_signal(number)
     assert process.communicate(timeout=60)[0] == "code 75\n"
+    # DeepSpeed's launcher has not heard of it: it would ask once more, and kill after half a minute
+    assert (tmp_path / "heard-0").read_text() == number.name
+
+
+def test_a_job_that_is_stopped_before_its_ranks_have_begun_ends_at_once(tmp_path):
+    stop = local._Stop(tmp_path, ranks=2)
+    (tmp_path / "rank-0.joined").write_text(f"here {os.getpid()}")
+    with local.handling(lambda *_: None):
+        stop(signal.SIGUSR1, None)
+    assert stop.signal == signal.SIGUSR1
+    assert stop.deadline <= time.monotonic()
 
 
 def test_ranks_end_with_the_process_that_launched_them(started, tmp_path):

@@ -1,4 +1,4 @@
-"""On a live engine the scan's state parameters are fp32, stored and used, whatever the precision and the ZeRO stage."""
+"""On a live bf16 engine the scan's state parameters are fp32, stored and used, and three steps are three."""
 
 import json
 import subprocess
@@ -14,14 +14,27 @@ import numpy as np, torch
 from fusiontree import distributed
 from fusiontree.config import load_config
 from fusiontree.data.batch import collate
+from fusiontree.model.lm import HybridLM, drawn, materialise
 from fusiontree.training.step import TrainingStep
 
+
+def whole(parameters):
+    with GatheredParameters(parameters):
+        return [parameter.detach().clone() for parameter in parameters]
+
+
 world = distributed.start()
+from deepspeed.runtime.zero import GatheredParameters
 results = []
 for deepspeed in sys.argv[1].split(","):
     settings = [f"deepspeed={deepspeed}", "precision=bf16", "batch.tokens=256", *sys.argv[2:]]
-    training = TrainingStep(load_config("tiny", settings), world)
+    config = load_config("tiny", settings)
+    with torch.device("meta"):
+        plain = HybridLM(config.model)
+    list(materialise(plain, drawn(config.seed), torch.device("cpu")))
+    training = TrainingStep(config, world)
     model, used = training.engine.module, set()
+    as_drawn = all(map(torch.equal, whole([*model.parameters()]), whole([*plain.parameters()])))
     for block in model.blocks:
         scan, stream = block.mamba.kernels.scan, []
 
@@ -35,7 +48,10 @@ for deepspeed in sys.argv[1].split(","):
     batch = collate(tokens, [np.array([100, 128])] * 2)
     losses = [float(training.update([batch], step).loss) for step in range(3)]
     stored = {str(p.dtype) for n, p in model.named_parameters() if n.rpartition(".")[2] in ("A_log", "D", "dt_bias")}
-    results.append({"used": sorted([n, str(d)] for n, d in used), "stored": sorted(stored), "losses": losses})
+    adam = getattr(training.engine.optimizer, "optimizer", training.engine.optimizer)
+    counts = sorted({float(state["step"]) for state in adam.state.values()})
+    figures = {"losses": losses, "as_drawn": as_drawn, "counts": counts}
+    results.append({"used": sorted([n, str(d)] for n, d in used), "stored": sorted(stored), **figures})
 distributed.leave()
 print(json.dumps(results))
 """
@@ -58,5 +74,6 @@ def test_state_parameters_are_fp32_at_every_stage(tmp_path: Path) -> None:
             **dict.fromkeys(("A", "D", "dt"), "torch.float32"),
             **dict.fromkeys(("x", "stream"), "torch.bfloat16"),
         }, stage
+        assert (result["as_drawn"], result["counts"]) == (True, [3.0]), stage  # DeepSpeed's own bf16 steps at the start
         assert result["losses"] == pytest.approx(results[0]["losses"], rel=2e-2), stage
         assert result["losses"][2] < result["losses"][0], stage

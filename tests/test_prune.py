@@ -217,13 +217,16 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     assert main(["prune", str(run), "--out", str(plan)]) == 0
     assert "is there already" in refused("prune", run, "--out", plan)
     assert "hi must be above lo" in refused("prune", run, "--hi", 0.1, "--lo", 0.2)
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text(json.dumps({"layers": [{"layer": 0, "keep": None}]}))
     plan.write_text(json.dumps({"layers": [{"layer": 9, "keep": "mamba"}]}))
+    assert "it must keep a branch" in refused("export", run, tmp_path / "out", "--prune", nothing, "--data", shards)
     for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
         assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
     assert "names no dataset to measure the pruning by" in refused("export", run, tmp_path / "out", "--prune", "auto")
     both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
     assert "--prune and --prune-heads are both given" in both
-    assert list(tmp_path.iterdir()) == [plan]
+    assert set(tmp_path.iterdir()) == {plan, nothing}
 
 
 def test_half_of_the_layers_take_turns_in_the_bench() -> None:

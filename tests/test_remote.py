@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import cli
+from fsspec import AbstractFileSystem
 
 from fusiontree.data import remote
+from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset
 from fusiontree.data.remote import Cache, UnreachableError
 from fusiontree.data.sources import Sources
@@ -78,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         size, status = len(content), 200
         if span:
             first, last = span.removeprefix("bytes=").split("-")
+            if int(first) >= size:
+                self.send_error(416)
+                return
             content, status = content[int(first) : int(last) + 1], 206
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -261,6 +266,34 @@ def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shar
     assert "row 3 cannot be read" in str(sources.read(0, 3)[2])
 
 
+def test_a_shard_cut_at_its_address_is_refused_at_the_start_and_masked_later(
+    server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
+    shutil.copytree(shards, tmp_path / "copy")
+    server.folder = tmp_path / "copy"
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path / "cache"))})
+    shard = Dataset(server.folder).shards[0]
+    size = int(shard.index["tokens"][2]) + 100  # so that row 2 is cut, and what lies behind is gone
+    os.truncate(shard.path, size)
+    server.faults = ["drop"]
+    assert sources.read(0, 1)[2] is None
+    server.asked.clear()
+    for row in (2, 5):
+        tokens, ends, bad = sources.read(0, row)
+        assert str(bad) == f"{server.address}/{shard.info.name}: row {row} cannot be read (cut short at byte {size})"
+        assert set(tokens.tolist()) == {sources.pad_id}
+        assert ends.tolist() == [-sources.row_len]
+    assert len(rows_asked(server)) == 6  # each as often as a row on disk, without any delays of the way
+    words = rf"shard {server.address}/{shard.info.name} has {size} bytes, not {shard.info.bytes}; copy it again"
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            Dataset(server.address, "train", Cache(tmp_path / "empty"))
+    shard.path.unlink()
+    with pytest.raises(UserError, match=r"lacks files of the dataset \(.*000000\.tar\); copy it again"):
+        Dataset(server.address, "train", Cache(tmp_path / "empty"))
+
+
 @pytest.mark.parametrize(
     ("location", "words"),
     [("ftp://host/books", "protocol ftp is none of s3, gs"), ("{server}/nowhere", "nowhere holds no manifest.json")],
@@ -275,8 +308,7 @@ def test_an_address_without_a_dataset_is_one_line(server: Server, location: str,
 
 
 @pytest.fixture
-def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The dataset in a real object store on loopback."""
+def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
     moto_server = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
@@ -288,14 +320,30 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
-    files.mkdir("bucket")
-    files.put(str(shards) + "/", "bucket/books/", recursive=True)
-    yield "s3://bucket/books"
+    files.makedirs("bucket", exist_ok=True)  # the store forgets nothing between two tests
+    yield files
     store.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_dataset_in_an_object_store_trains_as_on_disk(bucket: str, shards: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def gs_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for kinds of buckets that it does not know
+    gcsfs = pytest.importorskip("gcsfs")
+    store = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    store.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{store._api._httpd.server_port}")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield gcsfs.GCSFileSystem()
+    store.stop()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_dataset_in_an_object_store_trains_as_on_disk(
+    protocol: str, request: pytest.FixtureRequest, shards: Path, tmp_path: Path
+) -> None:
     def batches(location: str) -> list:
         sources = Sources({"": Dataset(location, "train", Cache(tmp_path))})
         stream = TrainStream(sources, one_source(0, 2048, 128), 4, workers=3)
@@ -303,13 +351,56 @@ def test_a_dataset_in_an_object_store_trains_as_on_disk(bucket: str, shards: Pat
         stream.close()
         return found
 
-    assert batches(bucket) == batches(str(shards))
-    words = [f"data.path={bucket}", f"data.cache={tmp_path}", "data.seq_len=128", "model.vocab_size=512"]
+    files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
+    files.put(str(shards) + "/", "bucket/books/", recursive=True)
+    address = f"{protocol}://bucket/books"
+    assert batches(address) == batches(str(shards))
+    words = [f"data.path={address}", f"data.cache={tmp_path}", "data.seq_len=128", "model.vocab_size=512"]
     assert "padding" in cli("data", "plan", "tiny", *words).stdout
     shown = cli("data", "at", "tiny", *words, "--step", 3).stdout
-    assert f"{bucket}/train/" in shown
+    assert f"{address}/train/" in shown
     assert ".txt from" in shown
-    assert (
-        "more than model.vocab_size 100"
-        in cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
-    )
+    small = cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
+    assert "more than model.vocab_size 100" in small
+    with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere holds no manifest.json"):
+        Dataset(f"{protocol}://bucket/nowhere", "train", Cache(tmp_path))
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_shard_cut_in_an_object_store_is_masked_and_named(
+    protocol: str, request: pytest.FixtureRequest, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
+    files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
+    files.put(str(shards) + "/", "bucket/books/", recursive=True)
+    sources = Sources({"": Dataset(f"{protocol}://bucket/books", "train", Cache(tmp_path))})
+    shard = sources.datasets[0].shards[0]
+    content = files.cat_file(f"bucket/books/{shard.info.name}")
+    size = int(shard.index["tokens"][2]) + 100
+    files.pipe_file(f"bucket/books/{shard.info.name}", content[:size])
+    assert sources.read(0, 1)[2] is None
+    for row in (2, 5):
+        assert str(sources.read(0, row)[2]) == f"{shard.where}: row {row} cannot be read (cut short at byte {size})"
+
+
+def test_a_busy_object_store_is_asked_again(
+    gs_bucket: AbstractFileSystem, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gcp_storage_emulator.server import Router
+
+    gs_bucket.put(str(shards) + "/", "bucket/books/", recursive=True)
+    dataset = Dataset("gs://bucket/books", "train", Cache(tmp_path))
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.9)  # before gcsfs, which waits a second or more, asks again itself
+    faults, handle = [503, 429], Router.handle
+
+    def busy(router: Router, method: str) -> None:
+        if faults:
+            router._request_handler.send_error(faults.pop())
+        else:
+            handle(router, method)
+
+    monkeypatch.setattr(Router, "handle", busy)
+    for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
+        assert np.array_equal(one, other)
+    assert not faults

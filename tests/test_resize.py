@@ -1,12 +1,13 @@
 """A run goes on at any number of ranks and any ZeRO stage, unasked, along the curve of a run that never changed."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from conftest import metrics, settings
+from conftest import NO_ASYNC_IO, has_async_io, metrics, settings
 
 from fusiontree import checkpoint, incidents
 
@@ -14,6 +15,8 @@ from fusiontree import checkpoint, incidents
 ODD = {"model__hidden_size": 36, "model__ssm_heads": 3, "model__mlp_size": 50, "model__gate_rank": 7}
 SHORT = {**ODD, "model__head_dim": 8, "validation__every": 0, "schedule__steps": 9, "checkpoint__keep_last": 2}
 
+# a group of a MiB and more: DeepSpeed keeps less in memory
+WIDE = {"model__mlp_size": 6000, "schedule__steps": 4, "checkpoint__every": 1, "checkpoint__keep_last": 9}
 LAYOUTS = [(1, 2), (3, 4), (2, 1), (1, 4), (3, 2), (0, 1)]  # (ZeRO stage, ranks) of a job that makes one update
 
 
@@ -42,6 +45,28 @@ def test_every_change_of_ranks_and_stage_stays_on_the_curve(shards: Path, tmp_pa
     resumes = [line["message"] for line in incidents.read(tmp_path / "resized") if line["kind"] == "resume"]
     assert resumes[0].endswith("from step 1, saved on 2 ranks at ZeRO stage 1")
     assert len(resumes) == len(LAYOUTS)
+
+
+@pytest.mark.skipif(not has_async_io(), reason=NO_ASYNC_IO)
+def test_states_on_nvme_come_along_there_and_back(shards: Path, tmp_path: Path) -> None:
+    def train(name: str, stage: str, size: int, stop: bool = True) -> None:
+        words = settings(shards, tmp_path, name=name, deepspeed=stage, nvme_path=tmp_path / name, **SHORT | WIDE)
+        setup, code = (ask_to_stop, 75) if stop else (None, 0)
+        ranks.run(["train", "tiny", *words], tmp_path, size, setup=setup, code=code)
+
+    train("whole", "zero3_nvme", 2, stop=False)
+    for stage, size in (("zero3_nvme", 2), ("zero3_nvme", 2), ("zero1", 1)):
+        train("moved", stage, size)
+        shutil.rmtree(tmp_path / "moved" / "zero_stage_3", ignore_errors=True)  # the next job has another disk
+    train("moved", "zero3_nvme", 2, stop=False)
+    assert len([*(tmp_path / "whole").rglob("optimizer/rank1/exp_avg*.swp")]) > 1
+    expected, moved = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
+    assert moved[:2] == expected[:2]
+    assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    weights, reference = (
+        checkpoint.read_weights(tmp_path / name / "checkpoints" / "step-2") for name in ("moved", "whole")
+    )
+    assert all(torch.equal(weights[name], value) for name, value in reference.items())
 
 
 def test_muons_momentum_comes_along(shards: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fusiontree.generate import Sampling, candidates, draw, stream_tokens
 def drawn(logits: torch.Tensor, sampling: Sampling, times: int = 400) -> set[int]:
     """The tokens that ever come up."""
     generator = torch.Generator().manual_seed(0)
-    return {int(draw(logits, torch.tensor([], dtype=torch.int64), sampling, generator)) for _ in range(times)}
+    return {int(draw(logits, torch.zeros_like(logits, dtype=torch.bool), sampling, generator)) for _ in range(times)}
 
 
 @settings(max_examples=200, deadline=None)
@@ -40,10 +40,10 @@ def test_top_k_min_p_and_temperature_keep_what_they_say() -> None:
 
 
 def test_repetition_penalty_divides_positive_scores_and_multiplies_negative_ones() -> None:
-    logits, seen = torch.tensor([2.0, 1.5, -1.0]), torch.tensor([0, 0, 2])
+    logits, seen = torch.tensor([2.0, 1.5, -1.0]), torch.tensor([True, False, True])
     greedy = Sampling(temperature=0, repetition_penalty=2.0)
     assert draw(logits, seen, greedy, torch.Generator()) == 1
-    assert draw(torch.tensor([-1.0, -1.5]), torch.tensor([0]), greedy, torch.Generator()) == 1
+    assert draw(torch.tensor([-1.0, -1.5]), torch.tensor([True, False]), greedy, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_p=0.9, repetition_penalty=1.3, seed=3)])

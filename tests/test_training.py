@@ -18,7 +18,7 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.flops import update_flops
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, materialise
+from fusiontree.model.lm import HybridLM, drawn, materialise
 from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
 from fusiontree.training.optimizer import parameter_groups
 from fusiontree.training.schedule import learning_rate
@@ -51,7 +51,7 @@ def plain_losses(
     stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, config.seed, torch.device("cpu")))
+    list(materialise(model, drawn(config.seed), torch.device("cpu")))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer), betas=(config.optimizer.beta1, config.optimizer.beta2)
     )
@@ -88,11 +88,11 @@ def test_two_ranks_follow_the_curve_of_a_plain_loop(two_ranks: Path) -> None:
     assert validation[-1] < validation[0] - 0.5
 
 
-@pytest.fixture(scope="module", params=["zero0", "zero1", "zero3"])
+@pytest.fixture(scope="module", params=["zero0", "zero1", "zero3", "zero3_offload"])
 def other_stage(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `two_ranks` at another ZeRO stage."""
     output = tmp_path_factory.mktemp("runs")
-    cli("launch", "tiny", "--local", 2, *settings(shards, output, name="other", deepspeed=request.param))
+    ranks.run(["train", "tiny", *settings(shards, output, name="other", deepspeed=request.param)], output, 2)
     return output / "other"
 
 
@@ -103,6 +103,17 @@ def test_other_zero_stages_follow_the_same_curve(two_ranks: Path, other_stage: P
     assert set(weights) == set(reference)
     for name, value in reference.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_at_every_stage_a_resumed_run_is_the_undisturbed_run_bit_for_bit(
+    other_stage: Path, shards: Path, tmp_path: Path
+) -> None:
+    resumed = interrupted_copy(other_stage, tmp_path)
+    stage = load_config(str(other_stage / "config.yaml")).deepspeed
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="other", deepspeed=stage)], tmp_path, 2)
+    assert metrics(resumed) == metrics(other_stage)
+    before, after = (checkpoint.read_weights(run / "checkpoints" / "step-8") for run in (other_stage, resumed))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def layer_lines(run: Path) -> list[dict]:
@@ -290,8 +301,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: P
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
-    assert "step-8 is damaged and passed over" in done.stderr
+    said = ranks.run(["train", "tiny", *settings(shards, tmp_path, name="two")], tmp_path, 2)
+    assert "step-8 is damaged and passed over" in said
     assert [(line["kind"], line["step"]) for line in incidents.read(copy)] == [("fallback", 8), ("resume", 4)]
     assert metrics(copy) == metrics(two_ranks)
 
@@ -307,9 +318,11 @@ def test_a_finished_run_is_left_as_it_is(two_ranks: Path, shards: Path) -> None:
     ("changes", "words"),
     [({"optimizer__lr": 1e-3}, "optimizer.lr"), ({"model__window": 16}, "model.window"), ({"seed": 1}, "seed")],
 )
-def test_another_configuration_is_refused_by_name(changes: dict, words: str, two_ranks: Path, shards: Path) -> None:
-    done = cli("launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two", **changes), code=2)
-    assert f"other values of {words};" in done.stderr
+def test_another_configuration_is_refused_by_name(
+    changes: dict, words: str, two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
+    argv = ["train", "tiny", *settings(shards, two_ranks.parent, name="two", **changes)]
+    assert f"other values of {words};" in ranks.run(argv, tmp_path, 2, code=2)
     assert load_config(str(two_ranks / "config.yaml")).optimizer.lr == 3e-3
 
 
@@ -348,7 +361,7 @@ def test_a_key_that_is_none_cannot_be_allowed(two_ranks: Path, shards: Path, tmp
 def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
     free = {"batch__micro_rows": 4, "activation_checkpointing": "none", "logging__every": 2}
-    cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two", **free))
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="two", **free)], tmp_path, 2)
     assert losses(resumed)[-1] == pytest.approx(losses(two_ranks)[-1], rel=1e-5)
 
 

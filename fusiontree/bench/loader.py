@@ -1,5 +1,6 @@
 """How fast training batches come, beside webdataset's own pipeline on the same shards: measured, asserted nowhere."""
 
+import itertools
 import os
 import statistics
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusiontree.console import progress_bar
-from fusiontree.data.batch import collate, slice_ends
+from fusiontree.data.batch import Batch, collate, cut_ends
 from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
@@ -36,8 +37,9 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     Returns:
         rows_tokens_per_s (read and checked), batches_tokens_per_s (in order, made up for training),
         webdataset_rows_tokens_per_s and webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order
-        that can be resumed), waiting_share (of a consumer's time, with two workers), memory_bytes (of the process, by
-        batches made) and what was measured.
+        that can be resumed), waiting_share (of a consumer's time, spent in `next` with two workers), waiting_floor (the
+        same where the batch is there and nothing is done: the measure's own cost, of a clock read from cold caches),
+        memory_bytes (of the process, by batches made) and what was measured.
 
     Raises:
         UserError: no dataset there, or `seq_len` does not divide its rows.
@@ -59,7 +61,7 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
             figures[name] = statistics.median(_rate(make()) for _ in range(REPEATS))
             bar.advance(task)
         bar.update(task, note="waiting")
-        figures["waiting_share"] = statistics.median(_waiting(sources, length, rows) for _ in range(REPEATS))
+        figures |= _waiting(sources, length, rows)
         bar.update(task, advance=1, note="memory")
         figures["memory_bytes"] = _memory(sources, length, rows)
         bar.advance(task)
@@ -101,29 +103,34 @@ def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[i
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     for tokens, ends in _webdataset_samples(sources):
         for row, row_ends in zip(tokens, ends, strict=True):
-            for part in range(len(row) // seq_len):
-                cut = row[part * seq_len : (part + 1) * seq_len]
-                waiting.append((cut, slice_ends(row_ends[row_ends != 0], seq_len, part)))
+            for cut in zip(row.reshape(-1, seq_len), cut_ends(row_ends[row_ends != 0], seq_len), strict=True):
+                waiting.append(cut)
                 if len(waiting) == rows:
                     batch = collate(np.stack([cut for cut, _ in waiting]), [ends for _, ends in waiting])
                     waiting = []
                     yield batch.labels.size
 
 
-def _waiting(sources: Sources, seq_len: int, rows: int) -> float:
-    """Share of its time that a consumer of CONSUMER tokens/s waits for batches from WORKERS threads."""
+def _waiting(sources: Sources, seq_len: int, rows: int) -> dict[str, float]:
+    """How long a consumer waits for batches from WORKERS threads, and for one that it has already."""
     stream = TrainStream(sources, one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
     next(stream)
+    shares = [_waiting_share(stream, seq_len * rows) for _ in range(REPEATS)]
+    stream.close()
+    floors = [_waiting_share(itertools.repeat([]), seq_len * rows) for _ in range(REPEATS)]
+    return {"waiting_share": statistics.median(shares), "waiting_floor": statistics.median(floors)}
+
+
+def _waiting_share(steps: Iterator[list[Batch]], step_tokens: int) -> float:
+    """Share of its time that a consumer of CONSUMER tokens/s spends in `next`."""
     waited, started = 0.0, time.perf_counter()
     while time.perf_counter() < started + SECONDS:
         asked = time.perf_counter()
-        batches = next(stream)
+        batches = next(steps)
         waited += time.perf_counter() - asked
-        time.sleep(seq_len * rows * len(batches) / CONSUMER)  # as one that waits for its device
+        time.sleep(step_tokens / CONSUMER)  # as one that waits for its device
         del batches  # its memory is given back in the consumer's own time
-    share = waited / (time.perf_counter() - started)
-    stream.close()
-    return share
+    return waited / (time.perf_counter() - started)
 
 
 def _memory(sources: Sources, seq_len: int, rows: int) -> dict[str, int]:

@@ -4,71 +4,76 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fusiontree.cli.parsing import FORMAT, add_config, add_preset, command
 from fusiontree.cli.printing import show
 
-
-def _bench_train(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print: standard output is for the figures
-        from fusiontree.bench.train import Workload, bench_train
-
-        figures = bench_train(
-            args.preset,
-            args.overrides,
-            Workload(args.documents, args.steps, args.warmup),
-            seq_len=args.seq_len,
-            batch_tokens=args.batch_tokens,
-            recompute=args.recompute,
-            peer=args.peer,
-            peer_recompute=args.peer_recompute == "full",
-            profile=args.profile,
-        )
-    return show(figures, args.json)
+Figures = dict[str, Any]
 
 
-def _bench_decode(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):
-        from fusiontree.bench.decode import bench_decode
+def _shown(bench: Callable[[argparse.Namespace], Figures]) -> Callable[[argparse.Namespace], int]:
+    """The handler that shows what `bench` measures; what libraries print meanwhile goes to standard error."""
 
-        figures = bench_decode(args.preset, args.overrides, args.batch, args.context, args.steps)
-    return show(figures, args.json)
+    def handler(args: argparse.Namespace) -> int:
+        with contextlib.redirect_stdout(sys.stderr):
+            figures = bench(args)
+        return show(figures, args.json is True)
 
-
-def _bench_prune(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):
-        from fusiontree.bench.prune import bench_prune
-
-        figures = bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
-    return show(figures, args.json)
+    return handler
 
 
-def _bench_kernels(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):
-        from fusiontree.bench.kernels import bench_kernels
+def _bench_train(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.train import Workload, bench_train
 
-        figures = bench_kernels(args.preset, args.overrides, args.seq_len, args.repeats)
-    return show(figures, args.json)
+    return bench_train(
+        args.preset,
+        args.overrides,
+        Workload(args.documents, args.steps, args.warmup),
+        seq_len=args.seq_len,
+        batch_tokens=args.batch_tokens,
+        recompute=args.recompute,
+        peer=args.peer,
+        peer_recompute=args.peer_recompute == "full",
+        profile=args.profile,
+    )
 
 
-def _bench_loader(args: argparse.Namespace) -> int:
+def _bench_decode(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.decode import bench_decode
+
+    return bench_decode(args.preset, args.overrides, args.batch, args.context, args.steps)
+
+
+def _bench_prune(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.prune import bench_prune
+
+    return bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
+
+
+def _bench_kernels(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.kernels import bench_kernels
+
+    return bench_kernels(args.preset, args.overrides, args.seq_len, args.repeats)
+
+
+def _bench_loader(args: argparse.Namespace) -> Figures:
     from fusiontree.bench.loader import bench_loader
 
-    return show(bench_loader(args.data, args.seq_len, args.rows), args.json)
+    return bench_loader(args.data, args.seq_len, args.rows)
 
 
-def _bench_overhead(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr):
-        from fusiontree.bench.overhead import bench_overhead
+def _bench_overhead(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.overhead import bench_overhead
 
-        figures = bench_overhead(args.config, args.overrides, args.rounds, args.warmup)
+    figures = bench_overhead(args.config, args.overrides, args.rounds, args.warmup)
     if isinstance(args.json, Path):
         from fusiontree.files import write_atomic
 
         write_atomic(args.json, json.dumps(figures, indent=2) + "\n")
-    return show(figures, args.json is True)
+    return figures
 
 
 def add(commands: Any) -> None:
@@ -86,7 +91,7 @@ def add(commands: Any) -> None:
     train = command(
         bench_commands,
         "train",
-        _bench_train,
+        _shown(_bench_train),
         "Measure training under the real engine, beside a peer's if wished.",
         "bench train --preset 1b --seq-len 32768 --peer hf-falcon-h1",
     )
@@ -111,7 +116,7 @@ def add(commands: Any) -> None:
     decode = command(
         bench_commands,
         "decode",
-        _bench_decode,
+        _shown(_bench_decode),
         "Measure prefill and decoding with random weights.",
         "bench decode --preset 1b --batch 1 64 --context 1024 32768",
     )
@@ -125,7 +130,7 @@ def add(commands: Any) -> None:
     prune = command(
         bench_commands,
         "prune",
-        _bench_prune,
+        _shown(_bench_prune),
         "Measure what pruning every second layer to one branch gains, with random weights.",
         "bench prune --preset 1b --context 32768",
     )
@@ -143,7 +148,7 @@ def add(commands: Any) -> None:
     kernels = command(
         bench_commands,
         "kernels",
-        _bench_kernels,
+        _shown(_bench_kernels),
         "Measure every back-end that runs here against the reference.",
         "bench kernels --preset 1b --seq-len 32768",
     )
@@ -154,7 +159,7 @@ def add(commands: Any) -> None:
     loader = command(
         bench_commands,
         "loader",
-        _bench_loader,
+        _shown(_bench_loader),
         "Measure how fast training batches come from a dataset.",
         "bench loader --data data/books",
     )
@@ -165,7 +170,7 @@ def add(commands: Any) -> None:
     overhead = command(
         bench_commands,
         "overhead",
-        _bench_overhead,
+        _shown(_bench_overhead),
         "Measure what the engine costs: a real run beside a bare DeepSpeed loop, in turns.",
         "bench overhead 125m --json overhead.json",
         figures=False,

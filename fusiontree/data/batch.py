@@ -1,7 +1,9 @@
 """Rows to batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or a stretch of padding."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,19 +48,22 @@ class Batch:
         return np.diff(self.cu_seqlens).tolist()
 
 
-def slice_ends(ends: np.ndarray, seq_len: int, part: int) -> np.ndarray:
-    """Segment ends of slice `part` of a packed row, counted from the slice's start.
+def cut_ends(ends: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Segment ends of each slice of `seq_len` tokens of a packed row, counted from the slice's start.
 
     Args:
         ends: int32 [segments] of the whole row, as in the format.
-        seq_len: tokens per slice.
-        part: the slice covers tokens [part * seq_len, (part + 1) * seq_len).
+        seq_len: tokens per slice; it divides the row.
     """
-    start, stop = part * seq_len, (part + 1) * seq_len
     bounds = np.abs(ends)
-    first, last = np.searchsorted(bounds, start, side="right"), np.searchsorted(bounds, stop, side="left")
-    inside = slice(first, last + 1)
-    return np.sign(ends[inside]) * (np.minimum(bounds[inside], stop) - start)
+    if bounds[-1] == seq_len:
+        return [ends]
+    stops = np.arange(seq_len, bounds[-1] + 1, seq_len, dtype=ends.dtype)
+    cuts = np.sort(np.concatenate([bounds, stops]))
+    cuts = cuts[np.diff(cuts, prepend=0) > 0]  # where a segment and a slice end together, once
+    signed = np.sign(ends)[bounds.searchsorted(cuts)] * ((cuts - 1) % seq_len + 1)
+    at = [0, *(cuts.searchsorted(stops) + 1).tolist()]
+    return [signed[first:last] for first, last in itertools.pairwise(at)]
 
 
 def collate(
@@ -80,26 +85,36 @@ def collate(
     assert all(abs(row[-1]) == L for row in ends), "segments do not cover their row"
     segments = np.array([len(row) for row in ends])
     signed = np.concatenate(ends)
-    stops = np.abs(signed).astype(np.int64) + np.repeat(np.arange(B) * L, segments)
-    cu_seqlens = np.concatenate([[0], stops])
-    lengths = np.diff(cu_seqlens)
-    number = np.arange(len(stops)) - np.repeat(np.cumsum(segments) - segments, segments)
+    row = np.arange(B).repeat(segments)  # of each segment
+    number = np.arange(len(row)) - (segments.cumsum() - segments)[row]
+    cu_seqlens = np.zeros(len(row) + 1, dtype=np.int64)
+    starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
+    stops[:] = np.abs(signed) + row * L
+    lengths = stops - starts
 
     flat = tokens.reshape(-1)
     labels = np.empty(B * L, dtype=np.int64)
     labels[:-1] = flat[1:]  # from the narrow tokens: between two equal buffers a shifted copy is many times slower
     labels[stops - 1] = IGNORE
-    for padding in np.flatnonzero(signed < 0):
-        labels[cu_seqlens[padding] : stops[padding]] = IGNORE
-    position_ids = np.arange(B * L)
-    position_ids -= np.repeat(cu_seqlens[:-1], lengths)
+    for padding in (signed < 0).nonzero()[0]:
+        labels[starts[padding] : stops[padding]] = IGNORE
+    position_ids = starts.repeat(lengths)
+    np.subtract(_counting(B * L), position_ids, out=position_ids)
     return Batch(
         input_ids=tokens.astype(np.int64),
         labels=labels.reshape(B, L),
         position_ids=position_ids.reshape(B, L),
-        seq_idx=np.repeat(number.astype(np.int32), lengths).reshape(B, L),
+        seq_idx=number.astype(np.int32).repeat(lengths).reshape(B, L),
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(lengths.max()),
         damaged=damaged,
         sources=sources,
     )
+
+
+@lru_cache(maxsize=2)
+def _counting(count: int) -> np.ndarray:
+    """0, 1, 2, …: int64 [count], kept because making it takes as long as using it."""
+    numbers = np.arange(count)
+    numbers.flags.writeable = False
+    return numbers

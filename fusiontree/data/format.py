@@ -9,13 +9,13 @@ import json
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
+from isal import isal_zlib
 
 from fusiontree import __version__
 from fusiontree.data.packing import PACKER_VERSION, Span
@@ -40,6 +40,7 @@ ENDS = np.dtype("<i4")
 _LARGEST_HEADER = 1024  # bytes, of an .npy member; ours have 128
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _Record = TypeVar("_Record")
+Buffer: TypeAlias = bytes | memoryview | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def row_crc(tokens: Buffer, ends: Buffer) -> int:
+    """CRC32 (zlib's) of a row's token bytes followed by the bytes of its segment ends.
+
+    Args:
+        tokens: bytes, or a contiguous little-endian array.
+        ends: likewise.
+    """
+    return isal_zlib.crc32(ends, isal_zlib.crc32(tokens))
+
+
 class Dataset:
     """One split of a dataset, its packed rows read by number and checked on every read.
 
@@ -296,13 +307,12 @@ class Shard:
         Raises:
             RunError: the bytes do not match the row's checksum.
         """
-        content = self._bytes(row)
-        if zlib.crc32(content) != self.index["crc"][row]:
+        tokens, ends = self._bytes(row)
+        if row_crc(tokens, ends) != self.index["crc"][row]:
             raise RunError(
                 f"{self.where}: row {row} is damaged (checksum differs); restore the shard or build it again"
             )
-        size = self.row_len * self.dtype.itemsize
-        return np.frombuffer(content[:size], self.dtype), np.frombuffer(content[size:], ENDS)
+        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, ENDS)
 
     def _ranges(self, row: int) -> list[tuple[int, int]]:
         """Offset and length, in bytes, of a row's tokens and of its segment ends."""
@@ -310,12 +320,13 @@ class Shard:
         tokens, ends = self.row_len * self.dtype.itemsize, int(entry["segments"]) * ENDS.itemsize
         return [(int(entry["tokens"]), tokens), (int(entry["ends"]), ends)]
 
-    def _bytes(self, row: int) -> bytes:
-        """The bytes of a row's tokens, then of its segment ends, as far as they are there."""
+    def _bytes(self, row: int) -> tuple[Buffer, Buffer]:
+        """The bytes of a row's tokens and of its segment ends, as far as they are there."""
         # opened for each row: a few microseconds, and no descriptors to bound, to share with forks or to leak
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return b"".join(os.pread(descriptor, length, offset) for offset, length in self._ranges(row))
+            (tokens, size), (ends, ends_size) = self._ranges(row)
+            return os.pread(descriptor, size, tokens), os.pread(descriptor, ends_size, ends)
         finally:
             os.close(descriptor)
 
@@ -386,8 +397,10 @@ class RemoteShard(Shard):
             self.store.forget(self.info.name, row)
             raise
 
-    def _bytes(self, row: int) -> bytes:
-        return self.store.row(self.info.name, row, self._ranges(row))
+    def _bytes(self, row: int) -> tuple[Buffer, Buffer]:
+        ranges = self._ranges(row)
+        content = memoryview(self.store.row(self.info.name, row, ranges))
+        return content[: ranges[0][1]], content[ranges[0][1] :]
 
     def _whole(self) -> Path:
         self.store.files([self.info.name])
@@ -395,10 +408,20 @@ class RemoteShard(Shard):
 
 
 def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
-    """Fetch the indexes of shards at an address, and the tokenizer that every run needs."""
+    """Fetch the indexes of shards at an address, and the tokenizer that every run needs.
+
+    A shard's size is checked before its index is on this node; one that changes later is found out row by row.
+
+    Raises:
+        UserError: a file is missing, or a shard is of another size than the manifest says.
+    """
+    indexes = {str(index_path(Path(info.name))): info for info in infos}
+    new = [info for name, info in indexes.items() if not (store.folder / name).is_file()]
     try:
-        tokenizer = [f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)]
-        store.files([*tokenizer, *(str(index_path(Path(info.name))) for info in infos)])
+        for info, size in zip(new, store.sizes([info.name for info in new]), strict=True):
+            if size not in (None, info.bytes):
+                raise UserError(f"shard {store.address}/{info.name} has {size} bytes, not {info.bytes}; copy it again")
+        store.files([*(f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)), *indexes])
     except OSError as error:
         raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
 

@@ -9,6 +9,7 @@ what it leaves half-written is never read, and is removed later.
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import random
 import tempfile
@@ -28,11 +29,19 @@ PIECE = 8 << 20  # bytes of one request for a whole file: what a lost connection
 PARALLEL = 16  # requests for whole files at once
 LOCKS = 256
 STALE = 3600.0  # seconds after which a half-written file is nobody's any more
+_TOLD = 200  # characters of a server's own words; some send a page
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
 class UnreachableError(RunError):
     """An address does not answer: no damage of the data, so nothing stands in for what is missing."""
+
+
+class CutShortError(OSError):
+    """A file at an address ends before what is asked of it."""
+
+
+_FINAL = (FileNotFoundError, PermissionError, CutShortError)  # no further attempt can change them
 
 
 @dataclass(frozen=True)
@@ -90,11 +99,20 @@ class Store:
             if not (self.folder / name).is_file():
                 self._put(self.folder / name, self._whole(name))
 
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """Bytes of whole files at the address; None: the server does not tell.
+
+        Raises:
+            OSError: one is not there. UnreachableError: the address does not answer.
+        """
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return [*pool.map(self._size, names)]
+
     def row(self, shard: str, row: int, ranges: Sequence[tuple[int, int]]) -> bytes:
         """The bytes at `ranges`, (offset, length) each, of a row, one after the other; from the cache if it is there.
 
         Raises:
-            OSError: the shard is not at the address, or too short. UnreachableError: it does not answer.
+            OSError: the shard is not at the address, or cut short. UnreachableError: it does not answer.
         """
         path = self._row_path(shard, row)
         with contextlib.suppress(FileNotFoundError):
@@ -116,23 +134,36 @@ class Store:
 
     def _whole(self, name: str) -> bytes:
         """A whole file, in pieces, so that a connection that is lost costs one of them only."""
-        path = f"{self.root}/{name}"
-        size = self._ask(name, lambda timeout: self._call(self.fs._info, path, timeout=timeout)["size"])
-        if size is None:  # a server that does not tell sizes ahead
+        size = self._size(name)
+        if size is None:
+            path = f"{self.root}/{name}"
             return self._ask(name, lambda timeout: self._call(self.fs._cat_file, path, timeout=timeout))
         pieces = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
         return b"".join(self._range(name, offset, length) for offset, length in pieces)
 
-    def _range(self, name: str, offset: int, length: int) -> bytes:
-        path = f"{self.root}/{name}"
+    def _size(self, name: str) -> int | None:
+        return self._ask(name, lambda timeout: self._size_now(name, timeout))
 
-        def fetch(timeout: float) -> bytes:
+    def _size_now(self, name: str, timeout: float) -> int | None:
+        return self._call(self.fs._info, f"{self.root}/{name}", timeout=timeout)["size"]
+
+    def _range(self, name: str, offset: int, length: int) -> bytes:
+        return self._ask(name, lambda timeout: self._range_now(name, offset, length, timeout))
+
+    def _range_now(self, name: str, offset: int, length: int, timeout: float) -> bytes:
+        path = f"{self.root}/{name}"
+        try:
             content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
             if len(content) != length:
                 raise ConnectionError(f"{len(content)} bytes came instead of {length}")
-            return content
-
-        return self._ask(name, fetch)
+        except _FINAL:
+            raise
+        except Exception:  # each protocol has its own errors for a range that lies behind the end
+            size = self._size_now(name, timeout)
+            if size is not None and size < offset + length:
+                raise CutShortError(f"cut short at byte {size}") from None
+            raise
+        return content
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout: float, **options: Any) -> Any:
         from fsspec.asyn import sync
@@ -143,15 +174,15 @@ class Store:
         """The answer to a request, tried again with growing delays.
 
         Raises:
-            OSError: there is no such file, or it may not be read. UnreachableError: every attempt failed.
+            OSError: no such file, none to be read, or one that is cut short. UnreachableError: every attempt failed.
         """
         for attempt in range(ATTEMPTS):
             try:
                 return request(TIMEOUT)
-            except (FileNotFoundError, PermissionError):
+            except _FINAL:
                 raise
             except Exception as error:  # each protocol has its own errors for lost connections and busy servers
-                last = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                last = f"{type(error).__name__}: {' '.join(str(error).split())[:_TOLD]}"
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))
         raise UnreachableError(f"{self.address}/{name} does not answer after {ATTEMPTS} attempts ({last}); check it")
@@ -215,6 +246,7 @@ def _open(address: str) -> tuple[Any, str]:
     protocol = address.partition("://")[0]
     if protocol not in EXTRAS:
         raise UserError(f"{address}: protocol {protocol} is none of {', '.join(EXTRAS)}; copy the dataset, or use one")
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # or it prints tracebacks of what is asked for again
     try:
         from fsspec.core import url_to_fs
 

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest
+from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest, row_crc
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBERS = ("ends.npy", "json", "tok.npy")
@@ -54,11 +53,6 @@ class Scan:
         tokens = sum(row[3] for row in self.rows)
         digest = index_digest(self.index)
         return ShardInfo(name, self.sha256, self.bytes, len(self.rows), tokens, self.documents, digest)
-
-
-def row_crc(tokens: np.ndarray, ends: np.ndarray) -> int:
-    """CRC32 of a row's token bytes followed by the bytes of its segment ends; both contiguous, little-endian."""
-    return zlib.crc32(ends.data, zlib.crc32(tokens.data))
 
 
 def scan_shard(path: Path) -> Scan:

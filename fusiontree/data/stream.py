@@ -1,27 +1,23 @@
 """Which rows a rank trains on, as a function of how many were consumed, and the held-out rows it validates on."""
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
-from queue import Empty, SimpleQueue
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from fusiontree.data.batch import BadRow, Batch, collate, slice_ends
+from fusiontree.data.batch import BadRow, Batch, collate, cut_ends
 from fusiontree.data.mixture import Mixture, SourceRows
 from fusiontree.data.order import Place, RowOrder, Stage
+from fusiontree.data.readahead import Make, ReadAhead
 from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 
 CACHED_ROWS = 512  # packed rows kept, 32 MiB of 16-bit tokens: a whole window of the order from 8 slices a row on
-_Promise: TypeAlias = "SimpleQueue[Batch | BaseException]"  # for one batch
 _LARGEST_BLOCK = 24 << 20  # bytes; below glibc's own limit for its threshold, 32 MiB
-AHEAD = 4  # batches per worker that wait or are being made, at least; at most twice as many
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class TrainStream:
         self._slices = _Slices(sources)
         self._workers = workers
         _keep_freed_memory()
-        self._ahead: _ReadAhead | None = None
+        self._ahead: ReadAhead | None = None
 
     def seek(self, rows_consumed: int) -> None:
         """Go to the place behind `rows_consumed` rows, in O(1)."""
@@ -135,13 +131,17 @@ class TrainStream:
 
     def __next__(self) -> list[Batch]:
         """This rank's batches of the next step, in order; StopIteration where the sources are used up."""
-        self.rows_consumed = self._past(self.rows_consumed)
         if self._ahead is None:
-            self._ahead = _ReadAhead(self._tasks(self.rows_consumed), self._workers)
-        count = self.recipe.batch_tokens // (self.micro_tokens * self.world_size)
-        batches = [next(self._ahead) for _ in range(count)]
-        self.rows_consumed += self.recipe.batch_rows
-        return batches
+            step_batches = self.recipe.batch_tokens // (self.micro_tokens * self.world_size)
+            self._ahead = ReadAhead(self._steps(self.rows_consumed), self._workers, step_batches)
+        ahead = self._ahead
+        step = ahead.take()
+        if step.failure is not None:
+            ahead.fail(step)
+        if step.frees:
+            ahead.free()
+        self.rows_consumed = step.rows_consumed
+        return step.batches
 
     def close(self) -> None:
         """End the workers; the next step starts them again."""
@@ -167,13 +167,15 @@ class TrainStream:
         end = self.order.mixture.end
         return None if end is None else end * self.sources.row_len // self.recipe.batch_tokens
 
-    def _tasks(self, rows_consumed: int) -> Iterator[Callable[[], Batch]]:
+    def _steps(self, rows_consumed: int) -> Iterator[tuple[int, list[Make]]]:
+        """Of each step behind `rows_consumed` rows, those consumed behind it and what makes its batches."""
         row = self._past(rows_consumed)
         while self.last_step is None or row // self.recipe.batch_rows < self.last_step:
             length = self.order.stage(row * self.recipe.seq_len).seq_len
-            for places in self.places(row):
-                yield partial(self._slices.batch, places, length)
-            row = self._past(row + self.recipe.batch_rows)
+            makes: list[Make] = [partial(self._slices.batch, places, length) for places in self.places(row)]
+            row += self.recipe.batch_rows
+            yield row, makes
+            row = self._past(row)
 
     def _past(self, rows_consumed: int) -> int:
         """The first place from `rows_consumed` on that is not left out."""
@@ -181,72 +183,6 @@ class TrainStream:
             if first <= rows_consumed < end:
                 rows_consumed = end
         return rows_consumed
-
-
-class _ReadAhead:
-    """Batches made by threads in a known order: what takes their time (files, checksums, copies) releases the GIL.
-
-    The threads take the tasks one after the other, so that asking for a batch that is ready costs microseconds. All
-    that the consumer touches is SimpleQueue, which is written in C.
-    """
-
-    def __init__(self, tasks: Iterator[Callable[[], Batch]], workers: int):
-        self._tasks = tasks
-        self._turn = threading.Lock()  # who holds it takes the next task, and its place in the order
-        self._room: SimpleQueue[bool] = SimpleQueue()  # a True for each batch that may be made, a False to end a thread
-        self._promised: SimpleQueue[_Promise] = SimpleQueue()
-        self._consumed = 0
-        self._failed: BaseException | None = None
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for thread in self._threads:
-            for _ in range(2 * AHEAD):
-                self._room.put(True)
-            thread.start()
-
-    def __next__(self) -> Batch:
-        """The next batch; what its worker raised, with the worker's traceback; StopIteration at the end."""
-        if not self._threads:
-            return next(self._tasks)()
-        made = self._failed or self._promised.get().get()
-        if isinstance(made, BaseException):
-            self._failed = made  # the batches behind it are not the next one
-            raise made
-        self._consumed += 1
-        if self._consumed % AHEAD == 0:  # waking a thread costs more than all else here
-            for _ in range(AHEAD):
-                self._room.put(True)
-        return made
-
-    def _work(self) -> None:
-        while self._make_next():
-            pass
-
-    def _make_next(self) -> bool:
-        """Make the next batch, if there is one and it is still wanted."""
-        promise: _Promise = SimpleQueue()
-        with self._turn:
-            if not self._room.get():
-                return False
-            self._promised.put(promise)
-            try:
-                task = next(self._tasks)
-            except BaseException as error:  # the consumer's to handle, as below
-                promise.put(error)
-                return False
-        try:
-            promise.put(task())
-        except BaseException as error:
-            promise.put(error)
-        return True
-
-    def close(self) -> None:
-        with contextlib.suppress(Empty):
-            while True:
-                self._room.get_nowait()
-        for _ in self._threads:
-            self._room.put(False)
-        for thread in self._threads:
-            thread.join()
 
 
 def validation_batches(
@@ -270,42 +206,53 @@ def validation_batches(
     return (slices.batch(chosen[first : first + micro_rows], seq_len, micro_rows) for first in firsts)
 
 
+class _CutRow(NamedTuple):
+    """A packed row, cut into slices."""
+
+    tokens: np.ndarray  # [slices, seq_len]
+    ends: list[np.ndarray]  # of each slice, int32 [segments]
+    damage: BadRow | None
+
+
 class _Slices:
     """The packed rows of all sources, cut to a length."""
 
     def __init__(self, sources: Sources):
         self.sources = sources
-        self._kept = lru_cache(CACHED_ROWS)(sources.read)
+        self._kept = lru_cache(CACHED_ROWS)(self._cut)
+
+    def _cut(self, source: int, row: int, seq_len: int) -> _CutRow:
+        tokens, ends, damage = self.sources.read(source, row)
+        return _CutRow(tokens.reshape(-1, seq_len), cut_ends(ends, seq_len), damage)
 
     def batch(self, places: Sequence[Place], seq_len: int, rows: int | None = None) -> Batch:
         """The slices at `places`, filled up to `rows` with masked rows."""
         B = len(places) if rows is None else rows
-        # a row's slices are used near one another: read and check it once
-        read = self._kept if seq_len < self.sources.row_len else self.sources.read
+        # a row's slices are used near one another: read, check and cut it once
+        cut = self._kept if seq_len < self.sources.row_len else self._cut
         tokens = np.empty((B, seq_len), dtype=self.sources.dtype)
         tokens[len(places) :] = self.sources.pad_id
         ends = [np.array([-seq_len], dtype=np.int32)] * B
         bad: dict[BadRow, None] = {}
         for i, (source, _, row, part) in enumerate(places):
-            row_tokens, row_ends, damage = read(source, row)
+            row_tokens, row_ends, damage = cut(source, row, seq_len)
             if damage is not None:
                 bad[damage] = None
-            tokens[i] = row_tokens[part * seq_len : (part + 1) * seq_len]
-            ends[i] = row_ends if len(row_tokens) == seq_len else slice_ends(row_ends, seq_len, part)
+            tokens[i], ends[i] = row_tokens[part], row_ends[part]
         return collate(tokens, ends, tuple(bad), tuple(place.source for place in places))
 
     def with_documents(self, seq_len: int) -> list[Place]:
         """All slices that hold more than padding, in the order on disk."""
         found = []
         for source, dataset in enumerate(self.sources.datasets):
-            parts = self.sources.row_len // seq_len
             padding = self.sources.row_len - dataset.valid_tokens
             for row in range(dataset.num_rows):
-                real = [*range(parts)]
+                parts = [*range(self.sources.row_len // seq_len)]
                 if padding[row] >= seq_len:  # in the others no slice can be empty
-                    ends = self._kept(source, row)[1]
-                    real = [part for part in range(parts) if (slice_ends(ends, seq_len, part) > 0).any()]
-                found += [Place(source, 0, row, part) for part in real]
+                    parts = [
+                        part for part, ends in enumerate(self._kept(source, row, seq_len).ends) if (ends > 0).any()
+                    ]
+                found += [Place(source, 0, row, part) for part in parts]
         return found
 
 

@@ -15,7 +15,7 @@ from fusiontree.console import progress_bar
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.subject import Subject
-from fusiontree.generate import Decoder
+from fusiontree.generate import Decoder, check_positions
 from fusiontree.model.lm import HybridLM
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the needle: 0 is the prompt's beginning, 1 its end
@@ -137,8 +137,9 @@ def _score(subject: Subject, probes: Iterable[Probe], tick: Callable[[], object]
 @torch.inference_mode()
 def _answer(model: HybridLM, probe: Probe) -> tuple[bool, float]:
     """Whether every token of the answer is the likeliest, and their mean loss in nats."""
-    device = model.embedding.weight.device
-    decoder = Decoder(model, 1, room=len(probe.prompt) + len(probe.answer))
+    device, length = model.embedding.weight.device, len(probe.prompt) + len(probe.answer)
+    check_positions(model.config, length)
+    decoder = Decoder(model, 1, room=length)
     logits = decoder.prefill(torch.tensor([probe.prompt], device=device))
     right, loss = True, 0.0
     for token in probe.answer:

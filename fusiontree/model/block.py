@@ -116,6 +116,12 @@ class HybridBlock(nn.Module):
             context: what the blocks share.
             dropped: the branch whose output is zero in this forward, if any.
         """
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors are on
+            return self._forward(x, time, context, dropped)
+
+    def _forward(
+        self, x: Tensor, time: Tensor | None, context: Context, dropped: Branch | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.srte is not None:
             time = self.srte(context.documents.position_ids, x.dtype)
         h, timed = self.kernels.pointwise.norm_with_time(x, time, self.norm, self.eps)

@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .documents import Documents
 
 _LEAST_ROOM = 64  # tokens
+_BY_ROW = ("next_position", "seq_idx", "last_document", "tail_documents")  # of a cache, what it knows of each row
 
 
 @dataclass
@@ -32,8 +33,14 @@ class LayerCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat, or reorder) `rows`, int64 [new B]."""
+        rows = rows.to(self.state.device)
         for name, value in vars(self).items():
             setattr(self, name, value[rows])
+
+    def move(self, device: torch.device) -> None:
+        """Go to `device`, where the layer computes."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
 
     def row(self, here: slice, start: int) -> "LayerCache":
         """The same memory seen by one row, whose tokens begin at `start` of the others'."""
@@ -86,6 +93,25 @@ class Cache:
         self._made: dict[Hashable, Any] = {}  # what the layers of one forward share
         self.layers = [_empty_layer(config, layer, zeros) for layer in range(config.num_layers)]
 
+    def to(self, device: torch.device | str | int) -> "Cache":
+        """The same memory for a layer on `device`, until the next tokens: what all layers share is copied there."""
+        device = torch.device(device)
+        return self if device == self.position.device else self._once(("on", device), lambda: self._on(device))
+
+    def _on(self, device: torch.device) -> "Cache":
+        there = copy.copy(self)
+        there._made = {}
+        for name in ("position", *_BY_ROW):
+            setattr(there, name, getattr(self, name).to(device))
+        return there
+
+    def layer(self, layer: int) -> LayerCache:
+        """The memory of one layer, which moves to where the layer computes when it is first asked for there."""
+        memory = self.layers[layer]
+        if memory.state.device != self.position.device:
+            memory.move(self.position.device)
+        return memory
+
     @property
     def room(self) -> int:
         """Tokens that fit before the cache's tensors must be new ones."""
@@ -127,7 +153,7 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat, or reorder) `rows`, int64 [new B]: beams, or rows that are not finished."""
-        for name in ("next_position", "seq_idx", "last_document", "tail_documents"):
+        for name in _BY_ROW:
             setattr(self, name, getattr(self, name)[rows])
         for layer in self.layers:
             layer.select(rows)
@@ -168,7 +194,7 @@ class Cache:
         Returns:
             Keys and values, with room for more behind them or the whole ring in its own order (`visible`); the slot.
         """
-        memory = self.layers[layer]
+        memory = self.layer(layer)
         if window is None:
             return memory.global_k, memory.global_v, self.position
         return memory.ring_k, memory.ring_v, self._once(("slot", window), lambda: self.position % window)
@@ -178,7 +204,7 @@ class Cache:
 
         `window`, as in `place`; which of them a token sees says `mask`.
         """
-        memory, end = self.layers[layer], self.length + k.shape[1]
+        memory, end = self.layer(layer), self.length + k.shape[1]
         k, v = k.detach(), v.detach()
         if window is not None:
             return self._extend_ring(memory.ring_k, memory.ring_v, k, v, window)
@@ -235,6 +261,8 @@ class Cache:
         end = self.length + documents.seq_idx.shape[1]
         first = 0 if window is None else max(0, self.length - window)
         index = torch.arange(first, end, device=self.seq_idx.device)
-        distance = index[self.length - first :, None] - index[None]
-        near = (distance >= 0) & (distance < (end if window is None else window))
+        new = index[self.length - first :, None]
+        near = index <= new
+        if window is not None:
+            near &= index > new - window
         return near & (self.seq_idx[:, None, first:end] == documents.seq_idx[..., None])

@@ -1,7 +1,7 @@
 """Where documents lie in packed rows. Axes: B rows, L tokens."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,16 @@ class Documents:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def to(self, device: torch.device | str | int) -> "Documents":
+        """The same on `device`, as a model that is spread over several hands it to its layers; made once for each."""
+        device = torch.device(device)
+        if device == self.seq_idx.device:
+            return self
+        names = ("position_ids", "seq_idx", "cu_seqlens")
+        return self.once(
+            device, lambda: replace(self, _made={}, **{name: getattr(self, name).to(device) for name in names})
+        )
 
     @cached_property
     def bounds(self) -> list[int]:

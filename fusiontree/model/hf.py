@@ -64,6 +64,8 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridBlock"]  # noqa: RUF012 - read as a class attribute by transformers
+    # a cache knows its own devices, and is continued in place
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 - likewise
     FP32_NAMES = STATE_PARAMETERS
     _keep_in_fp32_modules_strict = list(FP32_NAMES)  # noqa: RUF012 - likewise
 
@@ -147,7 +149,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self._loss(output.logits, labels, attention_mask, documents, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=output.logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss, output.logits, cache)  # the cache's name differs by version
 
     def _documents(
         self, B: int, L: int, mask: Tensor | None, position_ids: Tensor | None, cache: FusionTreeCache | None
@@ -184,7 +186,8 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             targets = targets.masked_fill(~F.pad(mask[:, -labels.shape[1] :][:, 1:].bool(), (0, 1)), IGNORE)
         if documents is not None:
             targets = targets.masked_fill(F.pad(documents.seq_idx.diff(dim=1) != 0, (0, 1)), IGNORE)
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        targets = targets.flatten().to(logits.device)
+        total = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
         return total / (items if items is not None else (targets != IGNORE).sum().clamp(min=1))
 
 

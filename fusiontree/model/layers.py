@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Vectors by token; they start with deviation `std`."""
+    """Vectors by token, which may be the head's too; they start with deviation `std`."""
 
     def __init__(self, tokens: int, size: int, std: float):
         self.std = std
@@ -38,6 +38,10 @@ class Embedding(nn.Embedding):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the vectors anew."""
         nn.init.normal_(self.weight, std=self.std, generator=generator)
+
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        """Tokens, int64 [...], to vectors [..., size]; as a head, vectors to logits [..., tokens] in their dtype."""
+        return F.linear(x, self.weight.to(x.dtype)) if as_head else super().forward(x)
 
 
 class RMSNorm(nn.Module):

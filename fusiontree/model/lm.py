@@ -2,11 +2,10 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import rotary_embedding
@@ -105,7 +104,9 @@ class HybridLM(nn.Module):
         x, gates = self.hidden(input_ids, documents, labels, cache, branch_drops)
         if labels is None:
             kept = x if keep_logits is None else x[:, -keep_logits:]
-            return Output(None, F.linear(kept, self.head_weight.to(x.device, x.dtype)).float(), None)
+            # by a module's own call: who keeps its weights elsewhere fetches them before it
+            logits = self.embedding(kept, as_head=True) if self.head is None else self.head(kept)
+            return Output(None, logits.float(), None)
         head = x.flatten(0, 1), self.head_weight
         if by_token:
             return Output(None, None, None, token_losses(*head, labels.flatten()).view_as(labels))
@@ -155,8 +156,11 @@ class HybridLM(nn.Module):
         return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
 
 
-def materialise(model: HybridLM, seed: int, device: torch.device) -> Iterator[nn.Module]:
-    """Give a model made on the meta device its initial weights on `device`, a function of `seed` and their names alone.
+Give = Callable[[str, Any], None]  # makes the own parameters of a module, given with its name; before, they are meta
+
+
+def materialise(model: HybridLM, give: Give, device: torch.device) -> Iterator[nn.Module]:
+    """Bring a model made on the meta device to `device`, with the weights that `give` gives (`drawn`, for one).
 
     Yields:
         Each module as soon as its own parameters are there: who cuts them up never holds the whole model.
@@ -164,11 +168,20 @@ def materialise(model: HybridLM, seed: int, device: torch.device) -> Iterator[nn
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
-        module.to_empty(device="cpu", recurse=False)  # drawn on the host, so that every device starts alike
-        module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
+        give(name, module)
         for own, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, own, nn.Parameter(parameter.detach().to(device)))
         yield module
+
+
+def drawn(seed: int) -> Give:
+    """Initial weights: a function of `seed` and the modules' names alone, drawn on the host for every device."""
+
+    def give(name: str, module: Any) -> None:
+        module.to_empty(device="cpu", recurse=False)
+        module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
+
+    return give
 
 
 def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .documents import Documents
 
 IGNORE = -100  # label of a token that has no loss
+_TILE = 2**26  # queries times keys under a mask at a time: torch turns a mask of bools into one of numbers
 
 # of one chunk's logits, fp32 [tokens, vocabulary]: their loss, (), and what gives their gradient, in their memory
 Score = Callable[[Tensor, slice], tuple[Tensor, Callable[[], Tensor]]]
@@ -255,8 +256,10 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Returns:
         [B, L, N, D].
     """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return _sdpa(q, k, v, mask[:, None]).transpose(1, 2)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    tile = max(1, _TILE // (mask.shape[0] * mask.shape[2]))
+    parts = zip(q.transpose(1, 2).split(tile, 2), mask[:, None].split(tile, 2), strict=True)
+    return torch.cat([_sdpa(queries, k, v, seen) for queries, seen in parts], 2).transpose(1, 2)
 
 
 def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -271,8 +274,9 @@ def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> 
     """
     L, T = q.shape[1], k.shape[1]
     index = torch.arange(T, device=q.device)
-    distance = index[T - L :, None] - index[None]
-    mask = (distance >= 0) & (distance < (T if window is None else window))
+    mask = index <= index[T - L :, None]
+    if window is not None:
+        mask &= index > index[T - L :, None] - window
     return attention_cached(q, k, v, mask.expand(q.shape[0], -1, -1))
 
 

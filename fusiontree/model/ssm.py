@@ -55,7 +55,7 @@ class MambaBranch(nn.Module):
     def _convolve(self, xBC: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         if cache is None:
             return self.kernels.convolution(xBC, self.conv_weight, self.conv_bias, documents.seq_idx)
-        joined = cache.layers[self.layer].append_conv(xBC)
+        joined = cache.layer(self.layer).append_conv(xBC)
         y = self.kernels.convolution(joined, self.conv_weight, self.conv_bias, cache.conv_documents(documents))
         return y[:, -xBC.shape[1] :]
 
@@ -70,16 +70,16 @@ class MambaBranch(nn.Module):
             C_out.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
             self.D,
             documents.seq_idx,
-            initial_state=None if cache is None else cache.layers[self.layer].state,
+            initial_state=None if cache is None else cache.layer(self.layer).state,
             initial_seq=None if cache is None else cache.last_document,
             chunk_size=c.chunk_size,
         )
         if cache is not None:
-            cache.layers[self.layer].state.copy_(state.detach())
+            cache.layer(self.layer).state.copy_(state.detach())
         return y
 
     def _step(self, xBC: Tensor, dt: Tensor, documents: Documents, cache: Cache) -> Tensor:
-        layer = cache.layers[self.layer]
+        layer = cache.layer(self.layer)
         seen = cache.continues(documents)
         scan = self.A_log, self.D, self.dt_bias
         conv = self.conv_weight, self.conv_bias

@@ -5,33 +5,28 @@ from typing import Any
 
 import torch
 
-from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json, keeps_optimizer_on_nvme
-from fusiontree.console import console
+from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed import World
 from fusiontree.errors import UserError
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM, materialise
 from fusiontree.model.recompute import Recompute
 from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
-from fusiontree.training.initial import Initial
+from fusiontree.training.initial import initial_weights
 from fusiontree.training.optimizer import build_optimizer
 
 
-def build_engine(config: RunConfig, world: World) -> tuple[Any, FusedClipping | EngineClipping]:
+def build_engine(config: RunConfig, world: World, goes_on: bool = False) -> tuple[Any, FusedClipping | EngineClipping]:
     """The model under DeepSpeed, and what clips its gradients.
 
-    Weights are fp32 and are the master weights, activations follow `precision`.
+    Weights are fp32 and are the master weights, activations follow `precision`. With `goes_on` they are zeros, for a
+    checkpoint is loaded next.
     """
     import deepspeed  # now that `distributed.start` has told it what computes here
 
     settings = engine_settings(config, world)
     _require_async_io(settings["zero_optimization"])
-    if keeps_optimizer_on_nvme(config) and world.is_main:
-        console.print(
-            f"deepspeed {config.deepspeed}: DeepSpeed does not save an optimizer's states on NVMe whole; this run can "
-            "be neither resumed nor exported (zero3_offload can)"
-        )
-    model = build_model(config, world, settings)
+    model = build_model(config, world, settings, goes_on)
     optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     fused = is_fused(config.optimizer, settings["zero_optimization"])
@@ -45,6 +40,7 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
         **deepspeed_json(config),
     }
@@ -71,8 +67,8 @@ def _require_async_io(zero: dict[str, Any]) -> None:
         )
 
 
-def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> HybridLM:
-    """The model with its initial weights, drawn or an exported model's, the same whatever the ranks and the ZeRO stage.
+def build_model(config: RunConfig, world: World, settings: dict[str, Any], goes_on: bool = False) -> HybridLM:
+    """The model with its first weights (`initial_weights`), the same whatever the ranks and the ZeRO stage.
 
     At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
     """
@@ -82,11 +78,8 @@ def build_model(config: RunConfig, world: World, settings: dict[str, Any]) -> Hy
     kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
     with torch.device("meta"):
         model = HybridLM(config.model, kernels, dtype, _recompute(config.activation_checkpointing))
-    initial = None if config.init_from is None else Initial(config.init_from, model)
     first: Any = None
-    for module in materialise(model, config.seed, world.device):
-        if initial is not None:
-            initial.give(module)
+    for module in materialise(model, initial_weights(config, world.device, goes_on), world.device):
         if settings["zero_optimization"].get("stage", 0) < 3:
             continue
         own = list(module.parameters(recurse=False))

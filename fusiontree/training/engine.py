@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import resource
 import statistics
-import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,12 @@ from fusiontree.training.data import Data, open_data, open_stream
 from fusiontree.training.health import Health, Trouble, Watchdog, culprits, in_words
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.logs import log_to_file
-from fusiontree.training.metrics import Metrics, summarise, utilisation
+from fusiontree.training.metrics import Lap, Metrics, summarise, utilisation
 from fusiontree.training.resume import prepare_folder, read_place
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
 log = logging.getLogger(__name__)
-_NO_START = {"init_from": None}
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -82,7 +79,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
         "tokens": trainer.tokens,
         **summarise(config.run_dir),
         "checkpoint_wait_seconds": trainer.saver.waited,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": distributed.peak_memory(world.device),
     }
 
 
@@ -93,20 +90,18 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
-        # a run that goes on needs no start, and may have outlived it
-        self.training = TrainingStep(config if resume_from is None else config.model_copy(update=_NO_START), world)
+        self.training = TrainingStep(config, world, goes_on=resume_from is not None)
         distributed.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
-        self.saver = Saver(self.training.engine, world, config.run_dir, retention)
+        self.saver = Saver(self.training.engine, world, config.run_dir, retention, config.health.timeout_seconds)
         self.health = Health(config.health)
         self.watchdog = Watchdog(config.health, config.run_dir, world.rank)
         self.left_out: list[tuple[int, int]] = []  # stretches of rows consumed that training has stepped past
         self.rollbacks: Counter[Path] = Counter()
         self.wandb_id: str | None = None
         self.metrics: Metrics | None = None  # the main rank's, while the loop runs
-        self.lap_start = (0.0, 0)  # when, in seconds, and at which step the stretch of updates began that is timed now
-        self.lap_documents: list[int] = []  # lengths in tokens of those that this rank has met in it
-        self.step_seconds: list[float] = []  # of each timed stretch, per update
+        self.lap = Lap(0)
+        self.step_seconds: deque[float] = deque(maxlen=20)  # of the last laps, per update
         if resume_from is not None:
             self._resume(resume_from, fresh=True)
 
@@ -128,7 +123,7 @@ class Trainer:
         with self._recording():
             if self.step == 0:
                 self._validate()
-            self._start_lap()
+            self.lap = Lap(self.step)
             while self.step < steps:
                 with self.watchdog.step(self.step):
                     update = self._update(self._fetch())
@@ -157,7 +152,7 @@ class Trainer:
                 "schedule.steps or raise max_epochs"
             ) from None
         self.ledger.meet(batches)
-        self.lap_documents += (length for batch in batches for length in batch.lengths)
+        self.lap.documents += (length for batch in batches for length in batch.lengths)
         return batches
 
     @property
@@ -231,23 +226,18 @@ class Trainer:
         step = self.step if step is None else step
         return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
-    def _start_lap(self) -> None:
-        """Time updates from here: validation and checkpoints are no part of tokens/s."""
-        self.lap_start, self.lap_documents = (time.perf_counter(), self.step), []
-
     def _record(self, update: Update) -> None:
         """Write the update's figures; only here does training wait for the device."""
         self._share_damage()
-        own_flops = float(sum(update_flops(self.config.model, self.lap_documents).values()))
+        own_flops = float(sum(update_flops(self.config.model, self.lap.documents).values()))
         shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
-        gate_value, flops, *parts = distributed.sum_over_ranks(shares).tolist()
+        gate_mean, flops, *parts = distributed.sum_over_ranks(shares).tolist()
         memory = torch.tensor(distributed.peak_memory(self.world.device), device=self.world.device)
-        memory_value = distributed.max_over_ranks(memory).item()
-        since, step = self.lap_start
-        lap = time.perf_counter() - since
-        seconds = lap / (self.step - step)
+        memory_bytes = distributed.max_over_ranks(memory).item()
+        updates, lap_seconds = self.lap.so_far(self.step)
+        self.lap = Lap(self.step)
+        seconds = lap_seconds / updates
         self.step_seconds.append(seconds)
-        self._start_lap()
         if self.metrics is None:
             return
         self.metrics.record(
@@ -257,14 +247,14 @@ class Trainer:
                 "loss": update.loss,
                 "lr": self.training.lr,
                 "grad_norm": float(update.grad_norm),
-                "gate_mean": gate_value,
+                "gate_mean": gate_mean,
                 "tokens_per_s": self.config.batch.tokens / seconds,
-                **utilisation(flops / lap / self.world.size, distributed.device_name(self.world.device)),
-                "memory_gib": memory_value / 2**30,
+                **utilisation(flops / lap_seconds / self.world.size, distributed.device_name(self.world.device)),
+                "memory_gib": memory_bytes / 2**30,
                 **self.saver.figures(),
                 **dict(zip(update.parts, parts, strict=True)),
             },
-            eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds[-20:]),
+            eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds),
         )
 
     @torch.no_grad()
@@ -284,7 +274,7 @@ class Trainer:
         figures = held_out.figures()
         if self.metrics is not None:
             self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
-        self._start_lap()
+        self.lap = Lap(self.step)
 
     def _share_damage(self) -> None:
         """Tell all ranks which stored rows any of them could not use, so that they stop together."""
@@ -316,7 +306,7 @@ class Trainer:
         }
         self.saver.save(state, {checkpoint.CONFIG: to_yaml(self.config)}, self.training.gates.mean())
         log.info("saving step %d", self.step)
-        self._start_lap()
+        self.lap = Lap(self.step)
 
     def _resume(self, path: Path, fresh: bool) -> None:
         """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""

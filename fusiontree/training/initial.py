@@ -1,9 +1,10 @@
-"""The weights that a run starts from when they are an exported model's: continued pretraining, healing, longer rows."""
+"""The weights that a run starts from: drawn, or an exported model's (continued pretraining, healing, longer rows)."""
 
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fusiontree.config import RunConfig
@@ -11,6 +12,7 @@ from fusiontree.data.format import Manifest
 from fusiontree.errors import RunError, UserError
 from fusiontree.generate import PREFIX, read_config, read_facts
 from fusiontree.model.config import ModelConfig
+from fusiontree.model.lm import Give, drawn
 from fusiontree.weights import of_safetensors
 
 # fields of the model that its weights have no part in
@@ -44,18 +46,32 @@ def _yaml(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-class Initial:
-    """Gives modules of a model their weights from an exported folder, one at a time."""
+def initial_weights(config: RunConfig, device: torch.device, goes_on: bool) -> Give:
+    """What gives a run's model its weights: zeros where it `goes_on` from a checkpoint, which holds them all."""
+    if goes_on:
+        return _zeros_on(device)
+    return drawn(config.seed) if config.init_from is None else _exported(config.init_from)
 
-    def __init__(self, folder: Path, model: nn.Module):
-        self.folder, self.weights = folder, of_safetensors(folder)
-        self.paths = {module: f"{PREFIX}{path}." for path, module in model.named_modules()}
 
-    def give(self, module: nn.Module) -> None:
-        """Overwrite the module's own parameters."""
-        for own, parameter in module.named_parameters(recurse=False):
-            name = self.paths[module] + own
-            value: Tensor | None = self.weights.get(name)
+def _zeros_on(device: torch.device) -> Give:
+    def give(_: str, module: nn.Module) -> None:
+        module.to_empty(device=device, recurse=False)
+        for parameter in module.parameters(recurse=False):
+            parameter.data.zero_()
+
+    return give
+
+
+def _exported(folder: Path) -> Give:
+    """The weights of an exported folder, each read when its module is made."""
+    weights = of_safetensors(folder)
+
+    def give(name: str, module: nn.Module) -> None:
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            path = f"{PREFIX}{name}.{own}"
+            value: Tensor | None = weights.get(path)
             if value is None or value.shape != parameter.shape:
-                raise RunError(f"init_from {self.folder}: its weights are not those of its config.json ({name})")
-            parameter.data.copy_(value)
+                raise RunError(f"init_from {folder}: its weights are not those of its config.json ({path})")
+            setattr(module, own, nn.Parameter(value.to(parameter.dtype)))
+
+    return give

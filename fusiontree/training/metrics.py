@@ -6,6 +6,7 @@ Free of torch, for reports read here what runs have written.
 import json
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,19 @@ class LayerFigures(NamedTuple):
     attention_rms: list[float]
     grad_norm: list[float]  # of the layer's part of the whole gradient, before clipping
     other_grad_norm: list[float]  # [1], of what belongs to no layer: embedding, last norm, head
+
+
+class Lap:
+    """Updates that are timed together; validation and checkpoints lie between two laps and are no part of tokens/s."""
+
+    def __init__(self, step: int):
+        """Begin, behind `step` updates."""
+        self.step, self.began = step, time.perf_counter()
+        self.documents: list[int] = []  # lengths in tokens of those that this rank has met
+
+    def so_far(self, step: int) -> tuple[int, float]:
+        """Updates and seconds since the lap began; `step` updates are done now."""
+        return step - self.step, time.perf_counter() - self.began
 
 
 class Metrics:

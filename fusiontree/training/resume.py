@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusiontree import checkpoint, distributed, incidents, lease
-from fusiontree.config import KEYS, RunConfig, config_differences, keeps_optimizer_on_nvme, load_config, to_yaml
+from fusiontree.config import KEYS, RunConfig, config_differences, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
@@ -44,7 +44,6 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         console.print(line)
         incidents.record(run, "fallback", checkpoint.step_of(path), line)
     if found is not None:
-        check_layout(config, found)
         _check_same(config, data, found, allow_changed)
     tokenizer = data.datasets[0].folder / "tokenizer"
     data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
@@ -74,16 +73,6 @@ def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]
         )
     consumed, *ends = (place // config.data.seq_len for place in tokens)
     return consumed, list(zip(ends[::2], ends[1::2], strict=True))
-
-
-def check_layout(config: RunConfig, path: Path) -> None:
-    """Raise UserError if the checkpoint at `path` cannot be brought to where the run keeps its states."""
-    before = load_config(str(path / checkpoint.CONFIG))
-    if any(one.nvme_path is not None and keeps_optimizer_on_nvme(one) for one in (before, config)):
-        raise UserError(
-            f"{config.run_dir} cannot go on: DeepSpeed neither saves nor loads an optimizer's states on NVMe whole; "
-            "set another name, and deepspeed=zero3_offload for a run that can"
-        )
 
 
 def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:

@@ -34,10 +34,11 @@ class Update(NamedTuple):
 class TrainingStep:
     """The model under DeepSpeed, its optimizer and its gate statistics; all ranks make one and call it together."""
 
-    def __init__(self, config: RunConfig, world: World):
+    def __init__(self, config: RunConfig, world: World, goes_on: bool = False):
+        """Begin; one that `goes_on` has no weights until a checkpoint is loaded."""
         self.config, self.world = config, world
         self.objective = Objective(config, world.device)
-        self.engine, self.clipping = build_engine(config, world)
+        self.engine, self.clipping = build_engine(config, world, goes_on)
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 

@@ -1,0 +1,29 @@
+"""A run's whole configuration: YAML in, one frozen and fully checked object out. Free of torch.
+
+Every mistake a user can make here ends in one UserError line that says what, where and what to do.
+"""
+
+from fusiontree.config.datasets import dataset_manifest, require_vocabulary
+from fusiontree.config.deepspeed import deepspeed_json
+from fusiontree.config.keys import KEYS, config_differences
+from fusiontree.config.reading import load_config, preset_names
+from fusiontree.config.run import RunConfig
+from fusiontree.config.sections import CheckpointingConfig, HealthConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from fusiontree.config.text import to_yaml
+
+__all__ = [
+    "KEYS",
+    "CheckpointingConfig",
+    "HealthConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "config_differences",
+    "dataset_manifest",
+    "deepspeed_json",
+    "load_config",
+    "preset_names",
+    "require_vocabulary",
+    "to_yaml",
+]

@@ -1,0 +1,94 @@
+"""DeepSpeed's own settings, which a run's configuration points at."""
+
+import importlib.resources
+import json
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from fusiontree.config.keys import short
+from fusiontree.config.run import RunConfig
+from fusiontree.errors import UserError
+
+# settings with an owner in the run's configuration: a second value in the JSON could only contradict it
+_OWNED = {
+    "train_batch_size": "batch.tokens",
+    "train_micro_batch_size_per_gpu": "batch.micro_rows",
+    "gradient_accumulation_steps": "batch.tokens and batch.micro_rows",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer.*",
+    "scheduler": "schedule.*",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "activation_checkpointing",
+    "steps_per_print": "logging.every",
+    "wandb": "logging.wandb",
+    "elasticity": "batch.*",
+    "curriculum_learning": "data.curriculum",
+    "data_efficiency": "data.*",
+    "progressive_layer_drop": "model.branch_drop",
+}
+
+
+# settings that would train something else than the configuration describes, or not the whole of it
+_UNFIT = {
+    "sequence_parallel_size": "a scan has to see its whole row, and would be handed a part of it without a word",
+    "tensor_parallel": "the blocks are not written for it",
+    "checkpoint": "checkpoints are this project's own, and go on at any number of ranks and any stage",
+}
+
+
+def deepspeed_json(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's own settings, from ds_configs/ by name or from a file by path.
+
+    Raises:
+        UserError: missing, not JSON, or it sets what the run's configuration owns or the model cannot follow.
+    """
+    folder = importlib.resources.files("ds_configs")
+    names = sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
+    source: Traversable = folder / f"{config.deepspeed}.json" if config.deepspeed in names else Path(config.deepspeed)
+    if not source.is_file():
+        raise UserError(f"deepspeed '{config.deepspeed}' is neither one of {', '.join(names)} nor a JSON file")
+    try:
+        settings = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"deepspeed {config.deepspeed}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed {config.deepspeed}: holds {short(settings)}; DeepSpeed's settings are an object")
+    for key, owner in _OWNED.items():
+        if key in settings:
+            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+    for key, reason in _UNFIT.items():
+        if key in settings:
+            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there: {reason}")
+    zero = settings.get("zero_optimization", {})
+    _place_on_nvme(config, zero)
+    if config.optimizer.kind == "muon":
+        _check_muon(config, zero)
+    return settings
+
+
+def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Give what is offloaded to NVMe the folder of the run's configuration."""
+    for part in (zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)):
+        if "nvme_path" in part:
+            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; set nvme_path in the configuration")
+        if part.get("device") == "nvme":
+            if config.nvme_path is None:
+                raise UserError(f"deepspeed {config.deepspeed} keeps states on NVMe; set nvme_path=DIR on a local disk")
+            part["nvme_path"] = str(config.nvme_path)
+
+
+def _check_muon(config: RunConfig, zero: dict[str, Any]) -> None:
+    if not zero.get("stage"):
+        raise UserError(f"optimizer.kind muon needs ZeRO stage 1 to 3, and deepspeed {config.deepspeed} is stage 0")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(f"optimizer.kind muon cannot keep its states on NVMe (deepspeed {config.deepspeed}); take cpu")
+    if zero.get("reduce_scatter"):
+        raise UserError(
+            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', and Muon needs whole gradients; remove it"
+        )

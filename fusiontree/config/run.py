@@ -1,0 +1,116 @@
+"""Everything that decides a run, and what its values must have in common."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fusiontree.config.sections import (
+    BatchConfig,
+    CheckpointConfig,
+    CheckpointingConfig,
+    DataConfig,
+    DistillConfig,
+    HealthConfig,
+    KernelsConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    Section,
+    ValidationConfig,
+    require,
+)
+from fusiontree.errors import UserError
+from fusiontree.model.config import ModelConfig
+
+
+class RunConfig(Section):
+    """Everything that decides a run.
+
+    Raises:
+        pydantic.ValidationError: a value is of the wrong kind or two values disagree. `load_config` turns it into one
+            UserError line.
+    """
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
+    output: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    init_from: Path | None = None  # folder made by `fusiontree export`, whose weights the run starts from
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    losses: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
+    deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
+    nvme_path: Path | None = None  # folder on a local disk, where zero3_nvme keeps weights and moments
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    health: HealthConfig = HealthConfig()
+    kernels: KernelsConfig = KernelsConfig()
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> "RunConfig":
+        schedule, row_tokens = self.schedule, self.data.seq_len * self.batch.micro_rows
+        require(
+            self.batch.tokens % row_tokens == 0,
+            f"batch.tokens {self.batch.tokens} is not a multiple of data.seq_len {self.data.seq_len} x "
+            f"batch.micro_rows {self.batch.micro_rows} = {row_tokens}; nearest batch.tokens that are: "
+            f"{_either(_multiples_around(self.batch.tokens, row_tokens))}",
+        )
+        for table in ("curriculum", "weights"):
+            last = max(getattr(self.data, table) or {0: None})
+            require(
+                last < schedule.steps,
+                f"data.{table}.{last} is not below schedule.steps {schedule.steps}: the run would end before it; take "
+                "it out (null) or raise steps",
+            )
+        require(
+            self.model.fusion != "sum" or not self.losses.shapes_gates,
+            "losses.gate_balance and gate_entropy shape a gate, and model.fusion sum has none; set both to 0",
+        )
+        require(
+            self.model.srte != "learned" or self.model.max_positions >= self.data.seq_len,
+            f"model.max_positions {self.model.max_positions} is below data.seq_len {self.data.seq_len}: srte learned "
+            "has no encoding for the last tokens of a row; raise max_positions or lower seq_len",
+        )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run: configuration, metrics, checkpoints and logs."""
+        return self.output / self.name
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes that each of `world_size` ranks makes per optimizer step.
+
+        Raises:
+            UserError: the batch does not divide; the message names the nearest batches and rank counts that do.
+        """
+        per_rank = self.data.seq_len * self.batch.micro_rows
+        if self.batch.tokens % (per_rank * world_size) == 0:
+            return self.batch.tokens // (per_rank * world_size)
+        passes = self.batch.tokens // per_rank
+        counts = [ranks for ranks in range(1, passes + 1) if passes % ranks == 0]
+        around = [max(c for c in counts if c < world_size), *[c for c in counts if c > world_size][:1]]
+        raise UserError(
+            f"batch.tokens {self.batch.tokens} does not divide among {world_size} ranks of batch.micro_rows "
+            f"{self.batch.micro_rows} x data.seq_len {self.data.seq_len} = {per_rank} tokens; nearest batch.tokens for "
+            f"{world_size} ranks: {_either(_multiples_around(self.batch.tokens, per_rank * world_size))}; nearest rank "
+            f"counts for this batch: {_either(around)}"
+        )
+
+
+def _multiples_around(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `value`, from below and from above, 0 excepted."""
+    below = value // unit * unit
+    return [below, below + unit] if below else [unit]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

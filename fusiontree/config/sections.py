@@ -1,0 +1,259 @@
+"""The sections of a run's configuration: every key, its type, its default and its unit."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Step = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Takes no unknown key, no value of another type, no infinity; never changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise what pydantic takes for a mistake in the values, unless it `holds`."""
+    if not holds:
+        raise ValueError(message)
+
+
+class SourceConfig(Section):
+    """One of several datasets that are mixed."""
+
+    path: str  # dataset folder or address, as data.path
+    weight: float = Field(default=1.0, ge=0.0)  # its share of the tokens is weight / sum of the weights
+    max_epochs: float | None = Field(default=None, gt=0.0)  # then it leaves the mixture; null: it repeats for ever
+
+
+class DataConfig(Section):
+    """Where the tokens come from. Training needs `path` or `sources`."""
+
+    path: str | None = None  # dataset folder, with manifest.json and the splits train and validation
+    sources: dict[Name, SourceConfig] | None = None  # several datasets, by name
+    weights: dict[Step, dict[Name, Weight]] | None = None  # from that step on, the weights of the sources named
+    seq_len: Count  # tokens per training row; with a curriculum, at its end
+    curriculum: dict[Step, Count] | None = None  # from that step on, tokens per training row; the batch stays constant
+    workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
+    cache: Path = Path("~/.cache/fusiontree")  # where rows of datasets at an address are kept, shared by a node
+    cache_gb: float = Field(default=100.0, gt=0.0)  # GB (10^9 bytes) that they may take
+    max_bad_rows: int = Field(default=100, ge=0)  # stored rows that may turn out damaged before the run stops
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """Dataset folders or addresses by source; the name "" is that of a `path` that stands alone."""
+        if self.sources is not None:
+            return {name: source.path for name, source in self.sources.items()}
+        return {} if self.path is None else {"": self.path}
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(first step, tokens per training row) of each stage of the curriculum."""
+        return tuple(sorted(self.curriculum.items())) if self.curriculum else ((0, self.seq_len),)
+
+    @property
+    def weight_table(self) -> tuple[tuple[int, dict[str, float]], ...]:
+        """(first step, weight of every source), the first at step 0."""
+        current = {name: source.weight for name, source in (self.sources or {}).items()} or {"": 1.0}
+        table = [(0, current)]
+        for step, changes in sorted((self.weights or {}).items()):
+            current = current | changes
+            table.append((step, current))
+        return tuple(table)
+
+    @model_validator(mode="after")
+    def _tables_agree(self) -> "DataConfig":
+        names = list(self.sources or {})
+        require(
+            self.path is None or self.sources is None,
+            f"path {self.path} and sources {', '.join(names)} are both given; take the one for a single dataset, or "
+            "the others (path: null)",
+        )
+        require(self.sources is None or bool(names), "sources is empty; name a dataset there, or take path")
+        for step, changes in (self.weights or {}).items():
+            unknown = next((name for name in changes if name not in names), None)
+            require(
+                unknown is None, f"weights.{step}: {unknown} is not one of sources ({', '.join(names) or 'none given'})"
+            )
+            require(step > 0, "weights.0: what holds from the first step on stands in sources.NAME.weight")
+        for step, weights in self.weight_table:
+            where = f"weights.{step}" if step else "sources"
+            require(any(weights.values()), f"{where}: every weight is 0; give at least one source a share")
+        self._check_curriculum()
+        return self
+
+    def _check_curriculum(self) -> None:
+        lengths = self.lengths
+        require(lengths[0][0] == 0, f"curriculum begins at step {lengths[0][0]}; give the length of step 0 too")
+        require(
+            lengths[-1][1] == self.seq_len,
+            f"curriculum ends at length {lengths[-1][1]}, seq_len is {self.seq_len}; make the last length seq_len",
+        )
+        for (_, before), (step, length) in pairwise(lengths):
+            require(length > before, f"curriculum.{step}: length {length} is not above the one before, {before}")
+        for step, length in lengths:
+            require(
+                self.seq_len % length == 0,
+                f"curriculum.{step}: length {length} does not divide seq_len {self.seq_len}; take powers of two",
+            )
+
+
+class BatchConfig(Section):
+    """How many tokens an optimizer step takes."""
+
+    tokens: Count  # global batch per optimizer step, in tokens, over all ranks and accumulation steps
+    micro_rows: Count = 1  # rows of data.seq_len tokens per rank and forward pass; only memory and speed depend on it
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) for the blocks' matrices and AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0.0)  # peak learning rate, reached at the end of the warm-up
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)  # matrices only: norms, biases, gates and scan state are exempt
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # Muon's
+    grad_clip: float = Field(default=1.0, ge=0.0)  # largest norm of the whole gradient; 0 = never clip
+
+    @model_validator(mode="after")
+    def _clips_gradients_only(self) -> "OptimizerConfig":
+        require(
+            self.kind == "adamw" or self.grad_clip == 0,
+            f"grad_clip {self.grad_clip:g} would cut Muon's update, which DeepSpeed makes before it clips; with kind "
+            "muon set optimizer.grad_clip=0",
+        )
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate by step. A length in tokens becomes one in steps as it is read: the first that reach the tokens."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
+    steps: Count  # optimizer steps of the whole run
+    tokens: Count | None = None  # or its tokens
+    warmup_steps: Step = 0  # optimizer steps of linear warm-up, the first of `steps`
+    warmup_tokens: Step | None = None
+    decay_steps: Count | None = None  # wsd: optimizer steps of decay, the last of `steps`; null: a fifth of them
+    decay_tokens: Count | None = None
+    min_lr_ratio: Fraction = 0.1  # learning rate at the end of cosine or decay, as a share of the peak
+
+    @property
+    def decay(self) -> int:
+        """Optimizer steps of the decay of `wsd`."""
+        return self.decay_steps or max(1, self.steps // 5)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleConfig":
+        wsd = self.kind == "wsd"
+        require(wsd or self.decay_steps is None, f"decay_steps is for kind wsd, but kind is {self.kind}; take one out")
+        require(
+            self.warmup_steps < self.steps,
+            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end before it has "
+            "warmed up; lower warmup_steps or raise steps",
+        )
+        require(
+            not wsd or self.warmup_steps + self.decay <= self.steps,
+            f"warmup_steps {self.warmup_steps} and decay_steps {self.decay} are together more than steps {self.steps}; "
+            f"lower one of them or raise steps to {self.warmup_steps + self.decay}",
+        )
+        return self
+
+
+class LossConfig(Section):
+    """What is added to the cross-entropy; what is reported as `loss` stays the cross-entropy alone."""
+
+    z_loss: float = Field(default=0.0, ge=0.0)  # weight of the squared log-partition of the logits; 1e-4 is usual
+    gate_balance: dict[Step, Weight] = {0: 0.0}  # weight of how far layers' mean gates lie outside the band, by step
+    gate_target: Fraction = 0.5  # middle of the band; 1 is all Mamba
+    gate_band: Fraction = 0.25  # on either side of the middle: there nothing is penalised
+    gate_entropy: dict[Step, float] = {0: 0.0}  # weight of the mean gates' entropy: above 0 channels choose a branch
+
+    @property
+    def shapes_gates(self) -> bool:
+        """Whether either of the gate's weights is ever other than 0."""
+        return any([*self.gate_balance.values(), *self.gate_entropy.values()])
+
+
+class DistillConfig(Section):
+    """Learning from the model of an exported folder beside the data; without `teacher`, from the data alone."""
+
+    teacher: Path | None = None  # folder made by `fusiontree export`, of the same tokenizer
+    weight: dict[Step, Weight] = {0: 1.0}  # of the divergence from the teacher, beside the cross-entropy's 1, by step
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_k: Count = 64  # the teacher's likeliest tokens that stand alone; the others are one outcome together
+
+
+class CheckpointingConfig(Section):
+    """Which activations the backward pass computes again. ``activation_checkpointing: full`` sets `policy` alone."""
+
+    policy: Literal["none", "full", "every_n", "branch"] = "none"
+    every: Count = 2  # every_n: one block of so many is computed again
+    branch: Literal["mamba", "attention", "both"] = "both"  # branch: what is computed again of every block
+    offload: bool = False  # what is kept of a recomputed part, its input, waits in the host's memory
+
+    @model_validator(mode="after")
+    def _offloads_something(self) -> "CheckpointingConfig":
+        require(
+            not self.offload or self.policy != "none",
+            "offload moves the inputs of recomputed parts, and policy none has none; set policy or offload: false",
+        )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: Count = 1000  # optimizer steps; the last step always writes one
+    keep_last: Count = 3  # checkpoints that stay, the newest
+    keep_every: Step = 0  # and those of a step that is a multiple of this, for ever; 0: none
+
+
+class ValidationConfig(Section):
+    """When the held-out loss is measured."""
+
+    every: int = Field(default=500, ge=0)  # optimizer steps; 0 = never
+    rows: Count | None = None  # rows of data.seq_len tokens; null = all
+
+
+class LoggingConfig(Section):
+    """What is reported while the run goes on."""
+
+    every: Count = 10  # optimizer steps between two lines of metrics
+    layers_every: int = Field(default=100, ge=0)  # optimizer steps between two looks at each layer; 0 = never
+    wandb: bool = False
+    tensorboard: bool = False  # event files in the run's folder
+
+
+class HealthConfig(Section):
+    """What is done when training is not well."""
+
+    max_bad_steps: Count = 5  # updates in a row whose loss or gradient is not finite; each is left out
+    on_bad: Literal["rollback", "stop"] = "rollback"  # rollback: to the last checkpoint, then past the bad rows
+    on_spike: Literal["ignore", "rollback", "stop"] = "ignore"  # ignore: it is recorded
+    spike_score: float = Field(default=10.0, gt=0.0)  # a spike: so many robust deviations above the median loss
+    spike_window: int = Field(default=128, ge=8)  # updates that the median is over
+    max_rollbacks: Count = 3  # to one checkpoint; then the run stops
+    hang_factor: float = Field(default=10.0, gt=1.0)  # a step that takes so many times their median hangs,
+    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too
+    timeout_seconds: float = Field(default=1800.0, gt=0.0)  # that a rank waits for the others anywhere else
+
+
+class KernelsConfig(Section):
+    """Back-end of each operation; `auto` is the best that runs here."""
+
+    scan: str = "auto"
+    convolution: str = "auto"
+    attention: str = "auto"
+    prefill: str = "auto"  # attention of a prompt's later pieces to all before them
+    decode: str = "auto"  # attention of one new token to the cache
+    loss: str = "auto"
+    pointwise: str = "auto"  # norms, rotations and gates between the rest: compiled or not

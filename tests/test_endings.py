@@ -1,0 +1,140 @@
+"""However a launched run ends, killed, asked, hung, no rank outlives it, nothing stays behind, and it goes on."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import metrics, settings
+
+from fusiontree import checkpoint, incidents
+
+CHANGES = {
+    "model__hidden_size": 32,
+    "validation__every": 0,
+    "schedule__steps": 10_000,
+    "checkpoint__every": 8,
+    "health__hang_seconds": 4,
+    "checkpoint__keep_last": 1,
+    "deepspeed": "zero2",
+}
+CHAIN = 4  # processes of a launch of two ranks: DeepSpeed's runner, its launcher, the ranks
+
+
+def expect(holds: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+class Launch:
+    """`fusiontree launch` of two ranks, and all processes that it has started."""
+
+    def __init__(self, words: list[str], folder: Path):
+        self.errors, environment = folder / "errors", os.environ | {"TMPDIR": str(folder)}
+        before = {*folder.glob("fusiontree-launch-*")}
+        with open(self.errors, "w") as stream:
+            command = [sys.executable, "-m", "fusiontree", "launch", "tiny", "--local", "2", *words]
+            self.process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        expect(lambda: {*folder.glob("fusiontree-launch-*")} - before)
+        (self.folder,) = {*folder.glob("fusiontree-launch-*")} - before
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank."""
+        return int((self.folder / f"rank-{number}.joined").read_text().split()[1])
+
+    def family(self) -> list[int]:
+        """The processes that live and know the launch's folder: its own, and whatever these have started."""
+        mark, found = f"FUSIONTREE_LAUNCH={self.folder}".encode(), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended, or is another user's
+                if mark in (path / "environ").read_bytes().split(b"\0"):
+                    found.append(int(path.name))
+        return found
+
+    def shared_memory(self) -> set[Path]:
+        """What the processes hold in /dev/shm."""
+        maps = "".join((Path("/proc") / str(pid) / "maps").read_text() for pid in self.family())
+        return {Path(line[line.index("/dev/shm/") :]) for line in maps.splitlines() if "/dev/shm/" in line}
+
+    def wait(self) -> tuple[int, str]:
+        """The exit code and what was said, when all is over."""
+        code = self.process.wait(90)
+        assert self.family() == []
+        return code, self.errors.read_text()
+
+
+@pytest.fixture
+def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
+    """Starts the run `r`, or goes on with it, and waits until some updates have been made; ends what is left."""
+    launches: list[Launch] = []
+    words, run = settings(shards, tmp_path, name="r", **CHANGES), tmp_path / "r"
+
+    def start() -> Launch:
+        saved = checkpoint.list_checkpoints(run / "checkpoints")
+        goal = 10 + (checkpoint.step_of(saved[-1]) if saved else 0)
+        launches.append(made := Launch(words, tmp_path))
+        expect(lambda: made.process.poll() is None and len(made.family()) == CHAIN)
+        expect(lambda: steps_since(made, run) >= goal)
+        return made
+
+    yield start
+    for made in launches:
+        for pid in [made.process.pid, *made.family()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        made.process.wait()
+
+
+def steps_since(made: Launch, run: Path) -> int:
+    """The last step of the run that the launch has written down."""
+    assert made.process.poll() is None, made.errors.read_text()
+    if not (made.folder / "rank-0.joined").exists() or not (run / "metrics.jsonl").exists():
+        return 0
+    written = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads(written[-2])["step"] if len(written) > 1 else 0
+
+
+def test_a_run_is_hung_killed_and_stopped_and_nothing_outlives_it(launch: Callable, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+
+    hung = launch()
+    held = hung.shared_memory()
+    os.kill(hung.rank(1), signal.SIGSTOP)
+    code, said = hung.wait()
+    assert code == 76, said
+    assert "error: rank 0: step " in said
+    assert (run / "logs" / "stacks-rank-0.txt").exists()
+    assert [line["kind"] for line in incidents.read(run)] == ["hang"]
+
+    orphaned = launch()
+    held |= orphaned.shared_memory()
+    orphaned.process.kill()
+    expect(lambda: orphaned.family() == [])
+    step = metrics(run)[-1]["step"]
+    assert checkpoint.newest(run / "checkpoints") == (run / "checkpoints" / f"step-{step}", {})
+
+    stopped = launch()
+    stopped.process.terminate()
+    code, said = stopped.wait()
+    assert code == 75, said
+    assert f"stopped by SIGTERM after step {metrics(run)[-1]['step']:,}, which is saved" in said
+    assert metrics(run)[-1]["step"] > step
+
+    robbed = launch()
+    os.kill(robbed.rank(1), signal.SIGKILL)
+    code, said = robbed.wait()
+    assert code == 1, said
+    assert (
+        "error: rank 1 " in said
+    )  # was killed by SIGKILL, or, if rank 0 was the one to be noticed, died without a word
+    assert f"the last lines of {run / 'logs' / 'rank-1.log'}:" in said
+    assert not [path for path in held if path.exists()]
+    assert [line["kind"] for line in incidents.read(run)] == ["hang", "resume", "signal", "resume", "signal", "resume"]

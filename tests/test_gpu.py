@@ -1,0 +1,148 @@
+"""What only a GPU shows of training: every engine there, copies that overlap, and a model that leaves it whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_zero
+import torch
+from conftest import cli, metrics, settings
+
+from fusiontree import incidents
+from fusiontree.config import KernelsConfig, load_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SHAPE = {
+    **test_zero.SHAPE,
+    "hidden_size": 64,
+    "head_dim": 64,
+    "ssm_head_dim": 32,
+    "ssm_state_size": 32,
+    "chunk_size": 32,
+}
+PLAIN = [f"kernels.{op}=reference" for op in KernelsConfig.model_fields]
+RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
+JOBS = {  # by name: overrides and how far the losses may be from the plain loop's
+    "zero0": (PLAIN, 1e-4),
+    "zero1": ([*PLAIN, RECOMPUTED], 1e-4),
+    "zero2": ([*PLAIN, "activation_checkpointing=branch"], 1e-4),
+    "zero3": ([*PLAIN, RECOMPUTED], 1e-4),
+    "zero3_offload": ([*PLAIN, "activation_checkpointing=every_n"], 1e-4),
+    "zero3 muon": ([*PLAIN, *test_zero.MUON], 1e-4),
+    "zero1 kernels": (["precision=bf16", RECOMPUTED], 2e-2),
+}
+
+
+def curves(folder: Path) -> None:
+    """What one process does: engine after engine on the same rows."""
+    from fusiontree import distributed
+
+    world = distributed.start()
+    found = {}
+    for name, (overrides, _) in JOBS.items():
+        config = test_zero.config_of(folder, [f"deepspeed={name.split()[0]}", *overrides], SHAPE)
+        found[name] = test_zero.curve_of(config, world)
+    (folder / "curves.json").write_text(json.dumps(found))
+    distributed.leave()
+
+
+def in_a_process(code: str, *arguments: object, ends: int = 0) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == ends, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where that process has left its curves, beside the teacher."""
+    folder = tmp_path_factory.mktemp("gpu")
+    test_zero.write_teacher(folder / "teacher")
+    in_a_process("import sys, pathlib, test_gpu; test_gpu.curves(pathlib.Path(sys.argv[1]))", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """The plain loop's curves on a CPU, by optimizer."""
+    from fusiontree.generate import load_export
+
+    teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
+    kinds = {"adamw": [], "muon": test_zero.MUON}
+    return {
+        kind: test_zero.plain_curve(test_zero.config_of(folder, more, SHAPE), teacher) for kind, more in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+    found = json.loads((folder / "curves.json").read_text())[name]
+    expected, near = truths["muon" if "muon" in name else "adamw"], JOBS[name][1]
+    assert set(found) == set(expected)
+    for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
+        assert found[figure] == pytest.approx(expected[figure], rel=near, abs=1e-4), figure
+    if "muon" not in name:  # whose norm is that of its update
+        assert found["norm"] == pytest.approx(expected["norm"], rel=10 * near)
+
+
+TRAIN = """
+import sys
+from functools import partial
+import test_health
+from fusiontree.cli import main
+stop_before = int(sys.argv[1]) or None
+test_health.poison(0, (2,), stop_before)
+sys.exit(main(sys.argv[2:]))
+"""
+RUN = {
+    "model__hidden_size": 128,
+    "model__head_dim": 64,
+    "model__ssm_head_dim": 32,
+    "model__ssm_state_size": 32,
+    "model__chunk_size": 32,
+    "batch__micro_rows": 4,
+    "precision": "bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that leave one update out; the second is stopped before its update 6, saves, and goes on."""
+    output = tmp_path_factory.mktemp("runs")
+    words = ["train", "tiny", *settings(shards, output, **RUN)]
+    in_a_process(TRAIN, 0, *words, "name=whole")
+    in_a_process(TRAIN, 6, *words, "name=stopped", ends=75)
+    in_a_process(TRAIN, 0, *words, "name=stopped")
+    return output
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(runs: Path) -> None:
+    whole, stopped = metrics(runs / "whole"), metrics(runs / "stopped")
+    assert [line["step"] for line in whole] == [line["step"] for line in stopped] == [0, 1, 2, 4, 4, 5, 6, 7, 8, 8]
+    for a, b in zip(whole, stopped, strict=True):
+        # where the kernels add up in any order, the last bits are anybody's
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(b, rel=2e-3)
+    assert [line["kind"] for line in incidents.read(runs / "stopped")] == ["skipped_update", "signal", "resume"]
+
+
+def test_what_was_trained_leaves_as_a_model_that_is_the_same_on_both_devices(runs: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    cli("export", runs / "stopped", runs / "export")
+    model = AutoModelForCausalLM.from_pretrained(runs / "export", trust_remote_code=True).eval()
+    ids = torch.randint(500, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        here, tokens = model(ids).logits, model.generate(ids[:, :40], max_new_tokens=8, do_sample=False)
+        model.cuda()
+        there = model(ids.cuda()).logits.cpu()
+        again = model.generate(ids[:, :40].cuda(), max_new_tokens=8, do_sample=False).cpu()
+    assert (there - here).norm() < 2e-3 * here.norm()
+    assert again.tolist() == tokens.tolist()
+    assert load_config(str(runs / "stopped" / "config.yaml")).precision == "bf16"

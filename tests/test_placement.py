@@ -1,0 +1,115 @@
+"""An exported model in several places, spread over devices or left on disk, gives what it gives in one."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import SMALL, build, write_run
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch.utils import backend_registration
+from transformers import AutoModelForCausalLM
+
+from fusiontree.export import export
+from fusiontree.model.cache import Cache
+from fusiontree.model.documents import Documents
+from fusiontree.model.lm import HybridLM
+
+# --- CPU and disk, by accelerate -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def exported(request: Any, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run, changes = tmp_path_factory.mktemp("runs") / "run", {"vocab_size": 512, "tie_embeddings": request.param}
+    write_run(run, dataclasses.replace(SMALL, **changes), build(**changes).state_dict(), tokenizer_folder, 0, 1)
+    export(run, run / "out")
+    return run / "out"
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@pytest.mark.parametrize("on_disk", [{"blocks.1"}, {"embedding", "head", "norm"}, {"blocks.0", "blocks.2", "norm"}])
+def test_layers_on_disk_change_no_token(exported: Path, on_disk: set[str], tmp_path: Path) -> None:
+    whole = load(exported)
+    parts = ["embedding", "norm", *(f"blocks.{i}" for i in range(3)), *["head"] * (whole.model.head is not None)]
+    places = {f"model.{part}": "disk" if part in on_disk else "cpu" for part in parts}
+    model = load(exported, device_map=places, offload_folder=tmp_path)
+    elsewhere = {name for name, value in model.named_parameters() if value.is_meta}
+    assert elsewhere == {name for name, _ in whole.named_parameters() if any(f".{part}." in name for part in on_disk)}
+    ids = torch.arange(2, 62).view(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :12] = 0
+    for options in ({}, {"num_beams": 2}):
+        given = [m.generate(ids, attention_mask=mask, max_new_tokens=8, **options) for m in (whole, model)]
+        assert torch.equal(*given)
+    assert model(ids, labels=ids).loss == whole(ids, labels=ids).loss
+
+
+def test_a_device_map_by_itself(exported: Path) -> None:
+    ids = torch.arange(2, 42)[None]
+    for places in ("auto", {"": "cpu"}):
+        assert torch.equal(load(exported, device_map=places)(ids).logits, load(exported)(ids).logits)
+
+
+# --- several devices, which tensors without values pretend to be on --------------------------------------------------
+
+
+def placed(changes: dict) -> HybridLM:
+    """A model whose embedding and first layer are on one device and the rest on another, as accelerate does it."""
+    with torch.device("meta"):
+        model = HybridLM(dataclasses.replace(SMALL, **changes)).eval()
+    first = [model.embedding, model.blocks[0]]
+    for module in (model.embedding, model.norm, model.head, *model.blocks):
+        if module is not None:
+            put(module, torch.device("pretend", int(not any(module is one for one in first))))
+    return model
+
+
+def put(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+    add_hook_to_module(module, AlignDevicesHook(execution_device=device))
+
+
+def tokens(count: int) -> tuple[Tensor, Documents]:
+    """Two rows of one document each."""
+    device = torch.device("pretend", 0)
+    ids, numbers = (torch.zeros(2, count, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
+    return ids, Documents(ids, numbers, torch.zeros(3, dtype=torch.int32, device=device), count)
+
+
+def spread() -> None:
+    """A forward, two pieces and two steps over two devices; a tensor that meets one of another device raises."""
+    backend_registration._setup_privateuseone_for_python_backend("pretend")
+    Documents.bounds = [0, 40, 80]  # read on the host, where these tensors have no values
+    with FakeTensorMode(), torch.no_grad():
+        for changes in ({}, {"tie_embeddings": False, "srte": "learned", "srte_shared": False}):
+            model = placed(changes)
+            model(*tokens(40))
+            cache = model.new_cache(2)
+            for count in (40, 40, 1, 1):
+                model(*tokens(count), cache=cache)
+            assert cache.length == 82
+            assert [layer.state.device.index for layer in cache.layers] == [0, 1, 1]
+            cache.select(torch.zeros(3, dtype=torch.int64, device=cache.position.device))
+            assert {len(layer.state) for layer in cache.layers} == {3}
+        Cache.to = lambda self, device: self
+        with pytest.raises(FakeTensorDeviceMismatchError):  # so one that is met is seen
+            model(*tokens(1), cache=model.new_cache(2))
+
+
+def test_layers_on_several_devices_meet_no_tensor_of_another() -> None:
+    # in a process of its own, since torch cannot let go of a device
+    command = [sys.executable, "-c", "import test_placement; test_placement.spread()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
