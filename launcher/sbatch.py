@@ -197,13 +197,16 @@ def check(job: Job, nodes: int) -> None:
     """Raise UserError for what is wrong in itself: more nodes at least than at most, a limit that a save takes up."""
     if job.min_nodes is not None and not 1 <= job.min_nodes <= nodes:
         raise UserError(f"--min-nodes {job.min_nodes} of --nodes {nodes}: give at least 1 and at most as many")
-    if job.time is None:
-        return
-    limit = seconds(job.time)
-    if limit <= job.save_ahead:
+    if job.time is not None:
+        check_limit(f"--time {job.time}", job.time, job.save_ahead)
+
+
+def check_limit(whose: str, limit: str, save_ahead: int) -> None:
+    """Raise UserError if a save takes up all of a time limit, which `whose` names."""
+    if seconds(limit) <= save_ahead:
         raise UserError(
-            f"--time {job.time} is {limit:,} s, and the ranks are asked to save {job.save_ahead:,} s before its end, "
-            "which a checkpoint may take: nothing would be trained; raise --time, or lower --save-ahead"
+            f"{whose} is {seconds(limit):,} s, and the ranks are asked to save {save_ahead:,} s before its end, which "
+            "a checkpoint may take: nothing would be trained; raise --time, or lower --save-ahead"
         )
 
 

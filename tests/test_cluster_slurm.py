@@ -51,6 +51,11 @@ def ended(cluster: Cluster, job: str, seconds: float = 180) -> dict[str, str]:
     return cluster.state(job)
 
 
+def status(cluster: Cluster, run: Path) -> dict[str, Any]:
+    """What the command says at the cluster's head."""
+    return json.loads(cluster.run(sys.executable, "-m", "fusiontree", "status", run, "--json").stdout)
+
+
 def contents(run: Path) -> dict[Path, int]:
     """When each file of the run was written, logs aside."""
     return {path: path.stat().st_mtime_ns for path in run.rglob("*") if "logs" not in path.parts}
@@ -70,7 +75,13 @@ def short_truth(shards, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("tasks", ["rank", "node"])
 def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, short_truth):
     run = tmp_path / "run"
-    done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", "GREETING=a b", **SHORT)
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked-for-ssh; exec false\n")
+    ssh.chmod(0o755)
+    path = f"PATH={ssh.parent}:{PATH}"
+    done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", path, **SHORT)
+    assert not (tmp_path / "asked-for-ssh").exists()
     assert metrics(run) == metrics(short_truth)
     job = re.match(r"job (\d+): .*/job.sbatch\nfollow it with  tail -F .*\nend it with     scancel \1\n", done.stdout)[
         1
@@ -86,17 +97,21 @@ def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, shor
 
 def test_setup_lines_variables_and_extra_directives_reach_the_ranks(calm, shards, tmp_path):
     run = tmp_path / "run"
-    sees = "import os; print(os.environ['GREETING'], os.environ['MADE'])"
-    calm_options = ["--pre-command", "export MADE=by-setup", "--env", "GREETING=a b", "--sbatch=--comment=extra"]
-    launch(calm, shards, run, *calm_options, "--dry-run")
-    job = submitted(calm, shards, run, *calm_options, "--sbatch=--hold", **SHORT)
+    sees = "import os; print(os.environ['GREETING'], os.environ['LISTED'], os.environ['MADE'])"
+    (tmp_path / "variables").write_text("# theirs\nGREETING=overruled\nLISTED='c d'\n")
+    options = ["--pre-command", "export MADE=by-setup", "--env", "GREETING=a b", "--env-file", tmp_path / "variables"]
+    options += ["--sbatch=--comment=extra", "--sbatch=--hold"]
+    dry = launch(calm, shards, run, *options, "--dry-run", **SHORT).stdout
+    assert not run.exists()
+    job = submitted(calm, shards, run, *options, **SHORT)
     assert calm.state(job)["Comment"] == "extra"
     script = (run / "job.sbatch").read_text()
+    assert script == dry
     probe = run / "probe.sbatch"  # the same script with another program
     probe.write_text(re.sub(r"-m fusiontree train .*", f'-c "{sees}"', script).replace("#SBATCH --hold\n", ""))
     done = calm.run("sbatch", "--wait", "--parsable", probe)
     number = done.stdout.strip()
-    assert (run / "logs" / f"{number}-0" / "rank-1.out").read_text() == "a b by-setup\n"
+    assert (run / "logs" / f"{number}-0" / "rank-1.out").read_text() == "a b c d by-setup\n"
 
 
 def inside(runtime: str, folder: Path) -> list[object]:
@@ -139,6 +154,8 @@ def test_a_task_of_a_sweep_comes_back_by_itself(calm, shards, tmp_path):
     said = launched.communicate(timeout=180)[0]
     assert launched.returncode == 0, said
     assert "requeued: goes on from step" in said
+    meetings = set(re.findall(r"meeting at (\S+);", said))
+    assert len(meetings) == 3, said  # both tasks at once, perhaps on one node, and the second start of one
     states = [calm.state(f"{job}_{task}") for task in (0, 1)]
     assert [(state["JobState"], state["Restarts"]) for state in states] == [("COMPLETED", "0"), ("COMPLETED", "1")]
     for one in (first, last):
@@ -166,6 +183,8 @@ def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards
     job = submitted(calm, shards, run, logging__wandb="true", **LONG)
     for step in (8, 20):
         training(run, step)
+        seen = status(calm, run)
+        assert (seen["state"], seen["job"]["job"], seen["job"]["nodes"]) == ("running", job, list(NODES))
         calm.run("scancel", "--signal=USR1", job)
         until(lambda: calm.state(job)["JobState"] != "RUNNING", 60)
     assert ended(calm, job)["JobState"] == "COMPLETED"
@@ -174,6 +193,9 @@ def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards
     assert "stopped by SIGUSR1" in log(run, job)
     starts = [path.name.rpartition("-") for path in (run / "wandb").glob("offline-run-*")]
     assert (len(starts), len({run_id for _, _, run_id in starts})) == (3, 1)
+    seen = status(calm, run)
+    assert (seen["state"], seen["step"], seen["checkpoint"]["step"], seen["job"]["start"]) == ("finished", 60, 60, 2)
+    assert seen["incidents"]["count"] == 4  # stopped twice, resumed twice
 
 
 def test_a_preempted_job_saves_and_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
@@ -315,6 +337,7 @@ def test_a_start_that_is_cut_off_and_could_train_on_ends_itself(calm, shards, tm
         (["--nodes", 3], "SLURM refuses .*: Requested node configuration is not available"),
         (["--constraint", "ib"], "SLURM refuses .*: .*feature"),
         (["--sbatch=--nonsense"], "SLURM refuses .*"),
+        (["--save-ahead", 700], "--time 10 is 600 s, and the ranks are asked to save 700 s before its end"),
     ],
 )
 def test_what_slurm_would_never_run_is_refused_in_one_line(options, message, calm, shards, tmp_path):
@@ -322,3 +345,12 @@ def test_what_slurm_would_never_run_is_refused_in_one_line(options, message, cal
     assert re.match(f"fusiontree: error: {message}", failed.stderr)
     assert failed.stderr.count("\n") == 1
     assert calm.run("squeue", "--noheader").stdout == ""
+
+
+def test_the_limit_of_the_partition_counts_where_none_is_given(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    command = [word for word in words(shards, run, "--save-ahead", 700) if word not in ("--time", 10)]
+    failed = calm.run(*command, code=2)
+    assert "the partition's time limit 10:00 is 600 s, and the ranks are asked to save 700 s before" in failed.stderr
+    assert calm.run(*command, "--partition", "urgent", code=2).stderr == failed.stderr
+    assert not run.exists()
