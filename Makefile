@@ -15,7 +15,7 @@ test: install lint
 
 # needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; touches nothing of this machine's
 test-cluster: install
-	FUSIONTREE_CLUSTER=1 $(BIN)/python -m pytest -m cluster -v -n 2 --dist loadfile tests/test_cluster_*.py
+	FUSIONTREE_CLUSTER=1 $(BIN)/python -m pytest -m cluster -v -n 2 --dist worksteal tests/test_cluster_*.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,9 +27,9 @@ CONFIG = "config.yaml"
 GATES = "gates.safetensors"
 
 
-def partial_of(final: Path) -> Path:
-    """Where a checkpoint grows until it is whole."""
-    return final.with_name(f".{final.name}.partial")
+def partial_of(final: Path, start: str) -> Path:
+    """Where a checkpoint of the start of the run marked `start` grows until it is whole."""
+    return final.with_name(f".{final.name}.{start}.partial")
 
 
 def put_in_place(partial: Path, final: Path) -> None:

@@ -1,12 +1,14 @@
 """What is here and what a run would make of it: versions, devices, kernels, memory, and whether it can run at all."""
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,11 @@ _OPTIONAL = {
 }
 
 
-def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int = 1) -> dict[str, Any]:
-    """Look at this machine and, if given, at what `config` needs of it on `ranks` ranks of each of `nodes` like it.
+def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int | None = None) -> dict[str, Any]:
+    """Look at this machine and, if given, at what `config` needs of it on `ranks` ranks.
+
+    Args:
+        nodes: of a job elsewhere, `ranks` ranks on each: kernels, GPUs and memory of this machine are no matter then.
 
     Returns:
         versions, machine, kernels (by operation), install (what to add, one line each), problems (why `config`, or
@@ -45,12 +50,19 @@ def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int = 1) -> dict[s
     report: dict[str, Any] = {
         "versions": versions,
         "machine": _machine(gpus),
-        "kernels": _kernels(config, device_type, problems),
+        "kernels": _kernels(config, device_type, problems if nodes is None else []),
         "install": _advice(versions, device_type, config),
     }
     if config is not None:
-        report["run"] = _estimate(config, nodes * ranks)
-        problems += _run_problems(config, nodes, ranks, report["run"], gpus if device_type == "cuda" else [])
+        report["run"] = _estimate(config, (nodes or 1) * ranks)
+        problems += _problems(
+            lambda: deepspeed_json(config),
+            lambda: dataset_manifest(config),
+            lambda: config.accumulation_steps((nodes or 1) * ranks),
+            lambda: _check_disk(config),
+        )
+        if nodes is None:
+            problems += _problems_here(config, ranks, report["run"], gpus if device_type == "cuda" else [])
     return report | {"problems": list(dict.fromkeys(problems))}
 
 
@@ -146,18 +158,41 @@ def _estimate(config: RunConfig, ranks: int) -> dict[str, Any]:
     return sizes
 
 
-def _run_problems(
-    config: RunConfig, nodes: int, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]
-) -> list[str]:
-    """Why `config` cannot run on `ranks` ranks here and on each of the other `nodes`."""
-    checks: list[Callable[[], Any]] = [
-        lambda: deepspeed_json(config),
-        lambda: dataset_manifest(config),
-        lambda: config.accumulation_steps(nodes * ranks),
-        lambda: _check_devices(config, ranks, gpus),
-        lambda: _check_memory(run, ranks, gpus),
-        lambda: _check_disk(config),
-    ]
+def _problems_here(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
+    """Why `ranks` ranks of `config` cannot run on this machine."""
+    name = gpus[0]["name"] if gpus else None
+    here = min(gpu["memory_bytes"] for gpu in gpus) if gpus else _memory()
+    return _problems(
+        lambda: _check_devices(config, ranks, gpus), lambda: _check_memory(run, ranks, here, name, "this machine")
+    )
+
+
+def node_problems(run: dict[str, Any], ranks: list[dict[str, Any]]) -> list[str]:
+    """Hosts whose memory `run` does not fit in, a line each.
+
+    Args:
+        run: what `diagnose` has found of it.
+        ranks: what each rank of a probe has seen of its host.
+    """
+    hosts = {rank["host"]: rank for rank in ranks}
+    counts = Counter(rank["host"] for rank in ranks)
+    return _problems(
+        *(
+            functools.partial(
+                _check_memory,
+                run,
+                counts[host],
+                rank["gpu_memory_bytes"] or rank["memory_bytes"],
+                rank["gpu"] and f"{rank['gpu']} of {host}",
+                host,
+            )
+            for host, rank in hosts.items()
+        )
+    )
+
+
+def _problems(*checks: Callable[[], Any]) -> list[str]:
+    """What the checks object to."""
     problems = []
     for check in checks:
         try:
@@ -176,15 +211,13 @@ def _check_devices(config: RunConfig, ranks: int, gpus: list[dict[str, Any]]) ->
         raise UserError(f"precision bf16 is not supported by {gpus[0]['name']}; set precision=fp32")
 
 
-def _check_memory(run: dict[str, Any], ranks: int, gpus: list[dict[str, Any]]) -> None:
-    if "memory_per_rank_bytes" not in run:
-        return
-    needed = run["memory_per_rank_bytes"] * (1 if gpus else ranks)
-    here = min(gpu["memory_bytes"] for gpu in gpus) if gpus else _memory()
-    if needed > here:
-        whose = f"a rank on {gpus[0]['name']}" if gpus else f"{ranks} rank{'s' * (ranks > 1)} on this machine"
+def _check_memory(run: dict[str, Any], ranks: int, there: int, gpu: str | None, host: str) -> None:
+    """Raise UserError if `there` bytes, of `gpu` or else of the `host` of `ranks` ranks, are too few."""
+    needed = run.get("memory_per_rank_bytes", 0) * (1 if gpu else ranks)
+    if needed > there:
+        whose = f"a rank on {gpu}" if gpu else f"{ranks} rank{'s' * (ranks > 1)} on {host}"
         raise UserError(
-            f"about {needed / 2**30:.1f} GiB needed by {whose}, {here / 2**30:.1f} GiB there; lower batch.micro_rows "
+            f"about {needed / 2**30:.1f} GiB needed by {whose}, {there / 2**30:.1f} GiB there; lower batch.micro_rows "
             "or data.seq_len, set activation_checkpointing=full, a higher ZeRO stage, or take a smaller preset"
         )
 

@@ -1,7 +1,8 @@
 """Whose a run's folder is: the newest start of the run holds it. Free of torch.
 
 A start may be cut off from the rest of its job and live on, while the job starts again elsewhere, on the same files. So
-each start takes the lease, and what it would put under a final name it does only while it still holds it.
+each start takes the lease, and what it would put under a final name it does only while it still holds it; until then
+what it writes bears its own mark.
 """
 
 import json
@@ -15,12 +16,12 @@ from fusiontree.errors import RunError
 from fusiontree.files import write_atomic
 
 FILE = "lease.json"
-_ME = uuid.uuid4().hex  # this process, unlike any other on any host
+ME = uuid.uuid4().hex  # this process, unlike any other on any host
 
 
 def take(run_dir: Path) -> None:
     """Make this process the holder of the run; any other loses it."""
-    holder = {"holder": _ME, "host": os.uname().nodename, "pid": os.getpid(), "time": time.time()}
+    holder = {"holder": ME, "host": os.uname().nodename, "pid": os.getpid(), "time": time.time()}
     write_atomic(run_dir / FILE, json.dumps(holder | {"job": os.environ.get("SLURM_JOB_ID")}))
 
 
@@ -33,7 +34,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
 def check(run_dir: Path) -> None:
     """Raise RunError if another start of the run has taken it over since this process took it."""
     holder = read(run_dir)
-    if holder is not None and holder["holder"] != _ME:
+    if holder is not None and holder["holder"] != ME:
         raise RunError(
             f"{run_dir} is now written by a newer start on {holder['host']} (pid {holder['pid']}); this one ends"
         )

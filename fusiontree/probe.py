@@ -54,6 +54,7 @@ def _facts(world: World) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
         "gpu": gpu,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(world.device).total_memory if gpu else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 

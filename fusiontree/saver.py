@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fusiontree import checkpoint, distributed, incidents, resize
+from fusiontree import checkpoint, distributed, incidents, lease, resize
 from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import RunError
@@ -47,6 +47,8 @@ class Saver:
         engine._copy_recovery_script = lambda folder: None
         engine.zero_nvme_offload_optimizer = lambda: False
         self._group = distributed.side_group(timeout_seconds)
+        self._start = distributed.from_main(lease.ME, self._group)
+        self._seconds: float | None = None  # of the newest checkpoint, until `figures` has told
         self._thread: threading.Thread | None = None
         self._failure: str | None = None  # of the last save, when its thread has ended
         self._error: Exception | None = None  # that a thread met and did not expect
@@ -63,14 +65,20 @@ class Saver:
         """
         since = time.perf_counter()
         self.wait()
+        copying = time.perf_counter()
         own = _snapshot(self.engine)
         rest = {checkpoint.STATE: json.dumps(state, indent=1).encode()}
         rest |= {name: text.encode() for name, text in texts.items()}
         rest[checkpoint.GATES] = safetensors.torch.save({"mean": gates.cpu()})
-        target = (self.run_dir / "checkpoints" / f"step-{state['step']}", state["step"], own, rest)
+        target = (self.run_dir / "checkpoints" / f"step-{state['step']}", state["step"], own, rest, copying)
         self._thread = threading.Thread(target=self._work, args=target, name="saver", daemon=True)
         self._thread.start()
         self.waited += time.perf_counter() - since
+
+    def figures(self) -> dict[str, float]:
+        """How long the newest checkpoint took from its copy to its name, in seconds; told once."""
+        seconds, self._seconds = self._seconds, None
+        return {} if seconds is None else {"save_seconds": seconds}
 
     def finish(self) -> None:
         """Wait until all is written.
@@ -90,12 +98,14 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _work(self, final: Path, step: int, own: dict[str, Any], rest: Mapping[str, bytes]) -> None:
+    def _work(self, final: Path, step: int, own: dict[str, Any], rest: Mapping[str, bytes], since: float) -> None:
         try:
             error = self._write(final, own, rest)
         except Exception as lost:  # the training thread's to raise
             self._error = lost
             return
+        if error is None:
+            self._seconds = time.perf_counter() - since
         self._failure = None if error is None else f"checkpoint {final} could not be written: {_reason(error)}"
         if error is not None and not isinstance(error, OSError):
             self._error = RunError(f"{self._failure}; see the logs in the run's folder")
@@ -105,7 +115,7 @@ class Saver:
 
     def _write(self, final: Path, own: dict[str, Any], rest: Mapping[str, bytes]) -> Exception | None:
         """Write this rank's files and, on the main rank, seal them; what went wrong on any rank, on every rank."""
-        partial = checkpoint.partial_of(final)
+        partial = checkpoint.partial_of(final, self._start)
         hashes, error = _attempt(lambda: _write_files(partial, own))
         of_all = distributed.gather((hashes, error), self._group)
         error = next((error for _, error in of_all if error is not None), None)

@@ -20,7 +20,7 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.network import free_port
-from launcher import reports, slurm
+from launcher import reports, sbatch, slurm
 from launcher.plan import CONFIG, FIRST_PORT, PORTS
 
 ATTEMPTS = "attempts.json"
@@ -29,8 +29,11 @@ STARTS = 5  # starts in a row without progress after which it is not begun: SLUR
 _NETWORK = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_NCCL_")
 
 
-def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, str]:
+def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int) -> dict[str, str]:
     """Begin a start of the job: shell variables for the rest of the script; the facts go to the job's log.
+
+    Args:
+        save_ahead: seconds before the time limit at which the ranks are asked to save.
 
     Raises:
         RunError: the job has started too often without progress.
@@ -38,7 +41,8 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
     """
     job, step = slurm.this_job(), newest_step(run)
     nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-    taken = nodes[: fitting_nodes(load_config(str(run / CONFIG)), len(nodes), ranks_per_node, least)]
+    config = load_config(str(run / CONFIG))
+    taken = nodes[: fitting_nodes(config, len(nodes), ranks_per_node, least)]
     record = _next(read_attempts(run), job, step, taken)
     if record["fruitless"] >= STARTS:
         raise RunError(
@@ -53,6 +57,8 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int) -> dict[str, st
     if len(taken) < most:
         spare = f", {len(nodes)} given" if len(nodes) > len(taken) else ""
         _say(f"on {len(taken)} of {most} nodes ({least} at least{spare}): the batch of the run divides among these")
+    if step and (needed := sbatch.save_ahead(config, len(taken))) > save_ahead:
+        _say(f"steps and saves are slower than foreseen: submit the next job with --save-ahead {needed}")
     for name in sorted(name for name in os.environ if name.startswith(_NETWORK)):
         _say(f"{name}={os.environ[name]}")
     return {
@@ -161,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     beginning.add_argument("run", type=Path)
     beginning.add_argument("--ranks-per-node", type=int, required=True)
     beginning.add_argument("--nodes", required=True, metavar="LEAST-MOST")
+    beginning.add_argument("--save-ahead", type=int, required=True)
     ending = commands.add_parser("end")
     ending.add_argument("run", type=Path)
     ending.add_argument("code", type=int)
@@ -169,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "end":
             return end(args.run, args.code)
         least, _, most = args.nodes.partition("-")
-        facts = begin(args.run, args.ranks_per_node, int(least), int(most))
+        facts = begin(args.run, args.ranks_per_node, int(least), int(most), args.save_ahead)
     except (UserError, RunError) as error:
         _say(f"error: {error}")
         return error.exit_code

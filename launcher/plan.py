@@ -112,7 +112,12 @@ def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]],
         nodes=len(hosts),
         ranks_per_node=max(map(len, hosts.values())),
         program=program,
-        environment={**forwarded(os.environ), "OMP_NUM_THREADS": _threads_there(), **around.environment},
+        environment={
+            **forwarded(os.environ),
+            "OMP_NUM_THREADS": _threads_there(),
+            **_deepspeed_file(),
+            **around.environment,
+        },
         master_address=next(iter(hosts)),
         master_port=free_port(FIRST_PORT + os.getpid() % PORTS),
         hosts=hosts,
@@ -182,6 +187,18 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of `environment` that every rank needs as they are here; never a secret."""
     names = sorted(name for name in environment if name.startswith(FORWARDED) and not _SECRET.search(name))
     return {name: environment[name] for name in names if name not in ("FUSIONTREE_LAUNCH", "CUDA_VISIBLE_DEVICES")}
+
+
+def _deepspeed_file() -> dict[str, str]:
+    """The variables of DeepSpeed's own environment file, which a launch's takes the place of."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    lines = [
+        line
+        for place in (Path.home(), Path())
+        if (place / name).is_file()
+        for line in (place / name).read_text().splitlines()
+    ]
+    return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
 
 
 def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:

@@ -72,7 +72,7 @@ def launch_files(plan: Plan, launcher: str, folder: Path) -> dict[str, str]:
     Raises:
         UserError: a variable that DeepSpeed's environment file cannot hold.
     """
-    environment = {**_carried(), **plan.environment, **_user_file(), "FUSIONTREE_LAUNCH": str(folder)}
+    environment = {**_carried(), **plan.environment, "FUSIONTREE_LAUNCH": str(folder)}
     files = {_HOSTS: "".join(f"{host} slots={max(slots) + 1}\n" for host, slots in plan.hosts.items())}
     if launcher == "openmpi":
         return files | {_RANK: _rank_script(plan, environment)}
@@ -89,18 +89,6 @@ def _rank_script(plan: Plan, environment: Mapping[str, str]) -> str:
 
 def _carried() -> dict[str, str]:
     return {name: os.environ[name] for name in _CARRIED if name in os.environ}
-
-
-def _user_file() -> dict[str, str]:
-    """The user's own environment file, which ours takes the place of."""
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    lines = [
-        line
-        for place in (Path.home(), Path())
-        if (place / name).is_file()
-        for line in (place / name).read_text().splitlines()
-    ]
-    return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
 
 
 def _quoted(key: str, value: str) -> str:

@@ -19,13 +19,15 @@ from fusiontree.config import RunConfig
 from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
 from fusiontree.memory import checkpoint_bytes
+from fusiontree.training.metrics import read_metrics
 from launcher import slurm
 from launcher.containers import Entry, entry
 from launcher.plan import Plan
 
 SCRIPT = "job.sbatch"  # in the run's folder
-_DISK_RATE = 0.5e9  # bytes/s that one node is taken to write of a checkpoint, at least
-_MARGIN = 60  # seconds for the step that is under way when a job is asked to save
+_DISK_RATE = 0.5e9  # bytes/s that one node is taken to write of a checkpoint, as long as the run has written none
+_MARGIN = 60  # seconds for the step that is under way when a job is asked to save, at least
+_LOOKED_AT = 20  # of the newest saves and steps, the slowest
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def render(plan: Plan, job: Job, runs: Sequence[Path], folder: Path) -> str:
         environment="\n".join([*plan.setup, *variables, ""]),
         run=_runs(runs),
         python=shlex.quote(sys.executable),
-        limits=f"--ranks-per-node {ranks} --nodes {least}-{plan.nodes}",
+        limits=f"--ranks-per-node {ranks} --nodes {least}-{plan.nodes} --save-ahead {job.save_ahead}",
         srun=" \\\n    ".join(_srun(plan, job, inside)) + " \\",
         program=_program(plan, job, runs[0], inside),
     )
@@ -179,21 +181,32 @@ def _quoted(word: str, run: Path) -> str:
 
 
 def save_ahead(config: RunConfig, nodes: int) -> int:
-    """Seconds that the step under way and one checkpoint take at most: its bytes at 0.5 GB/s a node."""
-    return _MARGIN + round(checkpoint_bytes(config) / (_DISK_RATE * nodes))
+    """Seconds that the step under way and one checkpoint take at most: twice what the slowest of the run's own took.
+
+    As long as it has saved nothing: a minute, and a checkpoint's bytes at 0.5 GB/s a node.
+    """
+    lines = read_metrics(config.run_dir)
+    saves = [line["save_seconds"] for line in lines if "save_seconds" in line][-_LOOKED_AT:]
+    if not saves:
+        return _MARGIN + round(checkpoint_bytes(config) / (_DISK_RATE * nodes))
+    steps = [config.batch.tokens / line["tokens_per_s"] for line in lines if "tokens_per_s" in line][-_LOOKED_AT:]
+    return max(_MARGIN, round(2 * max(steps))) + round(2 * max(saves))
 
 
 def check(job: Job, nodes: int) -> None:
     """Raise UserError for what is wrong in itself: more nodes at least than at most, a limit that a save takes up."""
     if job.min_nodes is not None and not 1 <= job.min_nodes <= nodes:
         raise UserError(f"--min-nodes {job.min_nodes} of --nodes {nodes}: give at least 1 and at most as many")
-    if job.time is None:
-        return
-    limit = seconds(job.time)
-    if limit <= job.save_ahead:
+    if job.time is not None:
+        check_limit(f"--time {job.time}", job.time, job.save_ahead)
+
+
+def check_limit(whose: str, limit: str, save_ahead: int) -> None:
+    """Raise UserError if a save takes up all of a time limit, which `whose` names."""
+    if seconds(limit) <= save_ahead:
         raise UserError(
-            f"--time {job.time} is {limit:,} s, and the ranks are asked to save {job.save_ahead:,} s before its end, "
-            "which a checkpoint may take: nothing would be trained; raise --time, or lower --save-ahead"
+            f"{whose} is {seconds(limit):,} s, and the ranks are asked to save {save_ahead:,} s before its end, which "
+            "a checkpoint may take: nothing would be trained; raise --time, or lower --save-ahead"
         )
 
 

@@ -44,6 +44,15 @@ def check_cluster(partition: str | None) -> None:
             raise UserError(f"--partition {name}: no such partition; there are {', '.join(sorted(partitions))}")
 
 
+def default_limit(partition: str | None) -> str | None:
+    """The limit, as sbatch takes it, of jobs in `partition` (None: the default one) that name none; None: endless."""
+    shown = _ask("sinfo", "--noheader", "--format=%P %L %l", *([f"--partition={partition}"] if partition else []))
+    lines = [line.split() for line in shown.splitlines()]
+    own = next((line for line in lines if partition or line[0].endswith("*")), None)
+    limits = [limit for limit in (own or [])[1:] if limit[0].isdecimal()]
+    return limits[0] if limits else None
+
+
 def submit(script: Path) -> str:
     """Submit `script` and return the job's id; what SLURM would never run is refused first.
 

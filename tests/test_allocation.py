@@ -48,7 +48,7 @@ def begin(run, monkeypatch):
     """Begins a start on up to two nodes and gives the rest of the script what it said."""
 
     def start() -> dict[str, str]:
-        facts = allocation.begin(run, 1, 1, 2)
+        facts = allocation.begin(run, 1, 1, 2, 60)
         monkeypatch.setenv("FUSIONTREE_LAUNCH", facts["FUSIONTREE_LAUNCH"])
         return facts
 
@@ -76,7 +76,7 @@ def report(run, monkeypatch, rank: int, code: int, message: str | None, start: i
 
 def test_the_script_gets_nodes_rendezvous_and_logs(run, capsys, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    assert allocation.main(["begin", str(run), "--ranks-per-node", "2", "--nodes", "2-2"]) == 0
+    assert allocation.main(["begin", str(run), "--ranks-per-node", "2", "--nodes", "2-2", "--save-ahead", "60"]) == 0
     printed = capsys.readouterr()
     script = f'{printed.out}\nprintf \'%s \' "$nodes" "$logs"; env -0'
     seen = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=True).stdout
@@ -90,8 +90,19 @@ def test_the_script_gets_nodes_rendezvous_and_logs(run, capsys, monkeypatch):
 
 
 def test_deepspeeds_node_launcher_reads_the_nodes_as_meant(run):
-    facts = allocation.begin(run, 2, 2, 2)
+    facts = allocation.begin(run, 2, 2, 2, 60)
     assert json.loads(base64.urlsafe_b64decode(facts["WORLD_INFO"])) == {"n1": [0, 1], "n2": [0, 1]}
+
+
+def test_saves_that_take_longer_than_they_are_given_are_told(run, begin, capsys):
+    config = load_config(str(run / "config.yaml")).model_copy(update={"output": run.parent, "name": run.name})
+    (run / "config.yaml").write_text(to_yaml(config))
+    save(run, 4)
+    begin()
+    assert "--save-ahead" not in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text('{"step": 4, "tokens_per_s": 24576, "save_seconds": 100}\n')
+    begin()
+    assert "submit the next job with --save-ahead 260" in capsys.readouterr().err
 
 
 def test_two_jobs_on_one_node_meet_at_different_ports():
@@ -107,33 +118,33 @@ def test_the_largest_number_of_nodes_among_which_the_batch_divides_takes_part(gi
 
 
 def test_no_fitting_number_of_nodes_is_an_error_that_says_which_would_fit(run, capsys):
-    code = allocation.main(["begin", str(run), "--ranks-per-node", "5", "--nodes", "1-2"])
+    code = allocation.main(["begin", str(run), "--ranks-per-node", "5", "--nodes", "1-2", "--save-ahead", "60"])
     assert code == 2
     assert "does not divide among 5 ranks" in capsys.readouterr().err
 
 
 def test_fewer_nodes_than_asked_for_are_said(run, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1,n2,n3,n4,n5")
-    facts = allocation.begin(run, 1, 2, 6)
+    facts = allocation.begin(run, 1, 2, 6, 60)
     assert facts["nodes"] == "4"
     assert "on 4 of 6 nodes (2 at least, 5 given)" in capsys.readouterr().err
 
 
 def test_a_job_that_only_ever_starts_is_not_begun_for_ever(run):
     for start in range(allocation.STARTS):
-        assert allocation.begin(run, 1, 1, 2)["logs"].endswith(f"12345-{start}")
+        assert allocation.begin(run, 1, 1, 2, 60)["logs"].endswith(f"12345-{start}")
     with pytest.raises(RunError, match="job 12345 has started 5 times from step 0 without getting further"):
-        allocation.begin(run, 1, 1, 2)
+        allocation.begin(run, 1, 1, 2, 60)
     save(run, 4)
-    allocation.begin(run, 1, 1, 2)
+    allocation.begin(run, 1, 1, 2, 60)
     assert allocation.read_attempts(run)["fruitless"] == 0
 
 
 def test_a_job_submitted_anew_counts_anew(run, monkeypatch):
     for _ in range(allocation.STARTS):
-        allocation.begin(run, 1, 1, 2)
+        allocation.begin(run, 1, 1, 2, 60)
     monkeypatch.setenv("SLURM_JOB_ID", "12346")
-    allocation.begin(run, 1, 1, 2)
+    allocation.begin(run, 1, 1, 2, 60)
     assert allocation.read_attempts(run) | {"time": 0} == {
         "job": "12346", "start": 0, "step": 0, "fruitless": 0, "nodes": ["n1", "n2"], "time": 0,
     }  # fmt: skip
@@ -245,7 +256,7 @@ def test_a_traceback_is_shown_from_the_ranks_output(run, begin, monkeypatch, cap
 def test_the_words_of_the_script_stay_words(run, monkeypatch, capsys):
     odd = run.parent / "a b"
     run.rename(odd)
-    allocation.main(["begin", str(odd), "--ranks-per-node", "1", "--nodes", "1-2"])
+    allocation.main(["begin", str(odd), "--ranks-per-node", "1", "--nodes", "1-2", "--save-ahead", "60"])
     lines = capsys.readouterr().out.splitlines()
     assert f"logs={shlex.quote(str(odd / 'logs' / '12345-0'))}" in lines
     with pytest.raises(UserError):

@@ -105,8 +105,8 @@ def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
 def test_a_step_that_comes_again_takes_the_place_of_its_old_checkpoint(tmp_path: Path) -> None:
     final = make(tmp_path, 3)
     (final / "weights.pt").write_text("old")
-    make(tmp_path / "new", 3).rename(checkpoint.partial_of(final))
-    checkpoint.put_in_place(checkpoint.partial_of(final), final)
+    make(tmp_path / "new", 3).rename(checkpoint.partial_of(final, "me"))
+    checkpoint.put_in_place(checkpoint.partial_of(final, "me"), final)
     assert checkpoint.verify(final) == []
     assert (tmp_path / "latest").read_text() == "step-3\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "new", "step-3"]

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import NODES, PATH, Cluster, full_disk, image, ranks, steps, training, until, why_not
@@ -19,13 +20,19 @@ if reason := why_not():
 SHORT = {"schedule__steps": 8}
 
 
-def launch(cluster: Cluster, shards: Path, run: Path, *options: object, code: int = 0, **changes: object):
+def words(shards: Path, run: Path, *options: object, **changes: object) -> list[object]:
+    """The command that submits a run."""
+    target = ["--slurm", "--nodes", 2, "--ranks-per-node", 1, "--time", 10, *options]
+    return [
+        *(sys.executable, "-m", "fusiontree", "launch", "tiny"),
+        *settings(shards, run.parent, name=run.name, **changes),
+        *target,
+    ]
+
+
+def launch(cluster: Cluster, *arguments: Any, code: int = 0, **changes: Any):
     """Submit a run from the cluster's head."""
-    words = settings(shards, run.parent, name=run.name, **changes)
-    target = ["--slurm", "--nodes", 2, "--ranks-per-node", 1, "--time", 10]
-    return cluster.run(
-        sys.executable, "-m", "fusiontree", "launch", "tiny", *words, *target, *options, code=code, timeout=240
-    )
+    return cluster.run(*words(*arguments, **changes), code=code, timeout=240)
 
 
 def submitted(*arguments, **keywords) -> str:
@@ -42,6 +49,11 @@ def ended(cluster: Cluster, job: str, seconds: float = 180) -> dict[str, str]:
     """Wait until the job is over; what SLURM knows of it."""
     until(lambda: cluster.state(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), seconds, f"job {job}")
     return cluster.state(job)
+
+
+def status(cluster: Cluster, run: Path) -> dict[str, Any]:
+    """What the command says at the cluster's head."""
+    return json.loads(cluster.run(sys.executable, "-m", "fusiontree", "status", run, "--json").stdout)
 
 
 def contents(run: Path) -> dict[Path, int]:
@@ -63,7 +75,13 @@ def short_truth(shards, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("tasks", ["rank", "node"])
 def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, short_truth):
     run = tmp_path / "run"
-    done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", "GREETING=a b", **SHORT)
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked-for-ssh; exec false\n")
+    ssh.chmod(0o755)
+    path = f"PATH={ssh.parent}:{PATH}"
+    done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", path, **SHORT)
+    assert not (tmp_path / "asked-for-ssh").exists()
     assert metrics(run) == metrics(short_truth)
     job = re.match(r"job (\d+): .*/job.sbatch\nfollow it with  tail -F .*\nend it with     scancel \1\n", done.stdout)[
         1
@@ -79,17 +97,21 @@ def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, shor
 
 def test_setup_lines_variables_and_extra_directives_reach_the_ranks(calm, shards, tmp_path):
     run = tmp_path / "run"
-    sees = "import os; print(os.environ['GREETING'], os.environ['MADE'])"
-    calm_options = ["--pre-command", "export MADE=by-setup", "--env", "GREETING=a b", "--sbatch=--comment=extra"]
-    launch(calm, shards, run, *calm_options, "--dry-run")
-    job = submitted(calm, shards, run, *calm_options, "--sbatch=--hold", **SHORT)
+    sees = "import os; print(os.environ['GREETING'], os.environ['LISTED'], os.environ['MADE'])"
+    (tmp_path / "variables").write_text("# theirs\nGREETING=overruled\nLISTED='c d'\n")
+    options = ["--pre-command", "export MADE=by-setup", "--env", "GREETING=a b", "--env-file", tmp_path / "variables"]
+    options += ["--sbatch=--comment=extra", "--sbatch=--hold"]
+    dry = launch(calm, shards, run, *options, "--dry-run", **SHORT).stdout
+    assert not run.exists()
+    job = submitted(calm, shards, run, *options, **SHORT)
     assert calm.state(job)["Comment"] == "extra"
     script = (run / "job.sbatch").read_text()
+    assert script == dry
     probe = run / "probe.sbatch"  # the same script with another program
     probe.write_text(re.sub(r"-m fusiontree train .*", f'-c "{sees}"', script).replace("#SBATCH --hold\n", ""))
     done = calm.run("sbatch", "--wait", "--parsable", probe)
     number = done.stdout.strip()
-    assert (run / "logs" / f"{number}-0" / "rank-1.out").read_text() == "a b by-setup\n"
+    assert (run / "logs" / f"{number}-0" / "rank-1.out").read_text() == "a b c d by-setup\n"
 
 
 def inside(runtime: str, folder: Path) -> list[object]:
@@ -119,23 +141,26 @@ def test_ranks_in_containers_save_and_come_back_and_go_on_exactly(runtime, calm,
     assert metrics(run) == metrics(truth)
 
 
-def test_a_sweep_is_one_array_of_runs(calm, shards, tmp_path):
+def test_a_task_of_a_sweep_comes_back_by_itself(calm, shards, tmp_path):
     run = tmp_path / "run"
-    axes = ["--sweep", "optimizer.lr=1e-3,3e-4"]
-    launch(
-        calm,
-        shards,
-        run,
-        "--wait",
-        "--nodes",
-        1,
-        *axes,
-        schedule__steps=2,
-        schedule__warmup_steps=0,
-        validation__every=0,
-    )
-    rates = {name: metrics(tmp_path / name)[0]["lr"] for name in ("run-lr1e-3", "run-lr3e-4")}
-    assert rates["run-lr1e-3"] == pytest.approx(rates["run-lr3e-4"] * 10 / 3)
+    axis = ["--nodes", 1, "--sweep", "optimizer.lr=1e-3,3e-4"]
+    launched = calm.start(*words(shards, run, *axis, "--wait", **LONG))
+    until((run / "job.id").exists, 60)
+    job = (run / "job.id").read_text().strip()
+    first, last = (tmp_path / f"run-lr{rate}" for rate in ("1e-3", "3e-4"))
+    for one in (first, last):
+        training(one, 8)
+    calm.run("scancel", "--signal=USR1", f"{job}_1")  # the last task has the id of the whole array
+    said = launched.communicate(timeout=180)[0]
+    assert launched.returncode == 0, said
+    assert "requeued: goes on from step" in said
+    meetings = set(re.findall(r"meeting at (\S+);", said))
+    assert len(meetings) == 3, said  # both tasks at once, perhaps on one node, and the second start of one
+    states = [calm.state(f"{job}_{task}") for task in (0, 1)]
+    assert [(state["JobState"], state["Restarts"]) for state in states] == [("COMPLETED", "0"), ("COMPLETED", "1")]
+    for one in (first, last):
+        assert steps(one) == [*range(1, LONG["schedule__steps"] + 1)]
+    assert metrics(first)[0]["lr"] == pytest.approx(metrics(last)[0]["lr"] * 10 / 3)
 
 
 def test_the_doctor_looks_at_the_nodes_of_an_allocation(calm, shards, tmp_path):
@@ -155,15 +180,22 @@ def test_the_doctor_looks_at_the_nodes_of_an_allocation(calm, shards, tmp_path):
 def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
     """As SLURM asks before the time limit: USR1 to the job's steps."""
     run = tmp_path / "run"
-    job = submitted(calm, shards, run, **LONG)
+    job = submitted(calm, shards, run, logging__wandb="true", **LONG)
     for step in (8, 20):
         training(run, step)
+        seen = status(calm, run)
+        assert (seen["state"], seen["job"]["job"], seen["job"]["nodes"]) == ("running", job, list(NODES))
         calm.run("scancel", "--signal=USR1", job)
         until(lambda: calm.state(job)["JobState"] != "RUNNING", 60)
     assert ended(calm, job)["JobState"] == "COMPLETED"
     assert metrics(run) == metrics(truth)
     assert calm.state(job)["Restarts"] == "2"
     assert "stopped by SIGUSR1" in log(run, job)
+    starts = [path.name.rpartition("-") for path in (run / "wandb").glob("offline-run-*")]
+    assert (len(starts), len({run_id for _, _, run_id in starts})) == (3, 1)
+    seen = status(calm, run)
+    assert (seen["state"], seen["step"], seen["checkpoint"]["step"], seen["job"]["start"]) == ("finished", 60, 60, 2)
+    assert seen["incidents"]["count"] == 4  # stopped twice, resumed twice
 
 
 def test_a_preempted_job_saves_and_comes_back_and_goes_on_exactly(calm, shards, tmp_path, truth):
@@ -279,6 +311,22 @@ def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, s
     assert calm.state(job)["JobState"] == "COMPLETED"
 
 
+def test_a_start_that_is_cut_off_and_could_train_on_ends_itself(calm, shards, tmp_path):
+    """One node's ranks need no other: they train on, on the same files, until they look for the lease."""
+    run = tmp_path / "run"
+    job = submitted(calm, shards, run, "--nodes", 1, **LONG | {"schedule__steps": 100_000, "checkpoint__every": 20})
+    training(run, 25)
+    (node,) = {node for node, _ in ranks(calm, run)}
+    calm.cut(node)
+    until(lambda: json.loads((run / "lease.json").read_text())["host"] != node, 120, "the start that follows")
+    until(lambda: node not in {where for where, _ in ranks(calm, run)}, 30, "the end of the one that was cut off")
+    before = max(steps(run), default=0)
+    training(run, before + 20)
+    assert steps(run) == [*range(1, len(steps(run)) + 1)]
+    assert "is now written by a newer start" in (run / "logs" / f"{job}-0" / "rank-0.json").read_text()
+    assert calm.state(job)["JobState"] == "RUNNING"
+
+
 # --- refused before anything is submitted ----------------------------------------------------------------------------
 
 
@@ -289,6 +337,7 @@ def test_a_half_that_is_cut_off_leaves_the_run_to_the_start_that_follows(calm, s
         (["--nodes", 3], "SLURM refuses .*: Requested node configuration is not available"),
         (["--constraint", "ib"], "SLURM refuses .*: .*feature"),
         (["--sbatch=--nonsense"], "SLURM refuses .*"),
+        (["--save-ahead", 700], "--time 10 is 600 s, and the ranks are asked to save 700 s before its end"),
     ],
 )
 def test_what_slurm_would_never_run_is_refused_in_one_line(options, message, calm, shards, tmp_path):
@@ -296,3 +345,12 @@ def test_what_slurm_would_never_run_is_refused_in_one_line(options, message, cal
     assert re.match(f"fusiontree: error: {message}", failed.stderr)
     assert failed.stderr.count("\n") == 1
     assert calm.run("squeue", "--noheader").stdout == ""
+
+
+def test_the_limit_of_the_partition_counts_where_none_is_given(calm, shards, tmp_path):
+    run = tmp_path / "run"
+    command = [word for word in words(shards, run, "--save-ahead", 700) if word not in ("--time", 10)]
+    failed = calm.run(*command, code=2)
+    assert "the partition's time limit 10:00 is 600 s, and the ranks are asked to save 700 s before" in failed.stderr
+    assert calm.run(*command, "--partition", "urgent", code=2).stderr == failed.stderr
+    assert not run.exists()

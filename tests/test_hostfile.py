@@ -157,10 +157,12 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
         remote.launch_files(planned({"node1": (0,)}, Surroundings({"LINES": "a\nb"})), "pdsh", tmp_path)
 
 
-def test_the_users_own_environment_file_still_counts(tmp_path, monkeypatch):
-    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\n")
-    text = remote.launch_files(planned({"node1": (0,)}), "pdsh", tmp_path)["environment"]
-    assert "NCCL_SOCKET_IFNAME=ib0\n" in text
+def test_deepspeeds_own_environment_file_counts_behind_what_is_asked_for(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\nOMP_NUM_THREADS=8\nNCCL_DEBUG=INFO\n")
+    config = load_config("tiny", [f"data.path={tmp_path}"])
+    made = plan_hosts(config, {"node1": (0,)}, [], Surroundings({"NCCL_DEBUG": "WARN"}))
+    assert made.environment == {"NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "8", "NCCL_DEBUG": "WARN"}
 
 
 def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ ARROWS = {
         "fusiontree.memory",
         *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
     },
-    "launcher": {"fusiontree.config", "fusiontree.memory"},
+    "launcher": {"fusiontree.config", "fusiontree.memory", "fusiontree.training.metrics"},
     "fusiontree.probe": {"fusiontree.distributed"},
     "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
     "data_tools": {"fusiontree.data"},

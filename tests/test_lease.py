@@ -6,14 +6,23 @@ import sys
 import pytest
 
 from fusiontree import checkpoint, lease
+from fusiontree.config import load_config
 from fusiontree.errors import RunError
+from fusiontree.training.metrics import Metrics
 
+WHO = "from fusiontree import lease; print(lease.ME)"
 TAKE = "import sys; from pathlib import Path; from fusiontree import lease; lease.take(Path(sys.argv[1]))"
+
+
+def in_a_new_process(code: str, *arguments: object) -> str:
+    """What `code` prints there."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def take_elsewhere(folder) -> None:
     """Let another process take the lease and end."""
-    subprocess.run([sys.executable, "-c", TAKE, str(folder)], check=True)
+    in_a_new_process(TAKE, folder)
 
 
 def test_the_holder_may_write_until_another_takes_over(tmp_path):
@@ -36,13 +45,29 @@ def test_whether_the_holder_lives_is_told_where_it_can_be_seen(tmp_path):
     assert lease.is_alive(lease.read(tmp_path)) is False
 
 
-def test_a_checkpoint_of_a_start_that_lost_the_run_stays_out_of_the_way(tmp_path):
+def test_starts_that_write_the_same_step_never_meet_in_one_file(tmp_path):
+    final = tmp_path / "step-8"
+    folders = [checkpoint.partial_of(final, start) for start in (lease.ME, in_a_new_process(WHO))]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "weights.pt").write_text(folder.name)
+    checkpoint.put_in_place(folders[0], final)
+    assert (final / "weights.pt").read_text() == folders[0].name
+    checkpoint.tidy(tmp_path)  # as the next start does
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-8"]
+
+
+def test_what_a_start_that_lost_the_run_writes_stays_out_of_the_way(tmp_path):
     folder = tmp_path / "checkpoints"
     for name in ("step-4", ".step-8.partial"):
         (folder / name).mkdir(parents=True)
     (folder / "latest").write_text("step-4\n")
     lease.take(tmp_path)
     take_elsewhere(tmp_path)
+    config = load_config("tiny", [f"output={tmp_path.parent}", f"name={tmp_path.name}"])
+    with Metrics(config, None, None) as metrics, pytest.raises(RunError, match="newer start"):
+        metrics.record({"step": 5, "loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
     with pytest.raises(RunError, match="newer start"):
         checkpoint.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-4\n"

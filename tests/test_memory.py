@@ -95,6 +95,24 @@ def test_nodes_that_differ_or_cannot_be_reached_are_named():
     ]
 
 
+def test_the_memory_that_counts_is_that_of_the_nodes(tmp_path):
+    """A machine without GPUs, where jobs are launched, need not hold what its nodes will."""
+    report = doctor.diagnose(load_config("13b", [f"output={tmp_path}"]), 8, 2)
+    assert not [problem for problem in report["problems"] if "needed by" in problem]
+    gpu = {"gpu": "H200", "gpu_memory_bytes": 141 * 10**9, "memory_bytes": 2**30}
+    cpu = {"gpu_memory_bytes": None, "memory_bytes": 150 * 2**30}
+    ranks = [
+        rank_on("a", **gpu),
+        rank_on("b", **gpu | {"gpu": "V100", "gpu_memory_bytes": 32 * 2**30}),
+        rank_on("c", **cpu),
+    ]
+    (line, *others) = doctor.node_problems({"memory_per_rank_bytes": 100 * 2**30}, ranks)
+    assert line.startswith("about 100.0 GiB needed by a rank on V100 of b, 32.0 GiB there; lower batch.micro_rows")
+    assert others == []
+    (line,) = doctor.node_problems({"memory_per_rank_bytes": 100 * 2**30}, [ranks[2], ranks[2]])
+    assert line.startswith("about 200.0 GiB needed by 2 ranks on c, 150.0 GiB there")
+
+
 def test_the_doctor_says_how_to_reach_nodes_that_it_cannot(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')

@@ -1,5 +1,6 @@
 """The sbatch script: readable, complete, and exactly this; refusals before anything is submitted."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ export GREETING='hello world'
 run=/work/runs/books
 
 # which nodes take part, where they meet; refuses to start for ever without progress
-facts=$({PYTHON} -m launcher.allocation begin "$run" --ranks-per-node 8 --nodes 2-4) || exit
+facts=$({PYTHON} -m launcher.allocation begin "$run" --ranks-per-node 8 --nodes 2-4 --save-ahead 300) || exit
 eval "$facts"
 
 srun --nodes="$nodes" --ntasks=$((nodes * 8)) --ntasks-per-node=8 --cpus-per-task=6 \\
@@ -197,6 +198,18 @@ def test_time_limits_are_read_as_sbatch_reads_them(limit, expected):
 def test_other_time_limits_are_refused(limit):
     with pytest.raises(UserError, match="--time .*: give minutes"):
         sbatch.seconds(limit)
+
+
+def test_a_run_that_has_saved_tells_how_long_it_takes(tmp_path):
+    config = load_config("7b", ["data.path=x", f"output={tmp_path}", "name=r", "batch.tokens=3997696"])
+    config.run_dir.mkdir()
+    lines = [{"step": 1, "tokens_per_s": 99942.4}, {"step": 2, "tokens_per_s": 2e5, "save_seconds": 300.0}]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sbatch.save_ahead(config, 4) == 2 * 40 + 2 * 300
+    quick = [{"step": step, "tokens_per_s": 4e6, "save_seconds": 5.0} for step in range(3, 23)]
+    with open(config.run_dir / "metrics.jsonl", "a") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in quick)
+    assert sbatch.save_ahead(config, 4) == 60 + 2 * 5
 
 
 def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config):

@@ -91,6 +91,8 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
         print(text, end="")
         return 0
     slurm.check_cluster(job.partition)
+    if job.time is None and (limit := slurm.default_limit(job.partition)):
+        sbatch.check_limit(f"the partition's time limit {limit}", limit, job.save_ahead)
     for one in configs:
         prepare_run(one, args.allow_changed)
     return _submit(sbatch.write(text, folder), folder / "logs", args.wait)

@@ -18,7 +18,7 @@ def _doctor(args: argparse.Namespace) -> int:
     config = None if args.config is None else load_config(args.config, args.overrides)
     if (args.nodes is not None or args.hostfile is not None) and config is None:
         raise UserError("doctor: --nodes and --hostfile need a CONFIG")
-    findings = diagnose(config, args.ranks, 1 if args.nodes is None else args.nodes)
+    findings = diagnose(config, args.ranks, args.nodes)
     if config is not None and args.nodes is not None:
         findings = _with_cluster(findings, config, args)
     show(findings, args.json)
@@ -33,10 +33,11 @@ def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespac
     if found is None:
         hint = f"not looked at: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
         return findings | {"cluster": hint}
+    from fusiontree.doctor import node_problems
     from fusiontree.probe import compare
 
-    cluster = compare(found)
-    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems")]}
+    cluster, lacking = compare(found), node_problems(findings["run"], found["ranks"])
+    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems"), *lacking]}
 
 
 def _probe(args: argparse.Namespace) -> int:

@@ -251,6 +251,7 @@ class Trainer:
                 "tokens_per_s": self.config.batch.tokens / seconds,
                 **utilisation(flops / lap_seconds / self.world.size, distributed.device_name(self.world.device)),
                 "memory_gib": memory_bytes / 2**30,
+                **self.saver.figures(),
                 **dict(zip(update.parts, parts, strict=True)),
             },
             eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fusiontree import lease
 from fusiontree.config import RunConfig
 from fusiontree.console import console
 from fusiontree.files import read_json_lines, write_atomic
@@ -81,7 +82,11 @@ class Metrics:
         """Write one line of figures (`step` among them) everywhere; `eta_s`: seconds to the end of the run.
 
         Perplexities are added.
+
+        Raises:
+            RunError: another start of the run holds it now.
         """
+        lease.check(self.folder)
         figures = {**figures, **_perplexities(figures)}
         self.figures.write(json.dumps(figures) + "\n")
         for sink in self.sinks:
