@@ -1,11 +1,11 @@
-"""The chunked scan is the step recurrence: forward, gradients, documents, initial states."""
+"""The chunked scan is the step recurrence: forward, gradients, documents, initial states; the convolution, its sum."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.model.reference import scan_chunked, scan_sequential
+from fusiontree.model.reference import convolution, scan_chunked, scan_sequential
 
 
 def inputs(seed: int, B: int, L: int, H: int, P: int, G: int, S: int) -> list[torch.Tensor]:
@@ -22,22 +22,51 @@ def numbered(lengths: list[int]) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()[None]
 
 
+def cut_anywhere(seed: int, B: int, L: int, often: float) -> torch.Tensor:
+    """Document numbers int32 [B, L]; each row has its own, a new one begins at a token with probability `often`."""
+    return (torch.rand(B, L, generator=torch.Generator().manual_seed(seed)) < often).cumsum(1).int()
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    B=st.integers(1, 2),
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    B=st.integers(1, 3),
+    L=st.integers(1, 150),
+    often=st.sampled_from([0.0, 0.03, 0.5]),
     groups=st.sampled_from([(1, 1), (1, 3), (2, 2)]),
     chunk=st.sampled_from([1, 7, 16, 64]),
 )
-def test_chunks_equal_steps(seed: int, B: int, lengths: list[int], groups: tuple[int, int], chunk: int) -> None:
+def test_chunks_equal_steps(seed: int, B: int, L: int, often: float, groups: tuple[int, int], chunk: int) -> None:
     G, per_group = groups
-    args = inputs(seed, B, sum(lengths), G * per_group, 4, G, 6)
-    seq = numbered(lengths).expand(B, -1)
+    args, seq = inputs(seed, B, L, G * per_group, 4, G, 6), cut_anywhere(seed, B, L, often)
     y, state = scan_chunked(*args, seq, chunk_size=chunk)
     y_ref, state_ref = scan_sequential(*args, seq)
-    torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)  # fp32 sums of up to 200 terms in another order
+    torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)  # fp32 sums of up to 150 terms in another order
     torch.testing.assert_close(state, state_ref, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(1, 3),
+    L=st.integers(1, 12),
+    often=st.sampled_from([0.0, 0.2, 0.6]),
+    channels=st.integers(1, 5),
+    taps=st.integers(1, 5),
+)
+def test_a_convolution_sums_the_taps_of_its_document(
+    seed: int, B: int, L: int, often: float, channels: int, taps: int
+) -> None:
+    generator, seq = torch.Generator().manual_seed(seed), cut_anywhere(seed, B, L, often)
+    x, weight, bias = (torch.randn(*n, generator=generator) for n in ((B, L, channels), (channels, taps), (channels,)))
+    total = bias.repeat(B, L, 1)
+    for row in range(B):
+        for t in range(L):
+            for back in range(min(taps, t + 1)):
+                if seq[row, t - back] == seq[row, t]:
+                    total[row, t] += x[row, t - back] * weight[:, taps - 1 - back]
+    found = convolution(x, weight, bias, seq)
+    torch.testing.assert_close(found, total * total.sigmoid(), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_equal_those_of_the_steps() -> None:
