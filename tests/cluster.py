@@ -364,9 +364,9 @@ def training(run: Path, step: int) -> None:
 
 
 def ranks(cluster: Cluster, run: Path) -> list[tuple[str, str]]:
-    """Node and id of every process that trains `run`, those that started others first."""
-    pattern = f"[-]m fusiontree train {run}/config.yaml"
-    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in NODES}
+    """Node and id of every process that trains `run`, those that started others first; a crashed node has none."""
+    pattern, there = f"[-]m fusiontree train {run}/config.yaml", [node for node in NODES if node in cluster.inits]
+    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in there}
     return [(node, pid) for node, pids in found.items() for pid in pids]
 
 

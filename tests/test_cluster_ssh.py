@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import NODES, PATH, Cluster, ranks, training, until, why_not
+from cluster import NODES, PATH, Cluster, full_disk, ranks, training, until, why_not
 from conftest import LONG, metrics, settings
 
 pytestmark = pytest.mark.cluster
@@ -120,14 +120,27 @@ def test_a_host_that_cannot_be_used_is_named_before_anything_starts(calm, shards
     assert not ranks(calm, run)
 
 
-def test_a_host_that_is_cut_off_ends_the_launch_and_is_not_waited_for(calm, shards, tmp_path, hosts):
+@pytest.mark.parametrize("harm", ["cut", "crash"])
+def test_a_lost_host_ends_the_launch_and_is_not_waited_for(harm, calm, shards, tmp_path, hosts):
     run = tmp_path / "run"
     process = calm.start(*words(shards, run, hosts), PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=2")
     training(run, 12)
-    calm.cut("node2")
+    getattr(calm, harm)("node2")
     process.communicate(timeout=120)
     assert process.returncode == 1
     until(lambda: not ranks(calm, run), 60, "the end of all ranks, that of the cut-off half included")
     before = json.loads((run / "lease.json").read_text())
     calm.run(*words(shards, run, hosts, "--include", "node1"))  # goes on where it can
     assert json.loads((run / "lease.json").read_text()) != before
+
+
+def test_a_full_disk_on_one_host_costs_checkpoints_and_not_the_run(calm, shards, tmp_path, hosts, truth):
+    run = tmp_path / "run"
+    process = calm.start(*words(shards, run, hosts))
+    training(run, 7)
+    with full_disk(calm, "node2", run / "checkpoints"):
+        until(lambda: (run / "incidents.jsonl").exists(), 60, "a checkpoint that could not be written")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "No space left on device" in (run / "incidents.jsonl").read_text()
+    assert metrics(run) == metrics(truth)

@@ -178,7 +178,7 @@ def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
     for line in training:
-        assert set(line) == {
+        assert line.keys() - {"save_seconds"} == {  # of a checkpoint, in the line behind it
             *("step", "tokens", "loss", "perplexity", "lr", "grad_norm", "gate_mean"),
             *("tokens_per_s", "tflop_per_s", "memory_gib"),
         }  # no MFU: a CPU states no peak
