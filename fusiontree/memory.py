@@ -98,14 +98,17 @@ def _kept_bytes(config: RunConfig, layer: int, item: int) -> int:
 
 
 def _block_width(model: ModelConfig, layer: int) -> int:
-    """Values per token that one block keeps: its branches' projections, the MLP's, norms and the gate."""
+    """Values per token that one block keeps: its branches', the MLP's, the residual sums."""
     branches = _mamba_width(model, layer) + _attention_width(model, layer)
-    return branches + 4 * model.mlp_size + 12 * model.hidden_size
+    return branches + 4 * model.mlp_size + 2 * model.hidden_size
 
 
 def _mamba_width(model: ModelConfig, layer: int) -> int:
-    return 2 * model.ssm_projection_size if model.has("mamba", layer) else 0
+    """Its projection and what scan and convolution make of it; norms, output, and what the gate makes of that."""
+    return 2 * model.ssm_projection_size + 5 * model.hidden_size if model.has("mamba", layer) else 0
 
 
 def _attention_width(model: ModelConfig, layer: int) -> int:
-    return 2 * (model.queries_per_kv + 1) * sum(model.kv_heads_at(layer)) * model.head_dim
+    """Queries and keys before and behind norm and rotation; the rest as for Mamba."""
+    projected = 2 * (model.queries_per_kv + 1) * sum(model.kv_heads_at(layer)) * model.head_dim
+    return projected + 5 * model.hidden_size if model.has("attention", layer) else 0

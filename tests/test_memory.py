@@ -14,11 +14,16 @@ from fusiontree.probe import compare
 
 
 @pytest.mark.parametrize(
-    ("overrides", "measured"),  # peak GiB of one H200, docs/performance.md
+    ("overrides", "measured"),  # peak GiB of one H200, docs/performance.md and docs/training.md
     [
         (["activation_checkpointing=none"], 103.5),
         (["activation_checkpointing=none", "deepspeed=zero0"], 96.5),
         (["activation_checkpointing=full"], 33.4),
+        (["activation_checkpointing={policy: full, offload: true}"], 33.4),
+        (["activation_checkpointing={policy: every_n, every: 2}"], 65.4),
+        (["activation_checkpointing={policy: branch, branch: mamba}"], 76.4),
+        (["activation_checkpointing={policy: branch, branch: attention}"], 89.6),
+        (["activation_checkpointing={policy: branch, branch: both}"], 62.5),
         (["activation_checkpointing=full", "data.seq_len=131072"], 53.4),
         (["activation_checkpointing=full", "data.seq_len=262144"], 83.3),
     ],
