@@ -120,7 +120,7 @@ def command_line(plan: Plan, launcher: str, run: Path) -> str:
 
 def _folder(run: Path) -> Path:
     """A new launch's folder, which all hosts share: the files of `launch_files`, the ranks' reports, the beat."""
-    return run / "logs" / time.strftime("launch-%Y%m%d-%H%M%S")
+    return run / "logs" / time.strftime(f"launch-%Y%m%d-%H%M%S-{os.getpid()}")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ WATCHED = """
 import sys, threading
 from pathlib import Path
 from launcher import beat
-beat.INTERVAL, beat.MISSED = 0.05, 10
+beat.INTERVAL, beat.MISSED = 0.05, 40
 threading.Thread(target=beat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
 if len(sys.argv) > 2:
     import signal
@@ -254,7 +254,7 @@ def watcher(tmp_path, monkeypatch):
 def test_a_rank_lives_while_the_beat_does_and_ends_with_the_launch(watcher, tmp_path):
     with beat.kept(tmp_path, 9.0):
         process = watcher()
-        time.sleep(1.5)  # three times what it would wait in vain
+        time.sleep(4)  # twice what it would wait in vain
         assert process.poll() is None
     assert process.wait(timeout=10) == -signal.SIGTERM
     assert (tmp_path / beat.FILE).read_text() == "stop 9.0"

@@ -227,6 +227,7 @@ def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config
         (["--slurm", "--ranks-per-node", "0", "--nodes", "2"], "give at least 1 of each"),
         (["--slurm", "--ranks-per-node", "1", "--time", "1"], "--time 1 is 60 s, and the ranks are asked to save 60 s"),
         (["--slurm", "--ranks-per-node", "1", "--min-nodes", "2"], "--min-nodes 2 of --nodes 1"),
+        (["--slurm", "--ranks-per-node", "1", "--nodes", "4", "--min-nodes", "3"], "does not divide among 3 ranks"),
         (["--slurm", "--ranks-per-node", "1", "--include", "a"], "--include belongs to --hostfile, not to --slurm"),
         (["--local", "1", "--partition", "p"], "--partition belongs to --slurm, not to --local"),
         (["--local", "1", "--env", "A"], "--env: 'A' is not of the form KEY=VALUE"),

@@ -80,11 +80,14 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
         raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
     sweep = sbatch.Sweep.of(config.name, args.sweep)
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
-    job = _slurm_job(args, sbatch.save_ahead(config, nodes) if args.save_ahead is None else args.save_ahead)
+    least = nodes if args.min_nodes is None else max(1, args.min_nodes)  # which save the slowest
+    job = _slurm_job(args, sbatch.save_ahead(config, least) if args.save_ahead is None else args.save_ahead)
     plans = [
         plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
     ]
     sbatch.check(job, nodes)
+    for one in configs:
+        one.accumulation_steps(least * ranks)  # or a job that has lost nodes could not go on
     folder = config.run_dir.absolute()
     text = sbatch.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
     if args.dry_run:
