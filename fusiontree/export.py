@@ -17,13 +17,14 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.errors import UserError
 from fusiontree.exported import FACTS, PREFIX
-from fusiontree.files import read_json_lines, refuse_existing, staged_folder, write_atomic
+from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.kernels import DTYPES
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.parity import prove
 from fusiontree.prune.plan import PrunedWeights
 from fusiontree.prune.pruner import Pruner
+from fusiontree.training.metrics import read_metrics
 from fusiontree.weights import Spec, write_safetensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -114,7 +115,7 @@ def _size(text: str) -> int:
 
 def _held_out_loss(found: Path) -> float | None:
     """The last that the run measured until the checkpoint `found`, nats per token; None: none."""
-    lines = read_json_lines(found.parent.parent / "metrics.jsonl")
+    lines = read_metrics(found.parent.parent)
     known = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] <= checkpoint.step_of(found)]
     return known[-1] if known else None
 

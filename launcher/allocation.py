@@ -21,12 +21,11 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.network import free_port
 from launcher import reports, sbatch, slurm
-from launcher.plan import CONFIG, FIRST_PORT, PORTS
+from launcher.plan import CONFIG, FIRST_PORT, PORTS, network_settings
 
 ATTEMPTS = "attempts.json"
 FAILURES = 2  # ends in a row without progress after which a job is not requeued
 STARTS = 5  # starts in a row without progress after which it is not begun: SLURM requeues by itself after a lost node
-_NETWORK = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_NCCL_")
 
 
 def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int) -> dict[str, str]:
@@ -59,8 +58,8 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int
         _say(f"on {len(taken)} of {most} nodes ({least} at least{spare}): the batch of the run divides among these")
     if step and (needed := sbatch.save_ahead(config, len(taken))) > save_ahead:
         _say(f"steps and saves are slower than foreseen: submit the next job with --save-ahead {needed}")
-    for name in sorted(name for name in os.environ if name.startswith(_NETWORK)):
-        _say(f"{name}={os.environ[name]}")
+    for line in network_settings(os.environ):
+        _say(line)
     return {
         "nodes": str(len(taken)),
         "logs": str(logs),

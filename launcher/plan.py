@@ -17,12 +17,10 @@ CONFIG = "config.yaml"  # in the run's folder: what the ranks of a cluster read,
 FIRST_PORT, PORTS = 20_000, 10_000  # of a rendezvous: below the range from which systems give ports to clients
 
 # what the network libraries and the kernels take from the environment; a user's settings reach every rank
+_NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_")
 FORWARDED = (
-    "NCCL_",
-    "GLOO_",
+    *_NETWORK,
     "TORCH_",
-    "UCX_",
-    "FI_",
     "CUDA_",
     "FUSIONTREE_",
     "WANDB_",
@@ -187,6 +185,11 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of `environment` that every rank needs as they are here; never a secret."""
     names = sorted(name for name in environment if name.startswith(FORWARDED) and not _SECRET.search(name))
     return {name: environment[name] for name in names if name not in ("FUSIONTREE_LAUNCH", "CUDA_VISIBLE_DEVICES")}
+
+
+def network_settings(environment: Mapping[str, str]) -> list[str]:
+    """The network libraries' variables, a NAME=value line each, for a job's log."""
+    return [f"{name}={environment[name]}" for name in sorted(environment) if name.startswith(_NETWORK)]
 
 
 def _deepspeed_file() -> dict[str, str]:

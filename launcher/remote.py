@@ -23,7 +23,7 @@ from typing import Any
 from fusiontree.console import console
 from fusiontree.errors import UserError, of_code
 from launcher import beat, local, reports
-from launcher.plan import Plan
+from launcher.plan import Plan, network_settings
 
 _ENVIRONMENT = "environment"  # in the folder of a launch: DeepSpeed's environment file
 _SETUP = "setup.sh"
@@ -148,8 +148,8 @@ def run(plan: Plan, run_dir: Path, launcher: str) -> int:
     console.print(
         f"{plan.world_size} ranks on {', '.join(plan.hosts)}, meeting at {plan.master_address}:{plan.master_port}"
     )
-    for name in sorted(name for name in plan.environment if name.startswith(("NCCL_", "GLOO_", "UCX_", "FI_"))):
-        console.print(f"{name}={plan.environment[name]}")
+    for line in network_settings(plan.environment):
+        console.print(line)
     with beat.kept(folder, local.GRACE) as heart:
         returned, stopped_by = _supervise(command, {**os.environ, **_runner_environment(folder)}, folder, heart)
     if stopped_by is not None:

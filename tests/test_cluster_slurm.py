@@ -51,6 +51,14 @@ def ended(cluster: Cluster, job: str, seconds: float = 180) -> dict[str, str]:
     return cluster.state(job)
 
 
+def came_back(cluster: Cluster, job: str, run: Path, truth: Path, signal: str, times: int = 1) -> None:
+    """Hold a job to have ended as `truth` did after so many requeues, each behind a save on `signal`."""
+    assert ended(cluster, job)["JobState"] == "COMPLETED"
+    assert f"stopped by {signal}" in log(run, job)
+    assert cluster.state(job)["Restarts"] == str(times)
+    assert metrics(run) == metrics(truth)
+
+
 def status(cluster: Cluster, run: Path) -> dict[str, Any]:
     """What the command says at the cluster's head."""
     return json.loads(cluster.run(sys.executable, "-m", "fusiontree", "status", run, "--json").stdout)
@@ -135,10 +143,7 @@ def test_ranks_in_containers_save_and_come_back_and_go_on_exactly(runtime, calm,
     places = [path.read_text().split() for path in (run / "logs" / f"{job}-0").glob("rank-*.joined")]
     assert [calm.run("ls", f"/proc/{pid}/root/image/bin", on=node).stdout for node, pid in places] == ["python\n"] * 2
     calm.run("scancel", "--signal=USR1", job)
-    assert ended(calm, job)["JobState"] == "COMPLETED"
-    assert "stopped by SIGUSR1" in log(run, job)
-    assert calm.state(job)["Restarts"] == "1"
-    assert metrics(run) == metrics(truth)
+    came_back(calm, job, run, truth, "SIGUSR1")
 
 
 def test_a_task_of_a_sweep_comes_back_by_itself(calm, shards, tmp_path):
@@ -187,10 +192,7 @@ def test_a_job_that_is_asked_to_save_comes_back_and_goes_on_exactly(calm, shards
         assert (seen["state"], seen["job"]["job"], seen["job"]["nodes"]) == ("running", job, list(NODES))
         calm.run("scancel", "--signal=USR1", job)
         until(lambda: calm.state(job)["JobState"] != "RUNNING", 60)
-    assert ended(calm, job)["JobState"] == "COMPLETED"
-    assert metrics(run) == metrics(truth)
-    assert calm.state(job)["Restarts"] == "2"
-    assert "stopped by SIGUSR1" in log(run, job)
+    came_back(calm, job, run, truth, "SIGUSR1", times=2)
     starts = [path.name.rpartition("-") for path in (run / "wandb").glob("offline-run-*")]
     assert (len(starts), len({run_id for _, _, run_id in starts})) == (3, 1)
     seen = status(calm, run)
@@ -204,10 +206,7 @@ def test_a_preempted_job_saves_and_comes_back_and_goes_on_exactly(calm, shards, 
     training(run, 12)
     urgent = calm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
     assert ended(calm, urgent.stdout.strip())["JobState"] == "COMPLETED"
-    assert ended(calm, job)["JobState"] == "COMPLETED"
-    assert "stopped by SIGTERM" in log(run, job)
-    assert calm.state(job)["Restarts"] == "1"
-    assert metrics(run) == metrics(truth)
+    came_back(calm, job, run, truth, "SIGTERM")
 
 
 def test_the_time_limit_requeues(calm, shards, tmp_path):

@@ -40,7 +40,7 @@ ARROWS = {
     },
     "fusiontree.export": {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
-        *("fusiontree.kernels", "fusiontree.parity", "fusiontree.weights"),
+        *("fusiontree.kernels", "fusiontree.parity", "fusiontree.weights", "fusiontree.training.metrics"),
         "fusiontree.exported",  # the reader of an exported folder owns what it looks for there
     },
     "fusiontree.exported": {"fusiontree.kernels", "fusiontree.model"},
