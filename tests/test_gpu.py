@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import test_zero
 import torch
-from conftest import cli, metrics, settings
+from conftest import NO_ASYNC_IO, cli, has_async_io, metrics, settings
 
 from fusiontree import incidents
 from fusiontree.config import load_config
@@ -37,6 +38,7 @@ JOBS = {  # by name: overrides and how far the losses may be from the plain loop
     "zero3": ([*PLAIN, RECOMPUTED], 1e-4),
     "zero3_offload": ([*PLAIN, "activation_checkpointing=every_n"], 1e-4),
     "zero3 muon": ([*PLAIN, *test_zero.MUON], 1e-4),
+    "zero3_nvme wide": ([*PLAIN, *test_zero.WIDE], 1e-4),
     "zero1 kernels": (["precision=bf16", RECOMPUTED], 2e-2),
 }
 
@@ -48,6 +50,8 @@ def curves(folder: Path) -> None:
     world = distributed.start()
     found = {}
     for name, (overrides, _) in JOBS.items():
+        if test_zero.skipped(name):
+            continue
         config = test_zero.config_of(folder, [f"deepspeed={name.split()[0]}", "batch.micro_rows=4", *overrides], SHAPE)
         found[name] = test_zero.curve_of(config, world)
     (folder / "curves.json").write_text(json.dumps(found))
@@ -76,16 +80,19 @@ def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
     from fusiontree.exported import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
-    kinds = {"adamw": [], "muon": test_zero.MUON}
     return {
-        kind: test_zero.plain_curve(test_zero.config_of(folder, more, SHAPE), teacher) for kind, more in kinds.items()
+        kind: test_zero.plain_curve(test_zero.config_of(folder, more, SHAPE), teacher)
+        for kind, more in test_zero.KINDS.items()
     }
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+    if test_zero.skipped(name):
+        pytest.skip(NO_ASYNC_IO)
     found = json.loads((folder / "curves.json").read_text())[name]
-    expected, near = truths["muon" if "muon" in name else "adamw"], JOBS[name][1]
+    expected = truths[next((kind for kind in test_zero.KINDS if kind in name), "adamw")]
+    near = JOBS[name][1]
     assert set(found) == set(expected)
     for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
         assert found[figure] == pytest.approx(expected[figure], rel=near, abs=1e-4), figure
@@ -131,6 +138,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(runs: Path) -> Non
         # where the kernels add up in any order, the last bits are anybody's
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(b, rel=2e-3)
     assert [line["kind"] for line in incidents.read(runs / "stopped")] == ["skipped_update", "signal", "resume"]
+
+
+@pytest.mark.skipif(not has_async_io(), reason=NO_ASYNC_IO)
+def test_states_on_nvme_are_saved_and_taken_up(shards: Path, tmp_path: Path) -> None:
+    small = {"model__mlp_size": 6000, "checkpoint__every": 1, "checkpoint__keep_last": 9, "schedule__steps": 6}
+    plain = {"kernels": dict.fromkeys(OPS, "reference"), "deepspeed": "zero3_nvme", "validation__every": 0}
+
+    def train(name: str, stop_before: int = 0, ends: int = 0) -> None:
+        words = ["train", "tiny", *settings(shards, tmp_path, nvme_path=tmp_path / name, **small | plain)]
+        in_a_process(TRAIN, stop_before, *words, f"name={name}", ends=ends)
+        shutil.rmtree(tmp_path / name / "zero_stage_3")  # the next job has another disk
+
+    train("whole")
+    train("stopped", 5, ends=75)
+    train("stopped")
+    whole, stopped = metrics(tmp_path / "whole"), metrics(tmp_path / "stopped")
+    assert [line["loss"] for line in stopped] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+    assert [line["kind"] for line in incidents.read(tmp_path / "stopped")] == ["skipped_update", "signal", "resume"]
 
 
 def test_what_was_trained_leaves_as_a_model_that_is_the_same_on_both_devices(runs: Path) -> None:
