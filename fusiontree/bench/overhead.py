@@ -7,8 +7,9 @@ import contextlib
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ BLOCK = 5  # updates of the one, then as many of the other
 SYNTHETIC_ROWS = 256
 
 
-def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: int = 1) -> dict[str, Any]:
+def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: int = 2) -> dict[str, Any]:
     """Measure a run of configuration `source` on one device against a bare loop.
 
     The run is `Trainer`'s own: it reads shards, counts damaged rows, keeps gate statistics, records metrics at least
@@ -97,11 +98,18 @@ def _write_rows(folder: Path, config: RunConfig) -> None:
     Manifest(length, np.dtype(dtype).name, "synthetic", TokenizerInfo("", vocab, 0, 1), splits).save(folder)
 
 
-class Seconds(NamedTuple):
+@dataclass(frozen=True)
+class Seconds:
     """How long a block took: by the clock, and of the process's own computing on a CPU."""
 
     wall: float
     cpu: float
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __sub__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
 
 
 class _Over(Exception):  # noqa: N818
@@ -109,7 +117,10 @@ class _Over(Exception):  # noqa: N818
 
 
 class _TakingTurns(TrainStream):
-    """The run's own stream; after each block of the run's updates the bare loop makes the same ones."""
+    """The run's own stream, block by block: for each, the bare loop makes the run's updates, before or after it.
+
+    Whichever comes first meets what a new shape of rows costs once, so the order changes from block to block.
+    """
 
     def __init__(self, config: RunConfig, world: World, bare: "BareLoop", rounds: int):
         super().__init__(
@@ -117,25 +128,35 @@ class _TakingTurns(TrainStream):
         )
         self.bare, self.device, self.rounds = bare, world.device, rounds
         self.block: list[list[Batch]] = []
+        self.left: list[list[Batch]] = []  # of the block, for the run
         self.pairs: list[tuple[Seconds, Seconds]] = []  # the run's, the bare loop's
-        self.started = _clock(self.device)
 
     def __next__(self) -> list[Batch]:
-        if len(self.block) == BLOCK:
-            self._turn()
-        self.block.append(super().__next__())
-        return self.block[-1]
+        if not self.left:
+            if self.block:
+                self._close_block()
+            self._open_block()
+        return self.left.pop(0)
 
-    def _turn(self) -> None:
-        middle = _clock(self.device)
-        for batches in self.block:
-            self.bare.update(batches)
-        end = _clock(self.device)
-        self.pairs.append((_between(self.started, middle), _between(middle, end)))
+    def _open_block(self) -> None:
+        start = _clock(self.device)
+        self.block = [TrainStream.__next__(self) for _ in range(BLOCK)]
+        self.left = list(self.block)
+        self.reading = _clock(self.device) - start
+        self.bare_seconds = self._bare_block() if len(self.pairs) % 2 else None
+        self.started = _clock(self.device)
+
+    def _close_block(self) -> None:
+        ours = _clock(self.device) - self.started + self.reading
+        self.pairs.append((ours, self.bare_seconds or self._bare_block()))
         if len(self.pairs) == self.rounds:
             raise _Over
-        self.block = []
-        self.started = _clock(self.device)
+
+    def _bare_block(self) -> "Seconds":
+        start = _clock(self.device)
+        for batches in self.block:
+            self.bare.update(batches)
+        return _clock(self.device) - start
 
 
 class BareLoop:
@@ -179,10 +200,6 @@ def _clock(device: torch.device) -> Seconds:
     return Seconds(time.perf_counter(), time.process_time())
 
 
-def _between(start: Seconds, end: Seconds) -> Seconds:
-    return Seconds(end.wall - start.wall, end.cpu - start.cpu)
-
-
 def _describe(config: RunConfig, rounds: int) -> dict[str, Any]:
     return {
         "parameters": config.model.parameter_count(),
@@ -208,7 +225,12 @@ def _figures(pairs: list[tuple[Seconds, Seconds]]) -> dict[str, Any]:
     }
 
 
-def _overhead(ratios: list[float]) -> dict[str, float]:
-    """Median over the rounds, less one, and the quartiles beside it."""
+def _overhead(ratios: list[float]) -> dict[str, Any]:
+    """Median over the rounds, less one, with the quartiles and each round beside it."""
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    return {"median": statistics.median(ratios) - 1, "lower_quartile": low - 1, "upper_quartile": high - 1}
+    return {
+        "median": statistics.median(ratios) - 1,
+        "lower_quartile": low - 1,
+        "upper_quartile": high - 1,
+        "rounds": [ratio - 1 for ratio in ratios],
+    }

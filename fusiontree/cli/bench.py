@@ -177,7 +177,7 @@ def add(commands: Any) -> None:
     )
     add_config(overhead)
     overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="pairs of blocks timed (default 12)")
-    overhead.add_argument("--warmup", type=int, default=1, metavar="N", help="pairs before them (default 1)")
+    overhead.add_argument("--warmup", type=int, default=2, metavar="N", help="pairs before them (default 2)")
     overhead.add_argument(
         "--json", nargs="?", type=Path, const=True, metavar="FILE", help="print the figures as JSON, or write them"
     )
