@@ -193,7 +193,7 @@ def has_async_io() -> bool:
     return any(extensions.rglob("async_io.so"))
 
 
-MEASURED = {"tokens_per_s", "tflop_per_s", "memory_gib", "save_seconds"}  # what two equal runs differ in
+MEASURED = {"tokens_per_s", "tflop_per_s", "mfu", "memory_gib", "save_seconds"}  # what two equal runs differ in
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ def backend(op: str, name: str) -> Callable[..., object]:
 
 
 def gap(found: torch.Tensor, truth: torch.Tensor) -> float:
+    truth = truth.cpu()
     return float((found.double().cpu() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
@@ -197,7 +198,7 @@ def pieces(dtype: torch.dtype) -> dict[str, list[Piece]]:
     rotary = tuple(t.to(DEVICE) for t in (normal(2, 128, 1, 32).cos(), normal(2, 128, 1, 32).sin()))
     real = torch.arange(128, device=DEVICE).expand(2, -1) < 100
     weight, bias = normal(64, seed=4), normal(64, seed=9)
-    down, up, up_token = normal(8, 128, seed=7), normal(64, 8, seed=8), normal(1, 8, seed=8)
+    down, up, up_token = (normal(*shape, seed=7) * 0.1 for shape in ((8, 128), (64, 8), (1, 8)))  # as in a model
     gates = [[down, up, bias], [down, up_token, bias[:1]], [bias], []]  # by channel, by token, static, none
     heads = [normal(2, 128, n, 8, dtype=dtype, seed=n) for n in (3, 5)]
     return {

@@ -15,6 +15,7 @@ from conftest import NO_ASYNC_IO, cli, has_async_io, metrics, settings
 from fusiontree import incidents
 from fusiontree.config import load_config
 from fusiontree.model.ops import OPS
+from fusiontree.network import free_port
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +45,7 @@ JOBS = {  # by name: overrides and how far the losses may be from the plain loop
 
 
 def curves(folder: Path) -> None:
-    """What one process does: engine after engine on the same rows."""
+    """What each rank does: engine after engine on its share of the same rows."""
     from fusiontree import distributed
 
     world = distributed.start()
@@ -52,26 +53,50 @@ def curves(folder: Path) -> None:
     for name, (overrides, _) in JOBS.items():
         if test_zero.skipped(name):
             continue
-        config = test_zero.config_of(folder, [f"deepspeed={name.split()[0]}", "batch.micro_rows=4", *overrides], SHAPE)
+        config = test_zero.config_of(
+            folder, [f"deepspeed={name.split()[0]}", f"batch.micro_rows={4 // world.size}", *overrides], SHAPE
+        )
         found[name] = test_zero.curve_of(config, world)
-    (folder / "curves.json").write_text(json.dumps(found))
+    if world.is_main:
+        (folder / f"curves-{world.size}.json").write_text(json.dumps(found))
     distributed.leave()
 
 
-def in_a_process(code: str, *arguments: object, ends: int = 0) -> None:
+def in_a_process(code: str, *arguments: object, ends: int = 0, ranks: int = 1) -> None:
+    """Run a program, or one for each GPU that work together."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == ends, done.stdout[-2000:] + done.stderr[-4000:]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    said = [process.communicate(timeout=500)[0][-4000:] for process in processes]
+    assert [process.returncode for process in processes] == [ends] * ranks, "\n".join(said)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where that process has left its curves, beside the teacher."""
+    """Where the teacher is."""
     folder = tmp_path_factory.mktemp("gpu")
     test_zero.write_teacher(folder / "teacher")
-    in_a_process("import sys, pathlib, test_gpu; test_gpu.curves(pathlib.Path(sys.argv[1]))", folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def found(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """The curves of so many ranks, each with a GPU."""
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} GPUs")
+    code = "import sys, pathlib, test_gpu; test_gpu.curves(pathlib.Path(sys.argv[1]))"
+    in_a_process(code, folder, ranks=request.param)
+    return json.loads((folder / f"curves-{request.param}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +105,24 @@ def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
     from fusiontree.exported import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
-    return {
-        kind: test_zero.plain_curve(test_zero.config_of(folder, more, SHAPE), teacher)
-        for kind, more in test_zero.KINDS.items()
-    }
+    with torch.compiler.set_stance("force_eager"):  # Muon would be compiled for a CPU, for minutes
+        return {
+            kind: test_zero.plain_curve(test_zero.config_of(folder, more, SHAPE), teacher)
+            for kind, more in test_zero.KINDS.items()
+        }
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+def test_the_curve_is_the_plain_loops(name: str, found: dict, truths: dict) -> None:
     if test_zero.skipped(name):
         pytest.skip(NO_ASYNC_IO)
-    found = json.loads((folder / "curves.json").read_text())[name]
     expected = truths[next((kind for kind in test_zero.KINDS if kind in name), "adamw")]
     near = JOBS[name][1]
-    assert set(found) == set(expected)
+    assert set(found[name]) == set(expected)
     for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
-        assert found[figure] == pytest.approx(expected[figure], rel=near, abs=1e-4), figure
+        assert found[name][figure] == pytest.approx(expected[figure], rel=near, abs=1e-4), figure
     if "muon" not in name:  # whose norm is that of its update
-        assert found["norm"] == pytest.approx(expected["norm"], rel=10 * near)
+        assert found[name]["norm"] == pytest.approx(expected["norm"], rel=10 * near)
 
 
 TRAIN = """
