@@ -1,6 +1,7 @@
 """`bench loader` measures what it says it measures; how fast that is, no test asserts."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from conftest import cli
 
 from fusiontree.bench import loader
 from fusiontree.bench.loader import bench_loader
+from fusiontree.data.format import Dataset
+from fusiontree.data.sources import Sources
+from fusiontree.data.stream import TrainStream
 
 RATES = [
     *("rows_tokens_per_s", "batches_tokens_per_s"),
@@ -25,8 +29,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_figure_is_there(shards: Path) -> None:
     figures = json.loads(json.dumps(bench_loader(shards, seq_len=128, rows=2)))
     assert all(figures[name] > 0 for name in RATES)
-    assert 0 < figures["waiting_floor"] < 1
-    assert 0 < figures["waiting_share"] < 1
+    assert 0 < figures["next_floor"] < 1
+    assert 0 < figures["next_share"] < 1
+    assert 0 <= figures["waiting_share"] < 1
     assert set(figures["memory_bytes"]) == {"after_5_batches", "after_50_batches"}
     assert (figures["seq_len"], figures["rows_per_batch"], figures["workers"]) == (128, 2, 2)
 
@@ -36,6 +41,16 @@ def test_tokens_are_counted_against_the_work_they_took(monkeypatch: pytest.Monke
     monkeypatch.setattr(loader.time, "thread_time", lambda: next(clock))
     monkeypatch.setattr(loader.time, "perf_counter", iter([0.0, 0.01, 0.1]).__next__)
     assert loader._rate(iter([1000, 30, 70, 500])) == 200  # the first warms up, the last comes after the end
+
+
+def test_waiting_is_counted_where_batches_are_late(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = TrainStream.places
+    monkeypatch.setattr(loader, "CONSUMER", 1e9)
+    monkeypatch.setattr(TrainStream, "places", lambda *arguments: time.sleep(0.005) or make(*arguments))
+    sources = Sources({"": Dataset(shards)})
+    assert loader._waiting(sources, 128, 1)["waiting_share"] > 0.5
+    monkeypatch.setattr(TrainStream, "ready", True)
+    assert loader._waiting(sources, 128, 1)["waiting_share"] == 0
 
 
 def test_a_length_that_does_not_divide_is_refused_in_one_line(shards: Path) -> None:

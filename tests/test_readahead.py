@@ -1,5 +1,6 @@
 """Threads make steps ahead in their order: never too many, never too few to go on, and a failure stays where it was."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -73,6 +74,19 @@ def test_a_failure_stands_behind_all_steps_before_it_and_before_all_others(
     for _ in range(3):
         with pytest.raises(ZeroDivisionError, match=words):
             next(taken(ahead))
+    ahead.close()
+
+
+def test_what_can_be_taken_at_once_is_known() -> None:
+    gate = threading.Event()
+    ahead = ReadAhead(iter([(1, [lambda: gate.wait(10)])]), 1, 1)
+    assert not ahead.ready
+    gate.set()
+    assert ahead.take().batches == [True]
+    deadline = time.monotonic() + 10
+    while not ahead.ready and time.monotonic() < deadline:  # the end, which is a step that failed
+        time.sleep(0.001)
+    assert ahead.ready
     ahead.close()
 
 

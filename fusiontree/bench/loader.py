@@ -27,7 +27,7 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     """Measure the loader on a dataset, its files in the page cache, with checksums on.
 
     Rates are tokens per second of one core's work (CPU time of one thread), so that other load on the machine hardly
-    moves them; each is the median of five.
+    moves them; each is the median of five. Shares are means of five, for to wait is rare.
 
     Args:
         folder: the dataset.
@@ -37,9 +37,10 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     Returns:
         rows_tokens_per_s (read and checked), batches_tokens_per_s (in order, made up for training),
         webdataset_rows_tokens_per_s and webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order
-        that can be resumed), waiting_share (of a consumer's time, spent in `next` with two workers), waiting_floor (the
-        same where the batch is there and nothing is done: the measure's own cost, of a clock read from cold caches),
-        memory_bytes (of the process, by batches made) and what was measured.
+        that can be resumed), waiting_share (of a consumer's time with two workers, spent in calls of `next` for batches
+        that were not there yet), next_share (spent in all calls of `next`, most of it in fetching code and data to cold
+        caches), next_floor (the same of an iterator that does nothing: the measure's own cost), memory_bytes (of the
+        process, by batches made) and what was measured.
 
     Raises:
         UserError: no dataset there, or `seq_len` does not divide its rows.
@@ -112,25 +113,29 @@ def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[i
 
 
 def _waiting(sources: Sources, seq_len: int, rows: int) -> dict[str, float]:
-    """How long a consumer waits for batches from WORKERS threads, and for one that it has already."""
+    """What a consumer of WORKERS threads' batches spends on waiting, and on asking; and what asking costs at least."""
     stream = TrainStream(sources, one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
     next(stream)
-    shares = [_waiting_share(stream, seq_len * rows) for _ in range(REPEATS)]
+    measures: dict[str, Callable[[], float]] = {
+        "waiting_share": lambda: _share_in_next(stream, seq_len * rows, counts=lambda: not stream.ready),
+        "next_share": lambda: _share_in_next(stream, seq_len * rows),
+        "next_floor": lambda: _share_in_next(itertools.repeat([]), seq_len * rows),
+    }
+    figures = {name: statistics.fmean(measure() for _ in range(REPEATS)) for name, measure in measures.items()}
     stream.close()
-    floors = [_waiting_share(itertools.repeat([]), seq_len * rows) for _ in range(REPEATS)]
-    return {"waiting_share": statistics.median(shares), "waiting_floor": statistics.median(floors)}
+    return figures
 
 
-def _waiting_share(steps: Iterator[list[Batch]], step_tokens: int) -> float:
-    """Share of its time that a consumer of CONSUMER tokens/s spends in `next`."""
-    waited, started = 0.0, time.perf_counter()
+def _share_in_next(steps: Iterator[list[Batch]], step_tokens: int, counts: Callable[[], bool] = lambda: True) -> float:
+    """Share of its time that a consumer of CONSUMER tokens/s spends in those calls of `next` that count when made."""
+    spent, started = 0.0, time.perf_counter()
     while time.perf_counter() < started + SECONDS:
-        asked = time.perf_counter()
+        counted, asked = counts(), time.perf_counter()
         batches = next(steps)
-        waited += time.perf_counter() - asked
+        spent += counted * (time.perf_counter() - asked)
         time.sleep(step_tokens / CONSUMER)  # as one that waits for its device
         del batches  # its memory is given back in the consumer's own time
-    return waited / (time.perf_counter() - started)
+    return spent / (time.perf_counter() - started)
 
 
 def _memory(sources: Sources, seq_len: int, rows: int) -> dict[str, int]:

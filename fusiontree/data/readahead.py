@@ -56,6 +56,11 @@ class ReadAhead:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def ready(self) -> bool:
+        """Whether a step can be taken without waiting for it."""
+        return not self._ready.empty()
+
     def free(self) -> None:
         """Let a bunch of steps be begun: one that `frees` was taken."""
         self._room.put(None)

@@ -143,6 +143,11 @@ class TrainStream:
         self.rows_consumed = step.rows_consumed
         return step.batches
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next step's batches are made already, and nobody has to wait for them."""
+        return self._ahead is not None and self._ahead.ready
+
     def close(self) -> None:
         """End the workers; the next step starts them again."""
         if self._ahead is not None:
