@@ -217,9 +217,18 @@ def _check_memory(run: dict[str, Any], ranks: int, there: int, gpu: str | None, 
     if needed > there:
         whose = f"a rank on {gpu}" if gpu else f"{ranks} rank{'s' * (ranks > 1)} on {host}"
         raise UserError(
-            f"about {needed / 2**30:.1f} GiB needed by {whose}, {there / 2**30:.1f} GiB there; lower batch.micro_rows "
-            "or data.seq_len, set activation_checkpointing=full, a higher ZeRO stage, or take a smaller preset"
+            f"about {needed / 2**30:.1f} GiB needed by {whose}, {there / 2**30:.1f} GiB there; "
+            + _what_fits(run, there / 2**30 / (1 if gpu else ranks))
         )
+
+
+def _what_fits(run: dict[str, Any], gib: float) -> str:
+    """What to do for a rank to need no more than `gib` GiB: the first settings of the run's table, else less work."""
+    for stage, needs in run.get("memory_gib_by_stage_and_recomputation", {}).items():
+        for policy, needed in needs.items():
+            if needed <= gib:
+                return f"deepspeed={stage} with activation_checkpointing={policy} needs {needed:.1f} GiB"
+    return "lower batch.micro_rows or data.seq_len, take more ranks with deepspeed=zero3, or a smaller preset"
 
 
 def _check_disk(config: RunConfig) -> None:

@@ -124,12 +124,19 @@ def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]],
 
 
 def plan_slurm(
-    config: RunConfig, nodes: int, ranks_per_node: int, gpus: bool, arguments: Sequence[str], around: Surroundings
+    config: RunConfig,
+    nodes: int,
+    ranks_per_node: int,
+    gpus: bool,
+    arguments: Sequence[str],
+    around: Surroundings,
+    cores: int = 1,
 ) -> Plan:
     """Plan `ranks_per_node` ranks on each of `nodes` nodes that SLURM will give.
 
     Args:
         gpus: whether the ranks compute on GPUs.
+        cores: of each rank.
         arguments: further ones of `fusiontree train`.
 
     Raises:
@@ -139,7 +146,7 @@ def plan_slurm(
         raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: give at least 1 of each")
     _check(config, nodes * ranks_per_node)
     accelerator = "cuda" if gpus else "cpu"
-    threads = {} if gpus and "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": _threads_there()}
+    threads = {} if gpus and "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": _threads_there(cores)}
     return Plan(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
@@ -237,9 +244,9 @@ def _program(config: RunConfig, arguments: Sequence[str]) -> tuple[str, ...]:
     return ("fusiontree", "train", str(config.run_dir.absolute() / CONFIG), *arguments)
 
 
-def _threads_there() -> str:
-    """Threads per rank on machines that cannot be seen from here: the caller's OMP_NUM_THREADS, else one."""
-    return os.environ.get("OMP_NUM_THREADS") or "1"
+def _threads_there(cores: int = 1) -> str:
+    """Threads per rank on machines that cannot be seen from here: the caller's OMP_NUM_THREADS, else one a core."""
+    return os.environ.get("OMP_NUM_THREADS") or str(cores)
 
 
 def visible_gpus() -> list[str]:

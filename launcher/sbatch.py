@@ -102,7 +102,7 @@ def render(plan: Plan, job: Job, runs: Sequence[Path], folder: Path) -> str:
     variables = [f"export {key}={shlex.quote(value)}" for key, value in plan.environment.items()]
     return _Template(text).substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(plan, job, len(runs), folder)),
-        title=f"{folder.parent.name}: {plan.nodes} nodes of {ranks} ranks",
+        title=f"{folder.parent.name}: {plan.nodes} x {ranks} ranks",
         folder=shlex.quote(os.getcwd()),
         environment="\n".join([*plan.setup, *variables, ""]),
         run=_runs(runs),

@@ -188,6 +188,25 @@ def test_a_cache_is_taken_by_either_name_and_passed_over_by_none(exported: Path)
             model(ids[:, -1:], cache_params=first.past_key_values)
 
 
+def test_a_document_longer_than_a_learned_table_is_refused_by_name(exported: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=True, srte="learned", max_position_embeddings=20)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+    ids = torch.arange(24).view(1, -1)
+    padded = torch.arange(24).view(1, -1) >= 6
+    packed = (torch.arange(24) % 12)[None]
+    model(ids, position_ids=packed)
+    cache = model(ids, attention_mask=padded, use_cache=True).to_tuple()[1]
+    model(ids[:, :2], past_key_values=cache)
+    for words in ({}, {"attention_mask": torch.ones_like(ids)}, {"attention_mask": torch.arange(24).view(1, -1) >= 3}):
+        with pytest.raises(ValueError, match=r"a document of 2[14] tokens; SRTE's learned table ends at 20"):
+            model(ids, **words)
+    cache = model(ids[:, :20], use_cache=True).to_tuple()[1]
+    with pytest.raises(ValueError, match="a document of 21 tokens"):
+        model(ids[:, 20:21], past_key_values=cache)
+
+
 def test_the_whole_model_goes_along(exported: Path) -> None:
     source = Path(model_package.__file__).parent
     assert {path.name for path in source.glob("*.py")} - {"__init__.py"} <= {p.name for p in exported.glob("*.py")}

@@ -114,6 +114,10 @@ def test_the_memory_that_counts_is_that_of_the_nodes(tmp_path):
     (line, *others) = doctor.node_problems({"memory_per_rank_bytes": 100 * 2**30}, ranks)
     assert line.startswith("about 100.0 GiB needed by a rank on V100 of b, 32.0 GiB there; lower batch.micro_rows")
     assert others == []
+    table = {"zero2": {"none": 33.0, "full": 32.5}, "zero3": {"none": 32.5, "full": 31.9}}
+    run = {"memory_per_rank_bytes": 100 * 2**30, "memory_gib_by_stage_and_recomputation": table}
+    (line,) = doctor.node_problems(run, ranks)
+    assert line.endswith("; deepspeed=zero3 with activation_checkpointing=full needs 31.9 GiB")
     (line,) = doctor.node_problems({"memory_per_rank_bytes": 100 * 2**30}, [ranks[2], ranks[2]])
     assert line.startswith("about 200.0 GiB needed by 2 ranks on c, 150.0 GiB there")
 

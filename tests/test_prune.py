@@ -125,6 +125,7 @@ def test_least_loss_takes_the_cheapest_that_leave_every_layer_something() -> Non
         ([{"layer": 1, "keep": "mamba"}, {"layer": 1, "keep": "hybrid"}], "layer 1 stands there twice"),
         ([{"layer": 1, "keep": "hybrid", "global_groups": [1]}], r"global_groups is \[1\]; it must be some of 0 to 0"),
         ({"layer": 1}, "is no pruning plan"),
+        ([], "names no layer; make a plan with `fusiontree prune`"),
     ],
 )
 def test_plans_that_fit_no_model_are_refused_in_one_line(layers: object, words: str, tmp_path: Path) -> None:

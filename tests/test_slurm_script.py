@@ -35,7 +35,7 @@ GOLDEN = f"""\
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-# books: 4 nodes of 8 ranks
+# books: 4 x 8 ranks
 # Written by `fusiontree launch`. Keep it, edit it, submit it again: the run goes on from its newest checkpoint.
 
 cd /work || exit 1
@@ -217,6 +217,16 @@ def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config
     assert sbatch.save_ahead(config, 1) == 60
     assert sbatch.save_ahead(big, 1) - 60 == pytest.approx(16 * big.model.parameter_count() / 0.5e9, abs=1)
     assert sbatch.save_ahead(big, 4) - 60 == pytest.approx((sbatch.save_ahead(big, 1) - 60) / 4, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [([], 1), (["--cpus-per-task", "6"], 6), (["--cpus-per-task", "6", "--tasks", "node"], 3)],
+)
+def test_ranks_on_cpus_have_a_thread_for_each_core_of_theirs(options, threads, config, capsys):
+    words = ["--slurm", "--ranks-per-node", "2", "--dry-run", f"data.path={config.data.path}", "batch.tokens=131072"]
+    assert cli.main(["launch", "tiny", *options, *words]) == 0
+    assert f"export OMP_NUM_THREADS={threads}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

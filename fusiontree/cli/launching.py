@@ -82,9 +82,9 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
     least = nodes if args.min_nodes is None else max(1, args.min_nodes)  # which save the slowest
     job = _slurm_job(args, sbatch.save_ahead(config, least) if args.save_ahead is None else args.save_ahead)
-    plans = [
-        plan_slurm(one, nodes, ranks, args.gpus_per_node is not None, _rank_options(args), around) for one in configs
-    ]
+    cores = max(1, (job.cpus_per_task or 1) // (1 if job.tasks == "rank" else ranks))
+    gpus, options = args.gpus_per_node is not None, _rank_options(args)
+    plans = [plan_slurm(one, nodes, ranks, gpus, options, around, cores) for one in configs]
     sbatch.check(job, nodes)
     for one in configs:
         one.accumulation_steps(least * ranks)  # or a job that has lost nodes could not go on

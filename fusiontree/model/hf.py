@@ -141,6 +141,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             model = self.model
             cache = FusionTreeCache(model.config, B, model.activation_dtype, input_ids.device)
         documents = self._documents(B, L, attention_mask, position_ids, cache)
+        self._check_positions(documents, L, cache)
         kind = input_ids.device.type
         self.model.compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._choose_kernels(kind)
@@ -165,6 +166,18 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         if goes_on is None or bool(goes_on.all()):
             return None if mask is None else Documents.from_mask(mask)
         return Documents.from_mask(torch.ones(B, L, device=goes_on.device) if mask is None else mask, goes_on)
+
+    def _check_positions(self, documents: Documents | None, L: int, cache: FusionTreeCache | None) -> None:
+        """Raise ValueError where a document is longer than SRTE's learned table; asks the device only if one may be."""
+        seen, config = 0 if cache is None else cache.length, self.model.config
+        if config.srte != "learned" or seen + L <= config.max_positions:
+            return
+        if documents is None:
+            tokens = L if cache is None else int(cache.next_position.max()) + L
+        else:
+            tokens = int(documents.position_ids.max()) + 1
+        if tokens > config.max_positions:
+            raise ValueError(f"a document of {tokens} tokens; SRTE's learned table ends at {config.max_positions}")
 
     def _choose_kernels(self, device_type: str) -> None:
         here = device_type, self.model.activation_dtype

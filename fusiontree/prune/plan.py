@@ -194,6 +194,8 @@ def read_plan(path: Path, config: ModelConfig) -> Pruning:
 def planned(plan: Mapping[str, Any], config: ModelConfig, path: object) -> Pruning:
     """The pruning of a plan as `make_plan` makes it; errors, which name `path`, as of `read_plan`."""
     entries = [(entry["layer"], entry.get("keep"), entry.get("global_groups")) for entry in plan["layers"]]
+    if not entries:
+        raise UserError(f"{path} names no layer; make a plan with `fusiontree prune`")
     pruning, seen = Pruning.none(config), set()
     for layer, keep, groups in entries:
         if not isinstance(layer, int) or not 0 <= layer < config.num_layers:
