@@ -1,8 +1,11 @@
 """The presets are whole, have the sizes they are named for, and the formula counts what the modules hold."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from fusiontree import memory
 from fusiontree.config import deepspeed_json, load_config, preset_names
 from fusiontree.model.lm import HybridLM
 
@@ -34,6 +37,25 @@ def test_modules_hold_as_many_parameters_as_the_formula_says(name):
     with torch.device("cpu" if name == "tiny" else "meta"):
         model = HybridLM(load_config(name).model)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def row(name):
+    """A preset's line in the table of the docs."""
+    config = load_config(name)
+    m, b = config.model, config.batch
+    needs = [memory.estimate(config, ranks)["memory_per_rank_bytes"] / 2**30 for ranks in (1, 8, 64)]
+    figures = [
+        *(f"`{name}`", f"{m.parameter_count() / 1e6:,.0f}", f"{m.num_layers} x {m.hidden_size:,}"),
+        *(f"{m.num_heads} / {m.num_kv_heads}, {m.global_heads}", str(m.ssm_heads), f"{config.data.seq_len:,}"),
+        *(f"{b.tokens:,}", f"{config.deepspeed}, {config.activation_checkpointing.policy}"),
+        " / ".join(f"{gib:,.0f}" for gib in needs),
+    ]
+    return f"| {' | '.join(figures)} |"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_table_of_the_docs_is_true(name):
+    assert row(name) in (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
