@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import counting_dataset, metrics, settings
+from conftest import cli, counting_dataset, metrics, settings
 from test_training import plain_losses
 
 from fusiontree import checkpoint, incidents
@@ -83,14 +83,19 @@ def test_what_is_left_out_is_stepped_past_from_wherever_the_stream_goes_on(worke
     expected = [steps[i] for i in (0, 1, 5, 6, 8, 9)]
     at_once = stream()
     at_once.leave_out(left_out)
-    assert [next(at_once)[0].input_ids.tolist() for _ in range(6)] == expected
+    rows = []
+    for step in expected:
+        assert next(at_once)[0].input_ids.tolist() == step
+        rows.append(at_once.rows_consumed)
     again = stream()
     for i, step in enumerate(expected):
         place = again.rows_consumed
         again = stream()
         again.leave_out(left_out)
         again.seek(place)
+        ahead = [again.rows_before(steps) for steps in range(len(expected) - i)]
         assert next(again)[0].input_ids.tolist() == step, i
+        assert ahead == [behind - 4 for behind in rows[i:]]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -160,6 +165,11 @@ def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
     kinds = [(line["kind"], line["step"]) for line in incidents.read(run)]
     assert kinds[:3] == [("skipped_update", 6), ("skipped_update", 7), ("rollback", 7)]
     assert checkpoint.read_state(run / "checkpoints" / "step-8")["left_out"] == [[5 * ROWS, 7 * ROWS]]
+    known = ("shard", "row", "first_token")
+    bad = [{key: row[key] for key in known} for line in incidents.read(run)[:2] for row in line["rows"]]
+    for step in (4, 5, 7):  # the rows that were stepped past belong to none
+        told = json.loads(cli("data", "at", run / "config.yaml", "--step", step, "--json").stdout)["rows"]
+        assert not any({key: row[key] for key in known} in bad for row in told), step
 
 
 @pytest.mark.parametrize(

@@ -86,45 +86,54 @@ def _used_up_at(stream: TrainStream, source: int, steps: int) -> int | None:
     return step if step is not None and step < steps else None
 
 
-def documents_at(stream: TrainStream, step: int) -> dict[str, Any]:
-    """The rows that the stream's rank trains on at `step`, counted from 0, and their documents.
+def documents_at(stream: TrainStream, steps: int) -> dict[str, Any]:
+    """The rows that the stream's rank trains on when `steps` more steps are done, and their documents.
 
     Returns:
-        step, rank, world_size, seq_len and rows, in order: batch (of the rank's accumulation), source, epoch, shard,
-        row (in the shard), first_token (of the stored row) and documents: id, start (in the training row), length,
-        offset (tokens of the document before), continues (whether it goes on after this row).
+        rank, world_size, seq_len and rows, in order: batch (of the rank's accumulation), source, epoch, shard, row (in
+        the shard), first_token (of the stored row) and documents: id, start (in the training row), length, offset
+        (tokens of the document before), continues (whether it goes on after this row).
 
     Raises:
         RunError: a shard cannot be read.
     """
-    recipe = stream.recipe
-    seq_len = stream.order.stage(step * recipe.batch_tokens).seq_len
-    return {
-        "step": step,
-        "rank": stream.rank,
-        "world_size": stream.world_size,
-        "seq_len": seq_len,
-        "rows": [
-            {"batch": number, **_row(stream, place, seq_len)}
-            for number, places in enumerate(stream.places(step * recipe.batch_rows))
-            for place in places
-        ],
-    }
+    seq_len, places = _places(stream, stream.rows_before(steps))
+    rows = [
+        {"batch": number, **_row(stream, place, seq_len), "documents": _documents(stream, place, seq_len)}
+        for number, place in places
+    ]
+    return {"rank": stream.rank, "world_size": stream.world_size, "seq_len": seq_len, "rows": rows}
+
+
+def rows_at(stream: TrainStream, rows_consumed: int) -> list[dict[str, Any]]:
+    """Where the rows lie of the rank's step behind `rows_consumed`, as of `documents_at`; no shard is read for it."""
+    seq_len, places = _places(stream, rows_consumed)
+    return [_row(stream, place, seq_len) for _, place in places]
+
+
+def _places(stream: TrainStream, rows_consumed: int) -> tuple[int, list[tuple[int, Place]]]:
+    """Tokens of a row there, and the rank's rows with the number of the batch that each belongs to."""
+    seq_len = stream.order.stage(rows_consumed * stream.recipe.seq_len).seq_len
+    batches = enumerate(stream.places(rows_consumed))
+    return seq_len, [(number, place) for number, places in batches for place in places]
 
 
 def _row(stream: TrainStream, place: Place, seq_len: int) -> dict[str, Any]:
-    dataset = stream.sources.datasets[place.source]
-    shard, row = dataset.place(place.row)
-    first = place.part * seq_len
-    spans = [_clip(span, first, first + seq_len) for span in dataset.spans(place.row)]
+    shard, row = stream.sources.datasets[place.source].place(place.row)
     return {
         "source": stream.sources.labels[place.source],
         "epoch": place.epoch,
         "shard": shard.where,
         "row": row,
-        "first_token": first,
-        "documents": [asdict(span) for span in spans if span.length > 0],
+        "first_token": place.part * seq_len,
     }
+
+
+def _documents(stream: TrainStream, place: Place, seq_len: int) -> list[dict[str, Any]]:
+    first = place.part * seq_len
+    spans = stream.sources.datasets[place.source].spans(place.row)
+    clipped = [_clip(span, first, first + seq_len) for span in spans]
+    return [asdict(span) for span in clipped if span.length > 0]
 
 
 def _clip(span: Span, first: int, end: int) -> Span:

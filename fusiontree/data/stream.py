@@ -154,6 +154,14 @@ class TrainStream:
             self._ahead.close()
             self._ahead = None
 
+    def rows_before(self, steps: int) -> int:
+        """Rows consumed when `steps` more steps are done and what is left out behind them is passed over."""
+        row = self.rows_consumed + steps * self.recipe.batch_rows
+        for first, end in self._left_out:
+            if first <= row and self.rows_consumed < end:
+                row += end - max(first, self.rows_consumed)
+        return row
+
     def places(self, rows_consumed: int) -> list[list[Place]]:
         """Where the rows of this rank's batches lie, for the step behind `rows_consumed` rows."""
         first = rows_consumed * self.recipe.seq_len

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from fusiontree import distributed, incidents, outcome
 from fusiontree.config import HealthConfig
-from fusiontree.data.plan import documents_at
+from fusiontree.data.plan import rows_at
 from fusiontree.data.stream import TrainStream
 from fusiontree.distributed import World
 from fusiontree.errors import HungError
@@ -89,7 +89,7 @@ def culprits(stream: TrainStream, rows_consumed: int, finite: bool) -> list[dict
 
     All ranks call it together. A row is its source, shard, row in the shard and first token there.
     """
-    own = documents_at(stream, rows_consumed // stream.recipe.batch_rows)["rows"]
+    own = rows_at(stream, rows_consumed)
     places = [{key: row[key] for key in ("source", "shard", "row", "first_token")} for row in own]
     told = distributed.gather((finite, places))
     of_all = [places for finite, places in told if not finite] or [places for _, places in told]
