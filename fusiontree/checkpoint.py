@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fusiontree import lease, resize
+from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import fsync_folder, write_atomic
@@ -119,7 +120,9 @@ def resolve(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise UserError(f"no run or checkpoint at {source}; give a folder such as runs/NAME")
-    found, _ = newest(source / "checkpoints")
+    found, damaged = newest(source / "checkpoints")
+    for line in damaged.values():
+        console.print(line, markup=False)
     if found is None:
         raise UserError(f"{source} holds no checkpoint; train first, or give another folder")
     return found
@@ -128,7 +131,7 @@ def resolve(source: Path) -> Path:
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with the files of `checkpoint`, a line each; nothing if it is whole."""
     try:
-        files: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text())["sha256"]
+        files: dict[str, str] = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} is missing or unreadable ({error})"]
     problems = []
@@ -140,7 +143,7 @@ def verify(checkpoint: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif _sha256(path) != expected:
             problems.append(f"{name} does not match its sha256")
-    return problems
+    return problems + [f"{name} is not in {MANIFEST}" for name in (CONFIG, STATE, GATES) if name not in files]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

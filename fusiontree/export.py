@@ -15,6 +15,7 @@ from torch import Tensor
 from fusiontree import __version__, checkpoint
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
+from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.errors import UserError
 from fusiontree.exported import FACTS, PREFIX
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
@@ -77,6 +78,8 @@ def export(
     tokenizer = found.parent.parent / "tokenizer"
     if not tokenizer.is_dir():
         raise UserError(f"no tokenizer at {tokenizer}; copy the one that the data was built with there")
+    if tokenizer_fingerprint(tokenizer) != state["tokenizer_fingerprint"]:
+        raise UserError(f"{tokenizer} is not the tokenizer that the run was trained with; copy that one there")
     weights: Mapping[str, Tensor] = checkpoint.read_weights(found, trust)
     shape, pruned = config.model, {}
     if prune is not None or prune_heads:

@@ -24,7 +24,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     if not path.is_file():
         raise UserError(f"{folder} is not an exported model; make one with 'fusiontree export RUN {folder}'")
-    return json.loads(path.read_text())
+    try:
+        facts = json.loads(path.read_text())
+        missing = [name for name in ("tokenizer_fingerprint", "eos_id") if name not in facts]
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); export the model again") from None
+    if missing:
+        raise RunError(f"{path} is damaged (it lacks {', '.join(missing)}); export the model again")
+    return facts
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -42,6 +42,7 @@ class Sampling:
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition-penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         ):
             if not holds:
                 raise UserError(f"--{name} is {getattr(self, name.replace('-', '_'))}; it must be {rule}")
@@ -127,13 +128,13 @@ def read_prompts(path: Path) -> dict[str, str]:
         UserError: it cannot be read, holds none, or a line is empty or no such object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other character ends a line
     except FileNotFoundError:
         raise UserError(f"no file of prompts at {path}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     prompts = {f"{path} line {number}": line for number, line in enumerate(lines, 1)}
-    if not prompts:
+    if lines == [""]:
         raise UserError(f"{path} holds no prompt; write one a line")
     if path.suffix == ".jsonl":
         prompts = {place: _prompt_of(place, line) for place, line in prompts.items()}

@@ -16,6 +16,7 @@ def make(folder: Path, step: int) -> Path:
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
     contents = {"weights.pt": f"weights {step}", checkpoint.STATE: json.dumps({"step": step})}
+    contents |= dict.fromkeys((checkpoint.CONFIG, checkpoint.GATES), "")
     for name, text in contents.items():
         (path / name).write_text(text)
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
@@ -41,6 +42,8 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
             lambda path: (path / checkpoint.MANIFEST).write_text('{"sha256": {"../x": "0"}}'),
             "../x leaves the checkpoint's folder",
         ),
+        (lambda path: (path / checkpoint.MANIFEST).write_text('{"sha256": []}'), "config.yaml is not in manifest.json"),
+        (lambda path: (path / checkpoint.MANIFEST).write_text('{"sha256": 3}'), "manifest.json is missing or unread"),
     ],
 )
 def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -228,6 +229,29 @@ def test_bf16_keeps_the_scan_parameters_in_fp32(run: Path, tmp_path: Path) -> No
     kept = {name for name, value in weights.items() if value.dtype == torch.float32}
     assert {name.rsplit(".", 1)[1] for name in kept} == {"A_log", "D", "dt_bias"}
     assert {value.dtype for value in weights.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    path.write_text(
+        path.read_text()
+        .replace('"truncation":null', '"truncation": 3')
+        .replace('"truncation": null', '"truncation": 3')
+    )
+    error = cli("export", tmp_path / "run", tmp_path / "out", code=2).stderr
+    assert "is not the tokenizer that the run was trained with" in error
+    path.write_text("{")
+    assert "cannot be read" in cli("export", tmp_path / "run", tmp_path / "out", code=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    (newest / checkpoint.GATES).write_bytes(b"")
+    said = cli("export", tmp_path / "run", tmp_path / "out").stderr
+    assert f"checkpoint {newest} is damaged and passed over: gates.safetensors" in " ".join(said.split())
 
 
 def test_weights_that_differ_fail_the_proof(exported: Path, run: Path) -> None:

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, build, write_run
+from conftest import SMALL, build, cli, write_run
 
 from fusiontree.cli import main
 from fusiontree.errors import UserError
@@ -49,6 +50,22 @@ def test_a_prompt_of_a_file_is_continued_as_it_would_be_alone(
     assert capsys.readouterr().out == "".join(f"{each['prompt']}{each['text']}\n\n" for each in alone)
 
 
+def test_only_a_new_line_ends_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a\u2028b\x85"}\r\n{"prompt": "c"}', encoding="utf-8")
+    (tmp_path / "odd.txt").write_text("a\fb\nc\n")
+    assert [*read_prompts(tmp_path / "odd.jsonl").values()] == ["a\u2028b\x85", "c"]
+    assert [*read_prompts(tmp_path / "odd.txt").values()] == ["a\fb", "c"]
+
+
+@pytest.mark.parametrize("facts", ["{", "{}", "[]", "3"])
+def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out" / "fusiontree.json").write_text(facts)
+    error = cli("generate", tmp_path / "out", "a", code=1).stderr
+    assert "fusiontree.json is damaged" in error
+    assert error.count("\n") == 1
+
+
 def test_what_cannot_be_continued_is_refused_in_one_line(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -70,6 +87,7 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
         ([*folder, "--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl line 1 is no object such as"),
         ([*folder, "--prompts", str(tmp_path / "number.jsonl")], "prompt is 3; it must be text"),
         ([*folder, "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        ([*folder, "a", "--seed", str(2**63)], "--seed is 9223372036854775808; it must be from 0 to 2^63 - 1"),
         ([str(tmp_path), "a"], "is not an exported model"),
     ):
         assert main(["generate", *words]) == 2

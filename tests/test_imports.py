@@ -42,6 +42,7 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
         *("fusiontree.kernels", "fusiontree.parity", "fusiontree.weights", "fusiontree.training.metrics"),
         "fusiontree.exported",  # the reader of an exported folder owns what it looks for there
+        "fusiontree.data",  # whose tokenizer goes along
     },
     "fusiontree.exported": {"fusiontree.kernels", "fusiontree.model"},
     "fusiontree.generate": {"fusiontree.exported", "fusiontree.model"},

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fusiontree.data.format import Dataset
+from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.exported import check_positions, load_export, read_facts
 from fusiontree.model.lm import HybridLM
@@ -67,6 +68,8 @@ class Subject:
     @cached_property
     def text(self) -> np.ndarray:
         """Token ids of held-out text, end to end, at least as many as the longest prompt."""
+        if not self.held_out.num_rows:
+            raise UserError(f"{self.held_out.location} has nothing held out; build it with a larger --holdout")
         rows = [self._real_tokens(row) for row in range(min(self.held_out.num_rows, 64))]
         joined = np.concatenate(rows)
         return np.tile(joined, -(-(max(self.lengths) + 1) // len(joined)))

@@ -90,7 +90,7 @@ class Pruner:
             raise UserError("--prune and --prune-heads are both given; take one, or edit a plan's global_groups")
         if heads:
             return least_loss(head_candidates(config), heads, config, self.loss)
-        if prune is not None and prune.lstrip("-").isdigit():
+        if prune is not None and prune.lstrip("-").isdecimal():
             return least_loss(branch_candidates(config), int(prune), config, self.loss)
         if prune == "auto":
             return planned(make_plan(config, self.gates.cpu(), HI, LO, self.config.data.seq_len), config, "auto"), {}
