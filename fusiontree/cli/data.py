@@ -178,7 +178,7 @@ def add(commands: Any) -> None:
     )
     reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
     reindex.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="the one that made the shards (default: the copy in DIR)"
+        "--tokenizer", type=Path, metavar="DIR", help="that of the shards, if no manifest is left (default: DIR's copy)"
     )
     reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
     reindex.add_argument(
