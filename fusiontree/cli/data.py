@@ -96,7 +96,8 @@ def _data_at(args: argparse.Namespace) -> int:
     if not 0 <= args.step < config.schedule.steps:
         raise UserError(f"--step is {args.step}; the steps of the run are 0 to {config.schedule.steps - 1}")
     if not 0 <= args.rank < args.world_size:
-        raise UserError(f"--rank is {args.rank}; the ranks are 0 to {args.world_size - 1} (--world-size)")
+        ranks = f"the ranks are 0 to {args.world_size - 1}"
+        raise UserError(f"--rank is {args.rank}; {ranks}: give the ranks of the run as --world-size, or another rank")
     figures = documents_at(open_stream(config, open_training(config), args.rank, args.world_size), args.step)
     if args.json:
         return show(figures, as_json=True)
