@@ -1,11 +1,20 @@
-"""Adopting shards whose index or manifest is lost: both are made again from the tars, which are not touched."""
+"""Adopting shards whose index or manifest is lost: what is lost is made again from the tars, which are not touched."""
 
 from pathlib import Path
 from typing import Any
 
 from data_tools.tokenizer import copy_tokenizer, load_tokenizer
-from data_tools.verify import scan_all
-from fusiontree.data.format import MANIFEST, SPLITS, Manifest, ShardInfo, TokenizerInfo, index_path, read_index
+from data_tools.verify import faults_against_manifest, scan_all
+from fusiontree.data.format import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    ShardInfo,
+    TokenizerInfo,
+    index_digest,
+    index_path,
+    read_index,
+)
 from fusiontree.data.scan import Scan
 from fusiontree.data.writer import write_index
 from fusiontree.errors import UserError
@@ -14,25 +23,30 @@ from fusiontree.errors import UserError
 def reindex(
     folder: Path, tokenizer: Path | None = None, eos: str | None = None, skip_damaged: bool = False, workers: int = 1
 ) -> dict[str, Any]:
-    """Make the indexes and the manifest of a dataset folder again from its shards.
+    """Make the indexes of a dataset folder again from its shards, and the manifest if it is lost.
 
-    What the shards do not hold comes from the tokenizer folder; which inputs were skipped cannot be known again. A
-    shard with anything wrong in it is named and never adopted.
+    A manifest that is there stays, and only the indexes that are not those it lists are made again, each from the shard
+    that it lists. Without one, what the shards do not hold comes from the tokenizer folder; which inputs were skipped
+    cannot be known again. A shard with anything wrong in it is named and never adopted.
 
     Args:
         folder: the dataset; the shards are SPLIT/*.tar.
-        tokenizer: the one that made the shards; None: the copy in the dataset folder. Copied there if none is.
+        tokenizer: the one that made the shards, if the manifest is lost; None: the copy in the dataset folder. Copied
+            there if none is.
         eos: the end-of-document token, see `load_tokenizer`.
         skip_damaged: adopt the sound shards though others are damaged; otherwise nothing is written then.
         workers: processes that read shards.
 
-    Returns {shards, rows, tokens, bytes, adopted (whether anything was written), problems}.
+    Returns {shards, rows, tokens, bytes, adopted (whether anything was written), problems}, of the shards whose index
+    was made again.
 
     Raises:
-        UserError: no shards there, a manifest is there, or the tokenizer is not the one that made them.
+        UserError: no shards there, nothing is lost, or the tokenizer is not the one that made them.
     """
     if (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} has a manifest; check it with `fusiontree data verify`, or remove it to reindex")
+        if tokenizer is not None or eos is not None:
+            raise UserError(f"{folder} has a manifest, which knows the tokenizer; leave --tokenizer and --eos out")
+        return _reindex_listed(folder, skip_damaged, workers)
     names = [f"{split}/{path.name}" for split in SPLITS for path in sorted((folder / split).glob("*.tar"))]
     if not names:
         raise UserError(
@@ -52,6 +66,44 @@ def reindex(
         if not own.is_dir():
             assert tokenizer is not None
             copy_tokenizer(tokenizer, own, eos)
+    return _figures(sound, adopted, problems)
+
+
+def _reindex_listed(folder: Path, skip_damaged: bool, workers: int) -> dict[str, Any]:
+    """Make the indexes again that are not those of the manifest; see `reindex`."""
+    try:
+        manifest = Manifest.load(folder)
+    except UserError as error:
+        raise UserError(f"{error}, or remove it to reindex") from None
+    infos = [info for shards in manifest.splits.values() for info in shards if not _has_index(folder, info)]
+    if not infos:
+        raise UserError(
+            f"{folder} has its manifest and every index; check it with `fusiontree data verify`, or remove the "
+            "manifest to make it again"
+        )
+    there = [info for info in infos if (folder / info.name).is_file()]
+    problems = [f"{info.name}: it is missing" for info in infos if info not in there]
+    sound: dict[str, Scan] = {}
+    for info, scan in zip(there, scan_all(folder, [info.name for info in there], workers), strict=True):
+        faults = [*scan.faults, *faults_against_manifest(scan, info, manifest.vocab_size)]
+        problems += [f"{info.name}: {fault}" for fault in faults]
+        if not faults:
+            sound[info.name] = scan
+    adopted = bool(sound) and (skip_damaged or not problems)
+    if adopted:
+        for name, scan in sound.items():
+            write_index(folder / name, scan.index)
+    return _figures(sound, adopted, problems)
+
+
+def _has_index(folder: Path, info: ShardInfo) -> bool:
+    try:
+        return index_digest(read_index(folder / info.name)) == info.index_sha256
+    except UserError:
+        return False
+
+
+def _figures(sound: dict[str, Scan], adopted: bool, problems: list[str]) -> dict[str, Any]:
     return {
         "shards": len(sound),
         "rows": sum(len(scan.rows) for scan in sound.values()),

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 class TextFile:
     """A file that may hold documents."""
 
-    name: str  # path relative to the input that led to it, with forward slashes
+    name: str  # path relative to the input that led to it, or as given where others share that; forward slashes
     path: Path
     kind: Kind
     compression: str  # "gz", "zst" or ""
@@ -50,7 +51,7 @@ def find_files(
     """All files under `inputs`, in the order of the inputs and sorted by name in each, and what is no file.
 
     Folders are read recursively, without hidden entries, `__pycache__`, `site-packages`, `dist-packages` and links to
-    folders. A file reached twice counts once.
+    folders. A file reached twice counts once. No two have the same name.
 
     Args:
         inputs: files, folders, or glob patterns (`**` crosses folders).
@@ -60,23 +61,38 @@ def find_files(
     Raises:
         UserError: an input is missing, or nothing is left.
     """
-    found: list[TextFile] = []
-    skipped: list[Skipped] = []
+    names: dict[Path, str] = {}
+    files: set[Path] = set()
+    reasons: dict[Path, str] = {}  # why it is no file
     seen: set[str] = set()
     for root in _roots(inputs):
-        for name, path in [(root.name, root)] if not root.is_dir() else _walk(root, skipped):
+        for name, path in [(root.name, root)] if not root.is_dir() else _walk(root, names, reasons):
             if not _selected(name, include, exclude) or (real := os.path.realpath(path)) in seen:
                 continue
             seen.add(real)
+            names[path] = name
             if path.is_file():  # a pipe would block for ever, a broken link has nothing to read
-                about = path.stat()
-                found.append(TextFile(name, path, *_kind(name), about.st_size, about.st_mtime_ns))
+                files.add(path)
             else:
-                skipped.append(Skipped(name, "not a regular file"))
-    if not found:
+                reasons[path] = "not a regular file"
+    if not files:
         where = ", ".join(map(str, inputs))
-        raise UserError(f"no documents in {where} ({len(skipped)} files skipped); check the path, --include, --exclude")
-    return found, skipped
+        raise UserError(f"no documents in {where} ({len(reasons)} files skipped); check the path, --include, --exclude")
+    names = _told_apart(names)
+    found = [_text_file(name, path) for path, name in names.items() if path in files]
+    return found, [Skipped(names[path], reason) for path, reason in reasons.items()]
+
+
+def _told_apart(names: dict[Path, str]) -> dict[Path, str]:
+    """Names by path, in the same order: where several would share one, each is called by its path as given."""
+    while shared := {name for name, count in Counter(names.values()).items() if count > 1}:
+        names = {path: path.as_posix() if name in shared else name for path, name in names.items()}
+    return names
+
+
+def _text_file(name: str, path: Path) -> TextFile:
+    about = path.stat()
+    return TextFile(name, path, *_kind(path.name), about.st_size, about.st_mtime_ns)
 
 
 def _roots(inputs: Sequence[Path | str]) -> Iterator[Path]:
@@ -92,12 +108,16 @@ def _roots(inputs: Sequence[Path | str]) -> Iterator[Path]:
             raise UserError(f"input {given} does not exist; give files, folders or glob patterns")
 
 
-def _walk(root: Path, skipped: list[Skipped]) -> list[tuple[str, Path]]:
-    """(name, path) of the visible files under `root`; links to folders are not followed, so there are no loops."""
+def _walk(root: Path, names: dict[Path, str], reasons: dict[Path, str]) -> list[tuple[str, Path]]:
+    """(name, path) of the visible files under `root`; links to folders are not followed, so there are no loops.
+
+    A folder that cannot be read is added to `names` and `reasons`.
+    """
     found = []
 
     def unreadable(error: OSError) -> None:
-        skipped.append(Skipped(os.path.relpath(error.filename, root), f"folder cannot be read: {error.strerror}"))
+        path = Path(error.filename)
+        names[path], reasons[path] = path.relative_to(root).as_posix(), f"folder cannot be read: {error.strerror}"
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _NEVER_ENTERED]

@@ -115,6 +115,11 @@ def _content(scan: Scan, row_len: int, dtype: str) -> Iterator[str]:
 
 def _against(scan: Scan, index: np.ndarray, info: ShardInfo, vocab_size: int) -> Iterator[str]:
     """What differs from the index and from the manifest."""
+    yield from _against_index(scan, index, info)
+    yield from faults_against_manifest(scan, info, vocab_size)
+
+
+def _against_index(scan: Scan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
     changed = scan.sha256 != info.sha256
     if len(index) and len(index) != info.rows:
         yield f"its index lists {len(index)} rows, the manifest {info.rows}"
@@ -125,9 +130,13 @@ def _against(scan: Scan, index: np.ndarray, info: ShardInfo, vocab_size: int) ->
                 yield (
                     f"row {row}: checksum differs" if changed else f"row {row}: its index entry differs from the shard"
                 )
+
+
+def faults_against_manifest(scan: Scan, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+    """What differs from what the manifest says of a shard, a line each."""
     if scan.bytes != info.bytes:
         yield f"it has {scan.bytes} bytes, the manifest says {info.bytes}"
-    if changed:
+    if scan.sha256 != info.sha256:
         yield "sha256 differs from the manifest's: it was changed since it was written"
         return
     yield from scan.foreign_tokens(vocab_size)

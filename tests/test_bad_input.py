@@ -320,3 +320,15 @@ def test_a_folder_that_was_being_written_is_gone(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupt()
     assert [path.name for path in tmp_path.rglob("*")] == ["kept", "old"]
+
+
+def test_every_sources_golden_samples_are_encoded_again(shards: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(shards, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    golden = manifest["tokenizer"]["golden"]
+    golden[next(iter(golden))].append(5)
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    sources = ["data.path=null", f"data.sources.a.path={shards}", f"data.sources.b.path={other}"]
+    line = said("train", "tiny", *settings(shards, tmp_path, name="run"), *sources)
+    assert f"tokenizer {other / 'tokenizer'} encodes" in line
+    assert "otherwise than when the shards were made" in line

@@ -238,8 +238,57 @@ def test_another_tokenizer_is_refused(bare: Path, corpus: Path, tmp_path: Path) 
     assert any("is not below the vocabulary size 270" in problem for problem in problems)
 
 
-def test_a_dataset_with_a_manifest_is_left_alone(folder: Path) -> None:
-    with pytest.raises(UserError, match="has a manifest; check it with"):
+@pytest.mark.parametrize("lost", [["000001"], ["000000", "000001", "000002"]])
+def test_lost_indexes_come_back_under_a_manifest(folder: Path, sound: Path, lost: list[str]) -> None:
+    for name in lost:
+        (folder / f"train/{name}.idx").unlink()
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    figures = json.loads(cli("data", "reindex", folder, "--json").stdout)
+    assert (figures["shards"], figures["adopted"], figures["problems"]) == (len(lost), True, [])
+    assert contents(folder) == contents(sound)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["a damaged index", "an index of other rows"])
+def test_indexes_that_the_manifest_does_not_list_are_made_again(folder: Path, sound: Path, kind: str) -> None:
+    if kind == "a damaged index":
+        change(folder / "train/000001.idx", 0, bytes, 64)
+    shutil.copy(folder / "train/000002.idx", folder / "train/000000.idx")
+    assert reindex(folder)["adopted"]
+    assert contents(folder) == contents(sound)
+
+
+def test_under_a_manifest_only_the_shards_it_lists_get_an_index(folder: Path) -> None:
+    replace_shard(folder)  # sound, but another than the manifest's
+    (folder / "train/000000.tar").unlink()
+    for path in folder.glob("*/*.idx"):
+        path.unlink()
+    refused = reindex(folder)
+    assert refused["problems"][0] == "train/000000.tar: it is missing"
+    assert refused["problems"][-1] == f"train/000001.tar: {CHANGED}"
+    assert not refused["adopted"]
+    assert list(folder.glob("*/*.idx")) == []
+    assert reindex(folder, skip_damaged=True)["adopted"]
+    assert [path.name for path in folder.glob("*/*.idx")] == ["000002.idx"]
+
+
+def test_a_lost_index_is_named_with_what_brings_it_back(folder: Path) -> None:
+    (folder / "train/000001.idx").unlink()
+    command = f"`fusiontree data reindex {folder}`"
+    with pytest.raises(UserError, match="000001.idx is missing") as caught:
+        Dataset(folder)
+    assert command in str(caught.value)
+    assert command in verify(folder)["problems"][0]
+
+
+def test_a_dataset_that_lacks_nothing_is_left_alone(folder: Path) -> None:
+    with pytest.raises(UserError, match="has its manifest and every index; check it with"):
         reindex(folder)
     with pytest.raises(UserError, match="nothing to reindex"):
         reindex(folder / "tokenizer")
+    (folder / "train/000001.idx").unlink()
+    with pytest.raises(UserError, match="leave --tokenizer and --eos out"):
+        reindex(folder, folder / "tokenizer")
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="or remove it to reindex"):
+        reindex(folder)

@@ -137,6 +137,26 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     assert [entry.path for entry in find_files([tmp_path])[1]] == ["pipe"]
 
 
+def test_inputs_of_equal_relative_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part").write_text("x")
+        os.mkfifo(tmp_path / folder / "pipe")
+    (tmp_path / "a" / "alone").write_text("x")
+    a, b = (f"{tmp_path}/{folder}" for folder in ("a", "b"))
+    files, skipped = find_files([a, b])
+    assert [file.name for file in files] == ["alone", f"{a}/part", f"{b}/part"]
+    assert [entry.path for entry in skipped] == [f"{a}/pipe", f"{b}/pipe"]
+
+
+def test_a_name_that_is_another_files_path_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/a/part", "a/part", "b/part"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text("x")
+    assert [file.name for file in find_files(["x", "a", "b"])[0]] == ["x/a/part", "a/part", "b/part"]
+
+
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         find_files([tmp_path / "nowhere"])
@@ -228,6 +248,24 @@ def test_the_last_files_can_be_held_out(tokenizer: Path, tmp_path: Path, holdout
         (tmp_path / name).write_text(f"text {name}")
     build([tmp_path], tokenizer, tmp_path / "set", holdout=holdout, holdout_from="end", row_len=64, include=["*.txt"])
     assert sorted(documents_in(tmp_path / "set", "validation")) == names[len(names) - expected :]
+
+
+@pytest.mark.parametrize(("parts", "holdout", "expected"), [(2, 0.25, ["b/1.jsonl:1"]), (1, 0.5, ["b/0.jsonl:1"])])
+def test_the_last_of_files_of_equal_name_are_held_out(
+    tokenizer: Path, tmp_path: Path, parts: int, holdout: float, expected: list[str]
+) -> None:
+    for name in (f"{folder}/{part}.jsonl" for folder in "ab" for part in range(parts)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\nbroken\n')
+    output = tmp_path / "set"
+    figures = build(
+        [tmp_path / "a", tmp_path / "b"], tokenizer, output, holdout=holdout, holdout_from="end", row_len=64
+    )
+    assert sorted(documents_in(output, "validation")) == [f"{tmp_path}/{name}" for name in expected]
+    assert len(documents_in(output, "train")) == 2 * parts - 1
+    assert [entry["path"] for entry in figures["skipped"]] == [
+        f"{tmp_path}/{folder}/{part}.jsonl" for folder in "ab" for part in range(parts)
+    ]
 
 
 def test_a_single_file_cannot_be_held_out_whole(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:

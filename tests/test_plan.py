@@ -1,5 +1,6 @@
 """A run's data is known before it runs: what `data plan` counts and `data at` names is what the stream then gives."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -12,7 +13,7 @@ from conftest import cli, counting_dataset
 from fusiontree.cli import main
 from fusiontree.data.plan import documents_at, plan
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import Recipe, TrainStream
+from fusiontree.data.stream import Recipe, TrainStream, one_source
 
 ROW = 32  # tokens of a packed row
 
@@ -58,10 +59,29 @@ def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
 
 
 def test_the_plan_warns_of_more_than_four_epochs_and_not_of_four(sources: Sources) -> None:
-    (warning,) = plan(TrainStream(sources, RECIPE, 1), 16)["warnings"]
+    stream = TrainStream(sources, dataclasses.replace(RECIPE, lengths=((0, ROW),)), 1)
+    (warning,) = plan(stream, 16)["warnings"]
     assert warning.startswith("code is read 4.4 times")
-    assert plan(TrainStream(sources, RECIPE, 1), 15)["sources"]["code"]["epochs"] == 4
-    assert plan(TrainStream(sources, RECIPE, 1), 15)["warnings"] == []
+    assert plan(stream, 15)["sources"]["code"]["epochs"] == 4
+    assert plan(stream, 15)["warnings"] == []
+
+
+def test_the_plan_warns_of_rows_shorter_than_a_cell(sources: Sources) -> None:
+    def warnings(steps: int, *lengths: tuple[int, int]) -> list[str]:
+        return plan(TrainStream(sources, dataclasses.replace(RECIPE, lengths=lengths), 1), steps)["warnings"]
+
+    (warning,) = warnings(15, (0, 8), (2, 16), (5, 32))
+    assert warning.startswith("rows of 8 and 16 tokens are shorter than the cells of 32 ")
+    assert warnings(15, (0, 32)) == []
+    assert len(warnings(6, (0, 32), (5, 8))) == 1
+    assert warnings(5, (0, 32), (5, 8)) == []  # the run ends before
+
+
+@pytest.mark.parametrize(("seq_len", "warnings"), [(2048, 1), (4096, 0), (8192, 0)])
+def test_cells_of_long_rows_are_those_of_the_packing(tmp_path: Path, seq_len: int, warnings: int) -> None:
+    dataset = counting_dataset(tmp_path / "long", 4, 2, row_len=8192)
+    stream = TrainStream(Sources({"": dataset}), one_source(0, 8192, seq_len), 1)
+    assert len(plan(stream, 1)["warnings"]) == warnings
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7])
@@ -125,3 +145,5 @@ def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_p
     assert error.count("\n") == 1
     assert "--step is 20; the steps of the run are 0 to 19" in cli("data", "at", *words, "--step", 20, code=2).stderr
     assert "--rank is 2" in cli("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr
+    alone = cli("data", "at", *words, "--step", 2, "--rank", 1, code=2).stderr
+    assert "--rank is 1; the ranks are 0 to 0: give the ranks of the run as --world-size" in alone

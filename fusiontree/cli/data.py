@@ -100,7 +100,8 @@ def _data_at(args: argparse.Namespace) -> int:
     if not 0 <= args.step < config.schedule.steps:
         raise UserError(f"--step is {args.step}; the steps of the run are 0 to {config.schedule.steps - 1}")
     if not 0 <= args.rank < args.world_size:
-        raise UserError(f"--rank is {args.rank}; the ranks are 0 to {args.world_size - 1} (--world-size)")
+        ranks = f"the ranks are 0 to {args.world_size - 1}"
+        raise UserError(f"--rank is {args.rank}; {ranks}: give the ranks of the run as --world-size, or another rank")
     stream = open_stream(config, open_training(config), args.rank, args.world_size)
     figures = {"step": args.step, **documents_at(stream, _steps_to(args.step, config, stream))}
     if args.json:
@@ -206,7 +207,7 @@ def add(commands: Any) -> None:
     )
     reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
     reindex.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="the one that made the shards (default: the copy in DIR)"
+        "--tokenizer", type=Path, metavar="DIR", help="that of the shards, if no manifest is left (default: DIR's copy)"
     )
     reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
     reindex.add_argument(

@@ -39,6 +39,7 @@ INDEX = np.dtype(
 ENDS = np.dtype("<i4")
 _LARGEST_HEADER = 1024  # bytes, of an .npy member; ours have 128
 _SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
+_INDEX_AGAIN = "restore it, or make it again with `fusiontree data reindex` where the dataset lies"
 _Record = TypeVar("_Record")
 Buffer: TypeAlias = bytes | memoryview | np.ndarray
 
@@ -298,7 +299,7 @@ class Shard:
         if index_digest(self.index) != self.info.index_sha256:
             raise UserError(
                 f"{index_path(self.path)} is not the index that the manifest lists for {self.where} (sha256 differs); "
-                "restore both or build the dataset again"
+                f"{_INDEX_AGAIN}"
             )
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -496,11 +497,12 @@ def read_index(shard: Path) -> np.ndarray:
     """
     path = index_path(shard)
     if not path.is_file():
-        raise UserError(f"index {path} is missing; restore it or build the dataset again")
+        again = f"`fusiontree data reindex {shard.parent.parent}`"
+        raise UserError(f"index {path} is missing; restore it, or make it again with {again}")
     try:
         index = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is no shard's index ({error}); restore it or build the dataset again") from None
+        raise UserError(f"{path} is no shard's index ({error}); {_INDEX_AGAIN}") from None
     if index.dtype != INDEX or index.ndim != 1:
-        raise UserError(f"{path} is no shard's index; restore it or build the dataset again")
+        raise UserError(f"{path} is no shard's index; {_INDEX_AGAIN}")
     return index

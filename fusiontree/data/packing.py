@@ -1,4 +1,4 @@
-"""Nested packing: documents into rows, so that no stage of a length curriculum cuts one that would have fitted.
+"""Nested packing: documents into rows, so that no curriculum stage of a cell or more cuts one that would have fitted.
 
 A row is C cells of `cell` tokens, C a power of two. A document that needs c cells begins at a multiple of the next
 power of two >= c, so slicing rows at any power-of-two number of cells cuts only documents longer than the slice.

@@ -1,10 +1,11 @@
 """What a run will train on, before it runs; and what it trained on at a step, for the forensics of a loss spike."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 from fusiontree.data.order import Place
-from fusiontree.data.packing import Span
+from fusiontree.data.packing import CELL, Span
 from fusiontree.data.stream import TrainStream
 
 MANY_EPOCHS = 4  # up to here repeated tokens are worth nearly as much as new ones (arXiv 2305.16264)
@@ -45,13 +46,27 @@ def plan(stream: TrainStream, steps: int) -> dict[str, Any]:
             str(first): _stage(stream, first, end, epoch_tokens)
             for first, end in zip(cuts, [*cuts[1:], steps], strict=True)
         },
-        "warnings": [
-            f"{label} is read {figures['epochs']:.1f} times: beyond {MANY_EPOCHS} epochs repeated tokens teach less "
-            "and less; give it a smaller weight or max_epochs, or more data"
-            for label, figures in by_source.items()
-            if figures["epochs"] > MANY_EPOCHS
-        ],
+        "warnings": [*_too_many_epochs(by_source), *_rows_shorter_than_a_cell(stream, steps)],
     }
+
+
+def _too_many_epochs(by_source: dict[str, dict[str, Any]]) -> Iterator[str]:
+    for label, figures in by_source.items():
+        if figures["epochs"] > MANY_EPOCHS:
+            yield (
+                f"{label} is read {figures['epochs']:.1f} times: beyond {MANY_EPOCHS} epochs repeated tokens teach "
+                "less and less; give it a smaller weight or max_epochs, or more data"
+            )
+
+
+def _rows_shorter_than_a_cell(stream: TrainStream, steps: int) -> Iterator[str]:
+    cell = min(CELL, stream.sources.row_len)
+    short = sorted({length for first, length in stream.recipe.lengths if first < steps and length < cell})
+    if short:
+        yield (
+            f"rows of {' and '.join(map(str, short))} tokens are shorter than the cells of {cell} that documents were "
+            f"packed in: some are cut that would fit; take rows of {cell} or more, or build with a smaller --row-len"
+        )
 
 
 def _stage(stream: TrainStream, first: int, end: int, epoch_tokens: list[int]) -> dict[str, Any]:

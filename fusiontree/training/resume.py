@@ -45,14 +45,15 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         incidents.record(run, "fallback", checkpoint.step_of(path), line)
     if found is not None:
         _check_same(config, data, found, allow_changed)
-    tokenizer = data.datasets[0].folder / "tokenizer"
-    data.datasets[0].manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+    tokenizers = [dataset.folder / "tokenizer" for dataset in data.datasets]
+    for dataset, tokenizer in zip(data.datasets, tokenizers, strict=True):
+        dataset.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
     if found is None:
         check_initial(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
-    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(tokenizers[0], run / "tokenizer", dirs_exist_ok=True)
     return found
 
 
