@@ -218,7 +218,8 @@ def test_the_time_limit_requeues(calm, shards, tmp_path):
     before = max(steps(run))
     assert "requeued: goes on from step" in log(run, job)
     training(run, before + 2)
-    assert steps(run) == sorted(set(steps(run)))
+    written = steps(run)  # once: the run may still be writing
+    assert written == sorted(set(written))
     assert before > 0
 
 
