@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +189,16 @@ NO_ASYNC_IO = (
 
 
 def has_async_io() -> bool:
-    """Whether DeepSpeed has built here what reads and writes states on NVMe."""
+    """Whether DeepSpeed has built here what reads and writes states on NVMe, from the files of this environment.
+
+    What was built for another it would begin to build again, in each rank of a test.
+    """
+    package = find_spec("deepspeed")
+    assert package is not None
+    assert package.origin is not None
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    return any(extensions.rglob("async_io.so"))
+    built = [path.with_name("build.ninja").read_text() for path in extensions.rglob("async_io.so")]
+    return any(f"{Path(package.origin).parent}/" in rules for rules in built)
 
 
 MEASURED = {"tokens_per_s", "tflop_per_s", "mfu", "memory_gib", "save_seconds"}  # what two equal runs differ in

@@ -2,15 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
-
-if TYPE_CHECKING:
-    from fusiontree.config import RunConfig
-    from fusiontree.data.stream import TrainStream
 
 
 def _data_tokenizer(args: argparse.Namespace) -> int:
@@ -95,6 +91,7 @@ def _data_at(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
     from fusiontree.data.plan import documents_at
     from fusiontree.training.data import open_stream, open_training
+    from fusiontree.training.resume import seek_before
 
     config = load_config(args.config, args.overrides)
     if not 0 <= args.step < config.schedule.steps:
@@ -103,7 +100,7 @@ def _data_at(args: argparse.Namespace) -> int:
         ranks = f"the ranks are 0 to {args.world_size - 1}"
         raise UserError(f"--rank is {args.rank}; {ranks}: give the ranks of the run as --world-size, or another rank")
     stream = open_stream(config, open_training(config), args.rank, args.world_size)
-    figures = {"step": args.step, **documents_at(stream, _steps_to(args.step, config, stream))}
+    figures = {"step": args.step, **documents_at(stream, seek_before(args.step, config, stream))}
     if args.json:
         return show(figures, as_json=True)
     for row in figures["rows"]:
@@ -112,29 +109,6 @@ def _data_at(args: argparse.Namespace) -> int:
         for document in row["documents"]:
             print("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
     return 0
-
-
-def _steps_to(step: int, config: "RunConfig", stream: "TrainStream") -> int:
-    """Place `stream` where the run stood last before `step`, as far as checkpoints tell; the steps from there on.
-
-    What the run has stepped past after a rollback is passed over.
-    """
-    from fusiontree import checkpoint
-    from fusiontree.training.resume import read_place
-
-    saved = [
-        path
-        for path in checkpoint.list_checkpoints(config.run_dir / "checkpoints")
-        if checkpoint.read_state(path)["data_fingerprint"] == stream.sources.fingerprint
-    ]
-    if not saved:
-        return step
-    stream.leave_out(read_place(config, saved[-1])[1])
-    before = [path for path in saved if checkpoint.step_of(path) <= step]
-    if not before:
-        return step
-    stream.seek(read_place(config, before[-1])[0])
-    return step - checkpoint.step_of(before[-1])
 
 
 def add(commands: Any) -> None:

@@ -156,11 +156,7 @@ class TrainStream:
 
     def rows_before(self, steps: int) -> int:
         """Rows consumed when `steps` more steps are done and what is left out behind them is passed over."""
-        row = self.rows_consumed + steps * self.recipe.batch_rows
-        for first, end in self._left_out:
-            if first <= row and self.rows_consumed < end:
-                row += end - max(first, self.rows_consumed)
-        return row
+        return self._past(self.rows_consumed + steps * self.recipe.batch_rows, self.rows_consumed)
 
     def places(self, rows_consumed: int) -> list[list[Place]]:
         """Where the rows of this rank's batches lie, for the step behind `rows_consumed` rows."""
@@ -182,20 +178,20 @@ class TrainStream:
 
     def _steps(self, rows_consumed: int) -> Iterator[tuple[int, list[Make]]]:
         """Of each step behind `rows_consumed` rows, those consumed behind it and what makes its batches."""
-        row = self._past(rows_consumed)
+        row = self._past(rows_consumed, rows_consumed)
         while self.last_step is None or row // self.recipe.batch_rows < self.last_step:
             length = self.order.stage(row * self.recipe.seq_len).seq_len
             makes: list[Make] = [partial(self._slices.batch, places, length) for places in self.places(row)]
             row += self.recipe.batch_rows
             yield row, makes
-            row = self._past(row)
+            row = self._past(row, row)
 
-    def _past(self, rows_consumed: int) -> int:
-        """The first place from `rows_consumed` on that is not left out."""
+    def _past(self, row: int, since: int) -> int:
+        """The place `row`, moved on by all that is left out between `since` and there."""
         for first, end in self._left_out:
-            if first <= rows_consumed < end:
-                rows_consumed = end
-        return rows_consumed
+            if first <= row and since < end:
+                row += end - max(first, since)
+        return row
 
 
 def validation_batches(

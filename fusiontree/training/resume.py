@@ -12,6 +12,7 @@ from fusiontree.config import KEYS, RunConfig, config_differences, load_config, 
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
+from fusiontree.data.stream import TrainStream
 from fusiontree.distributed import World
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
@@ -74,6 +75,29 @@ def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]
         )
     consumed, *ends = (place // config.data.seq_len for place in tokens)
     return consumed, list(zip(ends[::2], ends[1::2], strict=True))
+
+
+def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
+    """Place `stream` where the run stood last before `step`, as far as checkpoints tell; the steps from there on.
+
+    What the run has stepped past after a rollback is passed over.
+
+    Raises:
+        UserError: as of `read_place`.
+    """
+    saved = [
+        path
+        for path in checkpoint.list_checkpoints(config.run_dir / "checkpoints")
+        if checkpoint.read_state(path)["data_fingerprint"] == stream.sources.fingerprint
+    ]
+    if not saved:
+        return step
+    stream.leave_out(read_place(config, saved[-1])[1])
+    before = [path for path in saved if checkpoint.step_of(path) <= step]
+    if not before:
+        return step
+    stream.seek(read_place(config, before[-1])[0])
+    return step - checkpoint.step_of(before[-1])
 
 
 def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
