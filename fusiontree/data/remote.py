@@ -3,7 +3,7 @@
 A row is the unit, because the order of training draws rows from anywhere: whole shards would be fetched for one row
 each wherever the cache is smaller than the dataset. The cache lies in files that appear whole; a lock makes one of the
 node's processes fetch what several want; what was used longest ago goes first. A process may be killed at any time:
-what it leaves half-written is never read, and is removed later.
+what it leaves half-written is never read, and of rows it is removed later.
 """
 
 import contextlib
