@@ -260,7 +260,7 @@ class Decoder:
         """Take in the prompts, in pieces.
 
         Args:
-            ids: int64 [B, L]. mask: bool [B, L], false on the padding at the left of shorter prompts.
+            ids: int64 [B, L]. mask: bool or integer [B, L], false on the padding at the left of shorter prompts.
 
         Returns:
             Logits of the last token, fp32 [B, V].
@@ -268,8 +268,8 @@ class Decoder:
         B, L = ids.shape
         if self.cache.length + L > self.cache.room:
             self._make_room(self.cache.length + L)
-        if mask is not None and bool(mask.all()):
-            mask = None  # whole rows, which need no masks and take the faster kernels
+        if mask is not None:
+            mask = None if bool(mask.all()) else mask.bool()  # whole rows need none and take the faster kernels
         if mask is not None and self.cache.length == 0 and 2 * int(mask.sum()) < B * L and bool(mask.any(1).all()):
             return self._prefill_by_row(ids, mask)  # more padding than prompt, and no row of padding alone
         return self._prefill(self.cache, ids, mask)
@@ -288,7 +288,7 @@ class Decoder:
         starts = (L - mask.sum(1)).tolist()
         rows = [self.cache.row(index, start) for index, start in enumerate(starts)]
         logits = [self._prefill(row, ids[i : i + 1, starts[i] :], None) for i, row in enumerate(rows)]
-        self.cache.join(rows)
+        self.cache.join(rows, L)
         return torch.cat(logits)
 
     @torch.inference_mode()
@@ -321,13 +321,17 @@ def draw(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Gene
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax()
+    logits = logits.double() - logits.max()  # so that no temperature, however small, makes an infinity of the greatest
     probabilities, order = candidates(logits / sampling.temperature, sampling)
     return order[torch.multinomial(probabilities, 1, generator=generator)[0]]
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities of `logits` [V], likeliest first and 0 where `sampling` rules the token out, and the tokens."""
-    ordered, order = logits.sort(descending=True, stable=True)
+    """Probabilities of `logits` [V], likeliest first and 0 where `sampling` rules the token out, and the tokens.
+
+    In fp64: a sum of some ten thousand fp32 probabilities would reach p too early or too late.
+    """
+    ordered, order = logits.double().sort(descending=True, stable=True)
     probabilities = ordered.softmax(0)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if sampling.top_k:

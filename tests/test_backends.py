@@ -91,8 +91,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def scan_inputs(dtype: torch.dtype, L: int) -> list[torch.Tensor]:
-    B, H, P, G, S = 2, 4, 32, 2, 32
+def scan_inputs(dtype: torch.dtype, L: int, P: int = 32, S: int = 32) -> list[torch.Tensor]:
+    B, H, G = 2, 4, 2
     dt, A = normal(B, L, H, seed=1).sigmoid() * 0.2, -normal(H, seed=2).exp()
     projections = [normal(B, L, G, S, dtype=dtype, seed=s) * 0.3 for s in (3, 4)]
     return [normal(B, L, H, P, dtype=dtype), dt, A, *projections, normal(H, seed=5), normal(B, H, P, S, seed=6)]
@@ -101,15 +101,20 @@ def scan_inputs(dtype: torch.dtype, L: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("name", "dtype"), usable("scan"))
 @pytest.mark.parametrize(("first", "length"), [(0, 128), (-1, 117)])  # the second ends inside a chunk
 def test_the_scan_equals_the_reference(name: str, dtype: torch.dtype, first: int, length: int) -> None:
-    seq, scan = documents_of(ROWS).seq_idx[:, :length], backend("scan", name)
+    compare_scan(name, dtype, documents_of(ROWS).seq_idx[:, :length], first, chunk_size=32)
+
+
+def compare_scan(name: str, dtype: torch.dtype, seq: torch.Tensor, first: int, chunk_size: int, **sizes: int) -> None:
+    """On rows of documents `seq` that a state of document `first` goes before."""
 
     def run(function: Callable[..., object], device: str) -> Callable[..., object]:
         before = torch.full((2,), first, dtype=torch.int32, device=device)
         return lambda *args: function(
-            *args[:6], seq.to(device), initial_state=args[6], initial_seq=before, chunk_size=32
+            *args[:6], seq.to(device), initial_state=args[6], initial_seq=before, chunk_size=chunk_size
         )
 
-    inputs = scan_inputs(dtype, length)
+    inputs = scan_inputs(dtype, seq.shape[1], **sizes)
+    scan = backend("scan", name)
     compare(run(scan, DEVICE), run(reference.scan_chunked, "cpu"), inputs, tolerance(dtype, rounds=True))
 
 
@@ -134,6 +139,10 @@ def test_the_convolution_equals_the_reference(
 @pytest.mark.parametrize(("name", "dtype"), usable("attention"))
 @pytest.mark.parametrize("window", [None, 48, 2])
 def test_attention_equals_the_reference(name: str, dtype: torch.dtype, window: int | None) -> None:
+    compare_attention(name, dtype, window)
+
+
+def compare_attention(name: str, dtype: torch.dtype, window: int | None, N: int = 4, D: int = 64) -> None:
     documents, attention = documents_of(ROWS), backend("attention", name)
     there = on_device(documents)
 
@@ -141,18 +150,22 @@ def test_attention_equals_the_reference(name: str, dtype: torch.dtype, window: i
         seq, index = documents.seq_idx, torch.arange(128)
         distance = index[:, None] - index
         mask = (seq[:, :, None] == seq[:, None]) & (distance >= 0) & (distance < (window or 128))
-        scores = torch.einsum("bind,bjnd->bnij", q, k.repeat_interleave(2, 2)) / 8
+        scores = torch.einsum("bind,bjnd->bnij", q, k.repeat_interleave(N // 2, 2)) / D**0.5
         weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        return torch.einsum("bnij,bjnd->bind", weights, v.repeat_interleave(2, 2))
+        return torch.einsum("bnij,bjnd->bind", weights, v.repeat_interleave(N // 2, 2))
 
-    inputs = [normal(2, 128, heads, 64, dtype=dtype, seed=s) for s, heads in enumerate((4, 2, 2))]
+    inputs = [normal(2, 128, heads, D, dtype=dtype, seed=s) for s, heads in enumerate((N, 2, 2))]
     compare(lambda q, k, v: attention(q, k, v, there, window), truth, inputs, tolerance(dtype, rounds=True))
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("prefill"))
 @pytest.mark.parametrize("window", [None, 48])
 def test_attention_of_a_later_piece_equals_the_reference(name: str, dtype: torch.dtype, window: int | None) -> None:
-    q, k, v = (normal(2, 128, heads, 64, dtype=dtype, seed=s) for s, heads in enumerate((4, 2, 2)))
+    compare_prefill(name, dtype, window)
+
+
+def compare_prefill(name: str, dtype: torch.dtype, window: int | None, N: int = 4, D: int = 64) -> None:
+    q, k, v = (normal(2, 128, heads, D, dtype=dtype, seed=s) for s, heads in enumerate((N, 2, 2)))
     truth = reference.attention(*(t.double() for t in (q, k, v)), Documents.whole_rows(2, 128, "cpu"), window)
     keys = slice(0 if window is None else 90 - window, None)
     found = backend("prefill", name)(*(t.to(DEVICE) for t in (q[:, 90:], k[:, keys], v[:, keys])), window)
@@ -162,8 +175,12 @@ def test_attention_of_a_later_piece_equals_the_reference(name: str, dtype: torch
 @pytest.mark.parametrize(("name", "dtype"), usable("decode"))
 @pytest.mark.parametrize("rows", [2, 40])  # the cache shared out among programs; several blocks for each
 def test_decoding_attention_equals_the_reference(name: str, dtype: torch.dtype, rows: int) -> None:
+    compare_decode(name, dtype, rows)
+
+
+def compare_decode(name: str, dtype: torch.dtype, rows: int, N: int = 4, D: int = 64) -> None:
     decode = backend("decode", name)
-    q, k, v = (normal(rows, t, heads, 64, dtype=dtype, seed=t) for t, heads in ((1, 4), (300, 2), (301, 2)))
+    q, k, v = (normal(rows, t, heads, D, dtype=dtype, seed=t) for t, heads in ((1, N), (300, 2), (301, 2)))
     v = v[:, :300]
     visible = torch.rand(rows, 300, generator=torch.Generator().manual_seed(0)) > 0.3
     visible[:, 250:], visible[1, :150] = False, False  # whole stretches unseen
@@ -253,6 +270,42 @@ def test_compiled_pieces_equal_their_functions(name: str, dtype: torch.dtype) ->
             leaves,
             tolerance(dtype, rounds=False),
         )
+
+
+def edges() -> list[object]:
+    """By operation, each back-end here with the smallest, the largest and an odd shape that its limits allow."""
+    scans = [(16, 8, 8), (512, 256, 256), (256, 256, 256), (512, 64, 128), (64, 24, 200)]
+    changes = {"scan": [{"chunk_size": Q, "ssm_head_dim": P, "ssm_state_size": S} for Q, P, S in scans]}
+    heads = [  # two heads, or sixteen, to a key-value head
+        {"head_dim": D, "num_heads": N, "global_heads": N // 2}
+        for D, N in [*((D, 4) for D in (*range(8, 136, 8), 256)), (64, 32), (256, 32)]
+    ]
+    changes |= dict.fromkeys(("attention", "prefill", "decode"), heads)
+    return [
+        pytest.param(op, name, change, dtype, id=f"{op}-{name}-{'-'.join(map(str, change.values()))}-{str(dtype)[6:]}")
+        for op, shapes in changes.items()
+        for change in shapes
+        for dtype in DTYPES
+        for name, reason in ops.available(op, "cuda", dataclasses.replace(SHAPE, **change), dtype).items()
+        if reason is None and name != "reference"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the limits are those of a GPU's kernels")
+@pytest.mark.parametrize(("op", "name", "change", "dtype"), edges())
+def test_every_shape_that_is_taken_at_construction_runs(
+    op: str, name: str, change: dict[str, int], dtype: torch.dtype
+) -> None:
+    if op == "scan":
+        rows = documents_of([[700, 3, 321], [512, 512]]).seq_idx
+        sizes = {"P": change["ssm_head_dim"], "S": change["ssm_state_size"]}
+        compare_scan(name, dtype, rows, 0, chunk_size=change["chunk_size"], **sizes)
+    elif op == "decode":
+        compare_decode(name, dtype, 2, change["num_heads"], change["head_dim"])
+    else:
+        equals = compare_attention if op == "attention" else compare_prefill
+        equals(name, dtype, 48, change["num_heads"], change["head_dim"])
 
 
 @pytest.mark.gpu

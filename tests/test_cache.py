@@ -176,18 +176,21 @@ def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, {"srte": "learned"}, {"window_schedule": "pyramid", "conv_kernel": 1}])
-@pytest.mark.parametrize("lengths", [[1, 70], [30, 3, 65, 3], [40, 40, 39]])
-def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(lengths: list[int], kind: dict) -> None:
-    model, longest = build(**kind), max(lengths)
-    ids = torch.randint(96, (len(lengths), longest + 30), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    decoder, seen = Decoder(model, len(lengths), room=longest + 30), []
+@pytest.mark.parametrize("padded", [False, True])  # whether the longest row is
+@pytest.mark.parametrize("lengths", [[1, 70], [30, 3, 65, 3], [40, 40, 39], [4]])
+def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(
+    lengths: list[int], padded: bool, kind: dict
+) -> None:
+    model, end = build(**kind), 5 * padded + max(lengths)
+    ids = torch.randint(96, (len(lengths), end + 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(end) >= end - torch.tensor(lengths)[:, None]
+    decoder, seen = Decoder(model, len(lengths), room=end + 30), []
     handle = model.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].numel()))
-    steps = [decoder.prefill(ids[:, :longest], mask)]
+    steps = [decoder.prefill(ids[:, :end], 2 * mask)]  # any integer but 0 is true
     handle.remove()
-    assert sum(seen) <= max(2 * sum(lengths), 120)
-    steps += [decoder.step(ids[:, t]) for t in range(longest, longest + 30)]
+    assert sum(seen) <= max(2 * sum(lengths), 135)
+    steps += [decoder.step(ids[:, t]) for t in range(end, end + 30)]
     for row, length in enumerate(lengths):
         with torch.no_grad():
-            alone = model(ids[row : row + 1, longest - length :]).logits[0, length - 1 :]
+            alone = model(ids[row : row + 1, end - length :]).logits[0, length - 1 :]
         torch.testing.assert_close(torch.stack([step[row] for step in steps]), alone, rtol=1e-4, atol=1e-5)

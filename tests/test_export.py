@@ -183,10 +183,27 @@ def test_a_cache_is_taken_by_either_name_and_passed_over_by_none(exported: Path)
         whole = model(ids).logits[:, -1]
         for name in ("past_key_values", "cache"):
             first = model(ids[:, :-1], use_cache=True)
-            last = model(ids[:, -1:], **{name: first.past_key_values}).logits[:, -1]
-            torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-4)
+            last = model(ids[:, -1:], **{name: first.past_key_values})
+            torch.testing.assert_close(last.logits[:, -1], whole, rtol=1e-4, atol=1e-4)
+            assert last.past_key_values is first.past_key_values
         with pytest.raises(TypeError, match="takes its cache as past_key_values or cache"):
             model(ids[:, -1:], cache_params=first.past_key_values)
+
+
+@torch.no_grad()
+def test_padding_behind_a_packed_prompt_changes_no_real_token(exported: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
+    ids = torch.randint(2, 90, (2, 43), generator=torch.Generator().manual_seed(0))
+    packed = (torch.arange(40) % 20)[None]  # two documents; the new tokens go on with the second
+    cache = model(ids[:, :40], position_ids=packed, use_cache=True).past_key_values
+    mask = torch.ones(2, 43, dtype=torch.int64)
+    mask[1, 41:] = 0
+    found = model(ids[:, 40:], attention_mask=mask, past_key_values=cache).logits
+    alone = model(ids[:, 20:]).logits[:, -3:]
+    torch.testing.assert_close(found[0], alone[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1, 0], alone[1, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_document_longer_than_a_learned_table_is_refused_by_name(exported: Path) -> None:

@@ -151,6 +151,8 @@ def test_fields_that_disagree_are_refused_by_name() -> None:
         ({"head_dim": 7}, ("head_dim 7",)),
         ({"window": 20, "window_schedule": "pyramid"}, ("window 20",)),
         ({"branch_drop": 1.0}, ("branch_drop 1.0",)),
+        ({"norm_eps": -1.0}, ("norm_eps is -1.0",)),
+        ({"rope_base": 0.0}, ("rope_base is 0.0",)),
         ({"num_layers": 0}, ("num_layers is 0",)),
         ({"layer_kinds": ("mamba",)}, ("layer_kinds has 1 entries", "num_layers 3")),
         ({"layer_global_heads": (2, 1, 2)}, ("layer_global_heads has 1 for layer 1", "global_heads 2")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -84,17 +85,26 @@ class Counted:
         for tensor in (x, B, C):
             span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             assert span <= backends.MAX_OFFSET
-        assert x.shape[:2].numel() * (x[0, 0].numel() + 2 * B[0, 0].numel()) <= backends.MAX_OFFSET  # their gradients
+        (rows, L, H, P), (G, S) = x.shape, B.shape[2:]
+        chunks = rows * math.ceil(L / Q)
+        gradients, states, scores = rows * L * (H * P + 2 * G * S), chunks * H * P * S, chunks * G * Q * Q
+        assert max(gradients, states, scores) <= backends.MAX_OFFSET
         before = torch.zeros(len(x), dtype=torch.int32)
         return reference.scan_chunked(x, dt, A, B, C, D, seq, initial, before, chunk_size=Q)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("limit", "least"), [(10**9, 1), (2200, 2), (1300, 4), (950, 4), (550, 12)])
+@pytest.mark.parametrize(
+    ("sizes", "limit", "least"),
+    [
+        *(((5, 4, 4), limit, least) for limit, least in [(10**9, 1), (2200, 2), (1300, 4), (950, 4), (550, 12)]),
+        ((40, 40, 16), 26_000, 4),  # the states of a row's third chunk, half full, are whole ones
+    ],
+)
 def test_a_scan_beyond_the_limit_is_split_and_equal(
-    groups: int, limit: int, least: int, monkeypatch: pytest.MonkeyPatch
+    groups: int, sizes: tuple[int, int, int], limit: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    B, L, H, P, S = 2, 40, 6, 5, 4
+    (P, S, Q), (B, L, H) = sizes, (2, 40, 6)
     draw = torch.Generator().manual_seed(0)
     joint = torch.randn(B, L, H * P + 2 * groups * S, generator=draw)  # x, B and C are views of wider rows, as always
     x, b, c = joint.split([H * P, groups * S, groups * S], -1)
@@ -104,14 +114,14 @@ def test_a_scan_beyond_the_limit_is_split_and_equal(
         *(x.unflatten(-1, (H, P)), dt, A, b.unflatten(-1, (groups, S)), c.unflatten(-1, (groups, S))),
         *(torch.randn(H, generator=draw), seq, initial),
     )
-    whole = Counted.apply(*arguments, 4)
+    whole = Counted.apply(*arguments, Q)
     monkeypatch.setattr(backends, "_Scan", Counted)
     monkeypatch.setattr(backends, "MAX_OFFSET", limit)
     monkeypatch.setattr(Counted, "calls", 0)
-    y, state = backends._scan_within_limits(*arguments, 4)
+    y, state = backends._scan_within_limits(*arguments, Q)
     assert Counted.calls >= least
-    torch.testing.assert_close(y, whole[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(state, whole[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(y, whole[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, whole[1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_scan_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,18 @@
 """On a live bf16 engine the scan's state parameters are fp32, stored and used, and three steps are three."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import MICRO
+import torch
+import torch.nn.functional as F
+from conftest import MICRO, build
+
+from fusiontree.model import pointwise
+from fusiontree.model.reference import scan_step
 
 PROGRAM = """
 import dataclasses, json, sys
@@ -77,3 +83,29 @@ def test_state_parameters_are_fp32_at_every_stage(tmp_path: Path) -> None:
         assert (result["as_drawn"], result["counts"]) == (True, [3.0]), stage  # DeepSpeed's own bf16 steps at the start
         assert result["losses"] == pytest.approx(results[0]["losses"], rel=2e-2), stage
         assert result["losses"][2] < result["losses"][0], stage
+
+
+@torch.no_grad()
+def test_decay_and_time_step_are_made_in_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(dtype=torch.bfloat16)
+    branch, given = model.blocks[0].mamba, []
+
+    def recording(scan, x, dt, A, B_in, C_out, D, *rest, **options):
+        given.append((dt, A, D))
+        return scan(x, dt, A, B_in, C_out, D, *rest, **options)
+
+    scan = branch.kernels.scan
+    branch.kernels = dataclasses.replace(
+        branch.kernels, scan=lambda *args, **options: recording(scan, *args, **options)
+    )
+    monkeypatch.setattr(pointwise, "scan_step", lambda *args: recording(scan_step, *args))
+    branch.in_proj.weight.zero_()  # time steps are the bias's alone
+    cache = model.new_cache(1)
+    model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
+    model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+    steps, decay = F.softplus(branch.dt_bias), -torch.exp(branch.A_log)
+    assert not any(torch.equal(exact, exact.bfloat16().float()) for exact in (steps, decay))
+    for dt, A, D in (given[0], given[-model.config.num_layers]):  # in sequence, and the one step of this layer
+        assert torch.equal(dt, steps.expand_as(dt))
+        assert torch.equal(A, decay)
+        assert torch.equal(D, branch.D)

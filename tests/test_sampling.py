@@ -30,13 +30,24 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, tokens
     assert set(order[kept > 0].tolist()) == expected
 
 
+def test_top_p_is_exact_in_a_large_vocabulary_and_where_p_is_met_exactly() -> None:
+    for seed in range(4):
+        logits = torch.randn(50_432, generator=torch.Generator().manual_seed(seed))
+        kept, _ = candidates(logits, Sampling(top_p=0.9999))
+        probabilities = logits.double().softmax(0).sort(descending=True).values
+        assert int((kept > 0).sum()) == int((probabilities.cumsum(0) < 0.9999).sum()) + 1
+    kept, _ = candidates(torch.zeros(4), Sampling(top_p=0.5))
+    assert kept.tolist() == [0.25, 0.25, 0, 0]
+
+
 def test_top_k_min_p_and_temperature_keep_what_they_say() -> None:
     logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
     assert drawn(logits, Sampling()) == {0, 1, 2, 3, 4}
     assert drawn(logits, Sampling(top_k=2)) == {0, 1}
     assert drawn(logits, Sampling(min_p=0.15)) == {0, 1, 2}
     assert drawn(logits, Sampling(temperature=0)) == {0}
-    assert drawn(logits, Sampling(temperature=1e-4)) == {0}
+    for temperature in (1e-4, 1e-38, 5e-324):  # the last two are nothing in fp32
+        assert drawn(logits, Sampling(temperature=temperature)) == {0}
 
 
 def test_repetition_penalty_divides_positive_scores_and_multiplies_negative_ones() -> None:

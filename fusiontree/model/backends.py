@@ -166,8 +166,8 @@ def _scan_within_limits(
 ) -> tuple[Tensor, Tensor]:
     rows, L, H, P = x.shape
     G, S = B.shape[2:]
-    # outputs, states and scores by chunk; and the gradients of x, B and C, which lie side by side
-    made = rows * L * max(H * P, H * P * S // Q, G * Q, H * P + 2 * G * S)
+    # states and scores of whole chunks; and the gradients of x, B and C, which lie side by side
+    made = rows * max(-(-L // Q) * max(H * P * S, G * Q * Q), L * (H * P + 2 * G * S))
     if fits(max(_span(x), _span(B), _span(C), made)):
         return _Scan.apply(x, dt, A, B, C, D, seq, initial, Q)
     if rows > 1:

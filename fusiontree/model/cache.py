@@ -172,14 +172,14 @@ class Cache:
         row.layers = [layer.row(here, start) for layer in self.layers]
         return row
 
-    def join(self, rows: Sequence["Cache"]) -> None:
-        """Go on behind the last tokens of `rows`, of every `row`, which end together: the shorter ones begin later."""
-        self.length = max(row.length for row in rows)
-        self.position.fill_(self.length)
+    def join(self, rows: Sequence["Cache"], length: int) -> None:
+        """Go on behind the last tokens of `rows`, of every `row`, which end together at token `length`."""
+        self.length = length
+        self.position.fill_(length)
         self.whole = all(row.length == self.length for row in rows)
         for row in rows:
             for layer in row.layers:
-                layer.turn(self.length - row.length)
+                layer.turn(length - row.length)
 
     def conv_documents(self, documents: Documents) -> Tensor:
         """Documents of the convolution's tail and the new tokens, int32 [B, taps - 1 + L]."""

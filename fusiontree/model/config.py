@@ -84,6 +84,8 @@ class ModelConfig:
             self.window_schedule == "constant" or self.window % 8 == 0,
             f"window {self.window} must be a multiple of 8 for window_schedule pyramid, whose first layers see W / 8",
         )
+        for name in ("norm_eps", "rope_base"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         _require(0.0 <= self.branch_drop < 1.0, f"branch_drop {self.branch_drop} must be at least 0 and below 1")
         for name in ("layer_kinds", "layer_global_heads"):
             given = getattr(self, name)

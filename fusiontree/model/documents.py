@@ -75,6 +75,19 @@ class Documents:
         cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([B * L], device=seq_idx.device)])
         return cls(position_ids, seq_idx, cu_seqlens.int(), int(cu_seqlens.diff().max()))
 
+    @classmethod
+    def behind(cls, document: Tensor, position: Tensor, mask: Tensor) -> "Documents":
+        """Documents of new tokens behind others of the same rows.
+
+        Args:
+            document: int32 [B], of each row's last token before them. position: int64 [B], the next one in it.
+            mask: [B, 1 + L], bool or integer; true where that last token and the new ones are real.
+        """
+        numbers = document[:, None] + cls.from_mask(mask).seq_idx[:, 1:]
+        new = cls.from_seq_idx(numbers)
+        before = torch.where(numbers == document[:, None], position[:, None], 0)
+        return replace(new, position_ids=new.position_ids + before)
+
     def last(self, tokens: int) -> "Documents":
         """The same documents seen by the last `tokens` tokens of each row only; positions go on counting."""
         if tokens == self.seq_idx.shape[1]:

@@ -120,7 +120,8 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 [B, L]; with a cache, the new tokens only.
-            attention_mask: [B, past + L], true or 1 where a token is real; padding may stand on either side.
+            attention_mask: [B, past + L], true or 1 where a token is real; padding may stand on either side. Behind a
+                cache only its last past token and the new ones are read.
             position_ids: int64 [B or 1, L]; where they do not go on by one, a packed row's next document begins. Read
                 before anything is cached; tokens behind a cache go on with its last document.
             past_key_values: the cache of an earlier call, continued in place.
@@ -159,7 +160,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and cache.length:
             if mask is None or bool(mask[:, -L - 1 :].all()):
                 return None
-            return Documents.from_mask(mask).last(L)
+            return Documents.behind(cache.last_document, cache.next_position, mask[:, -L - 1 :])
         if mask is not None and bool(mask.all()):
             mask = None
         goes_on = None if position_ids is None else position_ids.diff(dim=1) == 1
