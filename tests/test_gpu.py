@@ -38,7 +38,7 @@ JOBS = {  # by name: overrides and how far the losses may be from the plain loop
     "zero2": ([*PLAIN, "activation_checkpointing=branch"], 1e-4),
     "zero3": ([*PLAIN, RECOMPUTED], 1e-4),
     "zero3_offload": ([*PLAIN, "activation_checkpointing=every_n"], 1e-4),
-    "zero3 muon": ([*PLAIN, *test_zero.MUON], 1e-4),
+    "zero3 muon": ([*PLAIN, *test_zero.MUON], 1e-3),  # whose iterations are in bf16, in another order on a CPU
     "zero3_nvme wide": ([*PLAIN, *test_zero.WIDE], 1e-4),
     "zero1 kernels": (["precision=bf16", RECOMPUTED], 2e-2),
 }
