@@ -7,10 +7,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import cli
@@ -19,7 +22,7 @@ from fsspec import AbstractFileSystem
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset
-from fusiontree.data.remote import Cache, UnreachableError
+from fusiontree.data.remote import Cache, RefusedError, UnreachableError
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
 from fusiontree.errors import UserError
@@ -43,10 +46,11 @@ class Server(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def lasting(self) -> str | None:
+        return self.faults[0].removeprefix("always ") if self.faults and self.faults[0].startswith("always ") else None
+
     def fault(self) -> str | None:
-        if self.faults and self.faults[0].startswith("always "):
-            return self.faults[0].removeprefix("always ")
-        return self.faults.pop(0) if self.faults else None
+        return self.lasting() or (self.faults.pop(0) if self.faults else None)
 
     def handle_error(self, *_: object) -> None:
         """A client that goes away is what some tests are about."""
@@ -58,18 +62,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        if not self.failed(self.server.lasting()):
+            self.answer(body=False)
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Range")))
         fault = self.server.fault()
-        if fault in ("500", "429"):
-            self.send_error(int(fault))
-            return
+        if not self.failed(fault):
+            self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
+
+    def failed(self, fault: str | None) -> bool:
         if fault == "stall":
             time.sleep(1.0)
-            return
-        self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
+        elif fault and fault.isdecimal():
+            self.send_error(int(fault))
+        return fault is not None and (fault == "stall" or fault.isdecimal())
 
     def answer(self, body: bool, cut: bool = False, ranges: bool = True) -> None:
         path = self.server.folder / self.path.lstrip("/")
@@ -136,7 +143,7 @@ def test_a_fault_is_tried_again(server: Server, shards: Path, tmp_path: Path, fa
     assert Counter(rows_asked(server)).most_common()[0][1] == 3
 
 
-@pytest.mark.parametrize("fault", ["500", "stall", "drop"])
+@pytest.mark.parametrize("fault", ["500", "429", "stall", "drop"])
 def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -150,7 +157,34 @@ def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothin
         next(stream)
     stream.close()
     assert "\n" not in str(caught.value)
-    assert Counter(rows_asked(server)).most_common()[0][1] == 3
+    assert Counter(asked for asked in rows_asked(server) if asked[1]).most_common()[0][1] == 3
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_an_address_that_refuses_stops_the_run_in_one_line_and_masks_nothing(
+    server: Server, tmp_path: Path, status: str
+) -> None:
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
+    server.asked.clear()
+    server.faults = [f"always {status}"]
+    stream = TrainStream(sources, one_source(0, 512, 512), 1)
+    with pytest.raises(
+        RefusedError, match=rf"http.*\.tar may not be read \(.*{status}.*\); check .* credentials"
+    ) as caught:
+        next(stream)
+    assert "\n" not in str(caught.value)
+    assert len(server.asked) == 1  # nobody but the user can change it
+    with pytest.raises(RefusedError, match="manifest.json may not be read"):
+        Dataset(server.address, "train", Cache(tmp_path / "empty"))
+
+
+def test_a_start_finds_the_address_busy_and_not_files_missing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    server.faults = ["always 429"]
+    with pytest.raises(UnreachableError, match="manifest.json does not answer after 2 attempts .*429"):
+        Dataset(server.address, "train", Cache(tmp_path))
 
 
 def test_a_whole_file_goes_on_where_it_was_cut(
@@ -383,24 +417,136 @@ def test_a_shard_cut_in_an_object_store_is_masked_and_named(
         assert str(sources.read(0, row)[2]) == f"{shard.where}: row {row} cannot be read (cut short at byte {size})"
 
 
-def test_a_busy_object_store_is_asked_again(
-    gs_bucket: AbstractFileSystem, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gcp_storage_emulator.server import Router
+@dataclass
+class Doors:
+    """What stands before the stores: its faults are HTTP status and code of the answers to the next requests.
 
-    gs_bucket.put(str(shards) + "/", "bucket/books/", recursive=True)
-    dataset = Dataset("gs://bucket/books", "train", Cache(tmp_path))
+    Status 0 is silence; if it is `shut`, the last fault lasts.
+    """
+
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    shut: bool = False
+    asked: int = 0  # requests that met a fault
+
+    def fault(self) -> tuple[int, str] | None:
+        if not self.faults:
+            return None
+        self.asked += 1
+        fault = self.faults[0] if self.shut and len(self.faults) == 1 else self.faults.pop(0)
+        if fault[0] == 0:
+            threading.Event().wait(1.2)
+        return fault
+
+
+@pytest.fixture
+def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
+    """Between both stores and who asks them; there before the stores, whose clients must not ask again themselves."""
+    app = pytest.importorskip("moto.moto_server.werkzeug_app").DomainDispatcherApplication
+    router = pytest.importorskip("gcp_storage_emulator.server").Router
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(remote, "TIMEOUT", 0.9)  # before gcsfs, which waits a second or more, asks again itself
-    faults, handle = [503, 429], Router.handle
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's
+    doors, answer, handle = Doors(), app.__call__, router.handle
 
-    def busy(router: Router, method: str) -> None:
-        if faults:
-            router._request_handler.send_error(faults.pop())
+    def s3(self: Any, environ: Any, start_response: Any) -> Any:
+        if (fault := doors.fault()) is None:
+            return answer(self, environ, start_response)
+        start_response(f"{fault[0] or 500} no", [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{fault[1]}</Code><Message>no: {fault[1]}</Message></Error>".encode()]
+
+    def gs(self: Any, method: str) -> None:
+        if (fault := doors.fault()) is None:
+            handle(self, method)
         else:
-            handle(router, method)
+            self._request_handler.send_error(fault[0] or 500, fault[1])
 
-    monkeypatch.setattr(Router, "handle", busy)
+    monkeypatch.setattr(app, "__call__", s3)
+    monkeypatch.setattr(router, "handle", gs)
+    return doors
+
+
+@pytest.fixture
+def books(shards: Path, request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Puts `shards` into a store; returns the address."""
+
+    def put(protocol: str) -> str:
+        files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
+        files.put(str(shards) + "/", "bucket/books/", recursive=True)
+        return f"{protocol}://bucket/books"
+
+    return put
+
+
+BUSY = {
+    "s3": [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests"), (0, "")],
+    "gs": [(500, "backendError"), (503, "backendError"), (429, "rateLimitExceeded"), (0, "")],
+}
+EVERY_BUSY = [(protocol, fault) for protocol, faults in BUSY.items() for fault in faults]
+
+
+@pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
+def test_a_store_that_is_busy_for_a_while_is_asked_again(
+    doors: Doors, books: Callable[[str], str], shards: Path, tmp_path: Path, protocol: str, fault: tuple[int, str]
+) -> None:
+    dataset = Dataset(books(protocol), "train", Cache(tmp_path))
+    doors.faults = [fault] * (6 if fault[1] == "SlowDown" else 2)  # s3fs asks again itself of this one, for a while
     for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
         assert np.array_equal(one, other)
-    assert not faults
+    assert not doors.faults
+
+
+@pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
+def test_a_store_that_stays_busy_is_given_up_and_masks_nothing(
+    doors: Doors,
+    books: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    fault: tuple[int, str],
+) -> None:
+    sources = Sources({"": Dataset(books(protocol), "train", Cache(tmp_path))})
+    delays: list[float] = []
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    monkeypatch.setattr(remote.time, "sleep", delays.append)
+    doors.faults, doors.shut = [fault], True
+    with pytest.raises(
+        UnreachableError, match=rf"{protocol}://.*\.tar does not answer after 3 attempts \(.*\)"
+    ) as caught:
+        sources.read(0, 2)
+    assert "\n" not in str(caught.value)
+    assert [0.5 <= delay / (0.01 * 2**number) <= 1 for number, delay in enumerate(delays)] == [True, True]
+
+
+REFUSED = [("s3", (403, "AccessDenied")), ("s3", (400, "ExpiredToken")), ("s3", (403, "InvalidAccessKeyId"))]
+REFUSED += [("gs", (403, "forbidden")), ("gs", (401, "required"))]
+
+
+@pytest.mark.parametrize(("protocol", "fault"), REFUSED)
+def test_a_store_that_refuses_stops_the_run_at_once_and_masks_nothing(
+    doors: Doors, books: Callable[[str], str], tmp_path: Path, protocol: str, fault: tuple[int, str]
+) -> None:
+    address = books(protocol)
+    sources = Sources({"": Dataset(address, "train", Cache(tmp_path))})
+    doors.faults, doors.shut = [fault], True
+    with pytest.raises(
+        RefusedError, match=rf"{address}/.*\.tar may not be read \(.*\); check .* credentials"
+    ) as caught:
+        sources.read(0, 2)
+    assert "\n" not in str(caught.value)
+    assert doors.asked == 1
+    with pytest.raises(RefusedError, match=r"manifest\.json may not be read"):
+        Dataset(address, "train", Cache(tmp_path / "empty"))
+
+
+def test_missing_credentials_are_told_at_once(
+    doors: Doors, books: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = books("s3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("nothing is waited for"))
+    with pytest.raises(RefusedError, match=r"manifest\.json may not be read \(NoCredentialsError: .*credentials"):
+        Dataset(address, "train", Cache(tmp_path / "cache"))

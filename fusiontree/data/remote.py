@@ -24,7 +24,7 @@ from fusiontree.errors import RunError, UserError
 
 ATTEMPTS = 6
 FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, and drawn from half of it to all
-TIMEOUT = 30.0  # seconds for one request
+TIMEOUT = 45.0  # seconds for one request: gcsfs asks again by itself for 36, and then says what it was told
 PIECE = 8 << 20  # bytes of one request for a whole file: what a lost connection costs at most
 PARALLEL = 16  # requests for whole files at once
 LOCKS = 256
@@ -37,11 +37,17 @@ class UnreachableError(RunError):
     """An address does not answer: no damage of the data, so nothing stands in for what is missing."""
 
 
+class RefusedError(UserError):
+    """An address does not let us read: no damage of the data either, and nobody but the user can change it."""
+
+
 class CutShortError(OSError):
     """A file at an address ends before what is asked of it."""
 
 
 _FINAL = (FileNotFoundError, PermissionError, CutShortError)  # no further attempt can change them
+_REFUSALS = (401, 403, 407)
+_NO_CREDENTIALS = ("CredentialsError", "RefreshError", "SSOTokenLoadError", "UnauthorizedSSOTokenError")
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,14 @@ def is_address(location: Path | str) -> bool:
 class Store:
     """A dataset at an address, its small files mirrored in `folder`.
 
+    All that asks the address raises UnreachableError if it does not answer, and RefusedError if it may not be read.
+
     Args:
         address: of the dataset's folder, e.g. s3://bucket/books.
         cache: where to keep what is fetched.
 
     Raises:
-        UserError: the address has no dataset, may not be read, or its protocol needs a package that is missing.
-        UnreachableError: it does not answer.
+        UserError: the address has no dataset, or its protocol needs a package that is missing.
     """
 
     def __init__(self, address: str, cache: Cache):
@@ -86,7 +93,7 @@ class Store:
         """Fetch whole files into `folder`, unless they are there.
 
         Raises:
-            OSError: one is not at the address. UnreachableError: it does not answer.
+            OSError: one is not at the address.
         """
         missing = [name for name in names if not (self.folder / name).is_file()]
         with ThreadPoolExecutor(PARALLEL) as pool:
@@ -103,7 +110,7 @@ class Store:
         """Bytes of whole files at the address; None: the server does not tell.
 
         Raises:
-            OSError: one is not there. UnreachableError: the address does not answer.
+            OSError: one is not there.
         """
         with ThreadPoolExecutor(PARALLEL) as pool:
             return [*pool.map(self._size, names)]
@@ -112,7 +119,7 @@ class Store:
         """The bytes at `ranges`, (offset, length) each, of a row, one after the other; from the cache if it is there.
 
         Raises:
-            OSError: the shard is not at the address, or cut short. UnreachableError: it does not answer.
+            OSError: the shard is not at the address, or cut short.
         """
         path = self._row_path(shard, row)
         with contextlib.suppress(FileNotFoundError):
@@ -156,7 +163,7 @@ class Store:
             content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
             if len(content) != length:
                 raise ConnectionError(f"{len(content)} bytes came instead of {length}")
-        except _FINAL:
+        except (*_FINAL, TimeoutError):
             raise
         except Exception:  # each protocol has its own errors for a range that lies behind the end
             size = self._size_now(name, timeout)
@@ -166,23 +173,38 @@ class Store:
         return content
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout: float, **options: Any) -> Any:
+        """What a protocol answers; of its errors, those that are final are `_FINAL` and nothing else is."""
         from fsspec.asyn import sync
 
-        return sync(self.fs.loop, function, *args, timeout=timeout, **options)
+        try:
+            return sync(self.fs.loop, function, *args, timeout=timeout, **options)
+        except Exception as error:
+            cause = error.__cause__
+            if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) != 404:
+                error = cause  # over HTTP whatever keeps a size from being told is a file that is not found
+            if _refuses(error):
+                raise PermissionError(_words(error)) from error
+            raise error from None
 
     def _ask(self, name: str, request: Callable[[float], Any]) -> Any:
         """The answer to a request, tried again with growing delays.
 
         Raises:
-            OSError: no such file, none to be read, or one that is cut short. UnreachableError: every attempt failed.
+            OSError: no such file, or one that is cut short. RefusedError: it may not be read. UnreachableError: every
+                attempt failed.
         """
         for attempt in range(ATTEMPTS):
             try:
                 return request(TIMEOUT)
+            except PermissionError as error:
+                raise RefusedError(
+                    f"{self.address}/{name} may not be read ({error}); check that it is there, and that the "
+                    "credentials are given, have not expired and allow it"
+                ) from None
             except _FINAL:
                 raise
             except Exception as error:  # each protocol has its own errors for lost connections and busy servers
-                last = f"{type(error).__name__}: {' '.join(str(error).split())[:_TOLD]}"
+                last = _words(error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))
         raise UnreachableError(f"{self.address}/{name} does not answer after {ATTEMPTS} attempts ({last}); check it")
@@ -231,6 +253,39 @@ class Store:
                 total -= size
                 if total <= self.cache.limit * 0.9:
                     return
+
+
+def _refuses(error: Exception) -> bool:
+    """Whether an error means that we may not read, or have nothing to show that we may."""
+    if isinstance(error, TimeoutError):
+        return False
+    return (
+        isinstance(error, PermissionError)
+        or (type(error) is OSError and str(error).startswith("Forbidden: "))  # gcsfs makes it of a 403
+        or type(error).__name__.endswith(_NO_CREDENTIALS)
+        or _s3_status(error) == 400  # of an expired token, where the request is a HEAD and the answer says no more
+        or _status(error) in _REFUSALS
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error is made of, wherever its protocol keeps it."""
+    told = _s3_status(error) or getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's, gcsfs's
+    return int(str(told)) if str(told).isdecimal() else None
+
+
+def _s3_status(error: BaseException) -> int | None:
+    for made in (error, error.__cause__):
+        answer = getattr(made, "response", None)
+        if isinstance(answer, dict):
+            status: int | None = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status
+    return None
+
+
+def _words(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_TOLD]}"
 
 
 def _use(path: Path) -> bytes:
