@@ -191,15 +191,24 @@ def test_a_whole_file_goes_on_where_it_was_cut(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PIECE", 10_000)
-    dataset = Dataset(server.address, "train", Cache(tmp_path))
+    store = Dataset(server.address, "train", Cache(tmp_path)).shards[0].store
     server.asked.clear()
     server.faults = ["ok", "ok", "drop"]
-    assert dataset.spans(0) == Dataset(shards).spans(0)
+    store.files(["train/000000.tar"])
     asked = Counter(span for _, span in server.asked)
     assert asked["bytes=20000-29999"] == 2
     assert {count for span, count in asked.items() if span != "bytes=20000-29999"} == {1}
-    whole = dataset.folder / dataset.shards[0].info.name
-    assert whole.read_bytes() == (shards / dataset.shards[0].info.name).read_bytes()
+    assert (store.folder / "train/000000.tar").read_bytes() == (shards / "train/000000.tar").read_bytes()
+
+
+def test_documents_are_told_of_shards_larger_than_the_cache(server: Server, shards: Path, tmp_path: Path) -> None:
+    dataset = Dataset(server.address, "train", Cache(tmp_path, limit=1000))
+    server.asked.clear()
+    assert [dataset.spans(row) for row in (0, 3)] == [Dataset(shards).spans(row) for row in (0, 3)]
+    asked = [[int(at) for at in (span or "").removeprefix("bytes=").split("-")] for _, span in rows_asked(server)]
+    tokens = int(dataset.shards[0].index["tokens"][0])
+    assert [last < tokens for _, last in asked] == [True, True]  # the tokens of the sample are left where they are
+    assert list(tmp_path.glob("*/*/*.tar")) == []
 
 
 READER = """

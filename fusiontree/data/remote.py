@@ -99,7 +99,6 @@ class Store:
         with ThreadPoolExecutor(PARALLEL) as pool:
             for _ in pool.map(self._mirror, missing):
                 pass
-        self._evict_if_due()
 
     def _mirror(self, name: str) -> None:
         with self._lock(name):
@@ -127,9 +126,18 @@ class Store:
         with self._lock(str(path)):
             with contextlib.suppress(FileNotFoundError):  # another process has fetched it meanwhile
                 return _use(path)
-            content = b"".join(self._range(shard, offset, length) for offset, length in ranges)
+            content = b"".join(self.part(shard, offset, length) for offset, length in ranges)
             self._put(path, content)
         self._evict_if_due()
+        return content
+
+    def part(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes of a file at the address, which are not kept.
+
+        Raises:
+            OSError: the file is not there, or ends before.
+        """
+        content: bytes = self._ask(name, lambda timeout: self._part_now(name, offset, length, timeout))
         return content
 
     def forget(self, shard: str, row: int) -> None:
@@ -146,7 +154,7 @@ class Store:
             path = f"{self.root}/{name}"
             return self._ask(name, lambda timeout: self._call(self.fs._cat_file, path, timeout=timeout))
         pieces = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
-        return b"".join(self._range(name, offset, length) for offset, length in pieces)
+        return b"".join(self.part(name, offset, length) for offset, length in pieces)
 
     def _size(self, name: str) -> int | None:
         return self._ask(name, lambda timeout: self._size_now(name, timeout))
@@ -154,10 +162,7 @@ class Store:
     def _size_now(self, name: str, timeout: float) -> int | None:
         return self._call(self.fs._info, f"{self.root}/{name}", timeout=timeout)["size"]
 
-    def _range(self, name: str, offset: int, length: int) -> bytes:
-        return self._ask(name, lambda timeout: self._range_now(name, offset, length, timeout))
-
-    def _range_now(self, name: str, offset: int, length: int, timeout: float) -> bytes:
+    def _part_now(self, name: str, offset: int, length: int, timeout: float) -> bytes:
         path = f"{self.root}/{name}"
         try:
             content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
@@ -233,11 +238,11 @@ class Store:
             self._evict()
 
     def _evict(self) -> None:
-        """Bring rows and shards on this node back below nine tenths of the limit, the longest unused first."""
+        """Bring the rows on this node back below nine tenths of the limit, the longest unused first."""
         self._added = 0
         with self._lock("evict"):
             rows, total = [], 0
-            for path in (*self.cached.glob("*/*/*.rows/*"), *self.cached.glob("*/*/*.tar")):
+            for path in self.cached.glob("*/*/*.rows/*"):
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     if path.name.startswith(".partial-"):
