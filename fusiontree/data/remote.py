@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +27,12 @@ TIMEOUT = 45.0  # seconds for one request: gcsfs asks again by itself for 36, an
 PIECE = 8 << 20  # bytes of one request for a whole file: what a lost connection costs at most
 PARALLEL = 16  # requests for whole files at once
 LOCKS = 256
-STALE = 3600.0  # seconds after which a half-written file is nobody's any more
 _TOLD = 200  # characters of a server's own words; some send a page
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
 class UnreachableError(RunError):
-    """An address does not answer: no damage of the data, so nothing stands in for what is missing."""
+    """An address does not answer, or the cache takes nothing in: no damage, so nothing stands in for a missing row."""
 
 
 class RefusedError(UserError):
@@ -55,7 +53,7 @@ class Cache:
     """Where fetched rows are kept on this node, and how many bytes of them."""
 
     folder: Path = Path("~/.cache/fusiontree")
-    limit: int = 100 << 30  # bytes; a process may pass it by a twentieth
+    limit: int = 100 << 30  # bytes, whatever the number of processes
 
 
 def is_address(location: Path | str) -> bool:
@@ -86,7 +84,6 @@ class Store:
         digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
         self.cached = cache.folder.expanduser()
         self.folder = self.cached / digest
-        self._added = 0  # bytes since this process last looked at the size of the cache
         self._put(self.folder / "manifest.json", manifest)
 
     def files(self, names: Sequence[str]) -> None:
@@ -127,8 +124,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):  # another process has fetched it meanwhile
                 return _use(path)
             content = b"".join(self.part(shard, offset, length) for offset, length in ranges)
-            self._put(path, content)
-        self._evict_if_due()
+            self._put(path, content, self._make_room)
         return content
 
     def part(self, name: str, offset: int, length: int) -> bytes:
@@ -216,48 +212,82 @@ class Store:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Hold one of the node's locks, chosen by `name`; the system releases it when a process dies."""
+        """Hold one of the node's locks, chosen by `name`."""
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % LOCKS
-        path = self.cached / "locks" / str(number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with _locked(self.cached / "locks" / str(number)):
             yield
 
-    def _put(self, path: Path, content: bytes) -> None:
-        """Write a cached file, whole or not at all; rows are checked when they are read, so it need not be durable."""
+    def _put(self, path: Path, content: bytes, make_room: Callable[[int, int], None] | None = None) -> None:
+        """Write a cached file, whole or not at all; rows are checked when they are read, so it need not be durable.
+
+        Raises:
+            UnreachableError: it cannot be written.
+        """
+        try:
+            with _locked(self.cached / "size") as size:
+                if make_room:
+                    make_room(size, len(content))
+                partial = self.cached / "partial"
+                partial.write_bytes(content)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial, path)
+        except OSError as error:
+            raise _unwritable(self.cached, error) from None
+
+    def _make_room(self, counter: int, size: int) -> None:
+        """Let `size` bytes more be rows of this node, which the file `counter` counts for all processes.
+
+        One that is killed before it writes leaves the count too high: it only says when to look at the rows themselves.
+        """
+        counted = os.pread(counter, 8, 0)
+        total = int.from_bytes(counted, "little")
+        if len(counted) < 8 or total + size > self.cache.limit:
+            total = self._evict(self.cache.limit - size)
+        os.pwrite(counter, (total + size).to_bytes(8, "little"), 0)
+
+    def _evict(self, limit: int) -> int:
+        """Bring the rows on this node, if they pass `limit`, below nine tenths of it; returns the bytes that stay.
+
+        The longest unused go first.
+        """
+        rows = []
+        for path in self.cached.glob("*/*/*.rows/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has found it damaged
+                status = path.stat()
+                rows.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in rows)
+        enough = total if total <= limit else limit * 0.9
+        for _, size, path in sorted(rows):
+            if total <= enough:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold a lock of the node, and the descriptor of its file; the system releases it when a process dies.
+
+    Raises:
+        UnreachableError: there can be no such file.
+    """
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        with open(descriptor, "wb") as stream:
-            stream.write(content)
-        os.replace(partial, path)
-        self._added += len(content)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
-    def _evict_if_due(self) -> None:
-        if self._added > self.cache.limit / 20:
-            self._evict()
 
-    def _evict(self) -> None:
-        """Bring the rows on this node back below nine tenths of the limit, the longest unused first."""
-        self._added = 0
-        with self._lock("evict"):
-            rows, total = [], 0
-            for path in self.cached.glob("*/*/*.rows/*"):
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    if path.name.startswith(".partial-"):
-                        if status.st_mtime < time.time() - STALE:
-                            path.unlink()
-                        continue
-                    rows.append((status.st_mtime_ns, status.st_size, path))
-                    total += status.st_size
-            if total <= self.cache.limit:
-                return
-            for _, size, path in sorted(rows):
-                path.unlink(missing_ok=True)
-                total -= size
-                if total <= self.cache.limit * 0.9:
-                    return
+def _unwritable(path: Path, error: OSError) -> UnreachableError:
+    return UnreachableError(
+        f"data.cache: {path} cannot be written ({error.strerror}); make room, or give another folder"
+    )
 
 
 def _refuses(error: Exception) -> bool:
