@@ -24,7 +24,8 @@ from fusiontree.data.tokenizer import require_golden
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, resumable_folder, write_atomic
 
-SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from
+SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from, at least
+SAVE_SHARE = 0.05  # of the time that saving them may take
 _CHUNK_BYTES, _CHUNK_RECORDS = 1 << 20, 2048  # given to a worker at a time
 _JOB = "job.json"
 _STATE = (STATE, DIGESTS, _JOB)
@@ -190,15 +191,17 @@ def _assemble(made: Assembly, files: Sequence[TextFile], reading: Reading, team:
     first, done = made.position
     examined = team.in_order(team.examine, files[first:])
     chunks = _chunks(examined, reading, first, done, sum(file.size for file in files[:first]))
-    saved, started, before = time.monotonic(), time.monotonic(), made.tokens
+    started, before = time.monotonic(), made.tokens
+    due = started + SAVE_SECONDS
     with progress_bar(of_bytes=True) as bar:
         task = bar.add_task("build", total=sum(file.size for file in files), note="")
         for chunk, encoded in team.in_order(lambda chunk: team.encode(chunk.records), chunks):
-            windows_closed = made.take(chunk.records, encoded, chunk.position)
+            made.take(chunk.records, encoded, chunk.position)
             now = time.monotonic()
-            if windows_closed and now - saved >= SAVE_SECONDS:
+            if now >= due:
                 made.save()
-                saved = now
+                saved = time.monotonic()
+                due = saved + max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
             speed = (made.tokens - before) / max(now - started, 1e-9)
             bar.update(task, completed=chunk.read, note=f"{speed / 1e6:.2f} Mtok/s")
 
