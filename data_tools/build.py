@@ -100,7 +100,7 @@ def build(
             _assemble(made, files, reading, team)
         except KeyboardInterrupt:
             if (folder / STATE).exists():
-                console.print("the same command goes on from the shards that are finished")
+                console.print("the same command goes on from what is saved")
             raise
         if not made.report.documents:
             raise UserError(f"no documents in {', '.join(map(str, inputs))} ({made.report.why_nothing()})")
