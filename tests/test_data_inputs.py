@@ -20,7 +20,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from conftest import cli
+from conftest import cli, metrics, settings
 
 from data_tools.build import build
 from data_tools.readers import Reading, Rejected, examine, records, text_of
@@ -229,7 +229,9 @@ def test_lengths_that_leave_nothing_are_refused(lengths: dict) -> None:
         Reading(**lengths)
 
 
-def test_a_folder_of_everything_with_two_broken_files(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for kind in KINDS:
@@ -252,6 +254,16 @@ def test_a_folder_of_everything_with_two_broken_files(tmp_path: Path, tokenizer_
         "count": 12,
         "places": [f"line {number}" for number in range(4, 14)],
     }
+    datasets = [Dataset(tmp_path / "set", split) for split in ("train", "validation")]
+    names = {span.id for dataset in datasets for row in range(dataset.num_rows) for span in dataset.spans(row)}
+    assert len(names) == 3 * len(KINDS) + 3
+    assert {name for name in names if name.startswith("broken")} == {f"broken.jsonl:{line}" for line in (1, 2, 3)}
+    run = {"name": "run", "schedule__steps": 3, "validation__every": 3, "checkpoint__every": 3}
+    cli("train", "tiny", *settings(tmp_path / "set", tmp_path, **run))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if 0 < line.get("loss", 0) < 10] == [1, 2, 3]
+    assert [line["step"] for line in lines if 0 < line.get("val_loss", 0) < 10] == [0, 3]
+    assert json.loads((tmp_path / "run/checkpoints/step-3/state.json").read_text())["bad_rows"] == []
 
 
 def test_the_pieces_of_a_long_document_say_that_it_continues(tmp_path: Path, tokenizer_folder: Path) -> None:
