@@ -68,9 +68,9 @@ def build(
         eos: the end-of-document token, see `load_tokenizer`.
         encoder: the library that encodes, see `Encoder`.
 
-    Returns the figures: documents, tokens (padding not counted), rows, padding (share of all tokens), cut_documents
-    (longer than a row), duplicates, too_short and too_long (documents left out by length), bytes of the shards,
-    encoder, seconds and tokens_per_s of this run, continued (whether it went on), skipped inputs.
+    Returns the figures: output, documents, tokens (padding not counted), rows, padding (share of all tokens),
+    cut_documents (longer than a row), duplicates, too_short and too_long (documents left out by length), bytes of the
+    shards, encoder, seconds and tokens_per_s of this run, continued (whether it went on), skipped inputs.
 
     Raises:
         UserError: a mistake in the arguments or inputs.
@@ -111,7 +111,8 @@ def build(
     seconds = time.perf_counter() - started
     library = team.encoder.name + (f" ({team.encoder.note})" if team.encoder.note else "")
     speed = {"encoder": library, "seconds": seconds, "tokens_per_s": (made.tokens - before) / seconds}
-    return _figures(manifest, made) | speed | {"continued": made.continued, "skipped": manifest.skipped}
+    ends = {"continued": made.continued, "skipped": manifest.skipped}
+    return {"output": str(output)} | _figures(manifest, made) | speed | ends
 
 
 def _figures(manifest: Manifest, made: Assembly) -> dict[str, Any]:

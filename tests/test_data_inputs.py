@@ -242,6 +242,7 @@ def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
         *("data", "build", "--input", folder, "--tokenizer", tokenizer_folder, "--output", tmp_path / "set"),
         *("--row-len", 512, "--doc-separator", "<end>"),
     )
+    assert f"output         {tmp_path / 'set'}\n" in done.stdout
     assert f"documents      {3 * len(KINDS) + 3}" in done.stdout
     assert "broken.jsonl (line 4, line 5, " in done.stdout
     assert "line 13 and 2 more): not valid JSON" in done.stdout

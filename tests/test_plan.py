@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import cli, counting_dataset
 
+from data_tools.build import build
 from fusiontree.cli import main
 from fusiontree.data.plan import documents_at, plan
 from fusiontree.data.sources import Sources
@@ -132,6 +133,18 @@ def test_documents_at_a_step_are_those_of_the_batch(sources: Sources, step: int,
             for n, start, stop, a, b in clipped
             if b > a
         ]
+
+
+def test_rows_without_a_document_are_said_to_be_padding(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / name).write_text("tree gate")
+    build([tmp_path / "in"], tokenizer_folder, tmp_path / "set", row_len=512, holdout=0)
+    words = ["tiny", f"data.path={tmp_path / 'set'}", "data.seq_len=128", "batch.tokens=512", "model.vocab_size=512"]
+    shown = cli("data", "at", *words, "--step", 0).stdout.splitlines()
+    assert len([line for line in shown if line.startswith("batch ")]) == 4
+    assert shown.count("  padding alone") == 3
+    assert len([line for line in shown if line.endswith(" from 0") and not line.startswith("batch")]) == 2
 
 
 def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_path: Path) -> None:
