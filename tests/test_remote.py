@@ -20,6 +20,7 @@ import pytest
 from conftest import cli, counting_dataset
 from fsspec import AbstractFileSystem
 
+from fusiontree.bench import loader
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset
@@ -382,6 +383,18 @@ def test_an_address_without_a_dataset_is_one_line(server: Server, location: str,
     with pytest.raises(UserError, match=words) as caught:
         Dataset(location.format(server=server.address), "train", Cache(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_the_loader_is_measured_at_an_address_too(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in (("REPEATS", 1), ("SECONDS", 0.05), ("MANY_BATCHES", 20)):
+        monkeypatch.setattr(loader, name, value)
+    figures = loader.bench_loader(server.address, 128)
+    assert figures["rows_tokens_per_s"] > 0
+    assert figures["first_batch_at_step_0_seconds"] > 0
+    assert [name for name in figures if "webdataset" in name] == []
 
 
 # --- an object store -------------------------------------------------------------------------------------------------
