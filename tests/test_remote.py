@@ -582,8 +582,14 @@ REFUSED += [("gs", (403, "forbidden")), ("gs", (401, "required"))]
 
 @pytest.mark.parametrize(("protocol", "fault"), REFUSED)
 def test_a_store_that_refuses_stops_the_run_at_once_and_masks_nothing(
-    doors: Doors, books: Callable[[str], str], tmp_path: Path, protocol: str, fault: tuple[int, str]
+    doors: Doors,
+    books: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    fault: tuple[int, str],
 ) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT", 30)  # of a HEAD answered with 400 botocore tries several regions
     address = books(protocol)
     sources = Sources({"": Dataset(address, "train", Cache(tmp_path))})
     doors.faults, doors.shut = [fault], True
