@@ -87,11 +87,10 @@ class Assembly:
         """What became of the records so far."""
         return self.state.report
 
-    def take(self, records: Sequence[Record], encoded: Encoded, position: tuple[int, int]) -> bool:
-        """Take records in; `position` is what comes after them. Returns whether this is a good moment to save."""
+    def take(self, records: Sequence[Record], encoded: Encoded, position: tuple[int, int]) -> None:
+        """Take records in; `position` is what comes after them."""
         new = None if self.seen is None else self.seen.add(encoded.digests).tolist()
         at = documents = 0
-        wrote = False
         for number, (record, length) in enumerate(zip(records, encoded.lengths, strict=True)):
             if not length:
                 self.report.reject(record, encoded.reasons[number])
@@ -101,12 +100,10 @@ class Assembly:
             if new is not None and not new[documents - 1]:
                 self.state.duplicates += 1
             else:
-                wrote |= self._pack(record, tokens)
+                self._pack(record, tokens)
         self.state.position = position
-        return wrote
 
-    def _pack(self, record: Record, tokens: np.ndarray) -> bool:
-        """Whether a window of the packer closed, so that little is held back."""
+    def _pack(self, record: Record, tokens: np.ndarray) -> None:
         if isinstance(self.holdout, frozenset):
             held_out = record.file in self.holdout
         else:
@@ -115,9 +112,7 @@ class Assembly:
         self.report.documents += 1
         self.state.tokens += len(tokens)
         self.state.cut += len(tokens) > self.row_len
-        rows = self.state.packers[split].add(record.id, tokens)
-        self.writers[split].add(rows)
-        return bool(rows) and split == SPLITS[0]
+        self.writers[split].add(self.state.packers[split].add(record.id, tokens))
 
     def save(self) -> None:
         """Make the work so far durable: a build that ends now, however it ends, goes on from here."""

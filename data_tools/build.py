@@ -24,7 +24,8 @@ from fusiontree.data.tokenizer import require_golden
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, resumable_folder, write_atomic
 
-SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from
+SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from, at least
+SAVE_SHARE = 0.05  # of the time that saving them may take
 _CHUNK_BYTES, _CHUNK_RECORDS = 1 << 20, 2048  # given to a worker at a time
 _JOB = "job.json"
 _STATE = (STATE, DIGESTS, _JOB)
@@ -67,9 +68,9 @@ def build(
         eos: the end-of-document token, see `load_tokenizer`.
         encoder: the library that encodes, see `Encoder`.
 
-    Returns the figures: documents, tokens (padding not counted), rows, padding (share of all tokens), cut_documents
-    (longer than a row), duplicates, too_short and too_long (documents left out by length), bytes of the shards,
-    encoder, seconds and tokens_per_s of this run, continued (whether it went on), skipped inputs.
+    Returns the figures: output, documents, tokens (padding not counted), rows, padding (share of all tokens),
+    cut_documents (longer than a row), duplicates, too_short and too_long (documents left out by length), bytes of the
+    shards, encoder, seconds and tokens_per_s of this run, continued (whether it went on), skipped inputs.
 
     Raises:
         UserError: a mistake in the arguments or inputs.
@@ -99,7 +100,7 @@ def build(
             _assemble(made, files, reading, team)
         except KeyboardInterrupt:
             if (folder / STATE).exists():
-                console.print("the same command goes on from the shards that are finished")
+                console.print("the same command goes on from what is saved")
             raise
         if not made.report.documents:
             raise UserError(f"no documents in {', '.join(map(str, inputs))} ({made.report.why_nothing()})")
@@ -110,7 +111,8 @@ def build(
     seconds = time.perf_counter() - started
     library = team.encoder.name + (f" ({team.encoder.note})" if team.encoder.note else "")
     speed = {"encoder": library, "seconds": seconds, "tokens_per_s": (made.tokens - before) / seconds}
-    return _figures(manifest, made) | speed | {"continued": made.continued, "skipped": manifest.skipped}
+    ends = {"continued": made.continued, "skipped": manifest.skipped}
+    return {"output": str(output)} | _figures(manifest, made) | speed | ends
 
 
 def _figures(manifest: Manifest, made: Assembly) -> dict[str, Any]:
@@ -190,15 +192,17 @@ def _assemble(made: Assembly, files: Sequence[TextFile], reading: Reading, team:
     first, done = made.position
     examined = team.in_order(team.examine, files[first:])
     chunks = _chunks(examined, reading, first, done, sum(file.size for file in files[:first]))
-    saved, started, before = time.monotonic(), time.monotonic(), made.tokens
+    started, before = time.monotonic(), made.tokens
+    due = started + SAVE_SECONDS
     with progress_bar(of_bytes=True) as bar:
         task = bar.add_task("build", total=sum(file.size for file in files), note="")
         for chunk, encoded in team.in_order(lambda chunk: team.encode(chunk.records), chunks):
-            windows_closed = made.take(chunk.records, encoded, chunk.position)
+            made.take(chunk.records, encoded, chunk.position)
             now = time.monotonic()
-            if windows_closed and now - saved >= SAVE_SECONDS:
+            if now >= due:
                 made.save()
-                saved = now
+                saved = time.monotonic()
+                due = saved + max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
             speed = (made.tokens - before) / max(now - started, 1e-9)
             bar.update(task, completed=chunk.read, note=f"{speed / 1e6:.2f} Mtok/s")
 

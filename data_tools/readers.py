@@ -4,11 +4,13 @@ A plain file is damaged a document at a time, so one that is broken costs only i
 parquet file that is damaged nothing can be trusted: it is read to its end first, and left out whole.
 """
 
+import bz2
 import contextlib
 import gzip
 import importlib.util
 import itertools
 import json
+import lzma
 import sys
 import tarfile
 import zlib
@@ -28,7 +30,16 @@ else:
 
 TOO_SHORT, TOO_LONG = "shorter than --min-chars", "longer than --max-chars"
 _PIECE = 1 << 20  # bytes read at a time
-_DAMAGED = (EOFError, OSError, zlib.error, zstd.ZstdError, tarfile.TarError, ValueError, NotImplementedError)
+_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": gzip.open,
+    "zst": zstd.open,
+    "xz": lzma.open,
+    "bz2": bz2.open,
+}
+_DAMAGED = (
+    *(EOFError, OSError, ValueError, NotImplementedError),
+    *(zlib.error, zstd.ZstdError, lzma.LZMAError, tarfile.TarError),
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ def text_of(record: Record, reading: Reading) -> str:
     except UnicodeDecodeError as error:
         line = record.content.count(b"\n", 0, error.start) + 1
         raise Rejected("not UTF-8" if record.place else f"not UTF-8 (line {line}, byte {error.start})") from None
+    text = text.removeprefix("\ufeff")  # the byte order mark of some editors, which is no part of the text
     if record.is_json:
         text = _json_text(text, reading.text_key)
     if not text:
@@ -176,11 +188,8 @@ def _json_text(line: str, key: str) -> str:
 def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Any]]:
     """The file as it lies on the disk, whose position is the progress, and the stream of what it holds."""
     with open(file.path, "rb", buffering=_PIECE) as raw:
-        if file.compression == "gz":
-            with gzip.open(raw) as stream:
-                yield raw, stream
-        elif file.compression == "zst":
-            with zstd.open(raw) as stream:
+        if file.compression:
+            with _DECOMPRESS[file.compression](raw) as stream:
                 yield raw, stream
         else:
             yield raw, raw
@@ -242,7 +251,8 @@ def _examine_parquet(file: TextFile, reading: Reading) -> None:
         if reading.text_key not in names:
             raise ValueError(f"no column {reading.text_key!r} (its columns: {', '.join(names[:6])})")
         kind = table.schema_arrow.field(reading.text_key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
             raise ValueError(f"column {reading.text_key!r} is no text but {kind}")
     for _ in _parquet_column(file, reading.text_key):
         pass

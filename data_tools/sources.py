@@ -14,7 +14,8 @@ from fusiontree.errors import UserError
 Kind = Literal["text", "jsonl", "parquet", "tar"]
 
 _NEVER_ENTERED = {"__pycache__", "site-packages", "dist-packages"}
-_COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz", ".bz2": "bz2"}
+_TARS = {".tgz": "gz", ".txz": "xz", ".tbz2": "bz2"}
 _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "tar"}
 
 
@@ -25,7 +26,7 @@ class TextFile:
     name: str  # path relative to the input that led to it, or as given where others share that; forward slashes
     path: Path
     kind: Kind
-    compression: str  # "gz", "zst" or ""
+    compression: str  # "gz", "zst", "xz", "bz2" or ""
     size: int  # bytes
     mtime_ns: int
 
@@ -138,8 +139,8 @@ def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool
 def _kind(name: str) -> tuple[Kind, str]:
     """What a file's name says of its content: `.json` alone is a text, compressed it is a dump of JSON lines."""
     stem, ending = os.path.splitext(name.lower())
-    if ending == ".tgz":
-        return "tar", "gz"
+    if ending in _TARS:
+        return "tar", _TARS[ending]
     compression = _COMPRESSIONS.get(ending, "")
     if compression:
         ending = os.path.splitext(stem)[1]

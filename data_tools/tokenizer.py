@@ -34,8 +34,8 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Train byte-level BPE on all documents and write a folder that Hugging Face's AutoTokenizer loads.
 
-    Returns the figures: documents, bytes of text, vocab_size reached (a small corpus may not fill it), fingerprint,
-    seconds, skipped inputs. The same documents give the same files.
+    Returns the figures: output, documents, bytes of text, vocab_size reached (a small corpus may not fill it),
+    fingerprint, seconds, skipped inputs. The same documents give the same files.
 
     Raises:
         UserError: nothing to train on, `vocab_size` below 258, or `output` holds something and not `overwrite`.
@@ -85,6 +85,7 @@ def train_tokenizer(
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _, info = load_tokenizer(folder)
     return {
+        "output": str(output),
         "documents": report.documents,
         "bytes": size,
         "vocab_size": info.vocab_size,

@@ -17,6 +17,7 @@ RATES = [
     *("rows_tokens_per_s", "batches_tokens_per_s"),
     *("webdataset_rows_tokens_per_s", "webdataset_batches_tokens_per_s"),
 ]
+FIRST = ["first_batch_at_step_0_seconds", "first_batch_at_step_1000000000_seconds"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +29,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_figure_is_there(shards: Path) -> None:
     figures = json.loads(json.dumps(bench_loader(shards, seq_len=128, rows=2)))
-    assert all(figures[name] > 0 for name in RATES)
+    assert all(figures[name] > 0 for name in (*RATES, *FIRST))
     assert 0 < figures["next_floor"] < 1
     assert 0 < figures["next_share"] < 1
     assert 0 <= figures["waiting_share"] < 1
     assert set(figures["memory_bytes"]) == {"after_5_batches", "after_50_batches"}
     assert (figures["seq_len"], figures["rows_per_batch"], figures["workers"]) == (128, 2, 2)
+
+
+def test_the_first_batch_is_that_of_the_step_and_opening_the_data_counts(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seek, opened = [], TrainStream.seek, Dataset.__init__
+    monkeypatch.setattr(TrainStream, "seek", lambda stream, rows: (made.append(rows), seek(stream, rows)))
+    monkeypatch.setattr(Dataset, "__init__", lambda *arguments: (time.sleep(0.05), opened(*arguments))[1])
+    assert loader._first_batch(shards, 128, 2, 7) > 0.05
+    assert made == [14]
 
 
 def test_tokens_are_counted_against_the_work_they_took(monkeypatch: pytest.MonkeyPatch) -> None:

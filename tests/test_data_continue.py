@@ -24,6 +24,7 @@ ARGUMENTS = {"row_len": 256, "holdout": 0.1, "dedup": True, "encoder": "tokenize
 SMALL = {  # so that a small corpus has many chunks, windows and shards
     "data_tools.build._CHUNK_RECORDS": 16,
     "data_tools.build.SAVE_SECONDS": 0.0,
+    "data_tools.build.SAVE_SHARE": 1.0,
     "data_tools.assembly.WINDOW_DOCUMENTS": 90,
     "data_tools.assembly.SHARD_ROWS": 40,
 }
@@ -124,6 +125,11 @@ def test_a_build_killed_again_and_again_ends_as_if_it_had_not_been(
 @pytest.fixture
 def interrupted(many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a build that ended in the middle."""
+    interrupt(many, tokenizer_folder, tmp_path / "set", monkeypatch)
+    return tmp_path / ".set.partial"
+
+
+def interrupt(many: Path, tokenizer_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_tools.assembly import Assembly
 
     taken = []
@@ -138,8 +144,20 @@ def interrupted(many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(Assembly, "take", take)
         with pytest.raises(KeyboardInterrupt):
-            build([many], tokenizer_folder, tmp_path / "set", **ARGUMENTS)
-    return tmp_path / ".set.partial"
+            build([many], tokenizer_folder, output, **ARGUMENTS)
+
+
+def test_a_build_goes_on_inside_a_window_of_packing(
+    many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.assembly.WINDOW_DOCUMENTS", 10_000)  # which holds them all
+    build([many], tokenizer_folder, tmp_path / "whole", **ARGUMENTS)
+    interrupt(many, tokenizer_folder, tmp_path / "set", monkeypatch)
+    assert list((tmp_path / ".set.partial/train").iterdir()) == []
+    figures = build([many], tokenizer_folder, tmp_path / "set", **ARGUMENTS)
+    assert figures["continued"]
+    assert figures["seconds"] * figures["tokens_per_s"] < 0.6 * figures["tokens"]  # of which 60 chunks were kept
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_the_same_arguments_go_on(interrupted: Path, whole: Path, many: Path, tokenizer_folder: Path) -> None:

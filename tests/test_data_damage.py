@@ -16,7 +16,7 @@ from data_tools.verify import verify
 from fusiontree.data.format import Dataset, Manifest, read_index
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.tokenizer import open_tokenizer
-from fusiontree.errors import UserError
+from fusiontree.errors import RunError, UserError
 
 ROW, ROWS, SHARD_ROWS = 64, 200, 96  # shards of 96, 96 and 8 rows; samples of 32, so three in the first
 CHANGED = "sha256 differs from the manifest's: it was changed since it was written"
@@ -165,6 +165,27 @@ def test_verify_finds_and_names(folder: Path, kind: str) -> None:
 def test_verify_exits_with_1_and_names_on_one_line_each(folder: Path) -> None:
     flip_token(folder)
     assert "train/000001.tar: row 33: checksum differs" in cli("data", "verify", folder, code=1).stdout
+
+
+@pytest.mark.parametrize("damage", [zero_header, garble_header])
+def test_documents_of_a_damaged_sample_are_refused_by_name(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder)
+    dataset = Dataset(folder)
+    for row in (32, 63):
+        with pytest.raises(RunError, match=rf"000000\.tar: the sample of row {row} is damaged \(") as caught:
+            dataset.spans(row)
+        assert "\n" not in str(caught.value)
+    assert [dataset.spans(row)[0].id for row in (31, 64)] == ["a31", "a64"]
+
+
+def test_documents_of_other_rows_are_never_told(folder: Path) -> None:
+    path = folder / "train/000000.tar"
+    content = path.read_bytes()
+    crcs = [str(crc).encode() for crc in read_index(path)["crc"][:2]]
+    path.write_bytes(content.replace(crcs[0], b"9" * len(crcs[0])))
+    with pytest.raises(RunError, match="the sample of row 0 is damaged"):
+        Dataset(folder).spans(0)
+    assert Dataset(folder).spans(1)[0].id == "a1"
 
 
 # --- reindex ---------------------------------------------------------------------------------------------------------

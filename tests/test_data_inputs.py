@@ -1,8 +1,11 @@
 """Every kind of input gives its documents; what is broken in one is named, left out whole, and stops nothing."""
 
+import bz2
+import codecs
 import gzip
 import io
 import json
+import lzma
 import os
 import sys
 import tarfile
@@ -17,7 +20,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from conftest import cli
+from conftest import cli, metrics, settings
 
 from data_tools.build import build
 from data_tools.readers import Reading, Rejected, examine, records, text_of
@@ -46,6 +49,10 @@ def write_kind(path: Path) -> None:
             path.write_bytes(LINES)
         case "jsonl.gz" | "json.gz":
             path.write_bytes(gzip.compress(LINES))
+        case "jsonl.xz":
+            path.write_bytes(lzma.compress(LINES[:90]) + lzma.compress(LINES[90:]))
+        case "jsonl.bz2":
+            path.write_bytes(bz2.compress(LINES[:90]) + bz2.compress(LINES[90:]))
         case "jsonl.zst":
             options = {zstd.CompressionParameter.checksum_flag: 1}  # as the command does
             path.write_bytes(b"".join(zstd.compress(part, options=options) for part in (LINES[:90], LINES[90:])))
@@ -55,16 +62,20 @@ def write_kind(path: Path) -> None:
         case "tar":
             pictures = {f"a/{i}.jpg": b"\xff" * 600 for i in range(3)}
             write_tar(path, dict(sorted((numbered | pictures).items())))
-        case "tar.gz" | "tgz":
+        case "tar.gz" | "tgz" | "tar.xz" | "tar.bz2":
             lines = [json.dumps({"text": text}).encode() for text in TEXTS]
-            write_tar(path, {f"{i}.json": line for i, line in enumerate(lines)}, "w:gz")
+            mode = f"w:{path.suffix[1:].replace('tgz', 'gz')}"
+            write_tar(path, {f"{i}.json": line for i, line in enumerate(lines)}, mode)
         case "txt":
             path.write_bytes(plain)
         case "txt.gz":
             path.write_bytes(gzip.compress(plain))
+        case "txt.xz":
+            path.write_bytes(lzma.compress(plain))
 
 
-KINDS = ["jsonl", "ndjson", "jsonl.gz", "json.gz", "jsonl.zst", "parquet", "tar", "tar.gz", "tgz", "txt", "txt.gz"]
+KINDS = ["jsonl", "ndjson", "jsonl.gz", "json.gz", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "parquet"]
+KINDS += ["tar", "tar.gz", "tgz", "tar.xz", "tar.bz2", "txt", "txt.gz", "txt.xz"]
 
 
 def read(path: Path, reading: Reading | None = None) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
@@ -92,6 +103,25 @@ def test_a_file_of_every_kind_gives_its_documents_in_order(tmp_path: Path, kind:
 def test_json_alone_is_a_text(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text('{"name": 1}')
     assert read(tmp_path, Reading())[0] == {"package.json": '{"name": 1}'}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + LINES + codecs.BOM_UTF8 + LINES)  # two files in one
+    (tmp_path / "b.txt").write_bytes(codecs.BOM_UTF8 + b"one<end>two")
+    (tmp_path / "c.md").write_bytes(codecs.BOM_UTF8)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "\ufeffkept, being written out"}))
+    texts, rejected = read(tmp_path)
+    assert [*texts.values()] == [*TEXTS, *TEXTS, "one", "two", "\ufeffkept, being written out"]
+    assert rejected == [("c.md", "document 1, line 1", "empty")]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_a_column_of_words_in_a_dictionary_is_text(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    column = pyarrow.array([*TEXTS, None, TEXTS[0]], kind).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+    texts, rejected = read(tmp_path)
+    assert [*texts.values()] == [*TEXTS, TEXTS[0]]
+    assert rejected == [("in.parquet", "row 3", "null")]
 
 
 def test_patterns_and_folders_keep_the_order_given(tmp_path: Path) -> None:
@@ -129,7 +159,9 @@ def test_a_bad_line_costs_only_itself(tmp_path: Path, line: bytes, reason: str) 
     assert rejected == [("in.jsonl", "line 5", reason)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "tar", "tar.gz", "txt.gz"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl.gz", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "parquet", "tar", "tar.gz", "tar.xz", "txt.gz"]
+)
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_container_never_half_enters(tmp_path: Path, kind: str, damage: str) -> None:
     path = tmp_path / f"in.{kind}"
@@ -197,7 +229,9 @@ def test_lengths_that_leave_nothing_are_refused(lengths: dict) -> None:
         Reading(**lengths)
 
 
-def test_a_folder_of_everything_with_two_broken_files(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for kind in KINDS:
@@ -208,7 +242,8 @@ def test_a_folder_of_everything_with_two_broken_files(tmp_path: Path, tokenizer_
         *("data", "build", "--input", folder, "--tokenizer", tokenizer_folder, "--output", tmp_path / "set"),
         *("--row-len", 512, "--doc-separator", "<end>"),
     )
-    assert "documents      36" in done.stdout
+    assert f"output         {tmp_path / 'set'}\n" in done.stdout
+    assert f"documents      {3 * len(KINDS) + 3}" in done.stdout
     assert "broken.jsonl (line 4, line 5, " in done.stdout
     assert "line 13 and 2 more): not valid JSON" in done.stdout
     assert "broken.jsonl.gz: broken gz: " in done.stdout
@@ -220,6 +255,16 @@ def test_a_folder_of_everything_with_two_broken_files(tmp_path: Path, tokenizer_
         "count": 12,
         "places": [f"line {number}" for number in range(4, 14)],
     }
+    datasets = [Dataset(tmp_path / "set", split) for split in ("train", "validation")]
+    names = {span.id for dataset in datasets for row in range(dataset.num_rows) for span in dataset.spans(row)}
+    assert len(names) == 3 * len(KINDS) + 3
+    assert {name for name in names if name.startswith("broken")} == {f"broken.jsonl:{line}" for line in (1, 2, 3)}
+    run = {"name": "run", "schedule__steps": 3, "validation__every": 3, "checkpoint__every": 3}
+    cli("train", "tiny", *settings(tmp_path / "set", tmp_path, **run))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if 0 < line.get("loss", 0) < 10] == [1, 2, 3]
+    assert [line["step"] for line in lines if 0 < line.get("val_loss", 0) < 10] == [0, 3]
+    assert json.loads((tmp_path / "run/checkpoints/step-3/state.json").read_text())["bad_rows"] == []
 
 
 def test_the_pieces_of_a_long_document_say_that_it_continues(tmp_path: Path, tokenizer_folder: Path) -> None:

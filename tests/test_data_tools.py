@@ -171,6 +171,7 @@ def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
 
 def test_training_repeats_to_the_byte(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
     figures = train_tokenizer([inputs], 600, tmp_path / "again")
+    assert figures["output"] == str(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tokenizer)
     assert figures["vocab_size"] == 600
     assert figures["fingerprint"] == load_tokenizer(tokenizer)[1].fingerprint

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import cli, counting_dataset
 
+from data_tools.build import build
 from fusiontree.cli import main
 from fusiontree.data.plan import documents_at, plan
 from fusiontree.data.sources import Sources
@@ -54,7 +55,13 @@ def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
     stages = plan(TrainStream(sources, RECIPE, 1), 40)["stages_from_step"]
     shape = [(first, stage["steps"], stage["seq_len"], stage["rows_per_step"]) for first, stage in stages.items()]
     assert shape == [("0", 5, 8, 32), ("5", 5, 32, 8), ("10", 30, 32, 8)]
-    assert [stage["epochs"]["code"] for stage in stages.values()] == pytest.approx([1, 1, 4])
+    code = [stage["sources"]["code"] for stage in stages.values()]
+    assert [source["epochs"] for source in code] == pytest.approx([1, 1, 4])
+    assert [source["tokens"] for source in code] == [10 * ROW, 10 * ROW, 40 * ROW]
+    for stage in stages.values():
+        assert (
+            sum(source["tokens"] for source in stage["sources"].values()) == stage["tokens"] == stage["steps"] * 8 * ROW
+        )
     assert plan(TrainStream(sources, RECIPE, 1), 3)["stages_from_step"].keys() == {"0"}
 
 
@@ -100,6 +107,7 @@ def test_padding_is_that_of_the_sources(shards: Path, capsys: pytest.CaptureFixt
     assert figures["padding"] == pytest.approx(1 - totals["tokens"] / (totals["rows"] * 512))
     (source,) = figures["sources"].values()
     assert (source["tokens"], source["share"]) == (20 * 1024, 1)
+    assert [stage["padding"] for stage in figures["stages_from_step"].values()] == pytest.approx([figures["padding"]])
 
 
 @pytest.mark.parametrize("step", [0, 4, 5, 21])
@@ -127,6 +135,18 @@ def test_documents_at_a_step_are_those_of_the_batch(sources: Sources, step: int,
         ]
 
 
+def test_rows_without_a_document_are_said_to_be_padding(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / name).write_text("tree gate")
+    build([tmp_path / "in"], tokenizer_folder, tmp_path / "set", row_len=512, holdout=0)
+    words = ["tiny", f"data.path={tmp_path / 'set'}", "data.seq_len=128", "batch.tokens=512", "model.vocab_size=512"]
+    shown = cli("data", "at", *words, "--step", 0).stdout.splitlines()
+    assert len([line for line in shown if line.startswith("batch ")]) == 4
+    assert shown.count("  padding alone") == 3
+    assert len([line for line in shown if line.endswith(" from 0") and not line.startswith("batch")]) == 2
+
+
 def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin"
     shutil.copytree(shards, twin)
@@ -134,6 +154,8 @@ def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_p
     words += [f"data.sources.b.path={twin}", "schedule.steps=20", "data.curriculum={0: 64, 8: 128}"]
     shown = cli("data", "plan", *words).stdout
     assert "stages from step" in shown
+    stage = shown[shown.index("stages from step") :]
+    assert [line.split()[0] for line in stage.splitlines()].count("tokens") == 2 * (1 + 2)  # of a stage, and by source
     assert "used up at step" in shown
     shown = cli("data", "at", *words, "--step", 3, "--rank", 1, "--world-size", 2).stdout.splitlines()
     assert sum(line.startswith("batch ") for line in shown) == 8

@@ -1,5 +1,6 @@
 """A dataset at an address gives the same rows as on disk, through every fault of the way, fetched once per node."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -7,19 +8,23 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
-from conftest import cli
+from conftest import cli, counting_dataset
 from fsspec import AbstractFileSystem
 
+from fusiontree.bench import loader
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset
-from fusiontree.data.remote import Cache, UnreachableError
+from fusiontree.data.remote import Cache, RefusedError, UnreachableError
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
 from fusiontree.errors import UserError
@@ -43,10 +48,11 @@ class Server(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def lasting(self) -> str | None:
+        return self.faults[0].removeprefix("always ") if self.faults and self.faults[0].startswith("always ") else None
+
     def fault(self) -> str | None:
-        if self.faults and self.faults[0].startswith("always "):
-            return self.faults[0].removeprefix("always ")
-        return self.faults.pop(0) if self.faults else None
+        return self.lasting() or (self.faults.pop(0) if self.faults else None)
 
     def handle_error(self, *_: object) -> None:
         """A client that goes away is what some tests are about."""
@@ -58,18 +64,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        if not self.failed(self.server.lasting()):
+            self.answer(body=False)
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Range")))
         fault = self.server.fault()
-        if fault in ("500", "429"):
-            self.send_error(int(fault))
-            return
+        if not self.failed(fault):
+            self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
+
+    def failed(self, fault: str | None) -> bool:
         if fault == "stall":
             time.sleep(1.0)
-            return
-        self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
+        elif fault and fault.isdecimal():
+            self.send_error(int(fault))
+        return fault is not None and (fault == "stall" or fault.isdecimal())
 
     def answer(self, body: bool, cut: bool = False, ranges: bool = True) -> None:
         path = self.server.folder / self.path.lstrip("/")
@@ -136,7 +145,7 @@ def test_a_fault_is_tried_again(server: Server, shards: Path, tmp_path: Path, fa
     assert Counter(rows_asked(server)).most_common()[0][1] == 3
 
 
-@pytest.mark.parametrize("fault", ["500", "stall", "drop"])
+@pytest.mark.parametrize("fault", ["500", "429", "stall", "drop"])
 def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -150,22 +159,58 @@ def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothin
         next(stream)
     stream.close()
     assert "\n" not in str(caught.value)
-    assert Counter(rows_asked(server)).most_common()[0][1] == 3
+    assert Counter(asked for asked in rows_asked(server) if asked[1]).most_common()[0][1] == 3
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_an_address_that_refuses_stops_the_run_in_one_line_and_masks_nothing(
+    server: Server, tmp_path: Path, status: str
+) -> None:
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
+    server.asked.clear()
+    server.faults = [f"always {status}"]
+    stream = TrainStream(sources, one_source(0, 512, 512), 1)
+    with pytest.raises(
+        RefusedError, match=rf"http.*\.tar may not be read \(.*{status}.*\); check .* credentials"
+    ) as caught:
+        next(stream)
+    assert "\n" not in str(caught.value)
+    assert len(server.asked) == 1  # nobody but the user can change it
+    with pytest.raises(RefusedError, match="manifest.json may not be read"):
+        Dataset(server.address, "train", Cache(tmp_path / "empty"))
+
+
+def test_a_start_finds_the_address_busy_and_not_files_missing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    server.faults = ["always 429"]
+    with pytest.raises(UnreachableError, match="manifest.json does not answer after 2 attempts .*429"):
+        Dataset(server.address, "train", Cache(tmp_path))
 
 
 def test_a_whole_file_goes_on_where_it_was_cut(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PIECE", 10_000)
-    dataset = Dataset(server.address, "train", Cache(tmp_path))
+    store = Dataset(server.address, "train", Cache(tmp_path)).shards[0].store
     server.asked.clear()
     server.faults = ["ok", "ok", "drop"]
-    assert dataset.spans(0) == Dataset(shards).spans(0)
+    store.files(["train/000000.tar"])
     asked = Counter(span for _, span in server.asked)
     assert asked["bytes=20000-29999"] == 2
     assert {count for span, count in asked.items() if span != "bytes=20000-29999"} == {1}
-    whole = dataset.folder / dataset.shards[0].info.name
-    assert whole.read_bytes() == (shards / dataset.shards[0].info.name).read_bytes()
+    assert (store.folder / "train/000000.tar").read_bytes() == (shards / "train/000000.tar").read_bytes()
+
+
+def test_documents_are_told_of_shards_larger_than_the_cache(server: Server, shards: Path, tmp_path: Path) -> None:
+    dataset = Dataset(server.address, "train", Cache(tmp_path, limit=1000))
+    server.asked.clear()
+    assert [dataset.spans(row) for row in (0, 3)] == [Dataset(shards).spans(row) for row in (0, 3)]
+    asked = [[int(at) for at in (span or "").removeprefix("bytes=").split("-")] for _, span in rows_asked(server)]
+    tokens = int(dataset.shards[0].index["tokens"][0])
+    assert [last < tokens for _, last in asked] == [True, True]  # the tokens of the sample are left where they are
+    assert list(tmp_path.glob("*/*/*.tar")) == []
 
 
 READER = """
@@ -214,13 +259,9 @@ def test_a_killed_process_leaves_nothing_that_is_read_and_no_lock(server: Server
     process.communicate()
     server.faults = []
     dataset = Dataset(server.address, "train", Cache(tmp_path))
-    half = dataset.folder / f"{dataset.shards[0].info.name}.rows" / ".partial-x"
-    half.parent.mkdir(parents=True, exist_ok=True)
-    half.write_bytes(b"half")
-    os.utime(half, (0, 0))
+    (tmp_path / "partial").write_bytes(b"half of a row, or of an index")
     assert same_rows(dataset, Dataset(shards))
-    dataset.shards[0].store._evict()
-    assert not half.exists()
+    assert not (tmp_path / "partial").exists()
 
 
 def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(
@@ -233,13 +274,53 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(
         dataset.row(0)
         dataset.row(row)
         kept = [path.stat().st_size for path in tmp_path.glob("*/*/*.rows/*")]
-        assert sum(kept) <= 11 * size
+        assert sum(kept) <= 10 * size
     names = {int(path.name) for path in tmp_path.glob("*/*/*.rows/*")}
     first = dataset.shards[0]._ranges(0)[0][0]
     assert sum(span.startswith(f"bytes={first}-") for _, span in rows_asked(server)) == 1  # row 0 was always in use
     assert 0 in names
     assert names >= {*rows[-5:]}
     assert 1 not in names
+
+
+def test_all_processes_together_keep_to_the_limit(server: Server, tokenizer_folder: Path, tmp_path: Path) -> None:
+    server.folder = tmp_path
+    counting_dataset(tmp_path / "set", 300, 2)
+    shutil.copytree(tokenizer_folder, tmp_path / "set/tokenizer")
+    cache = Cache(tmp_path / "c", limit=100 * (2 * 32 + 4 * 2))  # bytes of a hundred rows
+    one, *others = [Dataset(f"{server.address}/set", "train", cache) for _ in range(9)]
+    for row in range(100):
+        one.row(row)
+    assert len([*tmp_path.glob("c/*/*/*.rows/*")]) == 100
+    for number, other in enumerate(others):
+        for row in range(3):  # so few that none of them would pass the limit by itself
+            other.row(100 + 3 * number + row)
+            assert len([*tmp_path.glob("c/*/*/*.rows/*")]) <= 100
+    shutil.rmtree(next(tmp_path.glob("c/*/train")))
+    for row in range(200):  # somebody has made room, or lost the count
+        one.row(row)
+        assert len([*tmp_path.glob("c/*/*/*.rows/*")]) <= 100
+        if row == 150:
+            (tmp_path / "c/size").unlink()
+
+
+def test_a_cache_that_takes_nothing_in_stops_the_run_in_one_line_and_masks_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(remote.os, "replace", full)
+    with pytest.raises(UnreachableError, match=f"data.cache: {tmp_path} cannot be written .No space left on device.; "):
+        sources.read(0, 1)
+    monkeypatch.undo()
+    assert sources.read(0, 1)[2] is None
+    shutil.rmtree(tmp_path / "locks")
+    (tmp_path / "locks").touch()
+    with pytest.raises(UnreachableError, match=r"cannot be written \(File exists\)"):
+        sources.read(0, 2)
 
 
 def test_a_row_that_was_damaged_in_the_cache_is_fetched_again(server: Server, shards: Path, tmp_path: Path) -> None:
@@ -302,6 +383,18 @@ def test_an_address_without_a_dataset_is_one_line(server: Server, location: str,
     with pytest.raises(UserError, match=words) as caught:
         Dataset(location.format(server=server.address), "train", Cache(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_the_loader_is_measured_at_an_address_too(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in (("REPEATS", 1), ("SECONDS", 0.05), ("MANY_BATCHES", 20)):
+        monkeypatch.setattr(loader, name, value)
+    figures = loader.bench_loader(server.address, 128)
+    assert figures["rows_tokens_per_s"] > 0
+    assert figures["first_batch_at_step_0_seconds"] > 0
+    assert [name for name in figures if "webdataset" in name] == []
 
 
 # --- an object store -------------------------------------------------------------------------------------------------
@@ -383,24 +476,142 @@ def test_a_shard_cut_in_an_object_store_is_masked_and_named(
         assert str(sources.read(0, row)[2]) == f"{shard.where}: row {row} cannot be read (cut short at byte {size})"
 
 
-def test_a_busy_object_store_is_asked_again(
-    gs_bucket: AbstractFileSystem, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gcp_storage_emulator.server import Router
+@dataclass
+class Doors:
+    """What stands before the stores: its faults are HTTP status and code of the answers to the next requests.
 
-    gs_bucket.put(str(shards) + "/", "bucket/books/", recursive=True)
-    dataset = Dataset("gs://bucket/books", "train", Cache(tmp_path))
+    Status 0 is silence; if it is `shut`, the last fault lasts.
+    """
+
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    shut: bool = False
+    asked: int = 0  # requests that met a fault
+
+    def fault(self) -> tuple[int, str] | None:
+        if not self.faults:
+            return None
+        self.asked += 1
+        fault = self.faults[0] if self.shut and len(self.faults) == 1 else self.faults.pop(0)
+        if fault[0] == 0:
+            threading.Event().wait(1.2)
+        return fault
+
+
+@pytest.fixture
+def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
+    """Between both stores and who asks them; there before the stores, whose clients must not ask again themselves."""
+    app = pytest.importorskip("moto.moto_server.werkzeug_app").DomainDispatcherApplication
+    router = pytest.importorskip("gcp_storage_emulator.server").Router
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(remote, "TIMEOUT", 0.9)  # before gcsfs, which waits a second or more, asks again itself
-    faults, handle = [503, 429], Router.handle
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's
+    doors, answer, handle = Doors(), app.__call__, router.handle
 
-    def busy(router: Router, method: str) -> None:
-        if faults:
-            router._request_handler.send_error(faults.pop())
+    def s3(self: Any, environ: Any, start_response: Any) -> Any:
+        if (fault := doors.fault()) is None:
+            return answer(self, environ, start_response)
+        start_response(f"{fault[0] or 500} no", [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{fault[1]}</Code><Message>no: {fault[1]}</Message></Error>".encode()]
+
+    def gs(self: Any, method: str) -> None:
+        if (fault := doors.fault()) is None:
+            handle(self, method)
         else:
-            handle(router, method)
+            self._request_handler.send_error(fault[0] or 500, fault[1])
 
-    monkeypatch.setattr(Router, "handle", busy)
+    monkeypatch.setattr(app, "__call__", s3)
+    monkeypatch.setattr(router, "handle", gs)
+    return doors
+
+
+@pytest.fixture
+def books(shards: Path, request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Puts `shards` into a store; returns the address."""
+
+    def put(protocol: str) -> str:
+        files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
+        files.put(str(shards) + "/", "bucket/books/", recursive=True)
+        return f"{protocol}://bucket/books"
+
+    return put
+
+
+BUSY = {
+    "s3": [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests"), (0, "")],
+    "gs": [(500, "backendError"), (503, "backendError"), (429, "rateLimitExceeded"), (0, "")],
+}
+EVERY_BUSY = [(protocol, fault) for protocol, faults in BUSY.items() for fault in faults]
+
+
+@pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
+def test_a_store_that_is_busy_for_a_while_is_asked_again(
+    doors: Doors, books: Callable[[str], str], shards: Path, tmp_path: Path, protocol: str, fault: tuple[int, str]
+) -> None:
+    dataset = Dataset(books(protocol), "train", Cache(tmp_path))
+    doors.faults = [fault] * (6 if fault[1] == "SlowDown" else 2)  # s3fs asks again itself of this one, for a while
     for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
         assert np.array_equal(one, other)
-    assert not faults
+    assert not doors.faults
+
+
+@pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
+def test_a_store_that_stays_busy_is_given_up_and_masks_nothing(
+    doors: Doors,
+    books: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    fault: tuple[int, str],
+) -> None:
+    sources = Sources({"": Dataset(books(protocol), "train", Cache(tmp_path))})
+    delays: list[float] = []
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    monkeypatch.setattr(remote.time, "sleep", delays.append)
+    doors.faults, doors.shut = [fault], True
+    with pytest.raises(
+        UnreachableError, match=rf"{protocol}://.*\.tar does not answer after 3 attempts \(.*\)"
+    ) as caught:
+        sources.read(0, 2)
+    assert "\n" not in str(caught.value)
+    assert [0.5 <= delay / (0.01 * 2**number) <= 1 for number, delay in enumerate(delays)] == [True, True]
+
+
+REFUSED = [("s3", (403, "AccessDenied")), ("s3", (400, "ExpiredToken")), ("s3", (403, "InvalidAccessKeyId"))]
+REFUSED += [("gs", (403, "forbidden")), ("gs", (401, "required"))]
+
+
+@pytest.mark.parametrize(("protocol", "fault"), REFUSED)
+def test_a_store_that_refuses_stops_the_run_at_once_and_masks_nothing(
+    doors: Doors,
+    books: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    fault: tuple[int, str],
+) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT", 30)  # of a HEAD answered with 400 botocore tries several regions
+    address = books(protocol)
+    sources = Sources({"": Dataset(address, "train", Cache(tmp_path))})
+    doors.faults, doors.shut = [fault], True
+    with pytest.raises(
+        RefusedError, match=rf"{address}/.*\.tar may not be read \(.*\); check .* credentials"
+    ) as caught:
+        sources.read(0, 2)
+    assert "\n" not in str(caught.value)
+    assert doors.asked == 1
+    with pytest.raises(RefusedError, match=r"manifest\.json may not be read"):
+        Dataset(address, "train", Cache(tmp_path / "empty"))
+
+
+def test_missing_credentials_are_told_at_once(
+    doors: Doors, books: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = books("s3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("nothing is waited for"))
+    with pytest.raises(RefusedError, match=r"manifest\.json may not be read \(NoCredentialsError: .*credentials"):
+        Dataset(address, "train", Cache(tmp_path / "cache"))

@@ -13,6 +13,7 @@ import numpy as np
 from fusiontree.console import progress_bar
 from fusiontree.data.batch import Batch, collate, cut_ends
 from fusiontree.data.format import Dataset
+from fusiontree.data.remote import is_address
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
 
@@ -21,6 +22,7 @@ SECONDS = 1.0  # of each repeat, about
 CONSUMER = 5_000_000  # tokens/s, more than a GPU trains a billion parameters on
 WORKERS = 2
 MANY_BATCHES = 10_000
+FAR = 1_000_000_000  # steps: more than any run has
 
 
 def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) -> dict[str, Any]:
@@ -30,17 +32,20 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     moves them; each is the median of five. Shares are means of five, for to wait is rare.
 
     Args:
-        folder: the dataset.
+        folder: the dataset, or its address; rows are fetched into the usual cache as they are asked for.
         seq_len: tokens per training row; None: the stored row.
         rows: training rows per batch.
 
     Returns:
-        rows_tokens_per_s (read and checked), batches_tokens_per_s (in order, made up for training),
-        webdataset_rows_tokens_per_s and webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order
-        that can be resumed), waiting_share (of a consumer's time with two workers, spent in calls of `next` for batches
-        that were not there yet), next_share (spent in all calls of `next`, most of it in fetching code and data to cold
-        caches), next_floor (the same of an iterator that does nothing: the measure's own cost), memory_bytes (of the
-        process, by batches made) and what was measured.
+        first_batch_at_step_0_seconds and first_batch_at_step_1000000000_seconds (from opening the dataset to the first
+        batch of a run that goes on there, with two workers, by the clock), rows_tokens_per_s (read and checked),
+        batches_tokens_per_s (in order, made up for training), webdataset_rows_tokens_per_s and
+        webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order that can be resumed; not at an
+        address),
+        waiting_share (of a consumer's time with two workers, spent in calls of `next` for batches that were not there
+        yet), next_share (spent in all calls of `next`, most of it in fetching code and data to cold caches), next_floor
+        (the same of an iterator that does nothing: the measure's own cost), memory_bytes (of the process, by batches
+        made) and what was measured.
 
     Raises:
         UserError: no dataset there, or `seq_len` does not divide its rows.
@@ -51,12 +56,19 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     measures: dict[str, Callable[[], Iterator[int]]] = {
         "rows_tokens_per_s": lambda: _rows(sources),
         "batches_tokens_per_s": lambda: (batch.labels.size for batches in stream for batch in batches),
-        "webdataset_rows_tokens_per_s": lambda: _webdataset_rows(sources),
-        "webdataset_batches_tokens_per_s": lambda: _webdataset_batches(sources, length, rows),
     }
+    if not is_address(folder):  # of which our cache has rows, and no shards for others to read
+        measures |= {
+            "webdataset_rows_tokens_per_s": lambda: _webdataset_rows(sources),
+            "webdataset_batches_tokens_per_s": lambda: _webdataset_batches(sources, length, rows),
+        }
     figures: dict[str, Any] = {"data": str(folder), "seq_len": length, "rows_per_batch": rows}
     with progress_bar() as bar:
-        task = bar.add_task("bench loader", total=len(measures) + 2, note="")
+        task = bar.add_task("bench loader", total=len(measures) + 3, note="first batch")
+        for step in (0, FAR):
+            seconds = [_first_batch(folder, length, rows, step) for _ in range(REPEATS)]
+            figures[f"first_batch_at_step_{step}_seconds"] = statistics.median(seconds)
+        bar.advance(task)
         for name, make in measures.items():
             bar.update(task, note=name)
             figures[name] = statistics.median(_rate(make()) for _ in range(REPEATS))
@@ -67,6 +79,17 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
         figures["memory_bytes"] = _memory(sources, length, rows)
         bar.advance(task)
     return figures | {"consumer_tokens_per_s": CONSUMER, "workers": WORKERS, "repeats": REPEATS}
+
+
+def _first_batch(folder: Path | str, seq_len: int, rows: int, step: int) -> float:
+    """Seconds from opening the dataset to the first batch of a run that goes on at `step`."""
+    started = time.perf_counter()
+    stream = TrainStream(Sources({"": Dataset(folder)}), one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
+    stream.seek(step * rows)
+    next(stream)
+    spent = time.perf_counter() - started
+    stream.close()
+    return spent
 
 
 def _rate(counts: Iterator[int]) -> float:

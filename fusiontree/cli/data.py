@@ -108,6 +108,8 @@ def _data_at(args: argparse.Namespace) -> int:
         print(f"batch {row['batch']}  {row['source']} epoch {row['epoch']}  {place}")
         for document in row["documents"]:
             print("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
+        if not row["documents"]:
+            print("  padding alone")
     return 0
 
 

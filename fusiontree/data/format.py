@@ -9,10 +9,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from isal import isal_zlib
@@ -250,7 +250,7 @@ class Dataset:
         return shard.read(row)
 
     def spans(self, number: int) -> list[Span]:
-        """The documents of a row. Reads a whole sample: for people, not for training.
+        """The documents of a row. Reads those of its whole sample: for people, not for training.
 
         Raises:
             RunError: the sample is damaged.
@@ -355,21 +355,26 @@ class Shard:
         breaks = np.flatnonzero(np.diff(offsets) != self.row_len * self.dtype.itemsize) + 1
         first = int(np.searchsorted(breaks, row, side="right"))
         first = int(breaks[first - 1]) if first else 0  # the sample's first row: samples do not join seamlessly
+        # its ends begin with a header of the tar's and one of NumPy's; its documents lie between them and its tokens
         ends = int(self.index["ends"][first])
-        path = self._whole()
-        # its first member begins with a header of the tar's and one of NumPy's, right before the ends
-        before = _LARGEST_HEADER + tarfile.BLOCKSIZE
-        with open(path, "rb") as stream:
-            stream.seek(max(0, ends - before))
-            start = ends - before + stream.read(before).rfind(b"\x93NUMPY") - tarfile.BLOCKSIZE
-        group = next(read_groups(path, max(0, start)), None)
-        if group is None or row - first >= len(group.spans):
-            raise RunError(f"{self.where}: the sample of row {row} is damaged; restore the shard or build it again")
-        return group.spans[row - first]
+        start = max(0, ends - _LARGEST_HEADER - tarfile.BLOCKSIZE)
+        try:
+            content = self._part(start, int(offsets[first]) - start)
+            header = content[: ends - start].rfind(b"\x93NUMPY") - tarfile.BLOCKSIZE
+            sample = _read_json(content[max(0, header) :])
+            if sample["crc"][row - first] != self.index["crc"][row]:
+                raise ValueError("it is another row's")
+            return [_record(Span, span) for span in sample["documents"][row - first]]
+        except (OSError, LookupError, TypeError, ValueError, tarfile.TarError) as error:
+            raise RunError(
+                f"{self.where}: the sample of row {row} is damaged ({error}); restore the shard or build it again"
+            ) from None
 
-    def _whole(self) -> Path:
-        """The whole tar as a file."""
-        return self.path
+    def _part(self, offset: int, length: int) -> bytes:
+        """Bytes of the tar."""
+        with open(self.path, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(length)
 
 
 class RemoteShard(Shard):
@@ -403,9 +408,8 @@ class RemoteShard(Shard):
         content = memoryview(self.store.row(self.info.name, row, ranges))
         return content[: ranges[0][1]], content[ranges[0][1] :]
 
-    def _whole(self) -> Path:
-        self.store.files([self.info.name])
-        return self.path
+    def _part(self, offset: int, length: int) -> bytes:
+        return self.store.part(self.info.name, offset, length)
 
 
 def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
@@ -427,56 +431,19 @@ def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
         raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
 
 
-@dataclass(frozen=True)
-class Group:
-    """A WebDataset sample: up to 32 rows."""
-
-    tokens: np.ndarray  # [rows, row_len]
-    ends: np.ndarray  # int32 [rows, most segments], filled up with 0
-    spans: list[list[Span]]  # by row
-    tokens_offset: int  # of the first token in the tar, bytes
-    ends_offset: int  # of the first end in the tar, bytes
-
-
-def read_groups(path: Path, offset: int = 0) -> Iterator[Group]:
-    """The samples of a shard, in order, from the one that begins at byte `offset` of the tar.
+def _read_json(content: bytes) -> dict[str, Any]:
+    """The first `.json` member of what begins as a tar.
 
     Raises:
-        RunError: something in it cannot be read.
+        ValueError, tarfile.TarError: there is none.
     """
-    try:
-        with open(path, "rb") as stream, tarfile.open(fileobj=_at(stream, offset), mode="r:") as tar:
-            members: dict[str, tuple[bytes, int]] = {}
-            for member in tar:
-                content = tar.extractfile(member)
-                if content is None:
-                    raise ValueError(f"{member.name} is no file")
-                members[member.name.partition(".")[2]] = content.read(), member.offset_data
-                if len(members) == 3:
-                    yield _group(members)
-                    members = {}
-    except (KeyError, TypeError, ValueError, tarfile.TarError) as error:
-        raise RunError(f"{path} is damaged ({error!r}); restore the shard or build it again") from None
-
-
-def _at(stream: BinaryIO, offset: int) -> BinaryIO:
-    stream.seek(offset)
-    return stream
-
-
-def _group(members: dict[str, tuple[bytes, int]]) -> Group:
-    tokens, tokens_offset = _read_array(*members["tok.npy"])
-    ends, ends_offset = _read_array(*members["ends.npy"])
-    spans = [[_record(Span, span) for span in row] for row in json.loads(members["json"][0])["documents"]]
-    if not len(tokens) == len(ends) == len(spans):
-        raise ValueError("the members of a sample differ in their number of rows")
-    return Group(tokens, ends, spans, tokens_offset, ends_offset)
-
-
-def _read_array(content: bytes, offset: int) -> tuple[np.ndarray, int]:
-    """The array of an .npy member and the offset of its first element in the tar."""
-    array = np.load(io.BytesIO(content), allow_pickle=False)
-    return array, offset + len(content) - array.nbytes
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                stream = tar.extractfile(member)
+                found: dict[str, Any] = json.load(stream) if stream else {}
+                return found
+    raise ValueError("its documents are missing")
 
 
 def index_path(shard: Path) -> Path:

@@ -17,7 +17,7 @@ def plan(stream: TrainStream, steps: int) -> dict[str, Any]:
     Returns:
         steps, tokens, batch_tokens, padding (share of all tokens), sources (by name: tokens_per_epoch, tokens, share,
         epochs, padding, used_up_at_step or None), stages_from_step (by first step: steps, seq_len, rows_per_step,
-        tokens, epochs by source) and warnings, a line each.
+        tokens, padding, sources: tokens and epochs by name) and warnings, a line each.
     """
     recipe, sources = stream.recipe, stream.sources
     total = steps * recipe.batch_tokens
@@ -43,7 +43,7 @@ def plan(stream: TrainStream, steps: int) -> dict[str, Any]:
         "padding": sum(tokens * pad for tokens, pad in zip(given, padding, strict=True)) / total,
         "sources": by_source,
         "stages_from_step": {
-            str(first): _stage(stream, first, end, epoch_tokens)
+            str(first): _stage(stream, first, end, epoch_tokens, padding)
             for first, end in zip(cuts, [*cuts[1:], steps], strict=True)
         },
         "warnings": [*_too_many_epochs(by_source), *_rows_shorter_than_a_cell(stream, steps)],
@@ -69,17 +69,22 @@ def _rows_shorter_than_a_cell(stream: TrainStream, steps: int) -> Iterator[str]:
         )
 
 
-def _stage(stream: TrainStream, first: int, end: int, epoch_tokens: list[int]) -> dict[str, Any]:
+def _stage(stream: TrainStream, first: int, end: int, epoch_tokens: list[int], padding: list[float]) -> dict[str, Any]:
     batch_tokens = stream.recipe.batch_tokens
+    total = (end - first) * batch_tokens
     before, after = _given(stream, first * batch_tokens), _given(stream, end * batch_tokens)
+    given = [b - a for a, b in zip(before, after, strict=True)]
     seq_len = stream.order.stage(first * batch_tokens).seq_len
-    epochs = [(b - a) / epoch for a, b, epoch in zip(before, after, epoch_tokens, strict=True)]
     return {
         "steps": end - first,
         "seq_len": seq_len,
         "rows_per_step": batch_tokens // seq_len,
-        "tokens": (end - first) * batch_tokens,
-        "epochs": dict(zip(stream.sources.labels, epochs, strict=True)),
+        "tokens": total,
+        "padding": sum(tokens * pad for tokens, pad in zip(given, padding, strict=True)) / total,
+        "sources": {
+            label: {"tokens": tokens, "epochs": tokens / epoch}
+            for label, tokens, epoch in zip(stream.sources.labels, given, epoch_tokens, strict=True)
+        },
     }
 
 

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,17 +23,20 @@ from fusiontree.errors import RunError, UserError
 
 ATTEMPTS = 6
 FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, and drawn from half of it to all
-TIMEOUT = 30.0  # seconds for one request
+TIMEOUT = 45.0  # seconds for one request: gcsfs asks again by itself for 36, and then says what it was told
 PIECE = 8 << 20  # bytes of one request for a whole file: what a lost connection costs at most
 PARALLEL = 16  # requests for whole files at once
 LOCKS = 256
-STALE = 3600.0  # seconds after which a half-written file is nobody's any more
 _TOLD = 200  # characters of a server's own words; some send a page
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
 class UnreachableError(RunError):
-    """An address does not answer: no damage of the data, so nothing stands in for what is missing."""
+    """An address does not answer, or the cache takes nothing in: no damage, so nothing stands in for a missing row."""
+
+
+class RefusedError(UserError):
+    """An address does not let us read: no damage of the data either, and nobody but the user can change it."""
 
 
 class CutShortError(OSError):
@@ -42,6 +44,8 @@ class CutShortError(OSError):
 
 
 _FINAL = (FileNotFoundError, PermissionError, CutShortError)  # no further attempt can change them
+_REFUSALS = (401, 403, 407)
+_NO_CREDENTIALS = ("CredentialsError", "RefreshError", "SSOTokenLoadError", "UnauthorizedSSOTokenError")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Cache:
     """Where fetched rows are kept on this node, and how many bytes of them."""
 
     folder: Path = Path("~/.cache/fusiontree")
-    limit: int = 100 << 30  # bytes; a process may pass it by a twentieth
+    limit: int = 100 << 30  # bytes, whatever the number of processes
 
 
 def is_address(location: Path | str) -> bool:
@@ -60,13 +64,14 @@ def is_address(location: Path | str) -> bool:
 class Store:
     """A dataset at an address, its small files mirrored in `folder`.
 
+    All that asks the address raises UnreachableError if it does not answer, and RefusedError if it may not be read.
+
     Args:
         address: of the dataset's folder, e.g. s3://bucket/books.
         cache: where to keep what is fetched.
 
     Raises:
-        UserError: the address has no dataset, may not be read, or its protocol needs a package that is missing.
-        UnreachableError: it does not answer.
+        UserError: the address has no dataset, or its protocol needs a package that is missing.
     """
 
     def __init__(self, address: str, cache: Cache):
@@ -79,20 +84,18 @@ class Store:
         digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
         self.cached = cache.folder.expanduser()
         self.folder = self.cached / digest
-        self._added = 0  # bytes since this process last looked at the size of the cache
         self._put(self.folder / "manifest.json", manifest)
 
     def files(self, names: Sequence[str]) -> None:
         """Fetch whole files into `folder`, unless they are there.
 
         Raises:
-            OSError: one is not at the address. UnreachableError: it does not answer.
+            OSError: one is not at the address.
         """
         missing = [name for name in names if not (self.folder / name).is_file()]
         with ThreadPoolExecutor(PARALLEL) as pool:
             for _ in pool.map(self._mirror, missing):
                 pass
-        self._evict_if_due()
 
     def _mirror(self, name: str) -> None:
         with self._lock(name):
@@ -103,7 +106,7 @@ class Store:
         """Bytes of whole files at the address; None: the server does not tell.
 
         Raises:
-            OSError: one is not there. UnreachableError: the address does not answer.
+            OSError: one is not there.
         """
         with ThreadPoolExecutor(PARALLEL) as pool:
             return [*pool.map(self._size, names)]
@@ -112,7 +115,7 @@ class Store:
         """The bytes at `ranges`, (offset, length) each, of a row, one after the other; from the cache if it is there.
 
         Raises:
-            OSError: the shard is not at the address, or cut short. UnreachableError: it does not answer.
+            OSError: the shard is not at the address, or cut short.
         """
         path = self._row_path(shard, row)
         with contextlib.suppress(FileNotFoundError):
@@ -120,9 +123,17 @@ class Store:
         with self._lock(str(path)):
             with contextlib.suppress(FileNotFoundError):  # another process has fetched it meanwhile
                 return _use(path)
-            content = b"".join(self._range(shard, offset, length) for offset, length in ranges)
-            self._put(path, content)
-        self._evict_if_due()
+            content = b"".join(self.part(shard, offset, length) for offset, length in ranges)
+            self._put(path, content, self._make_room)
+        return content
+
+    def part(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes of a file at the address, which are not kept.
+
+        Raises:
+            OSError: the file is not there, or ends before.
+        """
+        content: bytes = self._ask(name, lambda timeout: self._part_now(name, offset, length, timeout))
         return content
 
     def forget(self, shard: str, row: int) -> None:
@@ -139,7 +150,7 @@ class Store:
             path = f"{self.root}/{name}"
             return self._ask(name, lambda timeout: self._call(self.fs._cat_file, path, timeout=timeout))
         pieces = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
-        return b"".join(self._range(name, offset, length) for offset, length in pieces)
+        return b"".join(self.part(name, offset, length) for offset, length in pieces)
 
     def _size(self, name: str) -> int | None:
         return self._ask(name, lambda timeout: self._size_now(name, timeout))
@@ -147,16 +158,13 @@ class Store:
     def _size_now(self, name: str, timeout: float) -> int | None:
         return self._call(self.fs._info, f"{self.root}/{name}", timeout=timeout)["size"]
 
-    def _range(self, name: str, offset: int, length: int) -> bytes:
-        return self._ask(name, lambda timeout: self._range_now(name, offset, length, timeout))
-
-    def _range_now(self, name: str, offset: int, length: int, timeout: float) -> bytes:
+    def _part_now(self, name: str, offset: int, length: int, timeout: float) -> bytes:
         path = f"{self.root}/{name}"
         try:
             content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
             if len(content) != length:
                 raise ConnectionError(f"{len(content)} bytes came instead of {length}")
-        except _FINAL:
+        except (*_FINAL, TimeoutError):
             raise
         except Exception:  # each protocol has its own errors for a range that lies behind the end
             size = self._size_now(name, timeout)
@@ -166,71 +174,153 @@ class Store:
         return content
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout: float, **options: Any) -> Any:
+        """What a protocol answers; of its errors, those that are final are `_FINAL` and nothing else is."""
         from fsspec.asyn import sync
 
-        return sync(self.fs.loop, function, *args, timeout=timeout, **options)
+        try:
+            return sync(self.fs.loop, function, *args, timeout=timeout, **options)
+        except Exception as error:
+            cause = error.__cause__
+            if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) != 404:
+                error = cause  # over HTTP whatever keeps a size from being told is a file that is not found
+            if _refuses(error):
+                raise PermissionError(_words(error)) from error
+            raise error from None
 
     def _ask(self, name: str, request: Callable[[float], Any]) -> Any:
         """The answer to a request, tried again with growing delays.
 
         Raises:
-            OSError: no such file, none to be read, or one that is cut short. UnreachableError: every attempt failed.
+            OSError: no such file, or one that is cut short. RefusedError: it may not be read. UnreachableError: every
+                attempt failed.
         """
         for attempt in range(ATTEMPTS):
             try:
                 return request(TIMEOUT)
+            except PermissionError as error:
+                raise RefusedError(
+                    f"{self.address}/{name} may not be read ({error}); check that it is there, and that the "
+                    "credentials are given, have not expired and allow it"
+                ) from None
             except _FINAL:
                 raise
             except Exception as error:  # each protocol has its own errors for lost connections and busy servers
-                last = f"{type(error).__name__}: {' '.join(str(error).split())[:_TOLD]}"
+                last = _words(error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))
         raise UnreachableError(f"{self.address}/{name} does not answer after {ATTEMPTS} attempts ({last}); check it")
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Hold one of the node's locks, chosen by `name`; the system releases it when a process dies."""
+        """Hold one of the node's locks, chosen by `name`."""
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % LOCKS
-        path = self.cached / "locks" / str(number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with _locked(self.cached / "locks" / str(number)):
             yield
 
-    def _put(self, path: Path, content: bytes) -> None:
-        """Write a cached file, whole or not at all; rows are checked when they are read, so it need not be durable."""
+    def _put(self, path: Path, content: bytes, make_room: Callable[[int, int], None] | None = None) -> None:
+        """Write a cached file, whole or not at all; rows are checked when they are read, so it need not be durable.
+
+        Raises:
+            UnreachableError: it cannot be written.
+        """
+        try:
+            with _locked(self.cached / "size") as size:
+                if make_room:
+                    make_room(size, len(content))
+                partial = self.cached / "partial"
+                partial.write_bytes(content)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial, path)
+        except OSError as error:
+            raise _unwritable(self.cached, error) from None
+
+    def _make_room(self, counter: int, size: int) -> None:
+        """Let `size` bytes more be rows of this node, which the file `counter` counts for all processes.
+
+        One that is killed before it writes leaves the count too high: it only says when to look at the rows themselves.
+        """
+        counted = os.pread(counter, 8, 0)
+        total = int.from_bytes(counted, "little")
+        if len(counted) < 8 or total + size > self.cache.limit:
+            total = self._evict(self.cache.limit - size)
+        os.pwrite(counter, (total + size).to_bytes(8, "little"), 0)
+
+    def _evict(self, limit: int) -> int:
+        """Bring the rows on this node, if they pass `limit`, below nine tenths of it; returns the bytes that stay.
+
+        The longest unused go first.
+        """
+        rows = []
+        for path in self.cached.glob("*/*/*.rows/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has found it damaged
+                status = path.stat()
+                rows.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in rows)
+        enough = total if total <= limit else limit * 0.9
+        for _, size, path in sorted(rows):
+            if total <= enough:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold a lock of the node, and the descriptor of its file; the system releases it when a process dies.
+
+    Raises:
+        UnreachableError: there can be no such file.
+    """
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        with open(descriptor, "wb") as stream:
-            stream.write(content)
-        os.replace(partial, path)
-        self._added += len(content)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
-    def _evict_if_due(self) -> None:
-        if self._added > self.cache.limit / 20:
-            self._evict()
 
-    def _evict(self) -> None:
-        """Bring rows and shards on this node back below nine tenths of the limit, the longest unused first."""
-        self._added = 0
-        with self._lock("evict"):
-            rows, total = [], 0
-            for path in (*self.cached.glob("*/*/*.rows/*"), *self.cached.glob("*/*/*.tar")):
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    if path.name.startswith(".partial-"):
-                        if status.st_mtime < time.time() - STALE:
-                            path.unlink()
-                        continue
-                    rows.append((status.st_mtime_ns, status.st_size, path))
-                    total += status.st_size
-            if total <= self.cache.limit:
-                return
-            for _, size, path in sorted(rows):
-                path.unlink(missing_ok=True)
-                total -= size
-                if total <= self.cache.limit * 0.9:
-                    return
+def _unwritable(path: Path, error: OSError) -> UnreachableError:
+    return UnreachableError(
+        f"data.cache: {path} cannot be written ({error.strerror}); make room, or give another folder"
+    )
+
+
+def _refuses(error: Exception) -> bool:
+    """Whether an error means that we may not read, or have nothing to show that we may."""
+    if isinstance(error, TimeoutError):
+        return False
+    return (
+        isinstance(error, PermissionError)
+        or (type(error) is OSError and str(error).startswith("Forbidden: "))  # gcsfs makes it of a 403
+        or type(error).__name__.endswith(_NO_CREDENTIALS)
+        or _s3_status(error) == 400  # of an expired token, where the request is a HEAD and the answer says no more
+        or _status(error) in _REFUSALS
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error is made of, wherever its protocol keeps it."""
+    told = _s3_status(error) or getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's, gcsfs's
+    return int(str(told)) if str(told).isdecimal() else None
+
+
+def _s3_status(error: BaseException) -> int | None:
+    for made in (error, error.__cause__):
+        answer = getattr(made, "response", None)
+        if isinstance(answer, dict):
+            status: int | None = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status
+    return None
+
+
+def _words(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_TOLD]}"
 
 
 def _use(path: Path) -> bytes:

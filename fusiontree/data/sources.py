@@ -69,7 +69,7 @@ class Sources:
         its place, and what was wrong.
 
         Raises:
-            UnreachableError: the dataset's address does not answer.
+            UnreachableError: the dataset's address does not answer. RefusedError: it does not let us read.
         """
         reason = ""
         for delay in (*RETRY_DELAYS, None):
