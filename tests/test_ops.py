@@ -11,7 +11,7 @@ from conftest import SMALL, documents_of
 from fusiontree.model import backends, ops, reference
 from fusiontree.model.config import ModelConfig
 
-GPU_SHAPE = dataclasses.replace(SMALL, head_dim=16, ssm_head_dim=8, ssm_state_size=16)
+GPU_SHAPE = dataclasses.replace(SMALL, head_dim=32, ssm_head_dim=8, ssm_state_size=16)
 
 
 def needs_absent(module: str) -> pytest.MarkDecorator:
@@ -42,7 +42,9 @@ def test_an_absent_package_is_named(op: str, name: str, package: str) -> None:
         ("scan", "mamba_ssm", {"ssm_head_dim": 12}, "ssm_head_dim 12 is not a multiple of 8"),
         ("scan", "mamba_ssm", {"ssm_state_size": 512}, "ssm_state_size 512 is not a multiple of 8 from 8 to 256"),
         ("convolution", "triton", {"conv_kernel": 5}, "conv_kernel 5 is above 4"),
-        ("attention", "flash4", {"head_dim": 192}, "head_dim 192 is not a multiple of 8 up to 128"),
+        ("attention", "flash4", {"head_dim": 192}, "head_dim 192 is not a multiple of 32 up to 128"),
+        ("attention", "flash4", {"head_dim": 48}, "head_dim 48 is not a multiple of 32 up to 128"),
+        ("prefill", "flash4", {"head_dim": 12}, "head_dim 12 is not a multiple of 8 up to 128"),
         ("attention", "flash2", {"head_dim": 20}, "head_dim 20 is not a multiple of 8"),
         ("decode", "triton", {"head_dim": 24}, "head_dim 24 is not a power of two"),
     ],
