@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusiontree import lease, resize
+from fusiontree import layout, lease, resize
 from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
@@ -62,20 +62,31 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
+def load(engine: Any, world: World, checkpoint: Path, fresh: bool, trust: bool) -> None:
     """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
 
     DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
-    not trained; otherwise, and to NVMe, the pieces are copied one by one.
+    not trained; otherwise, and to NVMe, the pieces are copied one by one. DeepSpeed unpickles whatever it finds: a
+    checkpoint that was there before the run is for `refuse_code` first.
     """
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
     if not (same and fresh) or resize.keeps_states_on_nvme(engine):
-        resize.load(engine, checkpoint, state["zero_stage"])
+        resize.load(engine, checkpoint, state["zero_stage"], trust)
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise RunError(f"checkpoint {checkpoint} could not be loaded by DeepSpeed; see the run's logs")
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Raise UserError if a file of `checkpoint` holds more than tensors and DeepSpeed's own few objects.
+
+    What tensors hold is not read, only where it lies.
+    """
+    read = layout.opener(values=False)
+    for path in sorted(checkpoint.glob("*.pt")):
+        read(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

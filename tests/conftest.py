@@ -288,6 +288,16 @@ def export_small(folder: Path, tokenizer: Path) -> Path:
     return folder / "out"
 
 
+class Hostile:
+    """Unpickled, it makes a folder: so would any code have run."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.makedirs, (str(self.mark), 0o777, True)
+
+
 def seal(folder: Path) -> None:
     hashes = {}
     for path in folder.iterdir():

@@ -192,8 +192,9 @@ def test_data_inspect_describes_or_shows_a_row(monkeypatch, capsys):
 def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, capsys):
     calls = stand_in("fusiontree.training.engine", "train", {"steps": 200})
     assert cli.main(argv.split()) == 0
-    (((config, allowed), _),) = calls
+    (((config, allowed, trust), _),) = calls
     assert not allowed
+    assert not trust
     assert (config.seed, config.name) == (3, "x")
     assert json.loads(capsys.readouterr().out) == {"steps": 200}
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_overwrite, command
+from fusiontree.cli.parsing import add_overwrite, add_trust, command
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
@@ -105,9 +105,7 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
     )
-    export.add_argument(
-        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
-    )
+    add_trust(export)
     export.add_argument(
         "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
     )
