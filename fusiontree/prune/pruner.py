@@ -78,6 +78,8 @@ class Pruner:
     def prune(self, prune: str | None, heads: int) -> tuple[Pruning, dict[str, Any]]:
         """What to prune, and the report: loss, size and speed before and after, and the loss without each candidate.
 
+        A speed that could not be measured has in its place the line that says why (`problem`).
+
         Arguments as of `export`.
         """
         pruning, measured = self._choose(prune, heads)
@@ -103,5 +105,5 @@ class Pruner:
             "loss": self.loss("held-out loss", pruning),
             "parameters": shape.parameter_count(),
             "cache_bytes": cache_bytes(shape, tokens),
-            **{key: speed[key] for key in ("prefill_tokens_per_s", "tokens_per_s") if key in speed},
+            **{key: speed[key] for key in ("prefill_tokens_per_s", "tokens_per_s", "problem") if key in speed},
         }
