@@ -1,8 +1,11 @@
 """The proof of an export: the folder's model beside the trained one, each in memory one module at a time."""
 
 import contextlib
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +58,7 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
         trained = HybridLM(config, compute_dtype=DTYPES[dtype]).eval()
     with on_demand(trained, weights, DTYPES[dtype]):
         expected = {check: trained(row.ids, row.documents, keep_logits=COMPARED).logits for check, row in rows.items()}
-    exported = _exported(folder, dtype)
-    with on_demand(exported, of_safetensors(folder)):
+    with _code_apart(), on_demand(exported := _exported(folder, dtype), of_safetensors(folder)):
         differences = {check: _difference(_logits(exported, row), expected[check], row) for check, row in rows.items()}
         differences["cached_decoding"] = _decoding_difference(exported, rows, expected)
     tolerances = dict.fromkeys(differences, TOLERANCE) | {"cached_decoding": CACHED_TOLERANCES[dtype]}
@@ -85,6 +87,29 @@ def _rows(config: ModelConfig) -> dict[str, Row]:
         check: Row(ids[i : i + 1], numbers > 0, Documents.from_seq_idx(numbers))
         for i, (check, numbers) in enumerate(checks.items())
     }
+
+
+@contextlib.contextmanager
+def _code_apart() -> Iterator[None]:
+    """Let transformers import a folder's code, which it copies to its cache to do so, and leave no trace of it."""
+    from transformers import dynamic_module_utils
+
+    def imported() -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "transformers_modules"}
+
+    cache, path, before = dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), imported()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in before:
+            del sys.modules[name]
+        dynamic_module_utils.HF_MODULES_CACHE = folder
+        sys.path.insert(0, folder)  # before the cache, which may hold a package of the same name
+        try:
+            yield
+        finally:
+            dynamic_module_utils.HF_MODULES_CACHE, sys.path[:] = cache, path
+            for name in imported():
+                del sys.modules[name]
+            sys.modules.update(before)
 
 
 def _exported(folder: Path, dtype: str) -> Any:

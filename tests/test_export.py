@@ -14,6 +14,7 @@ import torch
 from conftest import cli, metrics, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from transformers import dynamic_module_utils
 
 from fusiontree import checkpoint
 from fusiontree import model as model_package
@@ -254,10 +255,16 @@ def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run:
     assert f"checkpoint {newest} is damaged and passed over: gates.safetensors" in " ".join(said.split())
 
 
-def test_weights_that_differ_fail_the_proof(exported: Path, run: Path) -> None:
+def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(exported: Path, run: Path) -> None:
+    def traces() -> tuple:
+        modules = {name for name in sys.modules if name.startswith("transformers_modules")}
+        return dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), modules, dict(os.environ)
+
     weights = dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
     config = load_config(str(run / "config.yaml")).model
+    before = traces()
     assert prove(exported, config, weights, "fp32")["packed"] == 0
+    assert traces() == before
     weights["blocks.1.fusion.bias"] = weights["blocks.1.fusion.bias"] + 0.1
     with pytest.raises(RunError, match="export fails its proof: logits differs"):
         prove(exported, config, weights, "fp32")
