@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.cli.parsing import add_overwrite, add_trust, command
-from fusiontree.cli.printing import show
+from fusiontree.cli.printing import show, show_tables
 from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
 
@@ -79,7 +79,7 @@ def _eval(args: argparse.Namespace) -> int:
         output=args.output,
         overwrite=args.overwrite,
     )
-    return show(figures, args.json)
+    return show_tables(figures, args.json)
 
 
 def _numbers(option: str, text: str | None) -> list[int]:

@@ -81,4 +81,4 @@ def _write(output: Path, overwrite: bool, results: dict[str, Any]) -> None:
         (partial / RESULTS).write_text(json.dumps(results, indent=1))
         for task, figures in results.items():
             if "cells" in figures:
-                draw(partial / f"{task}.png", task, figures["cells"])
+                draw(partial / f"{task}.png", task, figures["cells"], figures["chance"])

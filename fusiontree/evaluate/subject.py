@@ -1,5 +1,6 @@
 """What the tasks are given: the model, its tokenizer, and the data with its n-gram counts."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,11 @@ class Subject:
     def vocab_size(self) -> int:
         """Tokens that the data can hold."""
         return self.held_out.manifest.vocab_size
+
+    @property
+    def chance_loss(self) -> float:
+        """Nats of a token by a uniform guess among all that the model knows."""
+        return math.log(self.model.config.vocab_size)
 
     @cached_property
     def bigram(self) -> Bigram:
