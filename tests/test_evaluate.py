@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -151,6 +152,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for options, words in (
+        (["--tasks", ","], "--tasks names none; choose from perplexity, passkey"),
         (["--tasks", "poetry"], "unknown task 'poetry'; choose from perplexity, passkey"),
         (["--tasks", "passkey", "--lengths", "1k"], "--lengths is '1k'; give whole numbers"),
         (["--tasks", "passkey", "--lengths", "0"], "--lengths is 0; it must be at least 1"),
@@ -162,5 +164,12 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
         line = capsys.readouterr().err
         assert words in line
         assert line.count("\n") == 1
+    shutil.copytree(shards, tmp_path / "all")
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    manifest["splits"]["validation"] = []
+    (tmp_path / "all" / "manifest.json").write_text(json.dumps(manifest))
+    for task in ("perplexity", "needle"):
+        assert main(["eval", str(exported), "--data", str(tmp_path / "all"), "--tasks", task]) == 2
+        assert "all has nothing held out; build it with a larger --holdout" in capsys.readouterr().err
     assert main(["eval", str(tmp_path), "--data", str(shards), "--tasks", "recall"]) == 2
     assert "is not an exported model" in capsys.readouterr().err

@@ -247,6 +247,8 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
         assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
     assert "names no dataset to measure the pruning by" in refused("export", run, tmp_path / "out", "--prune", "auto")
+    none = refused("export", run, tmp_path / "out", "--prune", "1", "--limit", 0, "--data", shards)
+    assert "--limit is 0; it must be at least 1" in none
     both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
     assert "--prune and --prune-heads are both given" in both
     assert set(tmp_path.iterdir()) == {plan, nothing}

@@ -54,6 +54,8 @@ def evaluate(
     for name, value in numbers:
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if not tasks:
+        raise UserError(f"--tasks names none; choose from {', '.join(TASKS)}")
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fusiontree.console import progress_bar
 from fusiontree.data.batch import Batch
-from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import validation_batches
 from fusiontree.errors import RunError, UserError
@@ -52,7 +50,7 @@ def perplexity(subject: Subject) -> dict[str, Any]:
     found = [
         _losses(subject.model, inputs, number)
         for number, (_, inputs) in enumerate(
-            _batches(subject.model, Sources({"": subject.held_out}), subject.seq_len, subject.limit, "perplexity")
+            _batches(subject.model, subject.held_out, subject.seq_len, subject.limit, "perplexity")
         )
     ]
     losses = Losses(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
@@ -139,18 +137,3 @@ def _batches(
     if tokens == 0:
         where = ", ".join(str(dataset.location) for dataset in held_out.datasets)
         raise UserError(f"{where} has no held-out token to predict; build it with a larger --holdout")
-
-
-def open_held_out(locations: dict[str, str], fingerprint: str, owner: Path) -> Sources:
-    """The held-out splits of datasets by name, which `owner`'s tokenizer must have made.
-
-    Raises:
-        UserError: one is missing or made with another tokenizer, or none holds anything out.
-    """
-    found = {name: Dataset(location, "validation") for name, location in locations.items()}
-    for dataset in found.values():
-        dataset.manifest.require_tokenizer(fingerprint, owner)
-    found = {name: dataset for name, dataset in found.items() if dataset.num_rows}
-    if not found:
-        raise UserError(f"{', '.join(locations.values())} has nothing held out; build it with a larger --holdout")
-    return Sources(found)
