@@ -26,6 +26,10 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 GATES = "gates.safetensors"
+_STATE_KEYS = (  # without which no checkpoint is read; later versions have added others
+    *("step", "tokens", "rows_consumed", "world_size", "zero_stage", "data_fingerprint", "tokenizer_fingerprint"),
+    *("eos_id", "pad_id", "wandb_id"),
+)
 
 
 def partial_of(final: Path, start: str) -> Path:
@@ -125,7 +129,7 @@ def resolve(source: Path) -> Path:
         UserError: there is none. RunError: it does not verify.
     """
     source = source.resolve()
-    if (source / MANIFEST).exists() and (source / STATE).exists():
+    if (source / STATE).exists() or source in list_checkpoints(source.parent):
         if problems := verify(source):
             raise RunError(f"checkpoint {source} does not verify: {problems[0]}; use another one")
         return source
@@ -158,8 +162,20 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as the state."""
-    return json.loads((checkpoint / STATE).read_text())
+    """What `save` was given as the state.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = checkpoint / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        missing = [key for key in _STATE_KEYS if key not in state]
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); restore the checkpoint or use another one") from None
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)}; restore the checkpoint or use another one")
+    return state
 
 
 def read_gates(checkpoint: Path) -> Tensor:

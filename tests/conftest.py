@@ -270,7 +270,8 @@ def write_run(
     (folder / checkpoint.CONFIG).write_text(to_yaml(values))
     fingerprint = tokenizer_fingerprint(tokenizer)
     facts = {"step": 1, "tokens": 4096, "zero_stage": stage, "eos_id": 0, "pad_id": 1}
-    facts |= {"tokenizer_fingerprint": fingerprint}
+    facts |= {"tokenizer_fingerprint": fingerprint, "data_fingerprint": "", "world_size": ranks, "rows_consumed": 32}
+    facts["wandb_id"] = None
     (folder / checkpoint.STATE).write_text(json.dumps(facts))
     save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / checkpoint.GATES)
     seal(folder)
