@@ -14,6 +14,7 @@ from fusiontree import __version__, checkpoint
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
+from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.errors import UserError
 from fusiontree.exported import FACTS, PREFIX
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
@@ -167,8 +168,8 @@ def _write_rest(
         custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the code that makes the model
     settings.save_pretrained(folder)
     GenerationConfig(**ends).save_pretrained(folder)
-    for path in tokenizer.iterdir():
-        shutil.copyfile(path, folder / path.name)
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG):  # a folder of more might hold what takes the place of ours
+        shutil.copyfile(tokenizer / name, folder / name)
     facts = {"fusiontree_version": __version__, "seq_len": config.data.seq_len, "run": config.name, **state}
     write_atomic(folder / FACTS, json.dumps(facts, indent=1))
     write_atomic(folder / "README.md", model_card(config, shape, state))

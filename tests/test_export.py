@@ -247,6 +247,16 @@ def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_but_the_tokenizer_comes_out_of_its_folder(exported: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    for name in ("config.json", "hf.py", "pytorch_model.bin"):
+        (tmp_path / "run" / "tokenizer" / name).write_text("raise SystemExit(7)")
+    cli("export", tmp_path / "run", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in exported.iterdir()}
+    for name in ("config.json", "hf.py"):
+        assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
+
+
 def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
