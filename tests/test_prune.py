@@ -166,7 +166,7 @@ def card(exported: Path) -> dict[str, str]:
 
 
 def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path, tmp_path: Path) -> None:
-    plan, output = tmp_path / "plan.json", tmp_path / "out"
+    plan, output = tmp_path / "plans" / "plan.json", tmp_path / "out"
     cli("prune", run, "--out", plan)
     edited = json.loads(plan.read_text())
     assert [layer["keep"] for layer in edited["layers"]] == ["mamba", "hybrid", "hybrid"]

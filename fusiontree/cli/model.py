@@ -38,6 +38,7 @@ def _prune(args: argparse.Namespace) -> int:
         raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
     plan = plan_run(args.source, args.hi, args.lo)
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, json.dumps(plan, indent=1))
     return show(plan, args.json)
 
