@@ -125,15 +125,17 @@ class _Pool(ProcessPoolExecutor):
         An interrupt meanwhile is held back, so that no process is started that the pool does not know.
         """
         came: list[int] = []
-        handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        interrupts = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in interrupts}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(fn, *args, **kwargs)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             if came:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(came[0])
 
 
 def _start_process(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -1,13 +1,16 @@
 """The process that a user starts: ``fusiontree`` or ``python -m fusiontree``."""
 
 import os
+import signal
 import sys
 
 from fusiontree.cli import main
 
 
 def run() -> None:
-    """Run the command line and leave with its exit code."""
+    """Run the command line and leave with its exit code; told to end, it tidies up as at Ctrl-C."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a launched rank ignores it until it can answer
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

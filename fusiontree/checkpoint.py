@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusiontree import lease, resize
+from fusiontree import layout, lease, resize
 from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
@@ -26,6 +26,10 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 GATES = "gates.safetensors"
+_STATE_KEYS = (  # without which no checkpoint is read; later versions have added others
+    *("step", "tokens", "rows_consumed", "world_size", "zero_stage", "data_fingerprint", "tokenizer_fingerprint"),
+    *("eos_id", "pad_id", "wandb_id"),
+)
 
 
 def partial_of(final: Path, start: str) -> Path:
@@ -62,20 +66,31 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def load(engine: Any, world: World, checkpoint: Path, fresh: bool) -> None:
+def load(engine: Any, world: World, checkpoint: Path, fresh: bool, trust: bool) -> None:
     """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
 
     DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
-    not trained; otherwise, and to NVMe, the pieces are copied one by one.
+    not trained; otherwise, and to NVMe, the pieces are copied one by one. DeepSpeed unpickles whatever it finds: a
+    checkpoint that was there before the run is for `refuse_code` first.
     """
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
     if not (same and fresh) or resize.keeps_states_on_nvme(engine):
-        resize.load(engine, checkpoint, state["zero_stage"])
+        resize.load(engine, checkpoint, state["zero_stage"], trust)
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if loaded is None:
         raise RunError(f"checkpoint {checkpoint} could not be loaded by DeepSpeed; see the run's logs")
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Raise UserError if a file of `checkpoint` holds more than tensors and DeepSpeed's own few objects.
+
+    What tensors hold is not read, only where it lies.
+    """
+    read = layout.opener(values=False)
+    for path in sorted(checkpoint.glob("*.pt")):
+        read(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -114,7 +129,7 @@ def resolve(source: Path) -> Path:
         UserError: there is none. RunError: it does not verify.
     """
     source = source.resolve()
-    if (source / MANIFEST).exists() and (source / STATE).exists():
+    if (source / STATE).exists() or source in list_checkpoints(source.parent):
         if problems := verify(source):
             raise RunError(f"checkpoint {source} does not verify: {problems[0]}; use another one")
         return source
@@ -147,8 +162,20 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as the state."""
-    return json.loads((checkpoint / STATE).read_text())
+    """What `save` was given as the state.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = checkpoint / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        missing = [key for key in _STATE_KEYS if key not in state]
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); restore the checkpoint or use another one") from None
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)}; restore the checkpoint or use another one")
+    return state
 
 
 def read_gates(checkpoint: Path) -> Tensor:

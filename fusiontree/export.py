@@ -1,10 +1,8 @@
 """From a checkpoint to a folder that Hugging Face tools load, proven equal to the trained model before it appears."""
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from fusiontree import __version__, checkpoint
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
+from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.errors import UserError
 from fusiontree.exported import FACTS, PREFIX
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
@@ -83,12 +82,13 @@ def export(
     weights: Mapping[str, Tensor] = checkpoint.read_weights(found, trust)
     shape, pruned = config.model, {}
     if prune is not None or prune_heads:
-        pruning, pruned["pruning"] = Pruner(found, config, weights, data, limit).prune(prune, prune_heads)
+        pruning, report = Pruner(found, config, weights, data, limit).prune(prune, prune_heads)
         gates = checkpoint.read_gates(found)
         shape, weights = pruning.config(config.model), PrunedWeights(weights, config.model, pruning, gates)
-    with staged_folder(output, overwrite, marker=FACTS) as partial, tempfile.TemporaryDirectory() as modules:
-        # transformers copies a folder's code there to import it; read when it is first imported, below
-        os.environ["HF_MODULES_CACHE"] = modules
+        for when, model in (("before", config.model), ("after", shape)):
+            report[when]["weights_bytes"] = sum(spec.size for spec in _specs(model, dtype).values())
+        pruned["pruning"] = report
+    with staged_folder(output, overwrite, marker=FACTS) as partial:
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
         facts = {**state, "val_loss": _held_out_loss(found), **pruned}
         _write_rest(partial, config, shape, facts, tokenizer, dtype)
@@ -123,10 +123,8 @@ def _held_out_loss(found: Path) -> float | None:
     return known[-1] if known else None
 
 
-def _write_weights(
-    folder: Path, shape: ModelConfig, weights: Mapping[str, Tensor], dtype: str, max_shard_bytes: int
-) -> None:
-    """The weights of `shape` among `weights`, under the names of the exported model."""
+def _specs(shape: ModelConfig, dtype: str) -> dict[str, Spec]:
+    """The exported tensors of a model of `shape`, by their names there."""
     from fusiontree.model.hf import FusionTreeForCausalLM
 
     with torch.device("meta"):
@@ -135,6 +133,14 @@ def _write_weights(
     for name, parameter in model.named_parameters():
         kept = name.endswith(FusionTreeForCausalLM.FP32_NAMES)
         specs[PREFIX + name] = Spec(tuple(parameter.shape), torch.float32 if kept else DTYPES[dtype])
+    return specs
+
+
+def _write_weights(
+    folder: Path, shape: ModelConfig, weights: Mapping[str, Tensor], dtype: str, max_shard_bytes: int
+) -> None:
+    """The weights of `shape` among `weights`, under the names of the exported model."""
+    specs = _specs(shape, dtype)
 
     def read(name: str) -> Tensor:
         return weights[name.removeprefix(PREFIX)]
@@ -162,11 +168,21 @@ def _write_rest(
         custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the code that makes the model
     settings.save_pretrained(folder)
     GenerationConfig(**ends).save_pretrained(folder)
-    for path in tokenizer.iterdir():
-        shutil.copyfile(path, folder / path.name)
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG):  # a folder of more might hold what takes the place of ours
+        shutil.copyfile(tokenizer / name, folder / name)
     facts = {"fusiontree_version": __version__, "seq_len": config.data.seq_len, "run": config.name, **state}
     write_atomic(folder / FACTS, json.dumps(facts, indent=1))
     write_atomic(folder / "README.md", model_card(config, shape, state))
+
+
+def _pruned_parts(model: ModelConfig) -> list[tuple[str, str]]:
+    """What has been left of layers that pruning changed, as lines of the model card."""
+    layers = range(model.num_layers)
+    kinds = {layer: model.kind_at(layer) for layer in layers if model.kind_at(layer) != "hybrid"}
+    heads = {layer: model.queries_per_kv * model.kv_heads_at(layer)[0] for layer in layers}
+    fewer = {layer: n for layer, n in heads.items() if model.has("attention", layer) and n != model.global_heads}
+    parts: dict[str, dict[int, Any]] = {"layers pruned to one branch": kinds, "global heads left": fewer}
+    return [(name, ", ".join(f"{i}: {what}" for i, what in left.items())) for name, left in parts.items() if left]
 
 
 def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> str:
@@ -181,15 +197,18 @@ def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> 
         ("sources", ", ".join(filter(None, config.data.locations)) or "one dataset"),
     ]
     if state["val_loss"] is not None:
-        lines.append(("held-out loss", f"{state['val_loss']:.4f} nats per token"))
+        of = "held-out loss in training, not pruned" if "pruning" in state else "held-out loss"
+        lines.append((of, f"{state['val_loss']:.4f} nats per token"))
+    pruned = _pruned_parts(model)
+    lines += pruned
     if "pruning" in state:
         before, after = (state["pruning"][when] for when in ("before", "after"))
-        kinds = ", ".join(f"{layer}: {kind}" for layer, kind in enumerate(model.layer_kinds or ()) if kind != "hybrid")
         lines += [
-            ("layers pruned to one branch", kinds or "none"),
             ("parameters before pruning", f"{before['parameters']:,}"),
             ("held-out loss before and after", f"{before['loss']:.4f} and {after['loss']:.4f} nats per token"),
         ]
+    fused = "added up" if model.fusion == "sum" else f"fused by a learned gate (`{model.fusion}`)"
+    but = " Of some layers pruning has left a part, as named here." if pruned else ""
     facts = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"""---
 library_name: transformers
@@ -200,7 +219,7 @@ pipeline_tag: text-generation
 A hybrid language model of {model.parameter_count():,} parameters pretrained with FusionTree: {model.num_layers} layers
 of width {model.hidden_size}, each a Mamba-2 branch ({model.ssm_heads} heads of {model.ssm_head_dim}, state
 {model.ssm_state_size}) beside an attention branch ({model.num_heads} heads of {model.head_dim}, {model.global_heads}
-of them global, the rest with a window of {model.window} tokens), fused by a learned gate (`{model.fusion}`).
+of them global, the rest with a window of {model.window} tokens), {fused}.{but}
 
 | | |
 |---|---|

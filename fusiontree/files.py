@@ -75,21 +75,10 @@ def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its name when the block ends well and is removed otherwise.
 
     Raises:
-        UserError: see `refuse_existing`.
+        UserError: see `resumable_folder`.
     """
-    refuse_existing(target, overwrite, marker)
-    target = target.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with resumable_folder(target, overwrite, marker, state=()) as partial:
         yield partial
-        _sync(partial)
-        _put_in_place(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync_folder(target.parent)
 
 
 @contextlib.contextmanager
@@ -101,7 +90,7 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
         overwrite: see `refuse_existing`.
         marker: see `refuse_existing`.
         state: files that a block keeps to go on from and that end with it; without the first, what an interrupted block
-            leaves is of no use and removed.
+            leaves is of no use and removed, at the latest by the next.
 
     Raises:
         UserError: see `refuse_existing`; or another process is making this folder.
@@ -117,6 +106,8 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is making {target}; wait for it, or name another output") from None
+        if not _goes_on(partial, state):
+            _empty(partial)
         try:
             yield partial
             _sync(partial)  # takes long where there are many files, so the state outlives it
@@ -124,11 +115,21 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
                 (partial / name).unlink(missing_ok=True)
             _put_in_place(partial, target)
         finally:
-            if not (partial / state[0]).exists():
+            if not _goes_on(partial, state):
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(descriptor)
     fsync_folder(target.parent)
+
+
+def _goes_on(partial: Path, state: Sequence[str]) -> bool:
+    """Whether a block can go on from what lies in `partial`."""
+    return bool(state) and (partial / state[0]).exists()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(folder: Path) -> None:

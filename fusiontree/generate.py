@@ -1,5 +1,6 @@
 """Text from an exported folder: sampling, and decoding with the cache."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def generate_texts(
         UserError: the folder is no export, or a prompt has no token or too many.
     """
     for name, value in (("--max-new-tokens", max_new_tokens), ("--batch", rows)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= value < 2**31:
+            raise UserError(f"{name} is {value}; it must be from 1 to 2^31 - 1")
     for name, prompt in prompts.items():
         _check_prompt(name, prompt)
     model, tokenizer = load_export(folder)
@@ -197,7 +198,7 @@ def stream_tokens(
     Prompts of different lengths are padded on the left; a row's tokens do not depend on its neighbours.
 
     Raises:
-        UserError: a prompt is empty, or a token is none of the model's.
+        UserError: a prompt is empty, a token is none of the model's, or so many tokens do not fit in memory.
     """
     _check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
     device, longest = model.embedding.weight.device, max(map(len, prompts))
@@ -207,7 +208,8 @@ def stream_tokens(
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
     generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
-    decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
+    with _refusing_lack_of_memory(len(prompts), longest + max_new_tokens):
+        decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
     logits = decoder.prefill(ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
@@ -223,6 +225,19 @@ def stream_tokens(
             return
         seen.scatter_(1, token[:, None], True)
         logits = decoder.step(token)
+
+
+@contextlib.contextmanager
+def _refusing_lack_of_memory(rows: int, tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of a CPU's memory torch says no more
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"the memory here does not hold the cache of {rows} rows of {tokens:,} tokens; lower --max-new-tokens or "
+            "--batch"
+        ) from None
 
 
 def _check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:

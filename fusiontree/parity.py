@@ -1,8 +1,11 @@
 """The proof of an export: the folder's model beside the trained one, each in memory one module at a time."""
 
 import contextlib
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +23,8 @@ from fusiontree.weights import of_safetensors
 # deeper the model is
 TOLERANCE = 1e-3
 CACHED_TOLERANCES = {"fp32": 1e-3, "bf16": 0.05}
-COMPARED = 128  # tokens at the end of each row whose logits are compared: all of a large vocabulary's would not fit
+COMPARED = 128  # tokens of each row whose logits are compared at most: all of a large vocabulary's would not fit
+LAST = 32  # of these stand side by side at the row's end, which is decoded too; the others are spread over the row
 PIECES = 4  # that prompts are taken in by, for what a piece needs is beside the whole cache
 STEPS = 5  # tokens decoded one by one: the last sees no token of the prompt through the convolution
 
@@ -51,13 +55,16 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
         RunError: one is beyond its tolerance, or the folder's weights are not those of its model.
     """
     rows = _rows(config)
+    places = _compared(rows["logits"].ids.shape[1])
     with torch.device("meta"):
         trained = HybridLM(config, compute_dtype=DTYPES[dtype]).eval()
     with on_demand(trained, weights, DTYPES[dtype]):
-        expected = {check: trained(row.ids, row.documents, keep_logits=COMPARED).logits for check, row in rows.items()}
-    exported = _exported(folder, dtype)
-    with on_demand(exported, of_safetensors(folder)):
-        differences = {check: _difference(_logits(exported, row), expected[check], row) for check, row in rows.items()}
+        expected = {check: trained(row.ids, row.documents, keep_logits=places).logits for check, row in rows.items()}
+    with _code_apart(), on_demand(exported := _exported(folder, dtype), of_safetensors(folder)):
+        differences = {
+            check: _difference(_logits(exported, row, places), expected[check], row.mask[:, places])
+            for check, row in rows.items()
+        }
         differences["cached_decoding"] = _decoding_difference(exported, rows, expected)
     tolerances = dict.fromkeys(differences, TOLERANCE) | {"cached_decoding": CACHED_TOLERANCES[dtype]}
     for check, difference in differences.items():
@@ -87,6 +94,29 @@ def _rows(config: ModelConfig) -> dict[str, Row]:
     }
 
 
+@contextlib.contextmanager
+def _code_apart() -> Iterator[None]:
+    """Let transformers import a folder's code, which it copies to its cache to do so, and leave no trace of it."""
+    from transformers import dynamic_module_utils
+
+    def imported() -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "transformers_modules"}
+
+    cache, path, before = dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), imported()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in before:
+            del sys.modules[name]
+        dynamic_module_utils.HF_MODULES_CACHE = folder
+        sys.path.insert(0, folder)  # before the cache, which may hold a package of the same name
+        try:
+            yield
+        finally:
+            dynamic_module_utils.HF_MODULES_CACHE, sys.path[:] = cache, path
+            for name in imported():
+                del sys.modules[name]
+            sys.modules.update(before)
+
+
 def _exported(folder: Path, dtype: str) -> Any:
     """The model that the folder's own code makes, on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,17 +126,20 @@ def _exported(folder: Path, dtype: str) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=DTYPES[dtype]).eval()
 
 
-def _logits(exported: Any, row: Row) -> Tensor:
-    output = exported(
-        row.ids, attention_mask=row.mask, position_ids=row.documents.position_ids, logits_to_keep=COMPARED
-    )
+def _compared(length: int) -> Tensor:
+    """Where in a row of `length` tokens logits are compared, in order."""
+    spread, last = torch.linspace(0, length - 1, COMPARED - LAST).long(), torch.arange(max(0, length - LAST), length)
+    return torch.cat([spread, last]).unique()
+
+
+def _logits(exported: Any, row: Row, places: Tensor) -> Tensor:
+    output = exported(row.ids, attention_mask=row.mask, position_ids=row.documents.position_ids, logits_to_keep=places)
     return output.logits
 
 
-def _difference(actual: Tensor, expected: Tensor, row: Row) -> float:
-    """Of the logits of the row's last tokens, as many as `actual` has, padding left out."""
-    real = row.mask[:, -actual.shape[1] :]
-    of_real = expected[:, -actual.shape[1] :][real]
+def _difference(actual: Tensor, expected: Tensor, real: Tensor) -> float:
+    """Of logits [1, n, V] where they are of a token that is `real`, bool [1, n], not padding."""
+    of_real = expected[real]
     return float((actual[real] - of_real).square().mean().sqrt() / of_real.std())
 
 
@@ -125,7 +158,11 @@ def _decoding_difference(exported: Any, rows: Mapping[str, Row], expected: Mappi
         logits.append(last)
         done = end
     decoded = torch.cat(logits[len(pieces) :], 1)
-    return max(_difference(decoded[i : i + 1], logits_of, row) for i, (row, logits_of) in enumerate(together))
+    last = slice(-decoded.shape[1], None)
+    return max(
+        _difference(decoded[i : i + 1], logits_of[:, last], row.mask[:, last])
+        for i, (row, logits_of) in enumerate(together)
+    )
 
 
 @contextlib.contextmanager

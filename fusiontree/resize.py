@@ -28,18 +28,19 @@ class Slot(NamedTuple):
     start: int  # element of `flat` that it begins with
 
 
-def load(engine: Any, checkpoint: Path, stage: int) -> None:
+def load(engine: Any, checkpoint: Path, stage: int, trust: bool) -> None:
     """Give `engine` the weights and the optimizer's state of `checkpoint`; all ranks call it together.
 
     Args:
         engine: DeepSpeed's, of the same model and with the same optimizer.
         checkpoint: its folder.
         stage: ZeRO stage that it was saved at.
+        trust: unpickle whatever the files hold, which may run any code.
     """
     groups = _groups(engine)
     names = [engine.param_names[parameter] for group in groups for parameter in group]
     parts: dict[str, list[Part]] = {}
-    for part in layout.parts(checkpoint, stage, layout.opener(values=True), names):
+    for part in layout.parts(checkpoint, stage, layout.opener(values=True, trust=trust), names):
         parts.setdefault(part.name, []).append(part)
     optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

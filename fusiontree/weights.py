@@ -118,13 +118,16 @@ def of_safetensors(folder: Path) -> TensorFiles:
     """The tensors of all safetensors files in `folder`.
 
     Raises:
-        RunError: the index names a file outside the folder, or a tensor that its file does not hold.
+        RunError: a file is damaged, or the index names one outside the folder or a tensor that its file does not hold.
     """
     index = folder / INDEX
     located: dict[str, Located] = {}
     if not index.is_file():
         return TensorFiles(_located_in(folder / "model.safetensors"))
-    places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    try:
+        places = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{index} is damaged ({error!r}); export the model again") from None
     for name in sorted(set(places.values())):
         if Path(name).name != name:
             raise RunError(f"{index} names {name}, which leaves its folder; use an export that does not")
@@ -135,18 +138,26 @@ def of_safetensors(folder: Path) -> TensorFiles:
 
 
 def _located_in(path: Path) -> dict[str, Located]:
-    with open(path, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: Located(
-            _DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            [Piece(path, 8 + size + entry["data_offsets"][0], prod(entry["shape"]))],
-        )
-        for name, entry in header.items()
-    }
+    total = path.stat().st_size
+    try:
+        with open(path, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(size, total)))
+        header.pop("__metadata__", None)
+        located = {
+            name: Located(
+                _DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                [Piece(path, 8 + size + entry["data_offsets"][0], prod(entry["shape"]))],
+            )
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); export the model again") from None
+    for name, (dtype, _, (piece,)) in located.items():
+        if piece.offset + piece.values * dtype.itemsize > total:
+            raise RunError(f"{path} ends inside the tensor {name}; export the model again")
+    return located
 
 
 class Spec(NamedTuple):

@@ -270,7 +270,8 @@ def write_run(
     (folder / checkpoint.CONFIG).write_text(to_yaml(values))
     fingerprint = tokenizer_fingerprint(tokenizer)
     facts = {"step": 1, "tokens": 4096, "zero_stage": stage, "eos_id": 0, "pad_id": 1}
-    facts |= {"tokenizer_fingerprint": fingerprint}
+    facts |= {"tokenizer_fingerprint": fingerprint, "data_fingerprint": "", "world_size": ranks, "rows_consumed": 32}
+    facts["wandb_id"] = None
     (folder / checkpoint.STATE).write_text(json.dumps(facts))
     save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / checkpoint.GATES)
     seal(folder)
@@ -286,6 +287,16 @@ def export_small(folder: Path, tokenizer: Path) -> Path:
     write_run(folder / "run", config, build(vocab_size=512).state_dict(), tokenizer, 0, 1)
     export(folder / "run", folder / "out")
     return folder / "out"
+
+
+class Hostile:
+    """Unpickled, it makes a folder: so would any code have run."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.makedirs, (str(self.mark), 0o777, True)
 
 
 def seal(folder: Path) -> None:

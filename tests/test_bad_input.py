@@ -225,8 +225,10 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def interrupted(arguments: list, folder: Path, started: str) -> subprocess.CompletedProcess[str]:
-    """Run a command and press Ctrl-C as soon as something in `folder` matches the pattern `started`."""
+def interrupted(
+    arguments: list, folder: Path, started: str, by: int = signal.SIGINT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command and press Ctrl-C, or send `by`, as soon as something in `folder` matches the pattern `started`."""
     command = [sys.executable, "-m", "fusiontree", *map(str, arguments)]
     with subprocess.Popen(
         command,
@@ -241,7 +243,7 @@ def interrupted(arguments: list, folder: Path, started: str) -> subprocess.Compl
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, by)
         out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -306,6 +308,21 @@ def test_ctrl_c_in_training(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_export_that_is_ended_leaves_nothing_and_a_killed_ones_rest_goes_with_the_next(
+    run: Path, tmp_path: Path
+) -> None:
+    export = ["export", run, tmp_path / "out"]
+    done = interrupted(export, tmp_path, ".out.partial*/*", by=signal.SIGTERM)
+    assert (done.returncode, done.stderr.count("interrupted")) == (1, 1), done.stderr
+    assert not list(tmp_path.iterdir())
+    interrupted(export, tmp_path, ".out.partial*/*", by=signal.SIGKILL)
+    (rest,) = tmp_path.glob(".out.partial*")
+    (rest / "stray").touch()
+    cli(*export)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "stray").exists()
 
 
 def test_a_folder_that_was_being_written_is_gone(tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
     (path / "weights.pt").unlink()
     with pytest.raises(RunError, match="does not verify"):
         checkpoint.resolve(path)
+    (path / checkpoint.MANIFEST).unlink()
+    with pytest.raises(RunError, match="does not verify: manifest.json is missing"):
+        checkpoint.resolve(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{"step": 3, "tokens": 9}', "lacks rows_consumed, world_size, zero_stage"), ("3", "is damaged")],
+)
+def test_a_state_that_lacks_something_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    path = make(tmp_path, 3)
+    (path / checkpoint.STATE).write_text(text)
+    with pytest.raises(RunError, match=f"state.json {words}"):
+        checkpoint.read_state(path)
 
 
 def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_path: Path) -> None:

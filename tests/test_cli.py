@@ -192,8 +192,9 @@ def test_data_inspect_describes_or_shows_a_row(monkeypatch, capsys):
 def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, capsys):
     calls = stand_in("fusiontree.training.engine", "train", {"steps": 200})
     assert cli.main(argv.split()) == 0
-    (((config, allowed), _),) = calls
+    (((config, allowed, trust), _),) = calls
     assert not allowed
+    assert not trust
     assert (config.seed, config.name) == (3, "x")
     assert json.loads(capsys.readouterr().out) == {"steps": 200}
 
@@ -227,6 +228,31 @@ def test_export_hands_on_its_arguments(stand_in, capsys):
     assert capsys.readouterr().out == "model   3.00 MiB\nproved  yes\n"
 
 
+def test_eval_shows_a_table_of_what_it_measured_of_several_things(stand_in, capsys):
+    speed = {"tokens_per_s": 12.0, "first_token": {"median_seconds": 0.5}, "cache_bytes": 2**20}
+    tasks = {
+        "passkey": {"chance": 0.1, "cells": [{"length": 64, "accuracy": 1.0}, {"length": 1024, "accuracy": 0.25}]},
+        "throughput": {"by_length": {"64 tokens": speed, "9 tokens": {"problem": "too large"}}},
+    }
+    stand_in("fusiontree.evaluate", "evaluate", tasks)
+    assert cli.main(["eval", "out", "--tasks", "passkey", "throughput", "--data", "d"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "passkey",
+        "  chance  0.1",
+        "",
+        "  cells  length  accuracy",
+        "  1          64         1",
+        "  2       1,024      0.25",
+        "",
+        "throughput",
+        "",
+        "  by length  tokens per s  first token median (s)     cache    problem",
+        "  64 tokens            12                     0.5  1.00 MiB          -",
+        "  9 tokens              -                       -         -  too large",
+        "",
+    ]
+
+
 def test_generate_streams_its_text(monkeypatch, capsys):
     def generate_text(folder, prompt, max_new_tokens, sampling, on_text):
         seen.update(sampling, folder=folder, prompt=prompt, max_new_tokens=max_new_tokens)
@@ -251,12 +277,12 @@ def test_generate_streams_its_text(monkeypatch, capsys):
 
 
 def test_eval_hands_on_its_arguments(stand_in, capsys):
-    calls = stand_in("fusiontree.evaluate", "evaluate", {"loss": 2.5, "tokens": 4096})
+    calls = stand_in("fusiontree.evaluate", "evaluate", {"perplexity": {"loss": 2.5, "tokens": 4096}})
     words = ["--tasks", "perplexity,passkey", "recall", "--data", "d", "--limit", "4", "--lengths", "64,128"]
     assert cli.main(["eval", "out", *words]) == 0
     options = {"lengths": [64, 128], "seq_len": None, "limit": 4, "samples": 5, "output": None, "overwrite": False}
     assert calls == [((Path("out"), ["perplexity", "passkey", "recall"], Path("d")), options)]
-    assert capsys.readouterr().out == "loss    2.5 nats per token\ntokens  4,096\n"
+    assert capsys.readouterr().out == "perplexity\n  loss    2.5 nats per token\n  tokens  4,096\n\n"
 
 
 def test_demo_hands_on_its_folder_and_exit_code(stand_in):

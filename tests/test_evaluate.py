@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +16,17 @@ from conftest import SMALL, build, export_small, write_run
 
 from fusiontree.cli import main
 from fusiontree.cli.model import EVAL_TASKS
-from fusiontree.evaluate import TASKS, evaluate
+from fusiontree.evaluate import TASKS, evaluate, heatmap
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
 from fusiontree.export import export
 from fusiontree.generate import Sampling, stream_tokens
+
+TABLES = ("by_position", "by_document", "by_pairs", "cells")
+
+
+def rows_of(table: dict | list) -> list[dict]:
+    return table if isinstance(table, list) else list(table.values())
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +64,12 @@ def test_perplexity_adds_up_by_position_and_document(exported: Path, shards: Pat
     assert total / figures["tokens"] == pytest.approx(figures["loss"], rel=1e-5)
     assert figures["chance_loss"] == math.log(512)
     assert figures["bigram_loss"] < figures["unigram_loss"] < figures["chance_loss"]
-    documents = figures["by_document"]
-    assert documents["tenth_loss"] <= documents["median_loss"] <= documents["ninetieth_loss"]
-    assert documents["highest"][0]["loss"] >= documents["ninetieth_loss"]
+    for name in ("loss", "bigram_loss"):
+        low, median, high = (row[name] for row in list(figures["by_document"].values())[:3])
+        assert low <= median <= high
+    assert figures["by_document"]["highest"]["loss"] >= high
+    total = sum(bucket["bigram_loss"] * bucket["tokens"] for bucket in by_position)
+    assert total / figures["tokens"] == pytest.approx(figures["bigram_loss"], rel=1e-5)
 
 
 def test_an_answer_is_right_when_every_token_is_the_likeliest() -> None:
@@ -99,11 +109,28 @@ def test_all_tasks_give_figures_baselines_json_and_heat_maps(exported: Path, sha
         assert len(results[task]["cells"]) == 2 * len(DEPTHS)
         assert results[task]["chance"] == chance
         assert 0 <= results[task]["bigram_accuracy"] <= 1
+    rows = [row for task in results.values() for key in TABLES for row in rows_of(task.get(key, []))]
+    assert len(rows) > 4 * len(DEPTHS)
+    for row in rows:
+        for name in ("loss", "accuracy", "answer_loss"):
+            beside = {"accuracy": "chance"}.get(name, f"chance_{name}")
+            assert name not in row or {f"bigram_{name}", beside} <= set(row)
     assert [entry["chance"] for entry in results["recall"]["by_pairs"].values()] == [1 / pairs for pairs in PAIRS]
     for figures in results["throughput"]["by_length"].values():
         assert figures["first_token"]["p95_seconds"] >= figures["first_token"]["median_seconds"] > 0
         assert figures["prefill_tokens_per_s"] > 0 < figures["tokens_per_s"]
     assert tuple(TASKS) == EVAL_TASKS
+
+
+def test_a_heat_map_states_chance_and_the_bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib: pip install 'fusiontree[eval]'")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0]))
+    cells = [{"length": n, "depth": 0.5, "accuracy": n / 100, "bigram_accuracy": 0.5} for n in (20, 100)]
+    heatmap.draw(tmp_path / "x.png", "needle", cells, 0.1)
+    (axes,) = drawn
+    assert axes.get_title() == "needle, chance 0.1"
+    assert [text.get_text() for text in axes.texts] == ["20%\nbigram 50%", "100%\nbigram 50%"]
 
 
 def test_a_question_longer_than_the_time_encoding_is_refused(
@@ -125,6 +152,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for options, words in (
+        (["--tasks", ","], "--tasks names none; choose from perplexity, passkey"),
         (["--tasks", "poetry"], "unknown task 'poetry'; choose from perplexity, passkey"),
         (["--tasks", "passkey", "--lengths", "1k"], "--lengths is '1k'; give whole numbers"),
         (["--tasks", "passkey", "--lengths", "0"], "--lengths is 0; it must be at least 1"),
@@ -136,5 +164,12 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
         line = capsys.readouterr().err
         assert words in line
         assert line.count("\n") == 1
+    shutil.copytree(shards, tmp_path / "all")
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    manifest["splits"]["validation"] = []
+    (tmp_path / "all" / "manifest.json").write_text(json.dumps(manifest))
+    for task in ("perplexity", "needle"):
+        assert main(["eval", str(exported), "--data", str(tmp_path / "all"), "--tasks", task]) == 2
+        assert "all has nothing held out; build it with a larger --holdout" in capsys.readouterr().err
     assert main(["eval", str(tmp_path), "--data", str(shards), "--tasks", "recall"]) == 2
     assert "is not an exported model" in capsys.readouterr().err

@@ -14,10 +14,11 @@ import torch
 from conftest import cli, metrics, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from transformers import dynamic_module_utils
 
-from fusiontree import checkpoint
+from fusiontree import checkpoint, parity
 from fusiontree import model as model_package
-from fusiontree.config import load_config
+from fusiontree.config import load_config, preset_names
 from fusiontree.errors import RunError
 from fusiontree.model.lm import HybridLM
 from fusiontree.parity import prove
@@ -263,6 +264,16 @@ def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_but_the_tokenizer_comes_out_of_its_folder(exported: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    for name in ("config.json", "hf.py", "pytorch_model.bin"):
+        (tmp_path / "run" / "tokenizer" / name).write_text("raise SystemExit(7)")
+    cli("export", tmp_path / "run", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in exported.iterdir()}
+    for name in ("config.json", "hf.py"):
+        assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
+
+
 def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -271,13 +282,45 @@ def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run:
     assert f"checkpoint {newest} is damaged and passed over: gates.safetensors" in " ".join(said.split())
 
 
-def test_weights_that_differ_fail_the_proof(exported: Path, run: Path) -> None:
+def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(exported: Path, run: Path) -> None:
+    def traces() -> tuple:
+        modules = {name for name in sys.modules if name.startswith("transformers_modules")}
+        return dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), modules, dict(os.environ)
+
     weights = dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
     config = load_config(str(run / "config.yaml")).model
+    before = traces()
     assert prove(exported, config, weights, "fp32")["packed"] == 0
+    assert traces() == before
     weights["blocks.1.fusion.bias"] = weights["blocks.1.fusion.bias"] + 0.1
     with pytest.raises(RunError, match="export fails its proof: logits differs"):
         prove(exported, config, weights, "fp32")
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_proof_looks_everywhere_in_rows_past_a_chunk_and_a_window(preset: str) -> None:
+    config = load_config(preset).model
+    rows = parity._rows(config)
+    length = rows["logits"].ids.shape[1]
+    assert length > max(config.chunk_size, config.window)
+    assert (rows["packed"].documents.position_ids.max() + 1 > max(config.chunk_size, config.window)).all()
+    places = parity._compared(length)
+    assert len(places) <= parity.COMPARED
+    assert (places[0], places[-1]) == (0, length - 1)
+    assert places.diff().max() <= length // 64
+    assert places[-parity.STEPS - 1 :].tolist() == list(range(length - parity.STEPS - 1, length))
+    assert parity._compared(20).tolist() == list(range(20))
+
+
+def test_logits_of_some_places_are_those_of_all(exported: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
+    ids, places = torch.arange(2, 62)[None], torch.tensor([0, 7, 59])
+    with torch.no_grad():
+        whole, some, last = (model(ids, logits_to_keep=keep).logits for keep in (0, places, 3))
+    assert torch.equal(some, whole[:, places])
+    assert torch.equal(last, whole[:, -3:])
 
 
 def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Path) -> None:

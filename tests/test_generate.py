@@ -87,6 +87,10 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
         ([*folder, "--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl line 1 is no object such as"),
         ([*folder, "--prompts", str(tmp_path / "number.jsonl")], "prompt is 3; it must be text"),
         ([*folder, "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (
+            [*folder, "a", "--max-new-tokens", str(10**11)],
+            "is 100000000000; it must be from 1 to 2^31 - 1",
+        ),
         ([*folder, "a", "--seed", str(2**63)], "--seed is 9223372036854775808; it must be from 0 to 2^63 - 1"),
         ([str(tmp_path), "a"], "is not an exported model"),
     ):
@@ -95,6 +99,11 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
         assert message in captured.err
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+def test_more_tokens_than_memory_holds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"the cache of 1 rows of 100,000,000,000,001 tokens; lower --max-new-tokens"):
+        next(stream_tokens(build(), [[1]], 10**14, Sampling(), None))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ ARROWS = {
     "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.data": set(),
-    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.resize", "fusiontree.weights"},
+    "fusiontree.checkpoint": {
+        *("fusiontree.distributed", "fusiontree.layout", "fusiontree.resize", "fusiontree.weights"),
+    },
     "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed", "fusiontree.resize"},
     "fusiontree.layout": set(),
     "fusiontree.resize": {"fusiontree.layout"},

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import SMALL, build, cli, settings, write_run
 
@@ -17,7 +18,7 @@ from fusiontree.evaluate import evaluate
 from fusiontree.export import export
 from fusiontree.training.build import build_model
 from fusiontree.training.initial import check_initial
-from fusiontree.weights import of_safetensors
+from fusiontree.weights import INDEX, of_safetensors
 
 SHAPE = {**dataclasses.asdict(SMALL), "vocab_size": 512, "layer_kinds": ("mamba", "hybrid", "attention")}
 KINDS = "[mamba,hybrid,attention]"
@@ -110,6 +111,28 @@ def test_another_tokenizer_and_no_export_are_refused(exported: Path, shards: Pat
     (tmp_path / "fusiontree.json").write_text(json.dumps({**facts, "tokenizer_fingerprint": "other"}))
     with pytest.raises(UserError, match="tokenizer"):
         check_initial(config_for(tmp_path), manifest)
+
+
+def test_a_damaged_export_is_refused_before_there_is_a_run(
+    exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    start = shutil.copytree(exported, tmp_path / "start")
+    values = [f"model.{name}={value}" for name, value in SHAPE.items() if value is not None and name != "layer_kinds"]
+    words = [*settings(shards, tmp_path, name="next"), *values, f"model.layer_kinds={KINDS}", f"init_from={start}"]
+    whole = (start / "model.safetensors").read_bytes()
+    for content, told in (
+        (whole[:-1], "model.safetensors ends inside the tensor "),
+        (whole[:100], "model.safetensors is damaged (JSONDecodeError"),
+        (b"", "model.safetensors is damaged (JSONDecodeError"),
+    ):
+        (start / "model.safetensors").write_bytes(content)
+        said = ranks.run(["train", "tiny", *words], tmp_path, code=1)
+        assert told in said, said
+        assert not (tmp_path / "next").exists()
+    for index in ("{}", "[]", '{"weight_map": 3}'):
+        (start / INDEX).write_text(index)
+        with pytest.raises(RunError, match="index.json is damaged"):
+            of_safetensors(start)
 
 
 def test_weights_that_are_not_those_of_their_configuration_are_named(exported: Path, tmp_path: Path) -> None:

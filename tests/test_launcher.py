@@ -260,6 +260,16 @@ def test_the_dry_run_prints_a_line_to_paste(dataset, capsys):
     ]
 
 
+@pytest.mark.parametrize("target", ["--local 2", "--hostfile hosts", "--slurm --ranks-per-node 2"])
+def test_the_ranks_of_every_target_are_told_what_a_resume_may_do(target, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("node1 slots=2\n")
+    options = ["--trust-checkpoint", "--allow-changed", "seed", "--dry-run", f"data.path={dataset}"]
+    assert cli.main(["launch", "tiny", *target.split(), *options]) == 0
+    told = shlex.split(capsys.readouterr().out, comments=True)
+    assert {"--trust-checkpoint", "--allow-changed=seed"} <= set(told)
+
+
 def test_deepspeed_reads_the_devices_as_meant(job):
     from deepspeed.launcher.runner import parse_args, parse_inclusion_exclusion
 

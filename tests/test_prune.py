@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fusiontree.config import load_config
 from fusiontree.errors import UserError
 from fusiontree.export import export
 from fusiontree.exported import load_export
+from fusiontree.prune import pruner
 from fusiontree.prune.plan import (
     PrunedWeights,
     Pruning,
@@ -158,8 +160,13 @@ def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
+def card(exported: Path) -> dict[str, str]:
+    """The table of the model card."""
+    return dict(re.findall(r"^\| (.+) \| (.+) \|$", (exported / "README.md").read_text(), re.MULTILINE))
+
+
 def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path, tmp_path: Path) -> None:
-    plan, output = tmp_path / "plan.json", tmp_path / "out"
+    plan, output = tmp_path / "plans" / "plan.json", tmp_path / "out"
     cli("prune", run, "--out", plan)
     edited = json.loads(plan.read_text())
     assert [layer["keep"] for layer in edited["layers"]] == ["mamba", "hybrid", "hybrid"]
@@ -181,7 +188,13 @@ def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path
     ids = torch.arange(2, 80)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
-    assert "0: mamba, 2: attention" in (output / "README.md").read_text()
+    assert report["before"]["weights_bytes"] > report["after"]["weights_bytes"] == 4 * report["after"]["parameters"]
+    facts = card(output)
+    assert facts["layers pruned to one branch"] == "0: mamba, 2: attention"
+    losses = " and ".join(f"{report[when]['loss']:.4f}" for when in ("before", "after"))
+    assert facts["held-out loss before and after"] == f"{losses} nats per token"
+    assert "Of some layers pruning has left a part" in (output / "README.md").read_text()
+    assert "global heads left" not in facts
 
 
 def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: Path, tmp_path: Path) -> None:
@@ -198,10 +211,19 @@ def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: 
     heads = json.loads((tmp_path / "heads" / "config.json").read_text())["layer_global_heads"]
     kept = int(list(figures["loss_without"])[2].removeprefix("global head group 0 of layer "))
     assert heads == [2 if layer == kept else 0 for layer in range(3)]
+    assert card(tmp_path / "heads")["global heads left"] == ", ".join(f"{i}: 0" for i in range(3) if i != kept)
 
 
-def test_the_plan_that_is_made_by_itself(run: Path, shards: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "auto", prune="auto", data=shards, limit=1)
+def test_the_plan_that_is_made_by_itself_and_a_speed_that_cannot_be_measured(
+    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = {"problem": "out of memory: lower it"}
+    monkeypatch.setattr(pruner, "measure_decoding", lambda *_: why)
+    with open(run / "metrics.jsonl", "w") as lines:
+        lines.write(json.dumps({"step": 1, "val_loss": 9.0}) + "\n")
+    report = export(run, tmp_path / "auto", prune="auto", data=shards, limit=1)["pruning"]
+    assert all(report[when]["problem"] == why["problem"] for when in ("before", "after"))
+    assert card(tmp_path / "auto")["held-out loss in training, not pruned"] == "9.0000 nats per token"
     assert json.loads((tmp_path / "auto" / "config.json").read_text())["layer_kinds"] == ["mamba", "hybrid", "hybrid"]
 
 
@@ -225,6 +247,8 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
         assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
     assert "names no dataset to measure the pruning by" in refused("export", run, tmp_path / "out", "--prune", "auto")
+    none = refused("export", run, tmp_path / "out", "--prune", "1", "--limit", 0, "--data", shards)
+    assert "--limit is 0; it must be at least 1" in none
     both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
     assert "--prune and --prune-heads are both given" in both
     assert set(tmp_path.iterdir()) == {plan, nothing}

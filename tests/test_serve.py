@@ -82,7 +82,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
-@pytest.mark.skipif(missing("lm_eval", "accelerate"), reason="needs pip install lm_eval accelerate")
+@pytest.mark.skipif(missing("lm_eval", "accelerate"), reason="needs pip install 'fusiontree[harness]'")
 def test_the_evaluation_harness_runs_a_local_task(exported: Path, tmp_path: Path) -> None:
     data = tmp_path / "trees.jsonl"
     rows = [{"question": f"tree {i} gate", "choices": [" branch", " scan"], "answer": i % 2} for i in range(4)]

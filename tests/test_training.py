@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import cli, metrics, settings
+from conftest import Hostile, cli, metrics, seal, settings
 
 from fusiontree import checkpoint, incidents
 from fusiontree.config import RunConfig, load_config
@@ -305,6 +305,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: P
     assert "step-8 is damaged and passed over" in said
     assert [(line["kind"], line["step"]) for line in incidents.read(copy)] == [("fallback", 8), ("resume", 4)]
     assert metrics(copy) == metrics(two_ranks)
+
+
+def test_a_checkpoint_that_could_run_code_is_refused_in_one_line_unless_trusted(
+    two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
+    copy, mark = tmp_path / "two", tmp_path / "mark"
+    shutil.copytree(two_ranks, copy)
+    victim = next((copy / "checkpoints" / "step-8").glob("zero_pp_rank_1*"))
+    torch.save({**torch.load(victim, weights_only=False), "more": Hostile(mark)}, victim)
+    seal(victim.parent)
+    words = ["tiny", *settings(shards, tmp_path, name="two")]
+    said = cli("launch", "--local", 2, *words, code=2).stderr
+    (line,) = [line for line in said.splitlines() if "--trust-checkpoint" in line]
+    assert f"{victim} holds more than tensors (os.makedirs)" in line
+    assert not mark.exists()
+    cli("launch", "--local", 2, "--trust-checkpoint", *words)  # loaded by DeepSpeed
+    mark.rmdir()
+    ranks.run(["train", "--trust-checkpoint", *words], tmp_path)  # copied piece by piece
+    mark.rmdir()
 
 
 def test_a_finished_run_is_left_as_it_is(two_ranks: Path, shards: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_allow_changed, add_config, command
+from fusiontree.cli.parsing import add_config, add_resume, command
 from fusiontree.errors import UserError
 
 
@@ -30,7 +30,10 @@ def _launch(args: argparse.Namespace) -> int:
 
 def _rank_options(args: argparse.Namespace) -> list[str]:
     """What a launch hands on to the `train` of every rank, beside the configuration."""
-    return [*(f"--allow-changed={key}" for key in args.allow_changed), *(["--json"] if args.json else [])]
+    options = [f"--allow-changed={key}" for key in args.allow_changed]
+    if args.trust_checkpoint:
+        options.append("--trust-checkpoint")
+    return [*options, "--json"] if args.json else options
 
 
 # options that mean something for one target only
@@ -142,7 +145,7 @@ def add(commands: Any) -> None:
         "launch tiny --local 2 data.path=data/books",
     )
     add_config(launch)
-    add_allow_changed(launch)
+    add_resume(launch)
     target = launch.add_mutually_exclusive_group(required=True)
     target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
     target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_overwrite, command
-from fusiontree.cli.printing import show
+from fusiontree.cli.parsing import add_overwrite, add_trust, command
+from fusiontree.cli.printing import show, show_tables
 from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
 
@@ -38,6 +38,7 @@ def _prune(args: argparse.Namespace) -> int:
         raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
     plan = plan_run(args.source, args.hi, args.lo)
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, json.dumps(plan, indent=1))
     return show(plan, args.json)
 
@@ -79,7 +80,7 @@ def _eval(args: argparse.Namespace) -> int:
         output=args.output,
         overwrite=args.overwrite,
     )
-    return show(figures, args.json)
+    return show_tables(figures, args.json)
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
@@ -105,9 +106,7 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
     )
-    export.add_argument(
-        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
-    )
+    add_trust(export)
     export.add_argument(
         "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
     )

@@ -43,8 +43,16 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the configuration's")
 
 
-def add_allow_changed(parser: argparse.ArgumentParser) -> None:
-    """What a resume may find changed."""
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """That a checkpoint may hold more than tensors."""
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+    )
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """What a resume may find changed, and may run."""
+    add_trust(parser)
     parser.add_argument(
         "--allow-changed",
         action="append",

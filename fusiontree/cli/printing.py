@@ -1,7 +1,7 @@
 """A command's figures, for a person or as JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _NAMED = 10  # inputs left out that are named, unless --json is given
@@ -13,11 +13,57 @@ def show(figures: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print(json.dumps(figures, indent=2, default=str))
         return 0
-    lines = list(_lines(figures))
+    _show_lines(_lines(figures))
+    return 0
+
+
+def _show_lines(lines: Sequence[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in lines), default=0)
     for label, value in lines:
         print(f"{label:<{width}}  {value}".rstrip())
+
+
+def show_tables(figures: dict[str, dict[str, Any]], as_json: bool) -> int:
+    """Like `show`, but what a group of `figures` has of several things stands as a table, a line of each."""
+    if as_json:
+        return show(figures, as_json)
+    for name, group in figures.items():
+        tables = {key: rows for key, value in group.items() if (rows := _rows(value))}
+        print(name)
+        _show_lines(_lines({key: value for key, value in group.items() if key not in tables}, "  "))
+        for key, rows in tables.items():
+            print()
+            _show_table(_label(key), rows)
+        print()
     return 0
+
+
+def _rows(value: Any) -> dict[str, dict[str, Any]]:
+    """The lines of a table by name, where `value` is one: mappings, by name or in a list; no line elsewhere."""
+    if isinstance(value, list):
+        value = {str(number): row for number, row in enumerate(value, 1)}
+    if not isinstance(value, dict) or not all(isinstance(row, dict) for row in value.values()):
+        return {}
+    return {name: dict(_columns(row)) for name, row in value.items()}
+
+
+def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The cells of a line; those of a mapping inside it are named by both keys."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}_{inner}", cell) for inner, cell in _columns(value))
+        else:
+            yield key, value
+
+
+def _show_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [[title, *(_label(key) + " (s)" * key.endswith("_seconds") for key in keys)]]
+    lines += [[name, *(_text(key, row.get(key), unit=False) for key in keys)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *cells in lines:
+        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join(["  " + name.ljust(widths[0]), *numbers]))
 
 
 def _skipped(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -44,7 +90,7 @@ def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
     """Label and text of each figure; what is nested stands indented below its name."""
     lines: list[tuple[str, str]] = []
     for key, value in figures.items():
-        label = indent + str(key).removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+        label = indent + _label(str(key))
         if isinstance(value, dict):
             lines += [(label, "" if value else "none"), *_lines(value, indent + "  ")]
         elif isinstance(value, (list, tuple)):
@@ -55,8 +101,13 @@ def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
     return lines
 
 
-def _text(key: str, value: Any) -> str:
-    """A figure with its unit, which the end of its key names."""
+def _label(key: str) -> str:
+    """A figure's name without its unit, which stands beside the number."""
+    return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+
+
+def _text(key: str, value: Any, unit: bool = True) -> str:
+    """A figure with its unit, which the end of its key names; of bytes always, of others where `unit`."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
@@ -68,5 +119,5 @@ def _text(key: str, value: Any) -> str:
     if key.endswith("bytes"):
         return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.2f} MiB"
     number = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-    unit = next((unit for ending, unit in _UNITS.items() if key.endswith(ending)), "")
-    return f"{number} {unit}".rstrip()
+    name = next((name for ending, name in _UNITS.items() if key.endswith(ending)), "")
+    return f"{number} {name}".rstrip() if unit else number

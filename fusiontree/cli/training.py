@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_allow_changed, add_config, command
+from fusiontree.cli.parsing import add_config, add_resume, command
 from fusiontree.cli.printing import show
 
 
@@ -21,7 +21,7 @@ def _train(args: argparse.Namespace) -> int:
     args.output = config.run_dir
     from fusiontree.training.engine import train
 
-    summary = train(config, args.allow_changed)
+    summary = train(config, args.allow_changed, args.trust_checkpoint)
     return show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
 
 
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         "train tiny data.path=data/books optimizer.lr=1e-3",
     )
     add_config(train)
-    add_allow_changed(train)
+    add_resume(train)
     train.set_defaults(is_rank=True)
 
     status = command(

@@ -54,6 +54,8 @@ def evaluate(
     for name, value in numbers:
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if not tasks:
+        raise UserError(f"--tasks names none; choose from {', '.join(TASKS)}")
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
@@ -81,4 +83,4 @@ def _write(output: Path, overwrite: bool, results: dict[str, Any]) -> None:
         (partial / RESULTS).write_text(json.dumps(results, indent=1))
         for task, figures in results.items():
             if "cells" in figures:
-                draw(partial / f"{task}.png", task, figures["cells"])
+                draw(partial / f"{task}.png", task, figures["cells"], figures["chance"])

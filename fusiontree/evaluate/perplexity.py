@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fusiontree.console import progress_bar
 from fusiontree.data.batch import Batch
-from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import validation_batches
 from fusiontree.errors import RunError, UserError
@@ -22,7 +20,8 @@ from fusiontree.model.reference import IGNORE, token_losses
 
 ROWS_PER_FORWARD = 4
 _FIRST_BUCKET = 64  # tokens; each later one ends at four times the position
-_SHOWN = 3  # documents with the highest loss
+_QUANTILES = {"a tenth below": 0.1, "half below": 0.5, "nine tenths below": 0.9}  # of the documents
+_HIGHEST = ("highest", "second", "third")  # documents that are shown
 
 
 class Losses(NamedTuple):
@@ -51,51 +50,53 @@ def perplexity(subject: Subject) -> dict[str, Any]:
     found = [
         _losses(subject.model, inputs, number)
         for number, (_, inputs) in enumerate(
-            _batches(subject.model, Sources({"": subject.held_out}), subject.seq_len, subject.limit, "perplexity")
+            _batches(subject.model, subject.held_out, subject.seq_len, subject.limit, "perplexity")
         )
     ]
     losses = Losses(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    bigram = subject.bigram.losses(losses.before, losses.after)
     mean = float(losses.loss.mean(dtype=np.float64))
     return {
         "loss": mean,
         "perplexity": math.exp(mean),
         "tokens": len(losses.loss),
+        "documents": len(np.unique(losses.document)),
         "seq_len": subject.seq_len,
-        "chance_loss": math.log(subject.model.config.vocab_size),
+        "chance_loss": subject.chance_loss,
         "unigram_loss": float(subject.bigram.unigram_losses(losses.after).mean()),
-        "bigram_loss": float(subject.bigram.losses(losses.before, losses.after).mean()),
-        "by_position": _by_position(subject, losses),
-        "by_document": _by_document(losses),
+        "bigram_loss": float(bigram.mean()),
+        "by_position": _by_position(subject, losses, bigram),
+        "by_document": _by_document(subject, losses, bigram),
     }
 
 
-def _by_position(subject: Subject, losses: Losses) -> dict[str, dict[str, float]]:
+def _by_position(subject: Subject, losses: Losses, bigram: np.ndarray) -> dict[str, dict[str, float]]:
     buckets, first, end = {}, 0, _FIRST_BUCKET
     while first < subject.seq_len:
         inside = (losses.position >= first) & (losses.position < end)
         if inside.any():
-            bigram = subject.bigram.losses(losses.before[inside], losses.after[inside])
             buckets[f"{first} to {min(end, subject.seq_len) - 1}"] = {
                 "loss": float(losses.loss[inside].mean(dtype=np.float64)),
-                "bigram_loss": float(bigram.mean()),
+                "bigram_loss": float(bigram[inside].mean()),
+                "chance_loss": subject.chance_loss,
                 "tokens": int(inside.sum()),
             }
         first, end = end, 4 * end
     return buckets
 
 
-def _by_document(losses: Losses) -> dict[str, Any]:
+def _by_document(subject: Subject, losses: Losses, bigram: np.ndarray) -> dict[str, dict[str, float]]:
+    """Quantiles of the documents' means, the bigram's of its own means, and the documents of the highest."""
     _, place, count = np.unique(losses.document, return_inverse=True, return_counts=True)
-    means = np.bincount(place, losses.loss) / count
-    low, median, high = np.quantile(means, [0.1, 0.5, 0.9]).tolist()
-    worst = np.argsort(means)[::-1][:_SHOWN]
-    return {
-        "documents": len(means),
-        "tenth_loss": low,
-        "median_loss": median,
-        "ninetieth_loss": high,
-        "highest": [{"loss": float(means[i]), "tokens": int(count[i])} for i in worst],
-    }
+    means, by_bigram = (np.bincount(place, values) / count for values in (losses.loss, bigram))
+    rows = {}
+    for name, share in _QUANTILES.items():
+        loss, bigram_loss = (float(np.quantile(values, share)) for values in (means, by_bigram))
+        rows[name] = {"loss": loss, "bigram_loss": bigram_loss, "chance_loss": subject.chance_loss}
+    for name, i in zip(_HIGHEST, np.argsort(means)[::-1], strict=False):
+        found = {"loss": float(means[i]), "bigram_loss": float(by_bigram[i]), "chance_loss": subject.chance_loss}
+        rows[name] = {**found, "tokens": int(count[i])}
+    return rows
 
 
 def _losses(model: HybridLM, inputs: tuple[Tensor, Tensor, Documents], number: int) -> Losses:
@@ -136,18 +137,3 @@ def _batches(
     if tokens == 0:
         where = ", ".join(str(dataset.location) for dataset in held_out.datasets)
         raise UserError(f"{where} has no held-out token to predict; build it with a larger --holdout")
-
-
-def open_held_out(locations: dict[str, str], fingerprint: str, owner: Path) -> Sources:
-    """The held-out splits of datasets by name, which `owner`'s tokenizer must have made.
-
-    Raises:
-        UserError: one is missing or made with another tokenizer, or none holds anything out.
-    """
-    found = {name: Dataset(location, "validation") for name, location in locations.items()}
-    for dataset in found.values():
-        dataset.manifest.require_tokenizer(fingerprint, owner)
-    found = {name: dataset for name, dataset in found.items() if dataset.num_rows}
-    if not found:
-        raise UserError(f"{', '.join(locations.values())} has nothing held out; build it with a larger --holdout")
-    return Sources(found)

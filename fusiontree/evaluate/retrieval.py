@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fusiontree.console import progress_bar
@@ -81,8 +82,7 @@ def recall(subject: Subject) -> dict[str, Any]:
     with progress_bar() as bar:
         task = bar.add_task("recall", total=len(PAIRS) * subject.samples, note="")
         for pairs in PAIRS:
-            scored = _score(subject, probes(pairs), lambda: bar.update(task, advance=1))
-            figures[f"{pairs} pairs"] = {**scored, "chance": 1 / pairs}
+            figures[f"{pairs} pairs"] = _score(subject, probes(pairs), 1 / pairs, lambda: bar.update(task, advance=1))
     return {"samples": subject.samples, "by_pairs": figures}
 
 
@@ -106,9 +106,8 @@ def _over_length_and_depth(
                     f"{len(probes[0].prompt) + len(probes[0].answer)} tokens; give a longer one"
                 )
             bar.update(task, note=f"{length:,} tokens")
-            cells.append(
-                {"length": length, "depth": depth, **_score(subject, probes, lambda: bar.update(task, advance=1))}
-            )
+            scored = _score(subject, probes, chance, lambda: bar.update(task, advance=1))
+            cells.append({"length": length, "depth": depth, **scored})
     return {
         "accuracy": sum(cell["accuracy"] for cell in cells) / len(cells),
         "bigram_accuracy": sum(cell["bigram_accuracy"] for cell in cells) / len(cells),
@@ -118,20 +117,29 @@ def _over_length_and_depth(
     }
 
 
-def _score(subject: Subject, probes: Iterable[Probe], tick: Callable[[], object]) -> dict[str, float]:
-    """Shares of the probes that the model and the bigram solve, and the model's loss of the answers' tokens."""
-    solved, solved_by_bigram, losses = 0, 0, []
+def _score(subject: Subject, probes: Iterable[Probe], chance: float, tick: Callable[[], object]) -> dict[str, float]:
+    """Shares of the probes that the model and the bigram solve, and their losses of the answers' tokens.
+
+    Args:
+        chance: share that a guess solves.
+    """
+    solved, solved_by_bigram, losses, bigram_losses = 0, 0, [], []
     count = 0
     for count, probe in enumerate(probes, 1):  # noqa: B007 - how many there were
         right, loss = _answer(subject.model, probe)
         solved += right
         solved_by_bigram += _answered_by(subject.bigram, probe)
         losses.append(loss)
+        before, after = np.array([probe.prompt[-1], *probe.answer[:-1]]), np.array(probe.answer)
+        bigram_losses.append(float(subject.bigram.losses(before, after).mean()))
         tick()
     return {
         "accuracy": solved / count,
         "bigram_accuracy": solved_by_bigram / count,
+        "chance": chance,
         "answer_loss": sum(losses) / count,
+        "bigram_answer_loss": sum(bigram_losses) / count,
+        "chance_answer_loss": subject.chance_loss,
     }
 
 

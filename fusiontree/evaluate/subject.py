@@ -1,5 +1,6 @@
 """What the tasks are given: the model, its tokenizer, and the data with its n-gram counts."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fusiontree.data.format import Dataset
+from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.exported import check_positions, load_export, read_facts
@@ -24,8 +26,8 @@ class Subject:
     model: HybridLM
     tokenizer: Tokenizer
     facts: dict[str, Any]
-    data: Path
-    held_out: Dataset
+    folder: Path  # the export's
+    train: Dataset
     lengths: tuple[int, ...]  # tokens of prompts
     seq_len: int  # tokens of a row of the perplexity
     limit: int | None  # rows at most
@@ -46,39 +48,63 @@ class Subject:
         Raises:
             UserError: no export, no dataset, another tokenizer, or lengths beyond the time encoding.
         """
-        facts, held_out = read_facts(folder), Dataset(data, "validation")
-        held_out.manifest.require_tokenizer(facts["tokenizer_fingerprint"], folder)
+        facts, train = read_facts(folder), Dataset(data, "train")
+        train.manifest.require_tokenizer(facts["tokenizer_fingerprint"], folder)
         model, tokenizer = load_export(folder)
         lengths, seq_len = lengths or (facts["seq_len"],), seq_len or facts["seq_len"]
         check_positions(model.config, max(*lengths, seq_len))
-        return cls(model, tokenizer, facts, data, held_out, lengths, seq_len, limit, samples)
+        return cls(model, tokenizer, facts, folder, train, lengths, seq_len, limit, samples)
 
     @property
     def vocab_size(self) -> int:
         """Tokens that the data can hold."""
-        return self.held_out.manifest.vocab_size
+        return self.train.manifest.vocab_size
+
+    @property
+    def chance_loss(self) -> float:
+        """Nats of a token by a uniform guess among all that the model knows."""
+        return math.log(self.model.config.vocab_size)
 
     @cached_property
     def bigram(self) -> Bigram:
         """Counted over the first rows of the training split."""
-        train = Dataset(self.data, "train")
-        rows = min(train.num_rows, max(1, _COUNTED_TOKENS // train.manifest.row_len))
-        return Bigram.count((train.row(row) for row in range(rows)), self.vocab_size)
+        rows = min(self.train.num_rows, max(1, _COUNTED_TOKENS // self.train.manifest.row_len))
+        return Bigram.count((self.train.row(row) for row in range(rows)), self.vocab_size)
+
+    @cached_property
+    def held_out(self) -> Sources:
+        """The rows that the model was not trained on; errors as of `open_held_out`."""
+        return open_held_out({"": self.train.location}, self.facts["tokenizer_fingerprint"], self.folder)
 
     @cached_property
     def text(self) -> np.ndarray:
         """Token ids of held-out text, end to end, at least as many as the longest prompt."""
-        if not self.held_out.num_rows:
-            raise UserError(f"{self.held_out.location} has nothing held out; build it with a larger --holdout")
-        rows = [self._real_tokens(row) for row in range(min(self.held_out.num_rows, 64))]
+        (held_out,) = self.held_out.datasets
+        rows = [_real_tokens(held_out, row) for row in range(min(held_out.num_rows, 64))]
         joined = np.concatenate(rows)
         return np.tile(joined, -(-(max(self.lengths) + 1) // len(joined)))
-
-    def _real_tokens(self, row: int) -> np.ndarray:
-        tokens, ends = self.held_out.row(row)
-        return np.asarray(tokens[: ends[-1]], dtype=np.int64)
 
     def ids(self, text: str) -> list[int]:
         """`text` by the model's own tokenizer."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def _real_tokens(dataset: Dataset, row: int) -> np.ndarray:
+    tokens, ends = dataset.row(row)
+    return np.asarray(tokens[: ends[-1]], dtype=np.int64)
+
+
+def open_held_out(locations: dict[str, str], fingerprint: str, owner: Path) -> Sources:
+    """The held-out splits of datasets by name, which `owner`'s tokenizer must have made.
+
+    Raises:
+        UserError: one is missing or made with another tokenizer, or none holds anything out.
+    """
+    found = {name: Dataset(location, "validation") for name, location in locations.items()}
+    for dataset in found.values():
+        dataset.manifest.require_tokenizer(fingerprint, owner)
+    found = {name: dataset for name, dataset in found.items() if dataset.num_rows}
+    if not found:
+        raise UserError(f"{', '.join(locations.values())} has nothing held out; build it with a larger --holdout")
+    return Sources(found)

@@ -111,12 +111,12 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: FusionTreeCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         cache: FusionTreeCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, fp32 [B, L, V] (of the last `logits_to_keep` tokens; 0: all), the cache and, with labels, the loss.
+        """Logits, fp32 [B, L, V], the cache and, with labels, the loss.
 
         Args:
             input_ids: int64 [B, L]; with a cache, the new tokens only.
@@ -127,7 +127,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the cache of an earlier call, continued in place.
             labels: int64 [B, L], not shifted, -100 where there is no loss.
             use_cache: make a cache and return it; implied by `past_key_values`.
-            logits_to_keep: as above.
+            logits_to_keep: make logits of the last so many tokens only, or of those at these places; 0: of all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels.
             cache: `past_key_values` under the name that transformers gives it from 5.24 on.
             others: what transformers hands to every model; none may hold a cache, which would be passed over.
@@ -146,8 +146,9 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         kind = input_ids.device.type
         self.model.compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._choose_kernels(kind)
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else logits_to_keep or None
         with torch.autocast(kind, enabled=False):  # the layers cast their weights themselves
-            output = self.model(input_ids, documents, cache=cache, keep_logits=logits_to_keep or None)
+            output = self.model(input_ids, documents, cache=cache, keep_logits=keep)
         loss = None
         if labels is not None:
             loss = self._loss(output.logits, labels, attention_mask, documents, num_items_in_batch)

@@ -82,7 +82,7 @@ class HybridLM(nn.Module):
         documents: Documents | None = None,
         labels: Tensor | None = None,
         cache: Cache | None = None,
-        keep_logits: int | None = None,
+        keep_logits: int | Tensor | None = None,
         branch_drops: list[Branch | None] | None = None,
         by_token: bool = False,
         z_loss: float = 0.0,
@@ -95,7 +95,7 @@ class HybridLM(nn.Module):
             documents: where documents lie; None when each row is one document (with a cache: goes on with it).
             labels: int64 [B, L], already shifted, `IGNORE` where there is none. Given, the loss is made and no logits.
             cache: what came before; continued in place.
-            keep_logits: make logits of the last so many tokens only; None for all.
+            keep_logits: make logits of the last so many tokens only, or of those at these places, int64; None for all.
             branch_drops: by layer, the branch to zero in this training step.
             by_token: with labels, give the token losses and nothing else.
             z_loss: weight of the z-loss, see `reference.linear_cross_entropy`.
@@ -103,9 +103,10 @@ class HybridLM(nn.Module):
         """
         x, gates = self.hidden(input_ids, documents, labels, cache, branch_drops)
         if labels is None:
-            kept = x if keep_logits is None else x[:, -keep_logits:]
+            if keep_logits is not None:
+                x = x[:, -keep_logits:] if isinstance(keep_logits, int) else x[:, keep_logits]
             # by a module's own call: who keeps its weights elsewhere fetches them before it
-            logits = self.embedding(kept, as_head=True) if self.head is None else self.head(kept)
+            logits = self.embedding(x, as_head=True) if self.head is None else self.head(x)
             return Output(None, logits.float(), None)
         head = x.flatten(0, 1), self.head_weight
         if by_token:

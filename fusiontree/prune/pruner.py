@@ -12,7 +12,8 @@ from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
 from fusiontree.config import RunConfig, load_config
 from fusiontree.distributed import accelerator
 from fusiontree.errors import UserError
-from fusiontree.evaluate.perplexity import held_out_loss, open_held_out
+from fusiontree.evaluate.perplexity import held_out_loss
+from fusiontree.evaluate.subject import open_held_out
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM
 from fusiontree.prune.plan import (
@@ -55,6 +56,8 @@ class Pruner:
         limit: int | None = None,
     ):
         """`found`: the checkpoint. `data`: a dataset; None: the run's own. `limit`: of its held-out rows, at most."""
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit is {limit}; it must be at least 1")
         locations = config.data.locations if data is None else {"": str(data)}
         if not locations:
             raise UserError("the run names no dataset to measure the pruning by; give one with --data")
@@ -77,6 +80,8 @@ class Pruner:
 
     def prune(self, prune: str | None, heads: int) -> tuple[Pruning, dict[str, Any]]:
         """What to prune, and the report: loss, size and speed before and after, and the loss without each candidate.
+
+        A speed that could not be measured has in its place the line that says why (`problem`).
 
         Arguments as of `export`.
         """
@@ -103,5 +108,5 @@ class Pruner:
             "loss": self.loss("held-out loss", pruning),
             "parameters": shape.parameter_count(),
             "cache_bytes": cache_bytes(shape, tokens),
-            **{key: speed[key] for key in ("prefill_tokens_per_s", "tokens_per_s") if key in speed},
+            **{key: speed[key] for key in ("prefill_tokens_per_s", "tokens_per_s", "problem") if key in speed},
         }

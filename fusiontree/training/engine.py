@@ -32,7 +32,7 @@ from fusiontree.training.validation import HeldOutLoss
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any]:
+def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = False) -> dict[str, Any]:
     """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
 
     Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
@@ -40,12 +40,14 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
     Args:
         config: the run.
         allow_changed: dotted keys, or `data` or `tokenizer`, that may differ from the checkpoint's run.
+        trust: unpickle whatever the checkpoint holds, which may run any code.
 
     Returns:
         The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
 
     Raises:
-        UserError: the data, the batch or the run's folder do not fit the configuration.
+        UserError: the data, the batch or the run's folder do not fit the configuration; or its checkpoint holds more
+            than tensors and is not trusted.
         RunError: a checkpoint could not be written or read.
         StoppedError: asked to stop by a signal; all is saved.
     """
@@ -55,9 +57,9 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
     world = distributed.start()
     try:
         stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
-        resume_from = prepare_folder(config, world, data.train, allow_changed)
+        resume_from = prepare_folder(config, world, data.train, allow_changed, trust)
         with log_to_file(config, world), contextlib.closing(stream):
-            trainer = Trainer(config, world, data, stream, resume_from)
+            trainer = Trainer(config, world, data, stream, resume_from, trust)
             trainer.run()
         distributed.leave()
     except StoppedError:
@@ -86,8 +88,18 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
 class Trainer:
     """One rank's run: the training step, where the data stands, and the loop that joins them."""
 
-    def __init__(self, config: RunConfig, world: World, data: Data, stream: TrainStream, resume_from: Path | None):
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        data: Data,
+        stream: TrainStream,
+        resume_from: Path | None,
+        trust: bool = False,
+    ):
+        """`trust`: unpickle whatever the checkpoint to go on from holds."""
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
+        self.trust = trust
         self.step = 0  # updates done
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world, goes_on=resume_from is not None)
@@ -310,7 +322,7 @@ class Trainer:
 
     def _resume(self, path: Path, fresh: bool) -> None:
         """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
-        checkpoint.load(self.training.engine, self.world, path, fresh)
+        checkpoint.load(self.training.engine, self.world, path, fresh, self.trust)
         state = checkpoint.read_state(path)
         self.resume_from, self.step, self.wandb_id = path, state["step"], state["wandb_id"]
         place, left_out = read_place(self.config, path)

@@ -5,22 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusiontree.config import RunConfig
 from fusiontree.data.format import Manifest
 from fusiontree.errors import RunError, UserError
 from fusiontree.exported import PREFIX, read_config, read_facts
 from fusiontree.model.config import ModelConfig
-from fusiontree.model.lm import Give, drawn
-from fusiontree.weights import of_safetensors
+from fusiontree.model.lm import Give, HybridLM, drawn
+from fusiontree.weights import TensorFiles, of_safetensors
 
 # fields of the model that its weights have no part in
 MAY_DIFFER = ("rope_base", "window", "window_schedule", "chunk_size", "branch_drop")
 
 
 def check_initial(config: RunConfig, manifest: Manifest) -> None:
-    """Raise UserError unless the model that `config.init_from` names, if any, fits the run's model and its data."""
+    """Hold the model that `config.init_from` names, if any, to the run's model and its data.
+
+    Raises:
+        UserError: it does not fit. RunError: it is damaged.
+    """
     folder = config.init_from
     if folder is None:
         return
@@ -38,6 +42,7 @@ def check_initial(config: RunConfig, manifest: Manifest) -> None:
             f"init_from {folder} is another model than the configuration's; set {settings} "
             f"(what may differ: {', '.join(may_differ)})"
         )
+    _open_weights(folder)
 
 
 def _yaml(value: Any) -> str:
@@ -64,14 +69,26 @@ def _zeros_on(device: torch.device) -> Give:
 
 def _exported(folder: Path) -> Give:
     """The weights of an exported folder, each read when its module is made."""
-    weights = of_safetensors(folder)
+    weights = _open_weights(folder)
 
     def give(name: str, module: nn.Module) -> None:
         for own, parameter in list(module.named_parameters(recurse=False)):
-            path = f"{PREFIX}{name}.{own}"
-            value: Tensor | None = weights.get(path)
-            if value is None or value.shape != parameter.shape:
-                raise RunError(f"init_from {folder}: its weights are not those of its config.json ({path})")
-            setattr(module, own, nn.Parameter(value.to(parameter.dtype)))
+            setattr(module, own, nn.Parameter(weights[f"{PREFIX}{name}.{own}"].to(parameter.dtype)))
 
     return give
+
+
+def _open_weights(folder: Path) -> TensorFiles:
+    """The weights of an exported folder.
+
+    Raises:
+        RunError: its files are damaged, or not those of its config.json.
+    """
+    weights = of_safetensors(folder)
+    with torch.device("meta"):
+        model = HybridLM(read_config(folder))
+    for name, parameter in model.named_parameters():
+        located = weights.located.get(f"{PREFIX}{name}")
+        if located is None or located.shape != tuple(parameter.shape):
+            raise RunError(f"init_from {folder}: its weights are not those of its config.json ({PREFIX}{name})")
+    return weights

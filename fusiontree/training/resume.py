@@ -24,16 +24,21 @@ DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
 
 
-def prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str] = ()) -> Path | None:
+def prepare_folder(
+    config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str] = (), trust: bool = False
+) -> Path | None:
     """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
 
     Raises:
-        UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`.
+        UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`; or
+            the checkpoint could run code and is not trusted (`trust`).
     """
-    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed))
+    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed, trust))
 
 
-def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str]) -> Path | None:
+def _prepare_folder(
+    config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str], trust: bool
+) -> Path | None:
     run = config.run_dir
     for folder in (dataset.folder for dataset in data.datasets):
         if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
@@ -45,6 +50,8 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
         console.print(line)
         incidents.record(run, "fallback", checkpoint.step_of(path), line)
     if found is not None:
+        if not trust:
+            checkpoint.refuse_code(found)
         _check_same(config, data, found, allow_changed)
     tokenizers = [dataset.folder / "tokenizer" for dataset in data.datasets]
     for dataset, tokenizer in zip(data.datasets, tokenizers, strict=True):
