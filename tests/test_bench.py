@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ from conftest import MICRO, cli
 from torch import Tensor
 
 from fusiontree import flops
-from fusiontree.bench import conv1d, kernels, measure, rows
+from fusiontree.bench import conv1d, decoding, kernels, measure, rows
 from fusiontree.bench import train as bench
 from fusiontree.bench.decode import bench_decode, random_model
-from fusiontree.bench.decoding import held_bytes
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
 from fusiontree.bench.profiling import Kernel, _busy_seconds, _device_kernels, kind_of
 from fusiontree.config import RunConfig, load_config
@@ -419,6 +419,20 @@ def test_decoding_is_measured_for_every_batch_and_context() -> None:
     assert large == pytest.approx(2 * small, abs=64)  # all but the count of tokens is kept by row
 
 
+def test_the_cache_of_the_untimed_prefill_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref] = []
+
+    class Watched(decoding.Decoder):
+        def __init__(self, *words):
+            assert all(earlier() is None for earlier in made)
+            super().__init__(*words)
+            made.append(weakref.ref(self.cache))
+
+    monkeypatch.setattr(decoding, "Decoder", Watched)
+    decoding.measure_decoding(random_model(micro(), CPU), 1, 20, 1, prefills=2)
+    assert len(made) == 3
+
+
 def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
     model = random_model(micro("precision=bf16"), CPU)
     dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
@@ -428,7 +442,7 @@ def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
 def test_memory_held_is_counted_once() -> None:
     whole = torch.zeros(10, dtype=torch.float64)
     held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
-    assert held_bytes(held) == 80 + 12
+    assert decoding.held_bytes(held) == 80 + 12
 
 
 def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:

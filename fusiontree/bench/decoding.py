@@ -63,6 +63,7 @@ def _run(
     decoder.prefill(ids)  # compiles and tunes
     first = []
     for _ in range(prefills):
+        del decoder  # with its cache, before there is another
         decoder = Decoder(model, rows, room)
         logits.clear()
         first.append(measure.elapsed(device, lambda: logits.append(decoder.prefill(ids))))  # noqa: B023 - called at once
