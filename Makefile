@@ -4,35 +4,42 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cluster lint format install clean
+.PHONY: demo test test-cluster lint format install develop clean
 
 demo: install
 	@$(BIN)/python -m fusiontree demo
 
-test: install lint
+test: develop lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@echo 'Left out: the tests on a real SLURM cluster and real ssh hosts (make test-cluster).'
 
 # needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; touches nothing of this machine's
-test-cluster: install
+test-cluster: develop
 	FUSIONTREE_CLUSTER=1 $(BIN)/python -m pytest -m cluster -v -n 2 --dist worksteal tests/test_cluster_*.py
 
-lint: install
+lint: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: develop
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 install: $(VENV)/.installed
+develop: $(VENV)/.developed
 
 # DeepSpeed's compiled operators are not needed; the constraints hold in the isolated builds too
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "FusionTree needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,parquet,wandb]'
+	$(PIP) -e '.[parquet,wandb]'
+	@touch $@
+
+# with what only tests, lint and types need
+$(VENV)/.developed: $(VENV)/.installed
+	$(PIP) -e '.[dev,harness,parquet,wandb]'
 	@touch $@
 
 clean:
