@@ -217,6 +217,15 @@ def test_what_cannot_run_is_refused_before_anything_starts(ranks, overrides, mes
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("allowed", ["losses.gate_balance.0", "losses.gate_balance"])
+def test_the_folder_of_another_run_is_refused_unless_the_value_or_its_table_is_allowed(allowed, tmp_path):
+    before, after = (load_config("tiny", [f"output={tmp_path}", f"losses.gate_balance={x}"]) for x in (0.1, 0.2))
+    (plan.prepare_run(before) / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"other values of losses\.gate_balance\.0;"):
+        plan.prepare_run(after)
+    assert load_config(str(plan.prepare_run(after, [allowed]) / plan.CONFIG)) == after
+
+
 @pytest.mark.parametrize(("chosen", "gpus"), [(None, ["2", "10"]), ("10", ["10"]), ("", []), ("-1", [])])
 def test_gpus_are_the_devices_that_the_caller_left_visible(chosen, gpus, monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/nvidia10"), Path("/dev/nvidia2")])

@@ -39,7 +39,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = ()) -> dict[str, Any
 
     Args:
         config: the run.
-        allow_changed: dotted keys, or `data` or `tokenizer`, that may differ from the checkpoint's run.
+        allow_changed: dotted keys, tables of them, or `data` or `tokenizer`, that may differ from the checkpoint's run.
 
     Returns:
         The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
