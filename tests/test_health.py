@@ -146,6 +146,34 @@ def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
     assert f"step 4: loss is inf: the update is left out, 1 in a row; rows: {row['shard']} row {row['row']}" in said
 
 
+def poison_and_damage(rank: int, steps: tuple[int, ...]) -> None:
+    """As `poison`, and before a rollback the newest checkpoint is damaged."""
+    from fusiontree.training.engine import Trainer
+
+    poison(rank, steps)
+    roll_back = Trainer._roll_back
+
+    def damaged(self: Trainer, trouble: object) -> None:
+        self.saver.wait()
+        found = checkpoint.list_checkpoints(self.config.run_dir / "checkpoints")
+        os.truncate(found[-1] / checkpoint.GATES, 10)
+        roll_back(self, trouble)
+
+    Trainer._roll_back = damaged
+
+
+def test_a_rollback_passes_over_a_damaged_checkpoint_and_says_so(shards: Path, tmp_path: Path) -> None:
+    changes = {**SMALLER, "deepspeed": "zero0", "checkpoint__every": 2, "health__max_bad_steps": 2}
+    words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    said = ranks.run(words, tmp_path, setup=partial(poison_and_damage, 0, (5, 6)))
+    assert "step-6 is damaged and passed over: gates.safetensors does not match" in said
+    assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")][:4] == [
+        *(("skipped_update", 6), ("skipped_update", 7), ("fallback", 6), ("rollback", 7))
+    ]
+    assert "rolled back from step 7 to 4" in said
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
+
+
 @pytest.mark.parametrize(("stage", "size", "stop_before"), [(0, 1, None), (2, 1, 9), (3, 2, None)])
 def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
     stage: int, size: int, stop_before: int | None, shards: Path, tmp_path: Path

@@ -25,7 +25,7 @@ from fusiontree.training.health import Health, Trouble, Watchdog, culprits, in_w
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.logs import log_to_file
 from fusiontree.training.metrics import Lap, Metrics, summarise, utilisation
-from fusiontree.training.resume import prepare_folder, read_place
+from fusiontree.training.resume import last_good, prepare_folder, read_place
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
@@ -178,7 +178,7 @@ class Trainer:
     def _roll_back(self, trouble: Trouble) -> None:
         """Go on from the last good checkpoint, past the rows of the trouble."""
         self.saver.wait()
-        path = distributed.on_main(lambda: checkpoint.newest(self.config.run_dir / "checkpoints")[0])
+        path = distributed.on_main(lambda: last_good(self.config.run_dir))
         hint = "look at the rows, then start again with other values of health.* or optimizer.lr"
         if path is None:
             raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to go back to; {hint}")

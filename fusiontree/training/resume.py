@@ -40,10 +40,7 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
             raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
     refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
     checkpoint.tidy(run / "checkpoints")
-    found, damaged = checkpoint.newest(run / "checkpoints")
-    for path, line in damaged.items():
-        console.print(line)
-        incidents.record(run, "fallback", checkpoint.step_of(path), line)
+    found = last_good(run)
     if found is not None:
         _check_same(config, data, found, allow_changed)
     tokenizers = [dataset.folder / "tokenizer" for dataset in data.datasets]
@@ -55,6 +52,19 @@ def _prepare_folder(config: RunConfig, world: World, data: Sources, allow_change
     lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
     shutil.copytree(tokenizers[0], run / "tokenizer", dirs_exist_ok=True)
+    return found
+
+
+def last_good(run: Path) -> Path | None:
+    """The newest checkpoint of `run` that verifies, if there are any; newer ones that do not are said and recorded.
+
+    Raises:
+        RunError: there are checkpoints and none verifies.
+    """
+    found, damaged = checkpoint.newest(run / "checkpoints")
+    for path, line in damaged.items():
+        console.print(line, markup=False)
+        incidents.record(run, "fallback", checkpoint.step_of(path), line)
     return found
 
 
