@@ -374,6 +374,17 @@ def test_an_entry_of_a_table_is_allowed_by_its_name_and_by_the_tables(
     assert incidents.read(resumed)[0]["keys"] == ["losses.gate_balance.0"]
 
 
+def test_tokens_are_counted_on_from_the_checkpoint_though_the_batch_is_another(
+    two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
+    resumed = interrupted_copy(two_ranks, tmp_path)
+    words = ["--allow-changed", "batch.tokens", *settings(shards, tmp_path, name="two", batch__tokens=2048)]
+    ranks.run(["train", "tiny", *words], tmp_path)
+    tokens = {line["step"]: line["tokens"] for line in metrics(resumed)}
+    assert [tokens[step] for step in range(3, 9)] == [3072, 4096, 6144, 8192, 10240, 12288]
+    assert checkpoint.read_state(resumed / "checkpoints" / "step-8")["tokens"] == 12288
+
+
 def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
     free = {"batch__micro_rows": 4, "activation_checkpointing": "none", "logging__every": 2}

@@ -89,6 +89,7 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, data: Data, stream: TrainStream, resume_from: Path | None):
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.step = 0  # updates done
+        self.tokens = 0  # trained on in them, padding included
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world, goes_on=resume_from is not None)
         distributed.set_timeout(config.health.timeout_seconds)
@@ -104,11 +105,6 @@ class Trainer:
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last laps, per update
         if resume_from is not None:
             self._resume(resume_from, fresh=True)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on, padding included."""
-        return self.step * self.config.batch.tokens
 
     def run(self) -> None:
         """Train to the end of the schedule; after trouble, once more from the last good checkpoint."""
@@ -128,6 +124,7 @@ class Trainer:
                 with self.watchdog.step(self.step):
                     update = self._update(self._fetch())
                 self.step += 1
+                self.tokens += self.config.batch.tokens
                 trouble = self.health.judge(update, self._last_rows)
                 if trouble is not None:
                     self._tell(trouble, update)
@@ -312,7 +309,8 @@ class Trainer:
         """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
         checkpoint.load(self.training.engine, self.world, path, fresh)
         state = checkpoint.read_state(path)
-        self.resume_from, self.step, self.wandb_id = path, state["step"], state["wandb_id"]
+        self.resume_from, self.wandb_id = path, state["wandb_id"]
+        self.step, self.tokens = state["step"], state["tokens"]
         place, left_out = read_place(self.config, path)
         self.stream.seek(place)
         self._leave_out(left_out)
