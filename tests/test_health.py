@@ -1,5 +1,6 @@
 """What goes wrong in training is left out, rolled back, stepped past, or ended with every rank's stacks."""
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,8 @@ from fusiontree import checkpoint, incidents
 from fusiontree.config import HealthConfig, load_config
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
-from fusiontree.training.health import Health, robust_score
+from fusiontree.distributed import World
+from fusiontree.training.health import Health, Watchdog, robust_score
 from fusiontree.training.step import Update
 
 ROWS = 8  # of a step of the micro run
@@ -239,6 +241,19 @@ def hang(rank: int, step: int, seconds: float) -> None:
         backward(self, *arguments)
 
     TrainingStep.update, TrainingStep._backward = updated, asleep
+
+
+def test_a_step_may_take_some_times_their_median_and_the_least_that_counts_as_a_hang(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ticks = itertools.count()
+    watchdog = Watchdog(HealthConfig(hang_factor=7, hang_seconds=20), tmp_path, World(0, 1, torch.device("cpu")))
+    for seconds, limits in ((2, [math.inf] * 4 + [20]), (4, [20, 20, 20, 20, 21, 28])):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: seconds * next(ticks))
+        for limit in limits:
+            with watchdog.step(1):
+                pass
+            assert watchdog.limit == limit
 
 
 def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:

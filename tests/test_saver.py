@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 import signal
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,16 +104,22 @@ def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: P
 
 
 def write_late() -> None:
-    """Write each file when training is long past the moment of the save."""
+    """Write each file when training is past the moment of the save, for which it must not wait."""
     from fusiontree import saver
+    from fusiontree.training.step import TrainingStep
 
-    write = saver._write_files
+    write, update, is_past = saver._write_files, TrainingStep.update, threading.Event()
+
+    def updated(self: TrainingStep, batches: list, step: int, *others: object) -> object:
+        if step == 7:  # the last: three updates behind the save
+            is_past.set()
+        return update(self, batches, step, *others)
 
     def write_files(folder: Path, files: dict) -> dict:
-        time.sleep(1)
+        assert is_past.wait(30), "training waits for the save"
         return write(folder, files)
 
-    saver._write_files = write_files
+    TrainingStep.update, saver._write_files = updated, write_files
 
 
 def stop_after_step_4() -> None:
