@@ -327,6 +327,22 @@ def test_ranks_that_stay_when_one_has_failed_are_killed_soon_and_its_last_lines_
     assert "line 19\n" not in shown
 
 
+def test_when_a_rank_has_failed_the_others_end_within_ten_seconds(job, tmp_path, monkeypatch):
+    left = []
+
+    class Stop(local._Stop):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "deadline":
+                left.append(value - time.monotonic())
+
+    (tmp_path / "rank-0.json").write_text(json.dumps(said(0, 1, "wrong", 5)))
+    monkeypatch.setattr(local, "_Stop", Stop)
+    monkeypatch.setattr(local, "render", lambda plan: ["sleep", "1"])
+    local._supervise(job("stay", "stay"), tmp_path)
+    assert left[1] + 2 * local.LOOK < 10  # one look until it is noticed, one until the rest are killed
+
+
 def test_a_failure_that_follows_from_a_silent_death_is_not_taken_for_the_cause():
     reports = [said(0, 1, "another rank has ended", 5)]
     with pytest.raises(RunError, match=r"^rank 1 was killed by SIGKILL"):
