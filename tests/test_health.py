@@ -17,6 +17,7 @@ from test_training import plain_losses
 
 from fusiontree import checkpoint, incidents
 from fusiontree.config import HealthConfig, load_config
+from fusiontree.data import remote
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
 from fusiontree.distributed import World
@@ -254,6 +255,11 @@ def test_a_step_may_take_some_times_their_median_and_the_least_that_counts_as_a_
             with watchdog.step(1):
                 pass
             assert watchdog.limit == limit
+
+
+def test_a_run_that_waits_for_an_address_is_not_taken_for_one_that_hangs() -> None:
+    delays = [remote.FIRST_DELAY * 2**attempt for attempt in range(remote.ATTEMPTS - 1)]
+    assert remote.ATTEMPTS * remote.TIMEOUT + sum(delays) < HealthConfig().hang_seconds
 
 
 def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ class HealthConfig(Section):
     spike_window: int = Field(default=128, ge=8)  # updates that the median is over
     max_rollbacks: Count = 3  # to one checkpoint; then the run stops
     hang_factor: float = Field(default=10.0, gt=1.0)  # a step that takes so many times their median hangs,
-    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too
+    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too, as reads at an address may
     timeout_seconds: float = Field(default=1800.0, gt=0.0)  # that a rank waits for the others anywhere else
 
 
