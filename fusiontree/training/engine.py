@@ -224,7 +224,7 @@ class Trainer:
         return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _record(self, update: Update) -> None:
-        """Write the update's figures; only here does training wait for the device."""
+        """Write the update's figures; here training waits until the device is done, elsewhere for a `HostSum` alone."""
         self._share_damage()
         own_flops = float(sum(update_flops(self.config.model, self.lap.documents).values()))
         shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
