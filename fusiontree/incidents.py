@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusiontree.files import JsonLines, read_json_lines
+from fusiontree.jsonlines import JsonLines, read_json_lines
 
 FILE = "incidents.jsonl"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusiontree import incidents
-from fusiontree.files import JsonLines, read_json_lines
+from fusiontree.jsonlines import JsonLines, read_json_lines
 
 
 def _write(folder: Path, rank: int) -> None:

@@ -17,7 +17,7 @@ from conftest import metrics, settings
 from fusiontree import checkpoint, incidents
 from fusiontree.config import load_config
 from fusiontree.distributed import World
-from fusiontree.files import read_json_lines
+from fusiontree.jsonlines import read_json_lines
 from fusiontree.training.logs import log_to_file
 
 SMALLER = {"model__hidden_size": 32, "validation__every": 0}
@@ -30,16 +30,16 @@ def _limit(size: int) -> None:
 
 def fill_disk_of_rank_1_for_the_first_save() -> None:
     """Rank 1 finds a full disk once, and rank 0, which trains on meanwhile, none for its figures."""
-    from fusiontree import files, saver
+    from fusiontree import jsonlines, saver
 
-    append, appended = files._append, itertools.count()
+    append, appended = jsonlines._append, itertools.count()
 
     def append_line(path: Path, line: bytes) -> None:
         if next(appended) in range(2, 7):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(path, line)
 
-    files._append = append_line
+    jsonlines._append = append_line
     if os.environ["RANK"] == "1":
         write, sizes = saver._write_files, [ROOM]
 

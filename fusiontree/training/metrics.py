@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from fusiontree import incidents, lease
 from fusiontree.config import RunConfig
 from fusiontree.console import console
-from fusiontree.files import JsonLines, read_json_lines, write_atomic
+from fusiontree.files import write_atomic
 from fusiontree.flops import peak_flops, update_flops
+from fusiontree.jsonlines import JsonLines, read_json_lines
 from fusiontree.training.progress import ProgressLine
 from fusiontree.training.sinks import Histogram, Sink, WandbSink, open_sinks
 
