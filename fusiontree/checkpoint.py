@@ -64,6 +64,8 @@ def tidy(folder: Path) -> None:
             os.replace(old, final)
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
+    for partial in folder.glob(".latest.partial-*"):
+        partial.unlink()
 
 
 def load(engine: Any, world: World, checkpoint: Path, fresh: bool, trust: bool) -> None:

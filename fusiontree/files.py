@@ -2,12 +2,10 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from fusiontree.errors import UserError
 
@@ -34,17 +32,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     fsync_folder(path.parent)
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none if there is no file; a line that a crash or a full disk cut short is
-    left out.
-    """
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
 
 
 def refuse_existing(target: Path, overwrite: bool, marker: str) -> None:

@@ -3,13 +3,12 @@
 The engine writes it; the status and the report of a run read it. Free of torch.
 """
 
-import json
-import os
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
-from fusiontree.files import read_json_lines
+from fusiontree.jsonlines import JsonLines, read_json_lines
 
 FILE = "incidents.jsonl"
 
@@ -23,12 +22,17 @@ def record(run_dir: Path, kind: str, step: int, message: str, **facts: Any) -> N
         message: one line for a person.
         facts: whatever else is known, as JSON.
     """
-    line = json.dumps({"time": time.time(), "kind": kind, "step": step, "message": message, **facts}) + "\n"
-    descriptor = os.open(run_dir / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())  # one write: lines of several ranks never mix
-    finally:
-        os.close(descriptor)
+    _lines(run_dir).add({"time": time.time(), "kind": kind, "step": step, "message": message, **facts})
+
+
+def flush(run_dir: Path) -> None:
+    """Write those that could not be written when they happened: the next one may be days away."""
+    _lines(run_dir).flush()
+
+
+@functools.cache
+def _lines(run_dir: Path) -> JsonLines:
+    return JsonLines(run_dir / FILE)
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

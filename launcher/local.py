@@ -33,6 +33,7 @@ from launcher.plan import Plan
 GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
 _ALIVE = "alive"  # in the folder that ranks share with `run`: locked for as long as that lives
 ENDING = 8.0  # seconds that the other ranks have to end when one has failed
+LOOK = 0.2  # seconds between two looks at how they are doing
 _LAST_LINES = 10  # of a rank's log, shown when it died without a word
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
@@ -130,7 +131,7 @@ def _supervise(plan: Plan, folder: Path) -> _End:
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return _End(process.wait(timeout=0.2), stop.signal, silent)
+                    return _End(process.wait(timeout=LOOK), stop.signal, silent)
                 if not failed:
                     failed, silent = _failed(folder)
                     if failed:

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fusiontree.config import RunConfig, config_differences, dataset_manifest, deepspeed_json, load_config, to_yaml
+from fusiontree.config import (
+    RunConfig,
+    config_differences,
+    dataset_manifest,
+    deepspeed_json,
+    is_among,
+    load_config,
+    to_yaml,
+)
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.network import free_port
@@ -215,7 +223,7 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
     """Make the run's folder with its configuration and ``logs/``; the whole path of it.
 
     Args:
-        allow_changed: dotted keys that may differ from those of a run that has checkpoints there.
+        allow_changed: dotted keys, or tables, that may differ from those of a run that has checkpoints there.
 
     Raises:
         UserError: the folder holds something else, or checkpoints of a run with other values.
@@ -223,7 +231,7 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
     run = config.run_dir.absolute()
     refuse_existing(run, overwrite=True, marker=CONFIG)
     before = load_config(str(run / CONFIG)) if (run / "checkpoints").is_dir() else config
-    differing = [key for key in config_differences(before, config) if key not in allow_changed]
+    differing = [key for key in config_differences(before, config) if not is_among(key, allow_changed)]
     if differing:
         keys = ", ".join(differing)
         raise UserError(f"{config.run_dir} was trained with other values of {keys}; restore them or set another name")

@@ -30,7 +30,7 @@ _SETUP = "setup.sh"
 _RANK = "rank.sh"  # what Open MPI starts
 _HOSTS = "hostfile"
 _SAVING = 600.0  # seconds that ranks may take to save and leave before what is left of the launch is killed
-_LINGER = 10.0  # seconds that others may take to end by themselves once a rank has failed
+_LINGER = local.ENDING - beat.INTERVAL  # seconds that ranks have when another has failed and they have heard of it
 # ssh gives a host up that has been silent for a minute, and never asks for a password
 _SSH = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 # exits with 94 where something listens on the port
@@ -218,7 +218,7 @@ def _supervise(
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=0.2), asked["signal"]
+                    return process.wait(timeout=local.LOOK), asked["signal"]
                 if not failed.is_set() and any(report["code"] for report in reports.read(folder)):
                     failed.set()
                 if failed.is_set() and asked["deadline"] == float("inf"):
@@ -245,7 +245,7 @@ def _await_ranks(folder: Path) -> None:
     """Give ranks that were asked to leave the time that they are given for it."""
     deadline = time.monotonic() + local.GRACE
     while reports.silent(folder) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(local.LOOK)
 
 
 def _verdict(folder: Path, ranks: int, returned: int, stopped_by: int | None) -> int:

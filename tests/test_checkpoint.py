@@ -8,7 +8,7 @@ import pytest
 
 from fusiontree import checkpoint
 from fusiontree.errors import RunError, UserError
-from fusiontree.saver import Retention, _retain
+from fusiontree.saver import Retention, _retain, _seal
 
 
 def make(folder: Path, step: int) -> Path:
@@ -99,6 +99,24 @@ def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_p
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10"]
 
 
+def test_nothing_goes_before_its_successor_has_been_read_back(tmp_path: Path) -> None:
+    before, final = make(tmp_path, 1), tmp_path / "step-2"
+    rest = dict.fromkeys((checkpoint.CONFIG, checkpoint.STATE, checkpoint.GATES), b"")
+
+    def seal(written: bytes) -> None:
+        partial = checkpoint.partial_of(final, "me")
+        partial.mkdir(exist_ok=True)
+        (partial / "weights.pt").write_bytes(written)
+        hashes = {"weights.pt": hashlib.sha256(b"weights 2").hexdigest()}
+        _seal(partial, final, hashes, rest, Retention(keep_last=1))
+
+    with pytest.raises(OSError, match=r"read back, weights\.pt does not match its sha256"):
+        seal(b"weights ?")
+    assert checkpoint.newest(tmp_path) == (before, {})
+    seal(b"weights 2")
+    assert checkpoint.list_checkpoints(tmp_path) == [final]
+
+
 def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:
     for step in (4, 6, 8, 10, 12, 14):
         make(tmp_path, step)
@@ -109,6 +127,7 @@ def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:
 def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
     make(tmp_path, 1)
     (tmp_path / ".step-2.partial").mkdir()
+    (tmp_path / ".latest.partial-7").touch()
     make(tmp_path, 3).rename(tmp_path / ".step-3.old")  # killed between two renames
     make(tmp_path, 4)
     (tmp_path / ".step-4.old").mkdir()  # killed before it was removed

@@ -311,6 +311,12 @@ def test_doctor_refuses_a_run_that_cannot_be(tmp_path, capsys):
     assert "deepspeed 'zero9' is neither" in problems
 
 
+@pytest.mark.parametrize("count", ["--ranks=0", "--ranks=-1", "--nodes=0"])
+def test_doctor_refuses_counts_below_one(count, capsys):
+    assert cli.main(["doctor", "tiny", count]) == 2
+    assert capsys.readouterr().err == f"fusiontree: error: doctor: {count.replace('=', ' ')}: give at least 1\n"
+
+
 def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
     monkeypatch.setattr("fusiontree.doctor._memory", lambda: 2**30)

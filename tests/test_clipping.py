@@ -8,8 +8,9 @@ import pytest
 from conftest import MICRO
 
 PROGRAM = """
-import json, sys
+import json, sys, traceback
 import numpy as np, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from fusiontree import distributed
 from fusiontree.config import load_config
 from fusiontree.data.batch import collate
@@ -18,9 +19,23 @@ from fusiontree.model.lm import HybridLM, drawn, materialise
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.step import TrainingStep
 
+WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 BROKEN, UPDATES, broken = 2, 5, [False]
 tokens = np.arange(512).reshape(4, 128) % 500
 batches = [collate(tokens[i : i + 2], [np.array([100, 128])] * 2) for i in (0, 2)]
+
+
+class Looks(TorchDispatchMode):
+    # remembers where the host asks for a value of the device, for which it would have to wait
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in WAITS:
+            self.found.append(f"{function}: " + " ".join(traceback.format_stack(limit=6)[:-1]))
+        return function(*args, **(kwargs or {}))
 
 
 def breakable(model):
@@ -52,36 +67,44 @@ def plain(config):
 def engine(config, world):
     training = TrainingStep(config, world)
     model = breakable(training.engine.module)
-    norms, kept = [], True
+    norms, kept, looks = [], True, Looks()
     for update in range(UPDATES):
         broken[0] = update == BROKEN
         before = [p.detach().clone() for p in model.parameters()]
-        norms.append(float(training.update(batches, update).grad_norm))
+        with looks:
+            made = training.update(batches, update)
+        norms.append(float(made.grad_norm))
         if broken[0]:
             kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    return norms, model, kept
+    return norms, model, kept, looks.found
 
 
 world, results = distributed.start(), []
 for stage in ("zero0", "zero1", "zero2"):
     config = load_config("tiny", [f"deepspeed={stage}", "batch.tokens=512", *sys.argv[1:]])
     expected_norms, expected = plain(config)
-    norms, model, kept = engine(config, world)
+    norms, model, kept, looks = engine(config, world)
     apart = max((a - b).abs().max().item() for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    results.append({"stage": stage, "norms": norms, "expected": expected_norms, "kept": kept, "apart": apart})
+    found = {"stage": stage, "norms": norms, "expected": expected_norms}
+    results.append(found | {"kept": kept, "apart": apart, "looks": looks})
 distributed.leave()
 print(json.dumps(results))
 """
 CLIP, RATE = 0.3, 1e-3
 
 
-def test_clipping_equals_torchs_and_a_broken_update_is_skipped() -> None:
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    """What the program has found at each ZeRO stage whose clipping is fused."""
     shape = [f"{key}={value}" for key, value in MICRO.items() if key != "batch.tokens"]
     shape += [f"optimizer.grad_clip={CLIP}", f"optimizer.lr={RATE}", "schedule.kind=constant", "batch.micro_rows=2"]
     shape += ["precision=fp32", "schedule.warmup_steps=0"]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *shape], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_clipping_equals_torchs_and_a_broken_update_is_skipped(results: list[dict]) -> None:
     assert [result["stage"] for result in results] == ["zero0", "zero1", "zero2"]
     for result in results:
         finite = [norm for i, norm in enumerate(result["norms"]) if i != 2]
@@ -90,3 +113,8 @@ def test_clipping_equals_torchs_and_a_broken_update_is_skipped() -> None:
         assert not abs(result["norms"][2]) < float("inf")
         assert result["kept"], "the broken update changed weights"
         assert result["apart"] < 0.02 * RATE, result["stage"]
+
+
+def test_an_ordinary_update_asks_for_no_value_of_the_device(results: list[dict]) -> None:
+    """But for those that a `HostSum` brings while the optimizer works; a CPU shows where a GPU would be waited for."""
+    assert [result["looks"] for result in results] == [[], [], []]

@@ -313,6 +313,9 @@ def test_the_shipped_deepspeed_settings_hold_only_deepspeeds_own(name, stage):
         ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
         ({"bf16": {"enabled": True}}, "precision"),
         ({"scheduler": {}}, "schedule.*"),
+        ({"tensorboard": {"enabled": True}}, "logging.tensorboard"),
+        ({"csv_monitor": {"enabled": True}}, "logging.*"),
+        ({"comet": {"enabled": True}}, "logging.*"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer.*"),  # for which DeepSpeed would compile one of its own
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing"),  # without effect there
     ],
@@ -328,6 +331,30 @@ def test_deepspeed_settings_that_would_train_something_else_are_refused(key, wri
     path = write(json.dumps({key: 2}), "ds.json")
     with pytest.raises(UserError, match=f"sets '{key}'; remove it there: "):
         deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        (True, 'zero_optimization is True; it must be an object, e.g. {"stage": 2}'),
+        (None, "zero_optimization is None; it must be an object"),
+        ({"stage": "2"}, "zero_optimization.stage is '2'; it must be 0, 1, 2 or 3"),
+        ({"stage": 4}, "zero_optimization.stage is 4;"),
+        ({"stage": True}, "zero_optimization.stage is True;"),
+        ({"stage": 3, "offload_param": True}, "zero_optimization.offload_param is True; it must be an object"),
+        ({"stage": 2, "offload_optimizer": None}, "zero_optimization.offload_optimizer is None; it must be an object"),
+        (
+            {"stage": 2, "cpu_offload": True},
+            'zero_optimization.cpu_offload is a name that DeepSpeed has given up; take offload_optimizer: {"device"',
+        ),
+    ],
+)
+def test_deepspeed_settings_of_another_shape_are_refused_in_one_line(zero, words, write):
+    path = write(json.dumps({"zero_optimization": zero}), "ds.json")
+    with pytest.raises(UserError) as caught:
+        deepspeed_json(load_config("tiny", [f"deepspeed={path}", "optimizer.kind=muon", "optimizer.grad_clip=0"]))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_states_on_nvme_need_a_folder_of_the_configuration(write):

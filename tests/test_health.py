@@ -1,5 +1,6 @@
 """What goes wrong in training is left out, rolled back, stepped past, or ended with every rank's stacks."""
 
+import itertools
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from test_training import plain_losses
 
 from fusiontree import checkpoint, incidents
 from fusiontree.config import HealthConfig, load_config
+from fusiontree.data import remote
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
-from fusiontree.training.health import Health, robust_score
+from fusiontree.distributed import World
+from fusiontree.training.health import Health, Watchdog, robust_score
 from fusiontree.training.step import Update
 
 ROWS = 8  # of a step of the micro run
@@ -146,6 +149,34 @@ def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
     assert f"step 4: loss is inf: the update is left out, 1 in a row; rows: {row['shard']} row {row['row']}" in said
 
 
+def poison_and_damage(rank: int, steps: tuple[int, ...]) -> None:
+    """As `poison`, and before a rollback the newest checkpoint is damaged."""
+    from fusiontree.training.engine import Trainer
+
+    poison(rank, steps)
+    roll_back = Trainer._roll_back
+
+    def damaged(self: Trainer, trouble: object) -> None:
+        self.saver.wait()
+        found = checkpoint.list_checkpoints(self.config.run_dir / "checkpoints")
+        os.truncate(found[-1] / checkpoint.GATES, 10)
+        roll_back(self, trouble)
+
+    Trainer._roll_back = damaged
+
+
+def test_a_rollback_passes_over_a_damaged_checkpoint_and_says_so(shards: Path, tmp_path: Path) -> None:
+    changes = {**SMALLER, "deepspeed": "zero0", "checkpoint__every": 2, "health__max_bad_steps": 2}
+    words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
+    said = ranks.run(words, tmp_path, setup=partial(poison_and_damage, 0, (5, 6)))
+    assert "step-6 is damaged and passed over: gates.safetensors does not match" in said
+    assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")][:4] == [
+        *(("skipped_update", 6), ("skipped_update", 7), ("fallback", 6), ("rollback", 7))
+    ]
+    assert "rolled back from step 7 to 4" in said
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
+
+
 @pytest.mark.parametrize(("stage", "size", "stop_before"), [(0, 1, None), (2, 1, 9), (3, 2, None)])
 def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
     stage: int, size: int, stop_before: int | None, shards: Path, tmp_path: Path
@@ -211,6 +242,24 @@ def hang(rank: int, step: int, seconds: float) -> None:
         backward(self, *arguments)
 
     TrainingStep.update, TrainingStep._backward = updated, asleep
+
+
+def test_a_step_may_take_some_times_their_median_and_the_least_that_counts_as_a_hang(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ticks = itertools.count()
+    watchdog = Watchdog(HealthConfig(hang_factor=7, hang_seconds=20), tmp_path, World(0, 1, torch.device("cpu")))
+    for seconds, limits in ((2, [math.inf] * 4 + [20]), (4, [20, 20, 20, 20, 21, 28])):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: seconds * next(ticks))
+        for limit in limits:
+            with watchdog.step(1):
+                pass
+            assert watchdog.limit == limit
+
+
+def test_a_run_that_waits_for_an_address_is_not_taken_for_one_that_hangs() -> None:
+    delays = [remote.FIRST_DELAY * 2**attempt for attempt in range(remote.ATTEMPTS - 1)]
+    assert remote.ATTEMPTS * remote.TIMEOUT + sum(delays) < HealthConfig().hang_seconds
 
 
 def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from fusiontree import cli
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
-from launcher import beat, hostfile, plan, remote
+from launcher import beat, hostfile, local, plan, remote
 from launcher.plan import Plan, Surroundings, plan_hosts
 
 NOTHING = Surroundings()
@@ -215,6 +215,20 @@ def test_the_dry_run_is_a_script_that_makes_the_files_and_starts(tmp_path):
     environment = next(word for word in words if word.startswith("DS_ENV_FILE=")).removeprefix("DS_ENV_FILE=")
     subprocess.run(["bash", "-e", "-c", files[0]], check=True)
     assert "A=b c\n" in Path(environment).read_text()
+
+
+def test_when_a_rank_has_failed_those_on_other_hosts_end_within_ten_seconds(tmp_path):
+    graces = []
+
+    class Heart:
+        def stop(self, grace):
+            graces.append(grace)
+            (tmp_path / "told").touch()
+
+    (tmp_path / "rank-0.json").write_text('{"rank": 0, "host": "a", "code": 1, "message": "wrong", "time": 1.0}')
+    until_told = ["bash", "-c", f"until test -e {tmp_path}/told; do sleep 0.05; done"]
+    assert remote._supervise(until_told, dict(os.environ), tmp_path, Heart()) == (0, None)
+    assert local.LOOK + beat.INTERVAL + graces[0] < 10  # noticed, heard of, over
 
 
 # --- the beat --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.outcome"),
+    *("fusiontree.incidents", "fusiontree.jsonlines", "fusiontree.lease", "fusiontree.signals", "fusiontree.outcome"),
 }
 
 # part of the project → the parts it may import, besides itself and the leaves
@@ -75,6 +75,7 @@ ARROWS = {
     "fusiontree.console": set(),
     "fusiontree.network": set(),
     "fusiontree.incidents": set(),
+    "fusiontree.jsonlines": set(),
     "fusiontree.signals": set(),
     "fusiontree.lease": set(),
     "fusiontree.outcome": set(),
@@ -86,7 +87,7 @@ TORCH_FREE = (
     *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
     *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
     *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.memory"),
-    *("fusiontree.outcome", "fusiontree.status"),
+    *("fusiontree.outcome", "fusiontree.status", "fusiontree.jsonlines"),
 )
 
 

@@ -1,9 +1,13 @@
 """A run's record of incidents: whole lines, whoever writes them and whatever cuts them short."""
 
 import multiprocessing
+import resource
 from pathlib import Path
 
+import pytest
+
 from fusiontree import incidents
+from fusiontree.jsonlines import JsonLines, read_json_lines
 
 
 def _write(folder: Path, rank: int) -> None:
@@ -30,3 +34,36 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     assert [(line["kind"], line["step"], line["message"]) for line in incidents.read(tmp_path)] == [
         ("resume", 4, "resumed")
     ]
+    incidents.record(tmp_path, "fallback", 2, "and costs no other")
+    assert [line["step"] for line in incidents.read(tmp_path)] == [4, 2]
+
+
+def test_what_a_full_disk_refuses_is_said_once_and_written_before_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sent = [{"step": step, "text": "x" * 5000} for step in range(5)]
+    size = 5024
+    for room in (0, 1, size // 2, size - 2, size - 1, size):
+        lines = JsonLines(tmp_path / str(room))
+        lines.add(sent[0])
+        assert lines.path.stat().st_size == size
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+        try:
+            for line in sent[1:3]:
+                lines.add(line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        for line in sent[3:]:
+            lines.add(line)
+        lines.close()
+        assert read_json_lines(lines.path) == sent
+        assert capsys.readouterr().err.count("; its lines wait until they can be written\n") == 1
+
+
+def test_lines_that_can_never_be_written_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lines = JsonLines(tmp_path / "away" / "f")
+    for step in range(3):
+        lines.add({"step": step})
+    lines.close()
+    assert capsys.readouterr().err.endswith("/away/f: No such file or directory; its last 3 lines are lost\n")

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import ranks
 from conftest import metrics, settings
 
 from fusiontree import checkpoint, incidents
 
-KILLS = 20
 CHANGES = {
     "model__hidden_size": 32,
     "model__num_layers": 1,
     "batch__tokens": 256,
+    "batch__micro_rows": 1,
     "validation__every": 10,
     "schedule__steps": 60,
     "checkpoint__every": 2,
@@ -24,13 +25,15 @@ CHANGES = {
 }
 
 
-def kill(where: str, number: int, told: Path) -> None:
-    """SIGKILL this process at the `number`-th backward pass, or write, sync, rename or removal of the saves."""
+def kill(victim: int, where: str, number: int, told: Path) -> None:
+    """SIGKILL the `victim`'s rank at its `number`-th backward pass, or write, sync, rename or removal of the saves."""
     import shutil
 
     from fusiontree import saver
     from fusiontree.training.step import TrainingStep
 
+    if os.environ["RANK"] != str(victim):
+        return
     count = 0
 
     def counted(kind: str, function: Callable) -> Callable:
@@ -70,27 +73,39 @@ def cut(path: Path) -> None:
     os.truncate(path, 1000)
 
 
-def test_a_run_killed_twenty_times_ends_with_the_curve_of_one_that_was_not(shards: Path, tmp_path: Path) -> None:
-    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", **CHANGES)], tmp_path)
+@pytest.mark.parametrize(("size", "kills", "seed"), [(1, 20, 0), (2, 6, 44)])  # seeds that draw every place
+def test_a_run_killed_many_times_ends_with_the_curve_of_one_that_was_not(
+    size: int, kills: int, seed: int, shards: Path, tmp_path: Path
+) -> None:
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", **CHANGES)], tmp_path, size)
     words = ["train", "tiny", *settings(shards, tmp_path, name="killed", **CHANGES)]
-    run, draw, killed_in, damages = tmp_path / "killed", random.Random(0), [], [flip, Path.unlink, cut]
-    for number in range(KILLS):
+    run, draw, killed_in = tmp_path / "killed", random.Random(seed), []
+    damages = [flip, Path.unlink, cut][: kills // 6]
+    expected = len(damages)
+    for number in range(kills):
+        victim = number % size
         where, at = draw.choice(
-            [("update", draw.randint(1, 8)), ("write", draw.randint(1, 200)), ("rename", draw.randint(1, 30))]
+            [
+                ("update", draw.randint(1, 8)),
+                ("write", draw.randint(1, 200 // size)),
+                ("rename", draw.randint(1, 4 if victim else 30)),  # the first rank alone gives a checkpoint its name
+            ]
         )
-        job = ranks.start(words, tmp_path, setup=partial(kill, where, at, tmp_path / "told"))
-        (code,) = job.codes()
-        assert code == -signal.SIGKILL, f"{number} {where} {at}: {code}\n{job.said()}"
+        job = ranks.start(words, tmp_path, size, partial(kill, victim, where, at, tmp_path / "told"))
+        codes = job.codes()
+        assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)], (
+            f"{number} {victim} {where} {at}: {codes}\n{job.said()}"
+        )
         killed_in.append((tmp_path / "told").read_text())
         saved = checkpoint.list_checkpoints(run / "checkpoints")
         assert any(not checkpoint.verify(path) for path in saved) or not saved
         if number % 4 == 3 and len(saved) > 1 and damages:
             damages.pop()(max(saved[-1].glob("*.pt"), key=lambda path: path.stat().st_size))
-    ranks.run(words, tmp_path)
+    ranks.run(words, tmp_path, size)
     assert metrics(run) == metrics(tmp_path / "whole")
     assert {"update", "write", "fsync", "replace"} <= {*killed_in}
     assert damages == []
-    assert len([line for line in incidents.read(run) if line["kind"] == "fallback"]) >= 3
+    assert len([line for line in incidents.read(run) if line["kind"] == "fallback"]) >= expected
     names = [f"step-{step}" for step in (56, 58, 60)]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *names]
     assert all(checkpoint.verify(run / "checkpoints" / name) == [] for name in names)

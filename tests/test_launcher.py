@@ -217,6 +217,15 @@ def test_what_cannot_run_is_refused_before_anything_starts(ranks, overrides, mes
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("allowed", ["losses.gate_balance.0", "losses.gate_balance"])
+def test_the_folder_of_another_run_is_refused_unless_the_value_or_its_table_is_allowed(allowed, tmp_path):
+    before, after = (load_config("tiny", [f"output={tmp_path}", f"losses.gate_balance={x}"]) for x in (0.1, 0.2))
+    (plan.prepare_run(before) / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"other values of losses\.gate_balance\.0;"):
+        plan.prepare_run(after)
+    assert load_config(str(plan.prepare_run(after, [allowed]) / plan.CONFIG)) == after
+
+
 @pytest.mark.parametrize(("chosen", "gpus"), [(None, ["2", "10"]), ("10", ["10"]), ("", []), ("-1", [])])
 def test_gpus_are_the_devices_that_the_caller_left_visible(chosen, gpus, monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/nvidia10"), Path("/dev/nvidia2")])
@@ -326,6 +335,22 @@ def test_ranks_that_stay_when_one_has_failed_are_killed_soon_and_its_last_lines_
     assert shown.endswith("line 29\n")
     assert "line 20\n" in shown
     assert "line 19\n" not in shown
+
+
+def test_when_a_rank_has_failed_the_others_end_within_ten_seconds(job, tmp_path, monkeypatch):
+    left = []
+
+    class Stop(local._Stop):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "deadline":
+                left.append(value - time.monotonic())
+
+    (tmp_path / "rank-0.json").write_text(json.dumps(said(0, 1, "wrong", 5)))
+    monkeypatch.setattr(local, "_Stop", Stop)
+    monkeypatch.setattr(local, "render", lambda plan: ["sleep", "1"])
+    local._supervise(job("stay", "stay"), tmp_path)
+    assert left[1] + 2 * local.LOOK < 10  # one look until it is noticed, one until the rest are killed
 
 
 def test_a_failure_that_follows_from_a_silent_death_is_not_taken_for_the_cause():

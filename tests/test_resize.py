@@ -78,5 +78,5 @@ def test_muons_momentum_comes_along(shards: Path, tmp_path: Path) -> None:
         ranks.run(["train", "tiny", *words], tmp_path, size, setup=ask_to_stop, code=75)
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="resized", deepspeed="zero1", **changes)], tmp_path, 2)
     expected, resized = metrics(tmp_path / "whole"), metrics(tmp_path / "resized")
-    # Muon's iterations are in bf16, which a last bit of the gradient's sum over other ranks may round otherwise
-    assert [line["loss"] for line in resized] == pytest.approx([line["loss"] for line in expected], rel=3e-4)
+    # Muon orthogonalises in bf16, which other ranks round otherwise, on some CPUs more; without momentum it is 3e-3
+    assert [line["loss"] for line in resized] == pytest.approx([line["loss"] for line in expected], rel=2e-4)

@@ -1,16 +1,24 @@
 """Saving behind the training: what is written is the moment of the save, and a disk that fills up costs no run."""
 
+import errno
+import itertools
+import logging
 import os
 import resource
 import signal
-import time
+import threading
 from pathlib import Path
 
+import pytest
 import ranks
 import torch
-from conftest import settings
+from conftest import metrics, settings
 
 from fusiontree import checkpoint, incidents
+from fusiontree.config import load_config
+from fusiontree.distributed import World
+from fusiontree.jsonlines import read_json_lines
+from fusiontree.training.logs import log_to_file
 
 SMALLER = {"model__hidden_size": 32, "validation__every": 0}
 ROOM = 30_000  # bytes a file may have: enough for logs, too little for a checkpoint's
@@ -21,9 +29,17 @@ def _limit(size: int) -> None:
 
 
 def fill_disk_of_rank_1_for_the_first_save() -> None:
-    """Rank 1 finds a full disk once."""
-    from fusiontree import saver
+    """Rank 1 finds a full disk once, and rank 0, which trains on meanwhile, none for its figures."""
+    from fusiontree import jsonlines, saver
 
+    append, appended = jsonlines._append, itertools.count()
+
+    def append_line(path: Path, line: bytes) -> None:
+        if next(appended) in range(2, 7):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(path, line)
+
+    jsonlines._append = append_line
     if os.environ["RANK"] == "1":
         write, sizes = saver._write_files, [ROOM]
 
@@ -55,6 +71,26 @@ def test_a_save_that_fails_on_one_rank_is_said_and_tried_again_at_the_next(shard
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("save_failed", 4)]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-8"]
     assert checkpoint.verify(folder / "step-8") == []
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
+    assert [line["step"] for line in read_json_lines(tmp_path / "r" / "layers.jsonl")] == [4, 8]
+    assert said.count("metrics.jsonl: No space left on device; its lines wait until they can be written") == 1
+
+
+def test_a_log_that_a_full_disk_refuses_is_no_traceback_and_written_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = load_config("tiny", [f"output={tmp_path}", "name=r"])
+    log, limits = logging.getLogger("fusiontree.test"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with log_to_file(config, World(0, 1, torch.device("cpu"))):
+        _limit(100)
+        try:
+            log.info("first %s", "x" * 200)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.info("second")
+    assert capsys.readouterr().err == ""
+    written = (tmp_path / "r" / "logs" / "rank-0.log").read_text()
+    assert written.index("first " + "x" * 200) < written.index("second")
 
 
 def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: Path, tmp_path: Path) -> None:
@@ -68,16 +104,22 @@ def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: P
 
 
 def write_late() -> None:
-    """Write each file when training is long past the moment of the save."""
+    """Write each file when training is past the moment of the save, for which it must not wait."""
     from fusiontree import saver
+    from fusiontree.training.step import TrainingStep
 
-    write = saver._write_files
+    write, update, is_past = saver._write_files, TrainingStep.update, threading.Event()
+
+    def updated(self: TrainingStep, batches: list, step: int, *others: object) -> object:
+        if step == 7:  # the last: three updates behind the save
+            is_past.set()
+        return update(self, batches, step, *others)
 
     def write_files(folder: Path, files: dict) -> dict:
-        time.sleep(1)
+        assert is_past.wait(30), "training waits for the save"
         return write(folder, files)
 
-    saver._write_files = write_files
+    TrainingStep.update, saver._write_files = updated, write_files
 
 
 def stop_after_step_4() -> None:

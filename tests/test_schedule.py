@@ -59,7 +59,11 @@ def test_lengths_in_tokens_are_those_in_steps() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["schedule.tokens=40960"], "schedule: warmup_steps 10 is not below steps 10"),
+        (
+            ["schedule.tokens=40960"],
+            "schedule: warmup_steps 10 is not below steps 10: the schedule would end before it has warmed up; lower "
+            "warmup_steps to 9 or raise steps to 11",
+        ),
         (["schedule.warmup_tokens=409600"], "schedule: warmup_steps 100 is not below steps 100"),
         (
             ["schedule.kind=wsd", "schedule.decay_steps=95"],
@@ -74,6 +78,20 @@ def test_schedules_that_cannot_be_are_refused_with_the_numbers(overrides: list[s
     with pytest.raises(UserError) as caught:
         load_config("tiny", overrides)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant", "wsd"])
+@pytest.mark.parametrize("decay", [None, 7])
+def test_the_steps_that_a_refusal_names_are_the_fewest_that_fit(kind: str, decay: int | None) -> None:
+    words = [f"schedule.kind={kind}", *([f"schedule.decay_steps={decay}"] if decay and kind == "wsd" else [])]
+    for warmup in (1, 2, 4, 5, 6, 9, 80, 97):
+        words_now = [*words, f"schedule.warmup_steps={warmup}"]
+        with pytest.raises(UserError, match=r"raise steps to \d+") as caught:
+            load_config("tiny", [*words_now, "schedule.steps=1"])
+        steps = int(str(caught.value).rpartition("raise steps to ")[2].split()[0])
+        assert load_config("tiny", [*words_now, f"schedule.steps={steps}"]).schedule.steps == steps
+        with pytest.raises(UserError, match=f"raise steps to {steps}"):
+            load_config("tiny", [*words_now, f"schedule.steps={steps - 1}"])
 
 
 def test_a_length_given_twice_in_one_file_is_refused(tmp_path) -> None:

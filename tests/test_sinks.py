@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fusiontree.config import RunConfig, load_config
 from fusiontree.training import sinks
-from fusiontree.training.metrics import Metrics
+from fusiontree.training.metrics import Metrics, read_metrics
 from fusiontree.training.sinks import Histogram, TensorBoardSink, open_sinks
 
 HISTOGRAM = Histogram([1, 0, 3], [0.0, 0.25, 0.5, 0.75])
@@ -45,6 +45,22 @@ def test_tensorboard_has_what_the_metrics_have(tmp_path: Path) -> None:
             written.setdefault(name, []).append((line["step"], pytest.approx(value)))
     del written["step"]
     assert found == written
+
+
+def test_a_tracker_that_cannot_write_is_said_once_and_costs_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    class TensorBoardSink:
+        def log(self, step: int, figures: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    with Metrics(run_config(tmp_path), None, None) as metrics:
+        metrics.sinks.append(TensorBoardSink())
+        for step in (1, 2):
+            metrics.record({"step": step, "tokens": 8, **UPDATE})
+    assert len(read_metrics(tmp_path / "r")) == 2
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard: No space left on device; figures go on without it") == 1
 
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:

@@ -377,8 +377,31 @@ def test_what_cannot_go_on_is_refused_though_allowed(
 
 
 def test_a_key_that_is_none_cannot_be_allowed(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
-    words = ["train", "tiny", "--allow-changed", "lr", *settings(shards, two_ranks.parent, name="two")]
-    assert "--allow-changed lr: no such key" in ranks.run(words, tmp_path, code=2)
+    for key in ("lr", "data.weight", "losses.gate_balances.0"):
+        words = ["train", "tiny", "--allow-changed", key, *settings(shards, two_ranks.parent, name="two")]
+        assert f"--allow-changed {key}: no such key" in ranks.run(words, tmp_path, code=2)
+
+
+@pytest.mark.parametrize("allowed", ["losses.gate_balance.0", "losses.gate_balance"])
+def test_an_entry_of_a_table_is_allowed_by_its_name_and_by_the_tables(
+    allowed: str, two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
+    resumed = interrupted_copy(two_ranks, tmp_path)
+    words = ["train", "tiny", *settings(shards, tmp_path, name="two", losses__gate_balance=0.1)]
+    assert "--allow-changed losses.gate_balance.0\n" in ranks.run(words, tmp_path, code=2)
+    ranks.run([*words, "--allow-changed", allowed], tmp_path)
+    assert incidents.read(resumed)[0]["keys"] == ["losses.gate_balance.0"]
+
+
+def test_tokens_are_counted_on_from_the_checkpoint_though_the_batch_is_another(
+    two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
+    resumed = interrupted_copy(two_ranks, tmp_path)
+    words = ["--allow-changed", "batch.tokens", *settings(shards, tmp_path, name="two", batch__tokens=2048)]
+    ranks.run(["train", "tiny", *words], tmp_path)
+    tokens = {line["step"]: line["tokens"] for line in metrics(resumed)}
+    assert [tokens[step] for step in range(3, 9)] == [3072, 4096, 6144, 8192, 10240, 12288]
+    assert checkpoint.read_state(resumed / "checkpoints" / "step-8")["tokens"] == 12288
 
 
 def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.overrides and args.config is None:
         raise UserError("doctor: overrides need a CONFIG before them")
+    for option, count in (("--ranks", args.ranks), ("--nodes", args.nodes)):
+        if count is not None and count < 1:
+            raise UserError(f"doctor: {option} {count}: give at least 1")
     config = None if args.config is None else load_config(args.config, args.overrides)
     if (args.nodes is not None or args.hostfile is not None) and config is None:
         raise UserError("doctor: --nodes and --hostfile need a CONFIG")

@@ -5,7 +5,7 @@ Every mistake a user can make here ends in one UserError line that says what, wh
 
 from fusiontree.config.datasets import dataset_manifest, require_vocabulary
 from fusiontree.config.deepspeed import deepspeed_json
-from fusiontree.config.keys import KEYS, config_differences
+from fusiontree.config.keys import KEYS, config_differences, is_among, is_key
 from fusiontree.config.reading import load_config, preset_names
 from fusiontree.config.run import RunConfig
 from fusiontree.config.sections import CheckpointingConfig, HealthConfig, LossConfig, OptimizerConfig, ScheduleConfig
@@ -22,6 +22,8 @@ __all__ = [
     "config_differences",
     "dataset_manifest",
     "deepspeed_json",
+    "is_among",
+    "is_key",
     "load_config",
     "preset_names",
     "require_vocabulary",

@@ -27,12 +27,14 @@ _OWNED = {
     "activation_checkpointing": "activation_checkpointing",
     "steps_per_print": "logging.every",
     "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+    "csv_monitor": "logging.*",
+    "comet": "logging.*",
     "elasticity": "batch.*",
     "curriculum_learning": "data.curriculum",
     "data_efficiency": "data.*",
     "progressive_layer_drop": "model.branch_drop",
 }
-
 
 # settings that would train something else than the configuration describes, or not the whole of it
 _UNFIT = {
@@ -40,6 +42,14 @@ _UNFIT = {
     "tensor_parallel": "the blocks are not written for it",
     "checkpoint": "checkpoints are this project's own, and go on at any number of ranks and any stage",
 }
+
+# names in zero_optimization that DeepSpeed would turn into these only after all that is decided by them
+_REPLACED = {
+    "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
+    "cpu_offload_param": 'offload_param: {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": "pin_memory of offload_optimizer and offload_param",
+}
+_OFFLOADED = ("offload_param", "offload_optimizer")
 
 
 def deepspeed_json(config: RunConfig) -> dict[str, Any]:
@@ -66,15 +76,31 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
         if key in settings:
             raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there: {reason}")
     zero = settings.get("zero_optimization", {})
+    _check_zero(f"deepspeed {config.deepspeed}: zero_optimization", zero)
     _place_on_nvme(config, zero)
     if config.optimizer.kind == "muon":
         _check_muon(config, zero)
     return settings
 
 
+def _check_zero(where: str, zero: Any) -> None:
+    """Raise UserError unless `zero` has the shape that what follows counts on."""
+    if not isinstance(zero, dict):
+        raise UserError(f'{where} is {short(zero)}; it must be an object, e.g. {{"stage": 2}}')
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        raise UserError(f"{where}.stage is {short(stage)}; it must be 0, 1, 2 or 3")
+    for old, new in _REPLACED.items():
+        if old in zero:
+            raise UserError(f"{where}.{old} is a name that DeepSpeed has given up; take {new}")
+    for part in _OFFLOADED:
+        if not isinstance(zero.get(part, {}), dict):
+            raise UserError(f'{where}.{part} is {short(zero[part])}; it must be an object, e.g. {{"device": "cpu"}}')
+
+
 def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
     """Give what is offloaded to NVMe the folder of the run's configuration."""
-    for part in (zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)):
+    for part in (zero[key] for key in _OFFLOADED if key in zero):
         if "nvme_path" in part:
             raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; set nvme_path in the configuration")
         if part.get("device") == "nvme":

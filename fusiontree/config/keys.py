@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -74,6 +74,16 @@ def leaves(tree: Mapping[Any, Any], where: str, prefix: str = "") -> Iterator[tu
 def table_of(key: str) -> str | None:
     """The one of TABLES that `key` is or lies in."""
     return next((table for table in TABLES if key == table or key.startswith(f"{table}.")), None)
+
+
+def is_key(key: str) -> bool:
+    """Whether there is a `key`, be it an entry of a table."""
+    return key in KEYS or table_of(key) is not None
+
+
+def is_among(key: str, given: Collection[str]) -> bool:
+    """Whether `key` is one of `given`, or an entry of a table that is."""
+    return key in given or table_of(key) in given
 
 
 def _plain(value: Any, key: str, where: str) -> Any:

@@ -151,19 +151,29 @@ class ScheduleConfig(Section):
         """Optimizer steps of the decay of `wsd`."""
         return self.decay_steps or max(1, self.steps // 5)
 
+    @property
+    def _least_steps(self) -> int:
+        """The fewest steps that would hold the phases."""
+        if self.kind != "wsd":
+            return self.warmup_steps + 1
+        if self.decay_steps is not None:
+            return self.warmup_steps + self.decay_steps
+        # the decay grows with the steps: steps - steps // 5 are to hold the warm-up
+        return max(self.warmup_steps + 1, 5 * (self.warmup_steps - 1) // 4 + 1)
+
     @model_validator(mode="after")
     def _phases_fit(self) -> "ScheduleConfig":
         wsd = self.kind == "wsd"
         require(wsd or self.decay_steps is None, f"decay_steps is for kind wsd, but kind is {self.kind}; take one out")
         require(
-            self.warmup_steps < self.steps,
-            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end before it has "
-            "warmed up; lower warmup_steps or raise steps",
-        )
-        require(
             not wsd or self.warmup_steps + self.decay <= self.steps,
             f"warmup_steps {self.warmup_steps} and decay_steps {self.decay} are together more than steps {self.steps}; "
-            f"lower one of them or raise steps to {self.warmup_steps + self.decay}",
+            f"lower one of them or raise steps to {self._least_steps}",
+        )
+        require(
+            self.warmup_steps < self.steps,
+            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end before it has "
+            f"warmed up; lower warmup_steps to {self.steps - 1} or raise steps to {self._least_steps}",
         )
         return self
 
@@ -243,7 +253,7 @@ class HealthConfig(Section):
     spike_window: int = Field(default=128, ge=8)  # updates that the median is over
     max_rollbacks: Count = 3  # to one checkpoint; then the run stops
     hang_factor: float = Field(default=10.0, gt=1.0)  # a step that takes so many times their median hangs,
-    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too
+    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too, as reads at an address may
     timeout_seconds: float = Field(default=1800.0, gt=0.0)  # that a rank waits for the others anywhere else
 
 

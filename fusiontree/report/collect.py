@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from fusiontree import checkpoint, incidents
 from fusiontree.errors import UserError
-from fusiontree.files import read_json_lines
+from fusiontree.jsonlines import read_json_lines
 from fusiontree.model.config import ModelConfig
 from fusiontree.training.metrics import LAYERS, read_metrics
 

@@ -25,7 +25,7 @@ from fusiontree.training.health import Health, Trouble, Watchdog, culprits, in_w
 from fusiontree.training.layers import LayerWatch
 from fusiontree.training.logs import log_to_file
 from fusiontree.training.metrics import Lap, Metrics, summarise, utilisation
-from fusiontree.training.resume import prepare_folder, read_place
+from fusiontree.training.resume import last_good, prepare_folder, read_place
 from fusiontree.training.step import TrainingStep, Update
 from fusiontree.training.validation import HeldOutLoss
 
@@ -39,7 +39,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
 
     Args:
         config: the run.
-        allow_changed: dotted keys, or `data` or `tokenizer`, that may differ from the checkpoint's run.
+        allow_changed: dotted keys, tables of them, or `data` or `tokenizer`, that may differ from the checkpoint's run.
         trust: unpickle whatever the checkpoint holds, which may run any code.
 
     Returns:
@@ -101,6 +101,7 @@ class Trainer:
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.trust = trust
         self.step = 0  # updates done
+        self.tokens = 0  # trained on in them, padding included
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world, goes_on=resume_from is not None)
         distributed.set_timeout(config.health.timeout_seconds)
@@ -116,11 +117,6 @@ class Trainer:
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last laps, per update
         if resume_from is not None:
             self._resume(resume_from, fresh=True)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on, padding included."""
-        return self.step * self.config.batch.tokens
 
     def run(self) -> None:
         """Train to the end of the schedule; after trouble, once more from the last good checkpoint."""
@@ -140,6 +136,7 @@ class Trainer:
                 with self.watchdog.step(self.step):
                     update = self._update(self._fetch())
                 self.step += 1
+                self.tokens += self.config.batch.tokens
                 trouble = self.health.judge(update, self._last_rows)
                 if trouble is not None:
                     self._tell(trouble, update)
@@ -190,7 +187,7 @@ class Trainer:
     def _roll_back(self, trouble: Trouble) -> None:
         """Go on from the last good checkpoint, past the rows of the trouble."""
         self.saver.wait()
-        path = distributed.on_main(lambda: checkpoint.newest(self.config.run_dir / "checkpoints")[0])
+        path = distributed.on_main(lambda: last_good(self.config.run_dir))
         hint = "look at the rows, then start again with other values of health.* or optimizer.lr"
         if path is None:
             raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to go back to; {hint}")
@@ -239,7 +236,7 @@ class Trainer:
         return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _record(self, update: Update) -> None:
-        """Write the update's figures; only here does training wait for the device."""
+        """Write the update's figures; here training waits until the device is done, elsewhere for a `HostSum` alone."""
         self._share_damage()
         own_flops = float(sum(update_flops(self.config.model, self.lap.documents).values()))
         shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
@@ -324,7 +321,8 @@ class Trainer:
         """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
         checkpoint.load(self.training.engine, self.world, path, fresh, self.trust)
         state = checkpoint.read_state(path)
-        self.resume_from, self.step, self.wandb_id = path, state["step"], state["wandb_id"]
+        self.resume_from, self.wandb_id = path, state["wandb_id"]
+        self.step, self.tokens = state["step"], state["tokens"]
         place, left_out = read_place(self.config, path)
         self.stream.seek(place)
         self._leave_out(left_out)

@@ -1,6 +1,6 @@
 """What every layer does in one update: its gates, how loud its branches are, how large its gradient is.
 
-Only the updates that are watched pay for it, and only they make the host wait for the device.
+Only the updates that are watched pay for it, and only they wait for the device on its account.
 """
 
 from collections.abc import Iterator

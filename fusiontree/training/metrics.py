@@ -7,17 +7,18 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusiontree import lease
+from fusiontree import incidents, lease
 from fusiontree.config import RunConfig
 from fusiontree.console import console
-from fusiontree.files import read_json_lines, write_atomic
+from fusiontree.files import write_atomic
 from fusiontree.flops import peak_flops, update_flops
+from fusiontree.jsonlines import JsonLines, read_json_lines
 from fusiontree.training.progress import ProgressLine
-from fusiontree.training.sinks import Histogram, WandbSink, open_sinks
+from fusiontree.training.sinks import Histogram, Sink, WandbSink, open_sinks
 
 FILE = "metrics.jsonl"
 LAYERS = "layers.jsonl"
@@ -55,14 +56,13 @@ class Metrics:
     def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
         """Continue the record behind `step` updates, or begin it (None); lines of lost updates are dropped."""
         self.model, self.folder = config.model, config.run_dir
-        for name in (FILE, LAYERS):
-            _keep_until(self.folder / name, -1 if step is None else step)
+        self.figures, self.layers = (JsonLines(self.folder / name) for name in (FILE, LAYERS))
+        for lines in (self.figures, self.layers):
+            _keep_until(lines.path, -1 if step is None else step)
         self.sinks = open_sinks(config, step, wandb_id)
         self.progress = ProgressLine(config.schedule.steps, step or 0)
 
     def __enter__(self) -> "Metrics":
-        self.figures = open(self.folder / FILE, "a", buffering=1)
-        self.layers = open(self.folder / LAYERS, "a", buffering=1)
         self.progress.start()
         return self
 
@@ -70,8 +70,7 @@ class Metrics:
         self.progress.stop()
         self.figures.close()
         self.layers.close()
-        for sink in self.sinks:
-            sink.close()
+        self._track(lambda sink: sink.close())
 
     @property
     def wandb_id(self) -> str | None:
@@ -88,9 +87,10 @@ class Metrics:
         """
         lease.check(self.folder)
         figures = {**figures, **_perplexities(figures)}
-        self.figures.write(json.dumps(figures) + "\n")
-        for sink in self.sinks:
-            sink.log(int(figures["step"]), {name: value for name, value in figures.items() if name != "step"})
+        self.figures.add(figures)
+        incidents.flush(self.folder)
+        tracked = {name: value for name, value in figures.items() if name != "step"}
+        self._track(lambda sink: sink.log(int(figures["step"]), tracked))
         if "val_loss" in figures:
             console.print(f"step {figures['step']:>6,}  validation loss {figures['val_loss']:.4f}")
         else:
@@ -103,10 +103,19 @@ class Metrics:
         """
         flops = update_flops(self.model, documents)
         shares = {part: round(count / sum(flops.values()), 6) for part, count in flops.items() if count}
-        line = {"step": step, **figures._asdict(), "flop_share": shares}
-        self.layers.write(json.dumps(line) + "\n")
-        for sink in self.sinks:
-            sink.log(step, _by_layer(figures) | {f"flop_share/{part}": share for part, share in shares.items()})
+        self.layers.add({"step": step, **figures._asdict(), "flop_share": shares})
+        tracked = _by_layer(figures) | {f"flop_share/{part}": share for part, share in shares.items()}
+        self._track(lambda sink: sink.log(step, tracked))
+
+    def _track(self, act: Callable[[Sink], None]) -> None:
+        """Have each tracker do something; one that cannot write, as TensorBoard on a full disk, is done with."""
+        for sink in [*self.sinks]:
+            try:
+                act(sink)
+            except OSError as error:
+                self.sinks.remove(sink)
+                name = type(sink).__name__.removesuffix("Sink")
+                console.print(f"{name}: {error.strerror}; figures go on without it", markup=False)
 
 
 def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:

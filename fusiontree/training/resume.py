@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusiontree import checkpoint, distributed, incidents, lease
-from fusiontree.config import KEYS, RunConfig, config_differences, load_config, to_yaml
+from fusiontree.config import RunConfig, config_differences, is_among, is_key, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
@@ -45,10 +45,7 @@ def _prepare_folder(
             raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
     refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
     checkpoint.tidy(run / "checkpoints")
-    found, damaged = checkpoint.newest(run / "checkpoints")
-    for path, line in damaged.items():
-        console.print(line)
-        incidents.record(run, "fallback", checkpoint.step_of(path), line)
+    found = last_good(run)
     if found is not None:
         if not trust:
             checkpoint.refuse_code(found)
@@ -62,6 +59,19 @@ def _prepare_folder(
     lease.take(run)
     write_atomic(run / checkpoint.CONFIG, to_yaml(config))
     shutil.copytree(tokenizers[0], run / "tokenizer", dirs_exist_ok=True)
+    return found
+
+
+def last_good(run: Path) -> Path | None:
+    """The newest checkpoint of `run` that verifies, if there are any; newer ones that do not are said and recorded.
+
+    Raises:
+        RunError: there are checkpoints and none verifies.
+    """
+    found, damaged = checkpoint.newest(run / "checkpoints")
+    for path, line in damaged.items():
+        console.print(line, markup=False)
+        incidents.record(run, "fallback", checkpoint.step_of(path), line)
     return found
 
 
@@ -110,11 +120,11 @@ def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
 def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
     """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
     for key in allow_changed:
-        if key not in (*KEYS, DATA, TOKENIZER) and not key.startswith("data."):
+        if key not in (DATA, TOKENIZER) and not is_key(key):
             raise UserError(f"--allow-changed {key}: no such key; give one that a refused resume has named")
     before = load_config(str(path / checkpoint.CONFIG))
     differing = list(_differences(before, config, checkpoint.read_state(path), data))
-    refused = [key for key in differing if key not in allow_changed]
+    refused = [key for key in differing if not is_among(key, allow_changed)]
     if refused:
         folders = ", ".join(dataset.location for dataset in data.datasets)
         names = ", ".join(f"data (on other shards than {folders} holds)" if key == DATA else key for key in refused)
