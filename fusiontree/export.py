@@ -15,7 +15,7 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
-from fusiontree.errors import UserError
+from fusiontree.errors import RunError, UserError
 from fusiontree.exported import FACTS, PREFIX
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.kernels import DTYPES
@@ -69,6 +69,8 @@ def export(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; it must be at least 1")
     max_shard_bytes = _size(max_shard_size)
     refuse_existing(output, overwrite, marker=FACTS)
     found = checkpoint.resolve(source)
@@ -79,7 +81,12 @@ def export(
         raise UserError(f"no tokenizer at {tokenizer}; copy the one that the data was built with there")
     if tokenizer_fingerprint(tokenizer) != state["tokenizer_fingerprint"]:
         raise UserError(f"{tokenizer} is not the tokenizer that the run was trained with; copy that one there")
-    weights: Mapping[str, Tensor] = checkpoint.read_weights(found, trust)
+    stored = checkpoint.read_weights(found, trust)
+    with torch.device("meta"):
+        misfit = stored.misfit(HybridLM(config.model))
+    if misfit is not None:
+        raise RunError(f"{found}: its weights are not those of its {checkpoint.CONFIG} ({misfit}); use another one")
+    weights: Mapping[str, Tensor] = stored
     shape, pruned = config.model, {}
     if prune is not None or prune_heads:
         pruning, report = Pruner(found, config, weights, data, limit).prune(prune, prune_heads)
@@ -110,7 +117,7 @@ def export(
 
 def _size(text: str) -> int:
     """Bytes of a size such as 5GB."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]B)", text.strip().upper())
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMG]B)", text.strip().upper())
     if found is None or float(found[1]) == 0:
         raise UserError(f"--max-shard-size is {text!r}; give a size such as 5GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -16,21 +16,22 @@ from fusiontree.model.lm import HybridLM
 from fusiontree.model.ssm import STATE_PARAMETERS
 
 FACTS = "fusiontree.json"  # what the run was
+_FACTS = {"tokenizer_fingerprint": str, "eos_id": int, "seq_len": int}  # that are read, and as what
 PREFIX = "model."  # of the names of the weights
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What the run left in the exported folder: `seq_len`, `step`, `tokenizer_fingerprint`, `eos_id`."""
+    """What the run left in the exported folder: `seq_len`, `step`, `tokenizer_fingerprint`, `eos_id` and more."""
     path = folder / FACTS
     if not path.is_file():
         raise UserError(f"{folder} is not an exported model; make one with 'fusiontree export RUN {folder}'")
     try:
         facts = json.loads(path.read_text())
-        missing = [name for name in ("tokenizer_fingerprint", "eos_id") if name not in facts]
-    except (ValueError, TypeError) as error:
+        wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
+    except (ValueError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); export the model again") from None
-    if missing:
-        raise RunError(f"{path} is damaged (it lacks {', '.join(missing)}); export the model again")
+    if wrong:
+        raise RunError(f"{path} is damaged (it lacks a right {', '.join(wrong)}); export the model again")
     return facts
 
 

@@ -84,6 +84,7 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
     """
     refuse_existing(target, overwrite, marker)
     target = target.resolve()
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(exist_ok=True)
@@ -104,6 +105,9 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
         finally:
             if not _goes_on(partial, state):
                 shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):  # something lies there by now
+                    for parent in new_parents:
+                        parent.rmdir()
     finally:
         os.close(descriptor)
     fsync_folder(target.parent)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusiontree import layout
 from fusiontree.errors import RunError
@@ -43,6 +43,14 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __init__(self, located: Mapping[str, Located]):
         self.located = located
+
+    def misfit(self, model: nn.Module, prefix: str = "") -> str | None:
+        """Name of the first parameter of `model`, behind `prefix`, that is not here in its shape; None: all are."""
+        for name, parameter in model.named_parameters(prefix.rstrip(".")):
+            located = self.located.get(name)
+            if located is None or located.shape != tuple(parameter.shape):
+                return name
+        return None
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape, pieces = self.located[name]

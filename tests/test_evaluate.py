@@ -146,6 +146,20 @@ def test_a_question_longer_than_the_time_encoding_is_refused(
     line = capsys.readouterr().err
     assert "tokens are more than the learned time encoding has: 128" in line
     assert line.count("\n") == 1
+    words = ["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "throughput", "--lengths"]
+    assert main([*words, "93"]) == 2  # and the tokens that are made behind them
+    assert "129 tokens are more than the learned time encoding has: 128" in capsys.readouterr().err
+    assert main([*words, "92"]) == 0
+
+
+def test_data_with_tokens_that_the_model_does_not_know_are_refused(
+    tokenizer_folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_run(tmp_path / "run", SMALL, build().state_dict(), tokenizer_folder, 0, 1)
+    export(tmp_path / "run", tmp_path / "out")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "passkey"]) == 2
+    assert f"{shards} holds tokens up to 299; the model's end at 95" in capsys.readouterr().err
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(
@@ -156,6 +170,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
         (["--tasks", "poetry"], "unknown task 'poetry'; choose from perplexity, passkey"),
         (["--tasks", "passkey", "--lengths", "1k"], "--lengths is '1k'; give whole numbers"),
         (["--tasks", "passkey", "--lengths", "0"], "--lengths is 0; it must be at least 1"),
+        (["--tasks", "passkey", "--lengths", "100000000000000"], "it must be at most 16,777,216"),
         (["--tasks", "passkey", "--samples", "0"], "--samples is 0"),
         (["--tasks", "passkey", "--lengths", "20"], "--lengths 20 is too short for passkey"),
         (["--tasks", "passkey", "--output", str(shards)], "already holds something else"),

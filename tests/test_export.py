@@ -1,5 +1,6 @@
 """An exported folder loads where this project is not installed, and is the trained model."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cli, metrics, settings
+from conftest import SMALL, build, cli, metrics, settings, write_run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers import dynamic_module_utils
@@ -20,6 +21,8 @@ from fusiontree import checkpoint, parity
 from fusiontree import model as model_package
 from fusiontree.config import load_config, preset_names
 from fusiontree.errors import RunError
+from fusiontree.export import export
+from fusiontree.files import staged_folder
 from fusiontree.model.lm import HybridLM
 from fusiontree.parity import prove
 
@@ -262,6 +265,22 @@ def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -
     path.write_text("{")
     assert "cannot be read" in cli("export", tmp_path / "run", tmp_path / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "name"), [({"num_layers": 4}, "blocks.3."), ({"mlp_size": 64}, "mlp")])
+def test_weights_that_are_not_those_of_the_configuration_are_named_and_leave_nothing(
+    change: dict[str, int], name: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", dataclasses.replace(SMALL, **change), build().state_dict(), tokenizer_folder, 0, 1)
+    with pytest.raises(RunError, match=rf"its weights are not those of its config.yaml \(.*{name}"):
+        export(tmp_path / "run", tmp_path / "new" / "deep" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_of_output_that_fails_takes_the_new_ones_above_it_along(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "a" / "b" / "out", False, "x"):
+        raise RuntimeError
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_nothing_but_the_tokenizer_comes_out_of_its_folder(exported: Path, run: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_only_a_new_line_ends_a_prompt(tmp_path: Path) -> None:
     assert [*read_prompts(tmp_path / "odd.txt").values()] == ["a\fb", "c"]
 
 
-@pytest.mark.parametrize("facts", ["{", "{}", "[]", "3"])
+@pytest.mark.parametrize("facts", ["{", "{}", "[]", "3", '{"tokenizer_fingerprint": "", "seq_len": 8, "eos_id": "q"}'])
 def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "fusiontree.json").write_text(facts)

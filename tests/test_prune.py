@@ -122,10 +122,12 @@ def test_least_loss_takes_the_cheapest_that_leave_every_layer_something() -> Non
     [
         ([{"layer": 3, "keep": "mamba"}], "layer 3 is unknown; the model's layers are 0 to 2"),
         ([{"layer": "0", "keep": "mamba"}], "layer '0' is unknown"),
+        ([{"layer": True, "keep": "mamba"}], "layer True is unknown"),
         ([{"layer": 0, "keep": "none"}], "layer 0 keeps 'none'; it must keep a branch"),
         ([{"layer": 0}], "layer 0 keeps None; it must keep a branch"),
         ([{"layer": 1, "keep": "mamba"}, {"layer": 1, "keep": "hybrid"}], "layer 1 stands there twice"),
         ([{"layer": 1, "keep": "hybrid", "global_groups": [1]}], r"global_groups is \[1\]; it must be some of 0 to 0"),
+        ([{"layer": 1, "keep": "hybrid", "global_groups": [0.0]}], r"global_groups is \[0.0\]"),
         ({"layer": 1}, "is no pruning plan"),
         ([], "names no layer; make a plan with `fusiontree prune`"),
     ],
@@ -137,6 +139,15 @@ def test_plans_that_fit_no_model_are_refused_in_one_line(layers: object, words: 
         read_plan(path, SMALL)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_is_nested_without_end_or_a_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no pruning plan"):
+        read_plan(path, SMALL)
+    with pytest.raises(UserError, match="no plan at"):
+        read_plan(tmp_path, SMALL)
 
 
 def test_a_layer_that_was_pruned_cannot_get_its_branch_back(tmp_path: Path) -> None:
@@ -247,8 +258,9 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
         assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
     assert "names no dataset to measure the pruning by" in refused("export", run, tmp_path / "out", "--prune", "auto")
-    none = refused("export", run, tmp_path / "out", "--prune", "1", "--limit", 0, "--data", shards)
-    assert "--limit is 0; it must be at least 1" in none
+    assert "--limit is 0; it must be at least 1" in refused("export", run, tmp_path / "out", "--limit", 0)
+    size = "9" * 400 + "GB"
+    assert "--max-shard-size is" in refused("export", run, tmp_path / "out", "--max-shard-size", size)
     both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
     assert "--prune and --prune-heads are both given" in both
     assert set(tmp_path.iterdir()) == {plan, nothing}

@@ -9,7 +9,7 @@ from fusiontree.errors import UserError
 from fusiontree.evaluate.perplexity import perplexity
 from fusiontree.evaluate.retrieval import needle, passkey, recall
 from fusiontree.evaluate.subject import Subject
-from fusiontree.evaluate.throughput import throughput
+from fusiontree.evaluate.throughput import BEHIND, throughput
 from fusiontree.files import refuse_existing, staged_folder
 
 TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
@@ -20,6 +20,7 @@ TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "throughput": throughput,
 }
 RESULTS = "results.json"
+LONGEST = 2**24  # tokens of a prompt, more than any model here was trained at
 
 
 def evaluate(
@@ -54,6 +55,8 @@ def evaluate(
     for name, value in numbers:
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if lengths and max(lengths) > LONGEST:
+        raise UserError(f"--lengths is {max(lengths)}; it must be at most {LONGEST:,}")
     if not tasks:
         raise UserError(f"--tasks names none; choose from {', '.join(TASKS)}")
     for task in tasks:
@@ -62,7 +65,8 @@ def evaluate(
     if output is not None:
         refuse_existing(output, overwrite, RESULTS)
         _require_matplotlib()
-    subject = Subject.load(folder, data, tuple(lengths), seq_len, limit, samples)
+    behind = BEHIND if "throughput" in tasks else 0
+    subject = Subject.load(folder, data, tuple(lengths), behind, seq_len, limit, samples)
     results = {task: TASKS[task](subject) for task in tasks}
     if output is not None:
         _write(output, overwrite, results)

@@ -39,20 +39,28 @@ class Subject:
         folder: Path,
         data: Path,
         lengths: tuple[int, ...],
+        behind: int,
         seq_len: int | None,
         limit: int | None,
         samples: int,
     ) -> "Subject":
         """Load the export and open the data.
 
+        Args:
+            behind: tokens that are made behind prompts of `lengths`, at most.
+
         Raises:
-            UserError: no export, no dataset, another tokenizer, or lengths beyond the time encoding.
+            UserError: no export, no dataset, another tokenizer, tokens that the model does not know, or lengths beyond
+                the time encoding.
         """
         facts, train = read_facts(folder), Dataset(data, "train")
         train.manifest.require_tokenizer(facts["tokenizer_fingerprint"], folder)
         model, tokenizer = load_export(folder)
         lengths, seq_len = lengths or (facts["seq_len"],), seq_len or facts["seq_len"]
-        check_positions(model.config, max(*lengths, seq_len))
+        check_positions(model.config, max(max(lengths) + behind, seq_len))
+        if train.manifest.vocab_size > model.config.vocab_size:
+            last = model.config.vocab_size - 1
+            raise UserError(f"{data} holds tokens up to {train.manifest.vocab_size - 1}; the model's end at {last}")
         return cls(model, tokenizer, facts, folder, train, lengths, seq_len, limit, samples)
 
     @property

@@ -185,9 +185,9 @@ def read_plan(path: Path, config: ModelConfig) -> Pruning:
     """
     try:
         return planned(json.loads(path.read_text(encoding="utf-8")), config, path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"no plan at {path}; make one with `fusiontree prune RUN --out {path}`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no pruning plan ({error!r}); make one with `fusiontree prune`") from None
 
 
@@ -198,7 +198,7 @@ def planned(plan: Mapping[str, Any], config: ModelConfig, path: object) -> Pruni
         raise UserError(f"{path} names no layer; make a plan with `fusiontree prune`")
     pruning, seen = Pruning.none(config), set()
     for layer, keep, groups in entries:
-        if not isinstance(layer, int) or not 0 <= layer < config.num_layers:
+        if type(layer) is not int or not 0 <= layer < config.num_layers:
             raise UserError(f"{path}: layer {layer!r} is unknown; the model's layers are 0 to {config.num_layers - 1}")
         if layer in seen:
             raise UserError(f"{path}: layer {layer} stands there twice; remove one")
@@ -217,7 +217,11 @@ def _planned(path: object, config: ModelConfig, pruning: Pruning, layer: int, ke
     global_kv, windowed = config.kv_heads_at(layer)
     if keep == "mamba" or groups is None:
         return pruning.replace(layer, keep)
-    if not isinstance(groups, list) or sorted(set(groups)) != groups or not set(groups) <= set(range(global_kv)):
+    if (
+        not isinstance(groups, list)
+        or groups != [g for g in range(global_kv) if g in groups]
+        or not all(type(g) is int for g in groups)
+    ):
         raise UserError(f"{path}: layer {layer}: global_groups is {groups}; it must be some of 0 to {global_kv - 1}")
     if not groups and not windowed:
         raise UserError(f"{path}: layer {layer}: global_groups is empty, and the layer has no other head")

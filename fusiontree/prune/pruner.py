@@ -56,8 +56,6 @@ class Pruner:
         limit: int | None = None,
     ):
         """`found`: the checkpoint. `data`: a dataset; None: the run's own. `limit`: of its held-out rows, at most."""
-        if limit is not None and limit < 1:
-            raise UserError(f"--limit is {limit}; it must be at least 1")
         locations = config.data.locations if data is None else {"": str(data)}
         if not locations:
             raise UserError("the run names no dataset to measure the pruning by; give one with --data")

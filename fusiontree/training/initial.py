@@ -87,8 +87,6 @@ def _open_weights(folder: Path) -> TensorFiles:
     weights = of_safetensors(folder)
     with torch.device("meta"):
         model = HybridLM(read_config(folder))
-    for name, parameter in model.named_parameters():
-        located = weights.located.get(f"{PREFIX}{name}")
-        if located is None or located.shape != tuple(parameter.shape):
-            raise RunError(f"init_from {folder}: its weights are not those of its config.json ({PREFIX}{name})")
+    if misfit := weights.misfit(model, PREFIX):
+        raise RunError(f"init_from {folder}: its weights are not those of its config.json ({misfit})")
     return weights
