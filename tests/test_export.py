@@ -95,16 +95,25 @@ tokenizer.padding_side = "left"
 batch = tokenizer(["tree gate", "scan window state token shard row"], return_tensors="pt", padding=True)
 batch.pop("token_type_ids", None)
 texts = {}
-for name, options in {"greedy": {}, "beams": {"num_beams": 3}, "slow": {"use_cache": False}}.items():
-    texts[name] = model.generate(**batch, max_new_tokens=12, do_sample=False, **options)
+for name, options in {"greedy": {}, "beams": {"num_beams": 3, "num_return_sequences": 3}}.items():
+    for pace, use_cache in {"": True, "slow ": False}.items():
+        options["use_cache"] = use_cache
+        texts[pace + name] = model.generate(**batch, max_new_tokens=12, do_sample=False, **options)
 alone = tokenizer("tree gate", return_tensors="pt")["input_ids"]
 texts["alone"] = model.generate(alone, max_new_tokens=12, do_sample=False)
 output = model(alone, labels=alone)
+halved = model(alone, labels=alone, num_items_in_batch=2 * (alone.shape[1] - 1)).loss
+assert torch.allclose(2 * halved, output.loss)
 output.loss.backward()
 gradients = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 model.gradient_checkpointing_enable()
+ran = []
+hooks = [block.register_forward_hook(lambda block, *_: ran.append(block)) for block in model.model.blocks]
 model(alone, labels=alone).loss.backward()
+assert ran == [*model.model.blocks, *reversed(model.model.blocks)]  # again in the backward pass
+for hook in hooks:
+    hook.remove()
 assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(model.parameters(), gradients))
 model.zero_grad()
 with torch.autocast("cpu", torch.bfloat16):
@@ -173,9 +182,10 @@ def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, 
         assert torch.equal(given["logits"], model(torch.arange(2, 202)[None]).logits)
         logits = model(given["prompt"]).logits[0, :-1]
     assert given["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, given["prompt"][0, 1:]).item())
-    assert torch.equal(given["greedy"], given["slow"])
+    assert torch.equal(given["greedy"], given["slow greedy"])
     assert torch.equal(given["greedy"][0, -12:], given["alone"][0, -12:])
-    assert given["beams"].shape[0] == 2
+    assert torch.equal(given["beams"], given["slow beams"])
+    assert given["beams"].shape[0] == 2 * 3
 
 
 def test_a_cache_is_taken_by_either_name_and_passed_over_by_none(exported: Path) -> None:
@@ -314,6 +324,23 @@ def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(
     weights["blocks.1.fusion.bias"] = weights["blocks.1.fusion.bias"] + 0.1
     with pytest.raises(RunError, match="export fails its proof: logits differs"):
         prove(exported, config, weights, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("check", "right"),
+    [("left_padding", "attention_mask is None or bool(attention_mask.all())"), ("cached_decoding", "cache is None")],
+)
+def test_a_model_that_is_wrong_under_one_check_alone_fails_the_proof(
+    check: str, right: str, exported: Path, run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    code, given = (tmp_path / "out" / "hf.py").read_text(), "CausalLMOutputWithPast(loss, output.logits, cache)"
+    assert given in code
+    wrong = given.replace("output.logits", f"output.logits * (1 if {right} else 1.1)")
+    (tmp_path / "out" / "hf.py").write_text(code.replace(given, wrong))
+    weights = checkpoint.read_weights(run / "checkpoints" / "step-8")
+    with pytest.raises(RunError, match=f"export fails its proof: {check} differs"):
+        prove(tmp_path / "out", load_config(str(run / "config.yaml")).model, weights, "fp32")
 
 
 @pytest.mark.parametrize("preset", preset_names())

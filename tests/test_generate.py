@@ -9,12 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SMALL, build, cli, write_run
 
 from fusiontree.cli import main
 from fusiontree.errors import UserError
 from fusiontree.export import export
-from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts, stream_tokens
+from fusiontree.generate import (
+    PREFILL_TOKENS,
+    Decoder,
+    Sampling,
+    generate_text,
+    generate_texts,
+    read_prompts,
+    stream_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +108,14 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
         assert message in captured.err
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+def test_a_prompt_is_taken_in_by_pieces_that_bound_the_memory() -> None:
+    model, pieces = build(), []
+    model.register_forward_pre_hook(lambda _module, inputs: pieces.append(inputs[0].numel()))
+    Decoder(model, 3, room=1500).prefill(torch.ones(3, 1500, dtype=torch.int64))
+    assert sum(pieces) == 3 * 1500
+    assert max(pieces) <= PREFILL_TOKENS["cpu"] <= 4096  # of all rows
 
 
 def test_more_tokens_than_memory_holds_are_refused() -> None:
