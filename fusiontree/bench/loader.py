@@ -41,11 +41,10 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
         batch of a run that goes on there, with two workers, by the clock), rows_tokens_per_s (read and checked),
         batches_tokens_per_s (in order, made up for training), webdataset_rows_tokens_per_s and
         webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order that can be resumed; not at an
-        address),
-        waiting_share (of a consumer's time with two workers, spent in calls of `next` for batches that were not there
-        yet), next_share (spent in all calls of `next`, most of it in fetching code and data to cold caches), next_floor
-        (the same of an iterator that does nothing: the measure's own cost), memory_bytes (of the process, by batches
-        made) and what was measured.
+        address), waiting_share (of a consumer's time with two workers, spent in calls of `next` for batches that were
+        not there yet), next_share (spent in all calls of `next`, most of it in fetching code and data to cold caches),
+        next_floor (the same of an iterator that does nothing: the measure's own cost), memory_bytes (of the process, by
+        batches made) and what was measured.
 
     Raises:
         UserError: no dataset there, or `seq_len` does not divide its rows.
