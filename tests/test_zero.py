@@ -97,7 +97,7 @@ def write_teacher(folder: Path) -> None:
         model.embedding.weight.mul_(8)  # so that it prefers something
     save_file({f"model.{name}": weight for name, weight in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(shape))
-    (folder / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": "f", "eos_id": 0}))
+    (folder / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": "f", "eos_id": 0, "seq_len": 48}))
     (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str())
 
 
