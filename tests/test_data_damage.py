@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
 from fusiontree.data.format import Dataset, Manifest, read_index
 from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.scan import scan_shard
 from fusiontree.data.tokenizer import open_tokenizer
 from fusiontree.errors import RunError, UserError
 
@@ -186,6 +187,45 @@ def test_documents_of_other_rows_are_never_told(folder: Path) -> None:
     with pytest.raises(RunError, match="the sample of row 0 is damaged"):
         Dataset(folder).spans(0)
     assert Dataset(folder).spans(1)[0].id == "a1"
+
+
+def flips(content: bytes, begin: int, end: int) -> Iterator[bytes]:
+    """The content with each bit of a stretch of it flipped."""
+    for bit in range(8 * begin, 8 * end):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
+
+
+def test_no_bit_of_an_indexs_header_can_be_flipped_unnamed(folder: Path) -> None:
+    path = folder / "train/000002.idx"
+    content, sound = path.read_bytes(), read_index(path)
+    refusals = []
+    for flipped in flips(content, 0, len(content) - sound.nbytes):
+        path.write_bytes(flipped)
+        try:
+            assert (read_index(path) == sound).all()  # of a space that only fills up the header
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 1000
+    assert all("000002.idx is no shard's index" in line and "\n" not in line for line in refusals)
+    path.write_bytes(content[:8] + bytes([content[8] ^ 64]) + content[9:])
+    assert "000002.idx is no shard's index (its .npy header is damaged" in verify(folder)["problems"][0]
+
+
+@pytest.mark.parametrize("member", ["ends.npy", "tok.npy"])
+def test_no_bit_of_an_arrays_header_can_be_flipped_unnamed(folder: Path, member: str) -> None:
+    path = folder / "train/000002.tar"
+    content = path.read_bytes()
+    begin = content.index(f"000000192.{member}".encode()) + 512
+    sound = scan_shard(path).info("")
+    faults = 0
+    for flipped in flips(content, begin, begin + 128):
+        path.write_bytes(flipped)
+        scan = scan_shard(path)
+        assert scan.sha256 != sound.sha256
+        faults += bool(scan.faults)
+    assert faults > 700
 
 
 # --- reindex ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ A folder holds ``manifest.json``, ``train/*.tar`` and ``validation/*.tar``; besi
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -467,9 +468,29 @@ def read_index(shard: Path) -> np.ndarray:
         again = f"`fusiontree data reindex {shard.parent.parent}`"
         raise UserError(f"index {path} is missing; restore it, or make it again with {again}")
     try:
-        index = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        index, _ = read_array(path.read_bytes(), dimensions=1)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is no shard's index ({error}); {_INDEX_AGAIN}") from None
-    if index.dtype != INDEX or index.ndim != 1:
+    if index.dtype != INDEX:
         raise UserError(f"{path} is no shard's index; {_INDEX_AGAIN}")
     return index
+
+
+def read_array(content: bytes | memoryview, dimensions: int) -> tuple[np.ndarray, int]:
+    """The array of what may be an .npy file, as a view, and the offset of its first element.
+
+    Raises:
+        ValueError: whatever is wrong with it.
+    """
+    head = io.BytesIO(content[:_LARGEST_HEADER])
+    try:
+        version = np.lib.format.read_magic(head)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(head)
+    except Exception as error:  # numpy reads the header as Python's source, and damage has all of Python's errors
+        raise ValueError(f"its .npy header is damaged: {' '.join(str(error).split())}") from None
+    at, count = head.tell(), math.prod(shape)
+    if version != (1, 0) or len(shape) != dimensions or by_columns or dtype.hasobject:
+        raise ValueError("an .npy of another kind than it should be")
+    if at + count * dtype.itemsize != len(content):
+        raise ValueError("an .npy of another size than its header says")
+    return np.frombuffer(content, dtype, count, at).reshape(shape), at
