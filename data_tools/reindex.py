@@ -63,9 +63,8 @@ def reindex(
     adopted = bool(sound) and (skip_damaged or not problems)
     if adopted:
         _adopt(folder, sound, info)
-        if not own.is_dir():
-            assert tokenizer is not None
-            copy_tokenizer(tokenizer, own, eos)
+        if not own.is_dir() or eos is not None:
+            copy_tokenizer(tokenizer or own, own, eos)
     return _figures(sound, adopted, problems)
 
 

@@ -109,6 +109,11 @@ def wrong_index(folder: Path) -> None:
     np.save(path.open("wb"), index)
 
 
+def empty_index(folder: Path) -> None:
+    index = read_index(folder / "train/000001.tar")
+    np.save((folder / "train/000001.idx").open("wb"), index[:0])
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a flipped token": (flip_token, ["train/000001.tar: row 33: checksum differs", f"train/000001.tar: {CHANGED}"]),
     "a flipped end": (flip_end, ["train/000001.tar: row 33: checksum differs", f"train/000001.tar: {CHANGED}"]),
@@ -144,6 +149,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         [f"train/000001.tar: row {row}: its index entry differs from the shard" for row in (3, 4)],
     ),
     "a missing index": (lambda f: (f / "train/000001.idx").unlink(), ["000001.idx is missing"]),
+    "an index without entries": (empty_index, ["train/000001.tar: its index lists 0 rows, the manifest 96"]),
     "an index of other rows": (
         lambda f: shutil.copy(f / "train/000002.idx", f / "train/000001.idx"),
         ["train/000001.tar: its index lists 8 rows, the manifest 96"],
@@ -187,6 +193,25 @@ def test_documents_of_other_rows_are_never_told(folder: Path) -> None:
     with pytest.raises(RunError, match="the sample of row 0 is damaged"):
         Dataset(folder).spans(0)
     assert Dataset(folder).spans(1)[0].id == "a1"
+
+
+@pytest.mark.parametrize("name", ["eos_id", "pad_id", "vocab_size"])
+def test_a_manifest_that_the_tokenizer_contradicts_is_named(folder: Path, name: str) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    right = values["tokenizer"][name]
+    values["tokenizer"][name] += 1
+    path.write_text(json.dumps(values))
+    expected = f"manifest.json: its {name} is {right + 1}, that of {folder / 'tokenizer'} {right}"
+    assert verify(folder)["problems"] == [expected]
+
+
+def test_a_golden_text_that_is_no_text_any_more_is_named(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"\\ud835\\udfd8", b"\\ud035\\udfd8"))
+    (problem,) = verify(folder)["problems"]
+    assert problem.startswith("tokenizer: a golden text ")
+    assert "is damaged" in problem
 
 
 def flips(content: bytes, begin: int, end: int) -> Iterator[bytes]:
@@ -331,6 +356,12 @@ def test_under_a_manifest_only_the_shards_it_lists_get_an_index(folder: Path) ->
     assert list(folder.glob("*/*.idx")) == []
     assert reindex(folder, skip_damaged=True)["adopted"]
     assert [path.name for path in folder.glob("*/*.idx")] == ["000002.idx"]
+
+
+def test_the_tokenizer_names_the_token_that_the_lost_manifest_is_given(bare: Path) -> None:
+    assert reindex(bare, eos="<|pad|>")["adopted"]
+    assert Manifest.load(bare).tokenizer.eos_id == 1
+    assert verify(bare)["problems"] == []
 
 
 def test_a_lost_index_is_named_with_what_brings_it_back(folder: Path) -> None:
