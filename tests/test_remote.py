@@ -20,10 +20,11 @@ import pytest
 from conftest import cli, counting_dataset
 from fsspec import AbstractFileSystem
 
+from data_tools.tokenizer import load_tokenizer
 from fusiontree.bench import loader
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module
-from fusiontree.data.format import Dataset
+from fusiontree.data.format import Dataset, tokenizer_fingerprint
 from fusiontree.data.remote import Cache, RefusedError, UnreachableError
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
@@ -196,7 +197,7 @@ def test_a_whole_file_goes_on_where_it_was_cut(
     store = Dataset(server.address, "train", Cache(tmp_path)).shards[0].store
     server.asked.clear()
     server.faults = ["ok", "ok", "drop"]
-    store.files(["train/000000.tar"])
+    store.files(["train/000000.tar"], lambda name: False)
     asked = Counter(span for _, span in server.asked)
     assert asked["bytes=20000-29999"] == 2
     assert {count for span, count in asked.items() if span != "bytes=20000-29999"} == {1}
@@ -345,6 +346,40 @@ def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shar
     assert sources.read(0, 2)[2] is None
     shard.path.unlink()
     assert "row 3 cannot be read" in str(sources.read(0, 3)[2])
+
+
+@pytest.fixture
+def copy(server: Server, shards: Path, tmp_path: Path) -> Path:
+    """What the server serves, to be damaged."""
+    server.folder = shutil.copytree(shards, tmp_path / "copy")
+    return server.folder
+
+
+SMALL = ["train/000000.idx", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_file_that_was_mended_at_its_address_is_fetched_again(
+    server: Server, copy: Path, tmp_path: Path, name: str
+) -> None:
+    def started() -> None:
+        dataset = Dataset(server.address, "train", Cache(tmp_path / "cache"))
+        load_tokenizer(tokenizer := dataset.folder / "tokenizer")
+        dataset.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-3] + b"}}}")
+    for _ in range(2):
+        with pytest.raises(UserError, match=Path(name).stem):
+            started()
+    (copy / name).write_bytes(content)
+    started()
+    (cached,) = tmp_path.glob(f"cache/*/{name}")
+    cached.write_bytes(b"")  # as after a loss of power
+    started()
+    server.asked.clear()
+    started()
+    assert [path for path, _ in server.asked] == ["/manifest.json"]
 
 
 def test_a_shard_cut_at_its_address_is_refused_at_the_start_and_masked_later(

@@ -86,21 +86,21 @@ class Store:
         self.folder = self.cached / digest
         self._put(self.folder / "manifest.json", manifest)
 
-    def files(self, names: Sequence[str]) -> None:
-        """Fetch whole files into `folder`, unless they are there.
+    def files(self, names: Sequence[str], sound: Callable[[str], bool]) -> None:
+        """Fetch whole files into `folder`, unless `sound` says of their names that they are there as they should be.
 
         Raises:
             OSError: one is not at the address.
         """
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            for _ in pool.map(self._mirror, missing):
-                pass
 
-    def _mirror(self, name: str) -> None:
-        with self._lock(name):
-            if not (self.folder / name).is_file():
-                self._put(self.folder / name, self._whole(name))
+        def mirror(name: str) -> None:
+            with self._lock(name):
+                if not sound(name):
+                    self._put(self.folder / name, self._whole(name))
+
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            for _ in pool.map(mirror, [name for name in names if not sound(name)]):
+                pass
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """Bytes of whole files at the address; None: the server does not tell.
