@@ -170,7 +170,7 @@ def add(commands: Any) -> None:
         data_commands,
         "verify",
         _data_verify,
-        "Check every byte of the shards, their indexes, manifest and tokenizer; exit 1 if anything is wrong.",
+        "Check every byte of the shards, and indexes, manifest and tokenizer by them; exit 1 if any is wrong.",
         "data verify data/books",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
