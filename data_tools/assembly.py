@@ -1,5 +1,6 @@
 """Encoded documents into shards, one after another, with a state that an interrupted build goes on from."""
 
+import hashlib
 import math
 import pickle
 from collections.abc import Sequence
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.duplicates import SeenTexts
+from data_tools.duplicates import DIGEST, SeenTexts
 from data_tools.readers import Record
 from data_tools.report import Report
 from data_tools.workers import Encoded
-from fusiontree.data.format import SPLITS, ShardInfo, TokenizerInfo
+from fusiontree.data.format import SPLITS, ShardInfo, TokenizerInfo, has_index, index_path
 from fusiontree.data.packing import WINDOW_DOCUMENTS, PackedRow, Packer
 from fusiontree.data.writer import SHARD_ROWS, ShardWriter
 from fusiontree.errors import RunError
@@ -20,10 +21,11 @@ from fusiontree.files import write_atomic
 
 STATE, DIGESTS = "state.pickle", "digests.bin"
 SOURCE = "default"
+_SEAL = hashlib.sha256().digest_size  # bytes before the pickled state, which a damaged one does not match
 
 
 @dataclass
-class _State:
+class State:
     """All that the rest of a build depends on."""
 
     packers: dict[str, Packer]
@@ -37,26 +39,61 @@ class _State:
     pending: dict[str, list[PackedRow]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
+def load_state(folder: Path) -> State:
+    """What `Assembly.save` has kept in a dataset folder.
+
+    Raises:
+        RunError: it, or a file that it counts on, is not as it was left.
+    """
+    content = (folder / STATE).read_bytes()
+    seal, content = content[:_SEAL], content[_SEAL:]
+    if hashlib.sha256(content).digest() != seal:
+        raise not_as_left(folder / STATE)
+    state: State = pickle.loads(content)
+    for shard in (shard for shards in state.shards.values() for shard in shards):
+        if _size(folder / shard.name) != shard.bytes:
+            raise not_as_left(folder / shard.name)
+        if not has_index(folder, shard):
+            raise not_as_left(index_path(folder / shard.name))
+    if _size(folder / DIGESTS) < state.digests * DIGEST.itemsize:
+        raise not_as_left(folder / DIGESTS)
+    return state
+
+
+def not_as_left(path: Path) -> RunError:
+    """The refusal to go on from a file."""
+    return RunError(f"{path} is not as this build left it; run again with --overwrite to start again")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 class Assembly:
     """Takes documents in order and writes their shards.
 
     Args:
-        folder: the dataset folder; a state in it is gone on from.
+        folder: the dataset folder.
         info: of the tokenizer.
         row_len: tokens per row.
         holdout: share of the documents that make the validation split, spread evenly over them; or the names of the
             files whose documents do.
         dedup: whether a document whose text came before is left out.
+        state: what to go on from; None: nothing is in `folder` yet.
     """
 
-    def __init__(self, folder: Path, info: TokenizerInfo, row_len: int, holdout: float | frozenset[str], dedup: bool):
+    def __init__(
+        self,
+        folder: Path,
+        info: TokenizerInfo,
+        row_len: int,
+        holdout: float | frozenset[str],
+        dedup: bool,
+        state: State | None = None,
+    ):
         self.folder, self.row_len, self.holdout = folder, row_len, holdout
-        self.continued = (folder / STATE).exists()
-        if self.continued:
-            self.state: _State = pickle.loads((folder / STATE).read_bytes())
-        else:
-            packers = {s: Packer(row_len, info.pad_id, window=WINDOW_DOCUMENTS) for s in SPLITS}
-            self.state = _State(packers)
+        self.continued = state is not None
+        self.state = state or State({s: Packer(row_len, info.pad_id, window=WINDOW_DOCUMENTS) for s in SPLITS})
         self.seen = SeenTexts(folder / DIGESTS, self.state.digests) if dedup else None
         self._remove_unknown()
         self.writers = {
@@ -122,7 +159,8 @@ class Assembly:
         if self.seen is not None:
             self.seen.save()
             state.digests = self.seen.count
-        write_atomic(self.folder / STATE, pickle.dumps(state))
+        content = pickle.dumps(state)
+        write_atomic(self.folder / STATE, hashlib.sha256(content).digest() + content)
 
     def finish(self) -> dict[str, list[ShardInfo]]:
         """Write what is left; returns the shards by split."""
@@ -132,13 +170,10 @@ class Assembly:
         return {split: writer.shards for split, writer in self.writers.items()}
 
     def _remove_unknown(self) -> None:
-        """Remove what was written after the state; RunError if what it counts on is gone."""
+        """Remove what was written after the state."""
         for split in SPLITS:
-            known = {self.folder / shard.name: shard.bytes for shard in self.state.shards[split]}
-            for path, size in known.items():
-                if not path.is_file() or path.stat().st_size != size:
-                    raise RunError(f"{path} is not as this build left it; run again with --overwrite to start again")
-            known |= {path.with_suffix(".idx"): 0 for path in known}
+            known = {self.folder / shard.name for shard in self.state.shards[split]}
+            known |= {index_path(path) for path in known}
             for path in (self.folder / split).glob("*"):
                 if path not in known:
                     path.unlink()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly
+from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly, State, load_state, not_as_left
 from data_tools.readers import TOO_LONG, TOO_SHORT, Reading, Record, records, require_readers
 from data_tools.sources import TextFile, find_files
 from data_tools.tokenizer import copy_tokenizer
@@ -21,7 +21,7 @@ from fusiontree.console import console, progress_bar
 from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype
 from fusiontree.data.packing import PACKER_VERSION, check_row_len
 from fusiontree.data.tokenizer import require_golden
-from fusiontree.errors import UserError
+from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, resumable_folder, write_atomic
 
 SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from, at least
@@ -91,8 +91,9 @@ def build(
         info = team.encoder.info
         choices = {"row_len": row_len, "holdout": holdout, "holdout_from": holdout_from, "dedup": dedup}
         job = _job(files, info, **choices, encoder=encoder, **asdict(reading))
-        _go_on_or_start(folder, job, tokenizer, overwrite)
-        made = Assembly(folder, info, row_len, holdout if holdout_from == "spread" else _last(files, holdout), dedup)
+        state = _go_on_or_start(folder, job, tokenizer, overwrite)
+        held_out = holdout if holdout_from == "spread" else _last(files, holdout)
+        made = Assembly(folder, info, row_len, held_out, dedup, state)
         if not made.continued:
             made.report.skip(skipped)
         before = made.tokens
@@ -154,28 +155,43 @@ def _job(files: Sequence[TextFile], info: TokenizerInfo, **arguments: Any) -> di
     }
 
 
-def _go_on_or_start(folder: Path, job: dict[str, Any], tokenizer: Path, overwrite: bool) -> None:
-    """Leave in `folder` what the same build can go on from, or nothing but the job.
+def _go_on_or_start(folder: Path, job: dict[str, Any], tokenizer: Path, overwrite: bool) -> State | None:
+    """Leave in `folder` what the same build can go on from, and return its state; or leave nothing but the job.
 
     Raises:
         UserError: another build left it, or the tokenizer encodes otherwise now, and not `overwrite`.
+        RunError: it is not as it was left, and not `overwrite`.
     """
-    kept: set[str] = set()
+    state = None
     if (folder / STATE).exists():
-        left = json.loads((folder / _JOB).read_text(encoding="utf-8"))
-        differing = [name.replace("_", " ") for name in job if left.get(name) != job[name]]
-        if not differing:
-            kept = {*_STATE, *SPLITS}
-        elif not overwrite:
-            require_golden(left["golden_samples"], tokenizer)
-            raise UserError(
-                f"{folder} holds an interrupted build with another choice of {', '.join(differing)}; "
-                "give the same arguments to go on, or --overwrite to start again"
-            )
+        try:
+            _require_same(folder / _JOB, job, tokenizer)
+            state = load_state(folder)
+        except (UserError, RunError):
+            if not overwrite:
+                raise
+    kept = {*_STATE, *SPLITS} if state else set()
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomic(folder / _JOB, json.dumps(job))
+    return state
+
+
+def _require_same(path: Path, job: dict[str, Any], tokenizer: Path) -> None:
+    """Hold the job that a build has left in a file to this one; raises as `_go_on_or_start` does."""
+    try:
+        left = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise not_as_left(path) from None
+    if not isinstance(left, dict):
+        raise not_as_left(path)
+    if differing := [name.replace("_", " ") for name in job if left.get(name) != job[name]]:
+        require_golden(left.get("golden_samples", {}), tokenizer)
+        raise UserError(
+            f"{path.parent} holds an interrupted build with another choice of {', '.join(differing)}; "
+            "give the same arguments to go on, or --overwrite to start again"
+        )
 
 
 @dataclass(frozen=True)

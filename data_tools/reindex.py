@@ -11,7 +11,7 @@ from fusiontree.data.format import (
     Manifest,
     ShardInfo,
     TokenizerInfo,
-    index_digest,
+    has_index,
     index_path,
     read_index,
 )
@@ -63,9 +63,8 @@ def reindex(
     adopted = bool(sound) and (skip_damaged or not problems)
     if adopted:
         _adopt(folder, sound, info)
-        if not own.is_dir():
-            assert tokenizer is not None
-            copy_tokenizer(tokenizer, own, eos)
+        if not own.is_dir() or eos is not None:
+            copy_tokenizer(tokenizer or own, own, eos)
     return _figures(sound, adopted, problems)
 
 
@@ -75,7 +74,7 @@ def _reindex_listed(folder: Path, skip_damaged: bool, workers: int) -> dict[str,
         manifest = Manifest.load(folder)
     except UserError as error:
         raise UserError(f"{error}, or remove it to reindex") from None
-    infos = [info for shards in manifest.splits.values() for info in shards if not _has_index(folder, info)]
+    infos = [info for shards in manifest.splits.values() for info in shards if not has_index(folder, info)]
     if not infos:
         raise UserError(
             f"{folder} has its manifest and every index; check it with `fusiontree data verify`, or remove the "
@@ -94,13 +93,6 @@ def _reindex_listed(folder: Path, skip_damaged: bool, workers: int) -> dict[str,
         for name, scan in sound.items():
             write_index(folder / name, scan.index)
     return _figures(sound, adopted, problems)
-
-
-def _has_index(folder: Path, info: ShardInfo) -> bool:
-    try:
-        return index_digest(read_index(folder / info.name)) == info.index_sha256
-    except UserError:
-        return False
 
 
 def _figures(sound: dict[str, Scan], adopted: bool, problems: list[str]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def load_tokenizer(folder: Path, eos: str | None = None) -> tuple[Tokenizer, Tok
 
 
 def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
-    """Copy what the shards' users need of a tokenizer folder; its configuration then names the end-of-document token.
+    """Copy what the shards' users need of a tokenizer folder; its configuration then names both of their tokens.
 
     Raises:
         UserError: see `load_tokenizer`.
@@ -136,8 +136,10 @@ def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | _read_json(source / TOKENIZER_CONFIG)
     target.mkdir(exist_ok=True)
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
-    if (named := tokenizer.id_to_token(info.eos_id)) != _content(config.get("eos_token")):
-        config["eos_token"] = named
+    pad = {"pad_token": info.pad_id} if info.pad_id != info.eos_id else {}
+    for name, number in ({"eos_token": info.eos_id} | pad).items():
+        if (token := tokenizer.id_to_token(number)) != _content(config.get(name)):
+            config[name] = token
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (target / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 

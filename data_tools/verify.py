@@ -1,4 +1,4 @@
-"""Verification: every byte of a dataset against what the manifest and the indexes say of it."""
+"""Verification: every byte of the shards and indexes against the manifest, and the manifest against the tokenizer."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.tokenizer import load_tokenizer
 from data_tools.workers import process_pool
 from fusiontree.console import progress_bar
 from fusiontree.data.format import MANIFEST, Manifest, ShardInfo, index_path, read_index, tokenizer_fingerprint
@@ -80,17 +81,24 @@ def _totals(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
+    own = folder / "tokenizer"
     try:
-        manifest.require_tokenizer(tokenizer_fingerprint(folder / "tokenizer"), folder / "tokenizer")
+        manifest.require_tokenizer(tokenizer_fingerprint(own), own)
+        _, info = load_tokenizer(own)
     except UserError as error:
         yield f"tokenizer: {error}"
+        return
+    for name in ("eos_id", "pad_id", "vocab_size"):
+        said, found = getattr(manifest.tokenizer, name), getattr(info, name)
+        if said != found:
+            yield f"manifest.json: its {name} is {said}, that of {own} {found}"
 
 
 def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardInfo) -> list[str]:
     """The problems of a shard and its index, without those that follow from others."""
     path = folder / info.name
     problems: dict[str, None] = {}  # a set in order: the shard and its index may tell of the same
-    index = np.zeros(0)
+    index = None
     try:
         index = read_index(path)
     except UserError as error:
@@ -113,17 +121,18 @@ def _content(scan: Scan, row_len: int, dtype: str) -> Iterator[str]:
         yield f"its rows are {other_len} tokens of {other_dtype}, the manifest says {row_len} of {dtype}"
 
 
-def _against(scan: Scan, index: np.ndarray, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+def _against(scan: Scan, index: np.ndarray | None, info: ShardInfo, vocab_size: int) -> Iterator[str]:
     """What differs from the index and from the manifest."""
-    yield from _against_index(scan, index, info)
+    if index is not None:
+        yield from _against_index(scan, index, info)
     yield from faults_against_manifest(scan, info, vocab_size)
 
 
 def _against_index(scan: Scan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
     changed = scan.sha256 != info.sha256
-    if len(index) and len(index) != info.rows:
+    if len(index) != info.rows:
         yield f"its index lists {len(index)} rows, the manifest {info.rows}"
-    elif len(index):
+    else:
         for row, entry in zip(scan.numbers, scan.index, strict=True):
             if row < len(index) and index[row] != entry:
                 # of a shard that is as it was written, whatever disagrees is the index

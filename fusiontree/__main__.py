@@ -1,5 +1,6 @@
 """The process that a user starts: ``fusiontree`` or ``python -m fusiontree``."""
 
+import io
 import os
 import signal
 import sys
@@ -11,6 +12,9 @@ def run() -> None:
     """Run the command line and leave with its exit code; told to end, it tidies up as at Ctrl-C."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a launched rank ignores it until it can answer
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and keys need be no text, here or anywhere
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -68,6 +68,21 @@ def test_a_file_that_is_not_utf8_is_skipped_counted_and_named(tmp_path: Path, to
     assert "bad.txt: not UTF-8 (line 1, byte 5)" in cli(*command, "--overwrite").stdout
 
 
+def test_names_that_are_no_text_are_told_escaped(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    source = tmp_path / os.fsdecode(b"caf\xe9")
+    source.mkdir()
+    (source / os.fsdecode(b"caf\xe9.txt")).touch()
+    (source / "keys.jsonl").write_bytes(b'{"\\ud800": 1}\n{"text": "tree"}')
+    command = ["data", "build", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--input"]
+    told = cli(*command, source).stdout
+    assert "caf\\udce9.txt: empty" in told
+    assert "its keys: \\ud800" in told
+    assert "caf\\udce9.txt" in said(*command, source / os.fsdecode(b"caf\xe9.txt"), "--overwrite")
+
+
 def test_an_output_that_holds_something_is_refused_without_overwrite(
     corpus: Path, tokenizer_folder: Path, shards: Path, run: Path, tmp_path: Path
 ) -> None:

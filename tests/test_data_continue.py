@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,17 @@ def interrupted(many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch:
     return tmp_path / ".set.partial"
 
 
+@pytest.fixture(scope="module")
+def left(many: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, to be copied."""
+    folder = tmp_path_factory.mktemp("left")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(name, value)
+        interrupt(many, tokenizer_folder, folder / "set", patch)
+    return folder / ".set.partial"
+
+
 def interrupt(many: Path, tokenizer_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_tools.assembly import Assembly
 
@@ -205,10 +218,37 @@ def test_golden_samples_are_encoded_again_before_a_build_goes_on(
         build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
 
 
-def test_a_shard_that_is_gone_meanwhile_is_missed(interrupted: Path, many: Path, tokenizer_folder: Path) -> None:
-    min(interrupted.glob("train/*.tar")).unlink()
-    with pytest.raises(RunError, match="is not as this build left it"):
-        build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+def flip_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+LEFT: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a lost shard": ("train/000000.tar", Path.unlink),
+    "a lost index": ("train/000000.idx", Path.unlink),
+    "a cut state": ("state.pickle", lambda path: os.truncate(path, 1000)),
+    "a flipped state": ("state.pickle", flip_middle),
+    "a lost job": ("job.json", Path.unlink),
+    "a cut job": ("job.json", lambda path: os.truncate(path, 10)),
+    "lost digests": ("digests.bin", Path.unlink),
+    "cut digests": ("digests.bin", lambda path: os.truncate(path, 16)),
+}
+
+
+@pytest.mark.parametrize("kind", list(LEFT))
+def test_what_is_not_as_the_build_left_it_is_refused_or_started_again(
+    left: Path, whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    partial = shutil.copytree(left, tmp_path / left.name)
+    name, damage = LEFT[kind]
+    damage(partial / name)
+    with pytest.raises(RunError, match=f"{name} is not as this build left it; .* --overwrite to start again") as caught:
+        build([many], tokenizer_folder, tmp_path / "set", **ARGUMENTS)
+    assert "\n" not in str(caught.value)
+    if kind in ("a lost shard", "a cut job"):
+        assert not build([many], tokenizer_folder, tmp_path / "set", overwrite=True, **ARGUMENTS)["continued"]
+        assert contents(tmp_path / "set") == contents(whole)
 
 
 def test_two_builds_of_one_folder_are_told_apart(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:

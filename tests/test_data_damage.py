@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
 from fusiontree.data.format import Dataset, Manifest, read_index
 from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.scan import scan_shard
 from fusiontree.data.tokenizer import open_tokenizer
 from fusiontree.errors import RunError, UserError
 
@@ -108,6 +109,11 @@ def wrong_index(folder: Path) -> None:
     np.save(path.open("wb"), index)
 
 
+def empty_index(folder: Path) -> None:
+    index = read_index(folder / "train/000001.tar")
+    np.save((folder / "train/000001.idx").open("wb"), index[:0])
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a flipped token": (flip_token, ["train/000001.tar: row 33: checksum differs", f"train/000001.tar: {CHANGED}"]),
     "a flipped end": (flip_end, ["train/000001.tar: row 33: checksum differs", f"train/000001.tar: {CHANGED}"]),
@@ -143,6 +149,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         [f"train/000001.tar: row {row}: its index entry differs from the shard" for row in (3, 4)],
     ),
     "a missing index": (lambda f: (f / "train/000001.idx").unlink(), ["000001.idx is missing"]),
+    "an index without entries": (empty_index, ["train/000001.tar: its index lists 0 rows, the manifest 96"]),
     "an index of other rows": (
         lambda f: shutil.copy(f / "train/000002.idx", f / "train/000001.idx"),
         ["train/000001.tar: its index lists 8 rows, the manifest 96"],
@@ -186,6 +193,64 @@ def test_documents_of_other_rows_are_never_told(folder: Path) -> None:
     with pytest.raises(RunError, match="the sample of row 0 is damaged"):
         Dataset(folder).spans(0)
     assert Dataset(folder).spans(1)[0].id == "a1"
+
+
+@pytest.mark.parametrize("name", ["eos_id", "pad_id", "vocab_size"])
+def test_a_manifest_that_the_tokenizer_contradicts_is_named(folder: Path, name: str) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    right = values["tokenizer"][name]
+    values["tokenizer"][name] += 1
+    path.write_text(json.dumps(values))
+    expected = f"manifest.json: its {name} is {right + 1}, that of {folder / 'tokenizer'} {right}"
+    assert verify(folder)["problems"] == [expected]
+
+
+def test_a_golden_text_that_is_no_text_any_more_is_named(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"\\ud835\\udfd8", b"\\ud035\\udfd8"))
+    (problem,) = verify(folder)["problems"]
+    assert problem.startswith("tokenizer: a golden text ")
+    assert "is damaged" in problem
+
+
+def flips(content: bytes, begin: int, end: int) -> Iterator[bytes]:
+    """The content with each bit of a stretch of it flipped."""
+    for bit in range(8 * begin, 8 * end):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
+
+
+def test_no_bit_of_an_indexs_header_can_be_flipped_unnamed(folder: Path) -> None:
+    path = folder / "train/000002.idx"
+    content, sound = path.read_bytes(), read_index(path)
+    refusals = []
+    for flipped in flips(content, 0, len(content) - sound.nbytes):
+        path.write_bytes(flipped)
+        try:
+            assert (read_index(path) == sound).all()  # of a space that only fills up the header
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 1000
+    assert all("000002.idx is no shard's index" in line and "\n" not in line for line in refusals)
+    path.write_bytes(content[:8] + bytes([content[8] ^ 64]) + content[9:])
+    assert "000002.idx is no shard's index (its .npy header is damaged" in verify(folder)["problems"][0]
+
+
+@pytest.mark.parametrize("member", ["ends.npy", "tok.npy"])
+def test_no_bit_of_an_arrays_header_can_be_flipped_unnamed(folder: Path, member: str) -> None:
+    path = folder / "train/000002.tar"
+    content = path.read_bytes()
+    begin = content.index(f"000000192.{member}".encode()) + 512
+    sound = scan_shard(path).info("")
+    faults = 0
+    for flipped in flips(content, begin, begin + 128):
+        path.write_bytes(flipped)
+        scan = scan_shard(path)
+        assert scan.sha256 != sound.sha256
+        faults += bool(scan.faults)
+    assert faults > 700
 
 
 # --- reindex ---------------------------------------------------------------------------------------------------------
@@ -291,6 +356,12 @@ def test_under_a_manifest_only_the_shards_it_lists_get_an_index(folder: Path) ->
     assert list(folder.glob("*/*.idx")) == []
     assert reindex(folder, skip_damaged=True)["adopted"]
     assert [path.name for path in folder.glob("*/*.idx")] == ["000002.idx"]
+
+
+def test_the_tokenizer_names_the_token_that_the_lost_manifest_is_given(bare: Path) -> None:
+    assert reindex(bare, eos="<|pad|>")["adopted"]
+    assert Manifest.load(bare).tokenizer.eos_id == 1
+    assert verify(bare)["problems"] == []
 
 
 def test_a_lost_index_is_named_with_what_brings_it_back(folder: Path) -> None:

@@ -1,7 +1,9 @@
 """From text to shards: nothing lost, nothing invented, the same bytes every time, and every mistake named."""
 
 import dataclasses
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,14 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
+from data_tools import build as build_module
 from data_tools.build import build
 from data_tools.inspection import describe, show_row
 from data_tools.readers import Reading, Rejected, examine, records, text_of
 from data_tools.sources import find_files
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
+from fusiontree import console as console_module
 from fusiontree.data.format import Dataset, Manifest
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.scan import scan_shard
@@ -297,6 +302,20 @@ def test_the_figures_are_those_of_the_shards(inputs: Path, tokenizer: Path, tmp_
     assert figures["padding"] == pytest.approx(1 - sum(lengths) / (rows * 1024))
     assert [entry["path"] for entry in figures["skipped"]] == ["latin.txt", "void.txt"]
     assert describe(tmp_path / "set")["skipped"] == figures["skipped"]
+
+
+def test_a_terminal_sees_bytes_tokens_and_time_left_while_a_build_works(
+    inputs: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = io.StringIO()
+    monkeypatch.setattr(console_module, "console", Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(build_module, "_CHUNK_RECORDS", 1)  # so that there are two measurements of the speed at least
+    build([inputs], tokenizer, tmp_path / "set", row_len=512)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).strip().splitlines()[-1]
+    size = r"[\d.]+ ?(bytes|[kMG]B)"
+    columns = rf"build +━+ +[\d.]+/{size} +[\d.]+ ?(bytes|[kMG]B)/s +\d+:\d\d:\d\d +\d+:\d\d:\d\d +[\d.]+ Mtok/s"
+    assert re.fullmatch(columns, shown.rstrip()), shown
 
 
 @pytest.mark.parametrize(

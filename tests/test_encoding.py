@@ -195,6 +195,18 @@ def test_the_copy_in_the_dataset_names_the_token_that_was_given(copy: Path, corp
     assert config["eos_token"] == "<|end|>"
 
 
+def test_the_copy_in_the_dataset_names_the_padding_that_only_another_file_named(
+    tokenizer_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(tokenizer_folder, tmp_path / "bare")
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    pad = {"pad_token": config.pop("pad_token")}
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    (bare / "special_tokens_map.json").write_text(json.dumps(pad))
+    build([corpus], bare, tmp_path / "set", row_len=512)
+    assert Manifest.load(tmp_path / "set").tokenizer == load_tokenizer(tmp_path / "set" / "tokenizer")[1]
+
+
 def test_golden_samples_are_encoded_again(copy: Path) -> None:
     info = load_tokenizer(copy)[1]
     manifest = Manifest(512, "uint16", "s", info, {})

@@ -167,5 +167,5 @@ def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_p
     assert error.count("\n") == 1
     assert "--step is 20; the steps of the run are 0 to 19" in cli("data", "at", *words, "--step", 20, code=2).stderr
     assert "--rank is 2" in cli("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr
-    alone = cli("data", "at", *words, "--step", 2, "--rank", 1, code=2).stderr
-    assert "--rank is 1; the ranks are 0 to 0: give the ranks of the run as --world-size" in alone
+    alone = cli("data", "at", *words, "--step", 2, "--rank", 0, code=2).stderr
+    assert "--rank is 0, of how many? give the run's ranks at that step as --world-size, too" in alone

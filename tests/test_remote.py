@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,16 +21,19 @@ import pytest
 from conftest import cli, counting_dataset
 from fsspec import AbstractFileSystem
 
+from data_tools.tokenizer import load_tokenizer
 from fusiontree.bench import loader
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module
-from fusiontree.data.format import Dataset
+from fusiontree.data.format import Dataset, tokenizer_fingerprint
 from fusiontree.data.remote import Cache, RefusedError, UnreachableError
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
 from fusiontree.errors import UserError
 
 pytest.importorskip("aiohttp")
+
+SMALL = ["train/000000.idx", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 
 
 class Server(ThreadingHTTPServer):
@@ -74,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
 
     def failed(self, fault: str | None) -> bool:
-        if fault == "stall":
-            time.sleep(1.0)
+        if fault in ("stall", "late"):
+            time.sleep(1.0 if fault == "stall" else 0.1)
         elif fault and fault.isdecimal():
             self.send_error(int(fault))
         return fault is not None and (fault == "stall" or fault.isdecimal())
@@ -196,7 +200,7 @@ def test_a_whole_file_goes_on_where_it_was_cut(
     store = Dataset(server.address, "train", Cache(tmp_path)).shards[0].store
     server.asked.clear()
     server.faults = ["ok", "ok", "drop"]
-    store.files(["train/000000.tar"])
+    store.files(["train/000000.tar"], lambda name: False)
     asked = Counter(span for _, span in server.asked)
     assert asked["bytes=20000-29999"] == 2
     assert {count for span, count in asked.items() if span != "bytes=20000-29999"} == {1}
@@ -245,6 +249,18 @@ def test_two_processes_of_a_node_fetch_each_row_once(server: Server, shards: Pat
     fetched = Counter(rows_asked(server))
     assert len(fetched) == 2 * Dataset(shards).num_rows
     assert set(fetched.values()) == {1}
+
+
+def test_processes_of_a_node_that_start_together_fetch_each_small_file_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand for processes: a lock is held by an open file, of which each of them has its own."""
+    monkeypatch.setattr(remote, "TIMEOUT", 30)
+    server.faults = ["always late"]  # so that all of them miss the files before one has them
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: Dataset(server.address, "train", Cache(tmp_path)), range(4)))
+    fetched = Counter(path.lstrip("/") for path, _ in server.asked)
+    assert fetched == {"manifest.json": 4} | dict.fromkeys(SMALL, 1)
 
 
 def test_a_killed_process_leaves_nothing_that_is_read_and_no_lock(server: Server, shards: Path, tmp_path: Path) -> None:
@@ -323,6 +339,31 @@ def test_a_cache_that_takes_nothing_in_stops_the_run_in_one_line_and_masks_nothi
         sources.read(0, 2)
 
 
+def test_a_cached_row_that_may_not_be_touched_masks_nothing(
+    server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
+    sources.read(0, 4)
+    (cached,) = tmp_path.glob("*/*/*.rows/*")
+    monkeypatch.setattr(remote.os, "utime", refuse)
+    tokens, _, bad = sources.read(0, 4)
+    assert bad is None
+    assert np.array_equal(tokens, Dataset(shards).row(4)[0])
+    content = cached.read_bytes()
+    cached.write_bytes(content[:-3] + b"xyz")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UnreachableError, match=f"data.cache: {cached} cannot be removed .Read-only file system.; "):
+        sources.read(0, 4)
+    monkeypatch.undo()
+    cached.unlink()
+    cached.mkdir()  # nobody can read it, root neither
+    with pytest.raises(UnreachableError, match=f"data.cache: {cached} cannot be read .Is a directory.; "):
+        sources.read(0, 4)
+
+
 def test_a_row_that_was_damaged_in_the_cache_is_fetched_again(server: Server, shards: Path, tmp_path: Path) -> None:
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
     sources.read(0, 4)
@@ -345,6 +386,37 @@ def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shar
     assert sources.read(0, 2)[2] is None
     shard.path.unlink()
     assert "row 3 cannot be read" in str(sources.read(0, 3)[2])
+
+
+@pytest.fixture
+def copy(server: Server, shards: Path, tmp_path: Path) -> Path:
+    """What the server serves, to be damaged."""
+    server.folder = shutil.copytree(shards, tmp_path / "copy")
+    return server.folder
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_file_that_was_mended_at_its_address_is_fetched_again(
+    server: Server, copy: Path, tmp_path: Path, name: str
+) -> None:
+    def started() -> None:
+        dataset = Dataset(server.address, "train", Cache(tmp_path / "cache"))
+        load_tokenizer(tokenizer := dataset.folder / "tokenizer")
+        dataset.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-3] + b"}}}")
+    for _ in range(2):
+        with pytest.raises(UserError, match=Path(name).stem):
+            started()
+    (copy / name).write_bytes(content)
+    started()
+    (cached,) = tmp_path.glob(f"cache/*/{name}")
+    cached.write_bytes(b"")  # as after a loss of power
+    started()
+    server.asked.clear()
+    started()
+    assert [path for path, _ in server.asked] == ["/manifest.json"]
 
 
 def test_a_shard_cut_at_its_address_is_refused_at_the_start_and_masked_later(

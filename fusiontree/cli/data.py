@@ -96,10 +96,12 @@ def _data_at(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if not 0 <= args.step < config.schedule.steps:
         raise UserError(f"--step is {args.step}; the steps of the run are 0 to {config.schedule.steps - 1}")
-    if not 0 <= args.rank < args.world_size:
-        ranks = f"the ranks are 0 to {args.world_size - 1}"
-        raise UserError(f"--rank is {args.rank}; {ranks}: give the ranks of the run as --world-size, or another rank")
-    stream = open_stream(config, open_training(config), args.rank, args.world_size)
+    if args.rank is not None and args.world_size is None:
+        raise UserError(f"--rank is {args.rank}, of how many? give the run's ranks at that step as --world-size, too")
+    rank, world_size = args.rank or 0, args.world_size or 1
+    if not 0 <= rank < world_size:
+        raise UserError(f"--rank is {rank}; the ranks are 0 to {world_size - 1}: give another, or another --world-size")
+    stream = open_stream(config, open_training(config), rank, world_size)
     figures = {"step": args.step, **documents_at(stream, seek_before(args.step, config, stream))}
     if args.json:
         return show(figures, as_json=True)
@@ -168,7 +170,7 @@ def add(commands: Any) -> None:
         data_commands,
         "verify",
         _data_verify,
-        "Check every byte of a dataset against its checksums; exit 1 if any is wrong.",
+        "Check every byte of the shards, and indexes, manifest and tokenizer by them; exit 1 if any is wrong.",
         "data verify data/books",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
@@ -221,8 +223,8 @@ def add(commands: Any) -> None:
     )
     add_config(at)
     at.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, from 0")
-    at.add_argument("--rank", type=int, default=0, metavar="R", help="of the ranks of the run (default 0)")
-    at.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks of the run (default 1)")
+    at.add_argument("--rank", type=int, metavar="R", help="only that rank's documents; needs --world-size")
+    at.add_argument("--world-size", type=int, metavar="W", help="ranks of the run (default 1, so the whole batch)")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ A folder holds ``manifest.json``, ``train/*.tar`` and ``validation/*.tar``; besi
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -220,7 +221,7 @@ class Dataset:
         if store is None:
             self.shards = [Shard(self.folder, info, self.manifest) for info in infos]
         else:
-            _mirror(store, infos)
+            _mirror(store, self.manifest, infos)
             self.shards = [RemoteShard(store, info, self.manifest) for info in infos]
         self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
 
@@ -412,21 +413,36 @@ class RemoteShard(Shard):
         return self.store.part(self.info.name, offset, length)
 
 
-def _mirror(store: Store, infos: Iterable[ShardInfo]) -> None:
+def _mirror(store: Store, manifest: Manifest, infos: Iterable[ShardInfo]) -> None:
     """Fetch the indexes of shards at an address, and the tokenizer that every run needs.
 
-    A shard's size is checked before its index is on this node; one that changes later is found out row by row.
+    What this node holds and is not as the manifest says is fetched once more, before anything refuses it: it may have
+    been mended at the address. A shard's size is checked before its index is on this node; one that changes later is
+    found out row by row.
 
     Raises:
         UserError: a file is missing, or a shard is of another size than the manifest says.
     """
     indexes = {str(index_path(Path(info.name))): info for info in infos}
-    new = [info for name, info in indexes.items() if not (store.folder / name).is_file()]
+    tokenizer, config = (f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG))
+
+    def sound(name: str) -> bool:
+        if name in indexes:
+            return has_index(store.folder, indexes[name])
+        try:
+            if name == tokenizer:
+                return tokenizer_fingerprint(store.folder / "tokenizer") == manifest.tokenizer_fingerprint
+            return isinstance(json.loads((store.folder / config).read_bytes()), dict)
+        except (OSError, UserError, ValueError):
+            return False
+
+    wanted = [name for name in indexes if not sound(name)]
+    new = [indexes[name] for name in wanted]
     try:
         for info, size in zip(new, store.sizes([info.name for info in new]), strict=True):
             if size not in (None, info.bytes):
                 raise UserError(f"shard {store.address}/{info.name} has {size} bytes, not {info.bytes}; copy it again")
-        store.files([*(f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG)), *indexes])
+        store.files([tokenizer, config, *wanted], sound)
     except OSError as error:
         raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
 
@@ -456,6 +472,14 @@ def index_digest(index: np.ndarray) -> str:
     return hashlib.sha256(index.tobytes()).hexdigest()
 
 
+def has_index(folder: Path, info: ShardInfo) -> bool:
+    """Whether a dataset folder holds the index that the manifest lists for a shard."""
+    try:
+        return index_digest(read_index(folder / info.name)) == info.index_sha256
+    except UserError:
+        return False
+
+
 def read_index(shard: Path) -> np.ndarray:
     """The stored index of a shard, dtype INDEX [rows].
 
@@ -467,9 +491,29 @@ def read_index(shard: Path) -> np.ndarray:
         again = f"`fusiontree data reindex {shard.parent.parent}`"
         raise UserError(f"index {path} is missing; restore it, or make it again with {again}")
     try:
-        index = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        index, _ = read_array(path.read_bytes(), dimensions=1)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is no shard's index ({error}); {_INDEX_AGAIN}") from None
-    if index.dtype != INDEX or index.ndim != 1:
+    if index.dtype != INDEX:
         raise UserError(f"{path} is no shard's index; {_INDEX_AGAIN}")
     return index
+
+
+def read_array(content: bytes | memoryview, dimensions: int) -> tuple[np.ndarray, int]:
+    """The array of what may be an .npy file, as a view, and the offset of its first element.
+
+    Raises:
+        ValueError: whatever is wrong with it.
+    """
+    head = io.BytesIO(content[:_LARGEST_HEADER])
+    try:
+        version = np.lib.format.read_magic(head)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(head)
+    except Exception as error:  # numpy reads the header as Python's source, and damage has all of Python's errors
+        raise ValueError(f"its .npy header is damaged: {' '.join(str(error).split())}") from None
+    at, count = head.tell(), math.prod(shape)
+    if version != (1, 0) or len(shape) != dimensions or by_columns or dtype.hasobject:
+        raise ValueError("an .npy of another kind than it should be")
+    if at + count * dtype.itemsize != len(content):
+        raise ValueError("an .npy of another size than its header says")
+    return np.frombuffer(content, dtype, count, at).reshape(shape), at

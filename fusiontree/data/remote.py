@@ -86,21 +86,21 @@ class Store:
         self.folder = self.cached / digest
         self._put(self.folder / "manifest.json", manifest)
 
-    def files(self, names: Sequence[str]) -> None:
-        """Fetch whole files into `folder`, unless they are there.
+    def files(self, names: Sequence[str], sound: Callable[[str], bool]) -> None:
+        """Fetch whole files into `folder`, unless `sound` says of their names that they are there as they should be.
 
         Raises:
             OSError: one is not at the address.
         """
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            for _ in pool.map(self._mirror, missing):
-                pass
 
-    def _mirror(self, name: str) -> None:
-        with self._lock(name):
-            if not (self.folder / name).is_file():
-                self._put(self.folder / name, self._whole(name))
+        def mirror(name: str) -> None:
+            with self._lock(name):
+                if not sound(name):
+                    self._put(self.folder / name, self._whole(name))
+
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            for _ in pool.map(mirror, [name for name in names if not sound(name)]):
+                pass
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """Bytes of whole files at the address; None: the server does not tell.
@@ -137,8 +137,16 @@ class Store:
         return content
 
     def forget(self, shard: str, row: int) -> None:
-        """Take a row out of the cache: it did not match its checksum."""
-        self._row_path(shard, row).unlink(missing_ok=True)
+        """Take a row out of the cache: it did not match its checksum.
+
+        Raises:
+            UnreachableError: it cannot be removed.
+        """
+        path = self._row_path(shard, row)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unusable(path, "removed", error) from None
 
     def _row_path(self, shard: str, row: int) -> Path:
         return self.folder / f"{shard}.rows" / str(row)
@@ -232,7 +240,7 @@ class Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial, path)
         except OSError as error:
-            raise _unwritable(self.cached, error) from None
+            raise _unusable(self.cached, "written", error) from None
 
     def _make_room(self, counter: int, size: int) -> None:
         """Let `size` bytes more be rows of this node, which the file `counter` counts for all processes.
@@ -276,7 +284,7 @@ def _locked(path: Path) -> Iterator[int]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unusable(path, "written", error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
@@ -284,9 +292,10 @@ def _locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _unwritable(path: Path, error: OSError) -> UnreachableError:
+def _unusable(path: Path, what: str, error: OSError) -> UnreachableError:
+    """Trouble of the cache, which is no damage of the data."""
     return UnreachableError(
-        f"data.cache: {path} cannot be written ({error.strerror}); make room, or give another folder"
+        f"data.cache: {path} cannot be {what} ({error.strerror}); mend it, make room, or give another folder"
     )
 
 
@@ -324,9 +333,18 @@ def _words(error: Exception) -> str:
 
 
 def _use(path: Path) -> bytes:
-    """The content of a cached row, marked as used now."""
-    content = path.read_bytes()
-    with contextlib.suppress(FileNotFoundError):
+    """The content of a cached row, marked as used now.
+
+    Raises:
+        FileNotFoundError: it is not there. UnreachableError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unusable(path, "read", error) from None
+    with contextlib.suppress(OSError):  # the mark only orders evictions, and not every row is ours to mark
         os.utime(path)
     return content
 

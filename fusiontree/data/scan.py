@@ -4,7 +4,6 @@ A damaged header hides only its own member: the walk goes on at the next header 
 """
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest, row_crc
+from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest, read_array, row_crc
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBERS = ("ends.npy", "json", "tok.npy")
@@ -177,14 +176,15 @@ class _Sample:
         """ValueError and its like if the members are no sample."""
         if missing := [kind for kind in _MEMBERS if kind not in members]:
             raise ValueError(f"{' and '.join(missing)} missing")
-        tokens, tokens_at = _array(content, *members["tok.npy"])
-        ends, ends_at = _array(content, *members["ends.npy"])
-        offset, size = members["json"]
-        about = json.loads(bytes(content[offset : offset + size]))
+        parts = {kind: content[offset : offset + size] for kind, (offset, size) in members.items()}
+        tokens, tokens_at = read_array(parts["tok.npy"], dimensions=2)
+        ends, ends_at = read_array(parts["ends.npy"], dimensions=2)
+        about = json.loads(bytes(parts["json"]))
         documents, rows = about["documents"], len(tokens)
         crcs = about.get("crc", [None] * rows)
         if tokens.dtype not in _TOKENS or ends.dtype != ENDS or not rows == len(ends) == len(documents) == len(crcs):
             raise ValueError("its members do not fit together")
+        tokens_at, ends_at = tokens_at + members["tok.npy"][0], ends_at + members["ends.npy"][0]
         return cls(tokens, ends, tokens_at, ends_at, documents, crcs, about["source"], about.get("tokenizer", ""))
 
     def row(self, i: int) -> tuple[tuple[int, int, int, int, int], str | None]:
@@ -209,16 +209,3 @@ class _Sample:
             return entry, f"segment ends do not ascend to the row's length {row_len}"
         spans = [span["start"] + span["length"] for span in self.documents[i]]
         return entry, None if spans == bounds[real].tolist() else "its documents are not its segments"
-
-
-def _array(content: memoryview, offset: int, size: int) -> tuple[np.ndarray, int]:
-    """The 2-dimensional array of an .npy member, as a view, and the offset of its first element in the shard."""
-    head = io.BytesIO(content[offset : offset + min(size, 128)])
-    if np.lib.format.read_magic(head) != (1, 0):
-        raise ValueError("an .npy member of another version")
-    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(head)
-    count = int(np.prod(shape))
-    if len(shape) != 2 or by_columns or dtype.hasobject or head.tell() + count * dtype.itemsize != size:
-        raise ValueError("an .npy member of another shape than it should have")
-    at = offset + head.tell()
-    return np.frombuffer(content, dtype, count, at).reshape(shape), at

@@ -49,6 +49,12 @@ def require_golden(golden: dict[str, list[int]], where: Path | str) -> None:
     """Raise UserError unless the tokenizer in folder `where` encodes each text to its ids, as when they were kept."""
     if not golden:
         return
+    try:
+        "".join(golden).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a golden text for tokenizer {where} is damaged ({error}); restore it, or build the dataset again"
+        ) from None
     tokenizer = open_tokenizer(Path(where))
     for text, ids in golden.items():
         if tokenizer.encode(text, add_special_tokens=False).ids != ids:
