@@ -238,8 +238,9 @@ def join_launcher() -> None:
     if FOLDER not in os.environ:
         return
     folder, rank = Path(os.environ[FOLDER]), os.environ.get("RANK", "0")
-    _held.append(open(folder / f"running-{rank}", "w"))  # noqa: SIM115
+    _held.append(open(folder / f".running-{rank}", "w"))  # noqa: SIM115
     fcntl.flock(_held[0], fcntl.LOCK_EX)
+    os.replace(folder / f".running-{rank}", folder / f"running-{rank}")  # seen before, it would be free: a death
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     write_atomic(folder / f"rank-{rank}.joined", f"{os.uname().nodename} {os.getpid()}")

@@ -353,6 +353,27 @@ def test_when_a_rank_has_failed_the_others_end_within_ten_seconds(job, tmp_path,
     assert left[1] + 2 * local.LOOK < 10  # one look until it is noticed, one until the rest are killed
 
 
+JOIN = """
+import fcntl, sys
+from pathlib import Path
+from launcher import local
+
+def locking(*words, flock=fcntl.flock):
+    print(*folder.glob("running-*"))
+    flock(*words)
+
+folder, fcntl.flock = Path(sys.argv[1]), locking
+local.join_launcher()
+print(local._failed(folder))
+"""
+
+
+def test_a_rank_that_is_about_to_join_is_not_taken_for_dead(tmp_path):
+    environment = os.environ | {outcome.FOLDER: str(tmp_path), "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", JOIN, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["", str(tmp_path / "running-0"), "(False, None)"], done.stderr
+
+
 def test_a_failure_that_follows_from_a_silent_death_is_not_taken_for_the_cause():
     reports = [said(0, 1, "another rank has ended", 5)]
     with pytest.raises(RunError, match=r"^rank 1 was killed by SIGKILL"):
