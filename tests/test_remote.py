@@ -582,8 +582,10 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
     def s3(self: Any, environ: Any, start_response: Any) -> Any:
         if (fault := doors.fault()) is None:
             return answer(self, environ, start_response)
-        start_response(f"{fault[0] or 500} no", [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{fault[1]}</Code><Message>no: {fault[1]}</Message></Error>".encode()]
+        content = f"<Error><Code>{fault[1]}</Code><Message>no: {fault[1]}</Message></Error>".encode()
+        headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))]
+        start_response(f"{fault[0] or 500} no", headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
 
     def gs(self: Any, method: str) -> None:
         if (fault := doors.fault()) is None:
