@@ -628,6 +628,13 @@ def test_a_store_that_is_busy_for_a_while_is_asked_again(
     assert not doors.faults
 
 
+def stops_in_one_line(sources: Sources, kind: type[Exception], words: str) -> None:
+    """Asked for a row, `sources` mask nothing."""
+    with pytest.raises(kind, match=words) as caught:
+        sources.read(0, 2)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
 def test_a_store_that_stays_busy_is_given_up_and_masks_nothing(
     doors: Doors,
@@ -642,11 +649,7 @@ def test_a_store_that_stays_busy_is_given_up_and_masks_nothing(
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     monkeypatch.setattr(remote.time, "sleep", delays.append)
     doors.faults, doors.shut = [fault], True
-    with pytest.raises(
-        UnreachableError, match=rf"{protocol}://.*\.tar does not answer after 3 attempts \(.*\)"
-    ) as caught:
-        sources.read(0, 2)
-    assert "\n" not in str(caught.value)
+    stops_in_one_line(sources, UnreachableError, rf"{protocol}://.*\.tar does not answer after 3 attempts \(.*\)")
     assert [0.5 <= delay / (0.01 * 2**number) <= 1 for number, delay in enumerate(delays)] == [True, True]
 
 
@@ -667,11 +670,7 @@ def test_a_store_that_refuses_stops_the_run_at_once_and_masks_nothing(
     address = books(protocol)
     sources = Sources({"": Dataset(address, "train", Cache(tmp_path))})
     doors.faults, doors.shut = [fault], True
-    with pytest.raises(
-        RefusedError, match=rf"{address}/.*\.tar may not be read \(.*\); check .* credentials"
-    ) as caught:
-        sources.read(0, 2)
-    assert "\n" not in str(caught.value)
+    stops_in_one_line(sources, RefusedError, rf"{address}/.*\.tar may not be read \(.*\); check .* credentials")
     assert doors.asked == 1
     with pytest.raises(RefusedError, match=r"manifest\.json may not be read"):
         Dataset(address, "train", Cache(tmp_path / "empty"))

@@ -3,6 +3,7 @@
 A folder holds ``manifest.json``, ``train/*.tar`` and ``validation/*.tar``; beside each ``NAME.tar`` lies ``NAME.idx``.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -221,8 +222,7 @@ class Dataset:
         if store is None:
             self.shards = [Shard(self.folder, info, self.manifest) for info in infos]
         else:
-            _mirror(store, self.manifest, infos)
-            self.shards = [RemoteShard(store, info, self.manifest) for info in infos]
+            self.shards = _mirrored(store, self.manifest, infos)
         self._starts = np.cumsum([0] + [len(shard.index) for shard in self.shards])
 
     @property
@@ -413,17 +413,22 @@ class RemoteShard(Shard):
         return self.store.part(self.info.name, offset, length)
 
 
-def _mirror(store: Store, manifest: Manifest, infos: Iterable[ShardInfo]) -> None:
-    """Fetch the indexes of shards at an address, and the tokenizer that every run needs.
+def _mirrored(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) -> list[Shard]:
+    """Shards at an address, their indexes fetched to this node with the tokenizer that every run needs.
 
     What this node holds and is not as the manifest says is fetched once more, before anything refuses it: it may have
     been mended at the address. A shard's size is checked before its index is on this node; one that changes later is
     found out row by row.
 
     Raises:
-        UserError: a file is missing, or a shard is of another size than the manifest says.
+        UserError: a file is missing, a shard is of another size than the manifest says, or an index does not fit it.
     """
-    indexes = {str(index_path(Path(info.name))): info for info in infos}
+    shards: dict[str, Shard] = {}
+    for info in infos:
+        with contextlib.suppress(UserError):  # its index is not here, or not as it should be
+            shards[info.name] = RemoteShard(store, info, manifest)
+    new = [info for info in infos if info.name not in shards]
+    indexes = {str(index_path(Path(info.name))): info for info in new}
     tokenizer, config = (f"tokenizer/{name}" for name in (TOKENIZER_FILE, TOKENIZER_CONFIG))
 
     def sound(name: str) -> bool:
@@ -436,15 +441,15 @@ def _mirror(store: Store, manifest: Manifest, infos: Iterable[ShardInfo]) -> Non
         except (OSError, UserError, ValueError):
             return False
 
-    wanted = [name for name in indexes if not sound(name)]
-    new = [indexes[name] for name in wanted]
     try:
         for info, size in zip(new, store.sizes([info.name for info in new]), strict=True):
             if size not in (None, info.bytes):
                 raise UserError(f"shard {store.address}/{info.name} has {size} bytes, not {info.bytes}; copy it again")
-        store.files([tokenizer, config, *wanted], sound)
+        store.files([tokenizer, config, *indexes], sound)
     except OSError as error:
         raise UserError(f"{store.address} lacks files of the dataset ({error}); copy it again") from None
+    shards |= {info.name: RemoteShard(store, info, manifest) for info in new}
+    return [shards[info.name] for info in infos]
 
 
 def _read_json(content: bytes) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Store:
                     self._put(self.folder / name, self._whole(name))
 
         with ThreadPoolExecutor(PARALLEL) as pool:
-            for _ in pool.map(mirror, [name for name in names if not sound(name)]):
+            for _ in pool.map(mirror, names):
                 pass
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
