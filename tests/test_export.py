@@ -365,8 +365,9 @@ def test_logits_of_some_places_are_those_of_all(exported: Path) -> None:
     ids, places = torch.arange(2, 62)[None], torch.tensor([0, 7, 59])
     with torch.no_grad():
         whole, some, last = (model(ids, logits_to_keep=keep).logits for keep in (0, places, 3))
-    assert torch.equal(some, whole[:, places])
-    assert torch.equal(last, whole[:, -3:])
+    # a product of fewer rows is rounded otherwise on some processors
+    torch.testing.assert_close(some, whole[:, places], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, whole[:, -3:], rtol=1e-5, atol=1e-5)
 
 
 def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Path) -> None:
