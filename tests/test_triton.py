@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import documents_of
 
 from fusiontree.model import pointwise
-from fusiontree.model.triton_kernels import decay_sums, gated_norm, remember, swiglu
+from fusiontree.model.triton_kernels import gated_norm, remember, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,30 +49,3 @@ def test_one_token_is_written_where_it_belongs(heads: int) -> None:
     remember(keys, values, k, v, slot)
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])
-
-
-@pytest.mark.parametrize("H", [3, 11])  # below and above what one program takes
-def test_prefix_sums_begin_anew_in_each_document_and_chunk(H: int) -> None:
-    lengths, Q = [[20, 1, 22], [16, 27]], 16
-    dt, A = torch.rand(2, 43, H, generator=torch.Generator().manual_seed(0)), -torch.arange(1.0, H + 1) / 2
-    seq = documents_of(lengths).seq_idx
-    steps, sums = (t.cpu() for t in decay_sums(dt.to(DEVICE), A.to(DEVICE), seq.to(DEVICE), Q))
-    assert steps.shape == sums.shape == (2, H, 3, Q)
-    for row in range(2):
-        for t in range(3 * Q):
-            chunk, q = divmod(t, Q)
-            value = dt[row, t] * A if t < 43 else torch.zeros(H)  # the padding goes on with the last document
-            if q > 0 and (t >= 43 or seq[row, t] == seq[row, t - 1]):
-                value = value + sums[row, :, chunk, q - 1]
-            torch.testing.assert_close(sums[row, :, chunk, q], value)
-            torch.testing.assert_close(steps[row, :, chunk, q], dt[row, t] if t < 43 else torch.zeros(H))
-
-
-def test_the_sums_of_a_document_do_not_depend_on_the_others_by_a_bit() -> None:
-    seq = documents_of([[30, 34]]).seq_idx.to(DEVICE)
-    dt, A = torch.rand(1, 64, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE), -torch.ones(4, device=DEVICE)
-    other = dt.clone()
-    other[:, :30] *= 1000
-    before, after = (decay_sums(value, A, seq, 64)[1] for value in (dt, other))
-    assert not torch.equal(before[..., :30], after[..., :30])
-    assert torch.equal(before[..., 30:], after[..., 30:])

@@ -23,8 +23,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "fused pointwise",
         r"^triton_(poi|red|per|for)_",
     ),  # the compiler's; first, for they are named after what they fuse
-    ("scan, backward", r"_chunk_\w*bwd|_state_passing_bwd"),
-    ("scan, forward", r"_chunk_(cumsum|state|scan)_fwd|_bmm_chunk_fwd|_state_passing_fwd|_decay_kernel"),
+    ("scan, backward", r"_chunk_\w*bwd|_state_passing_bwd|_scan_\w*backward"),
+    ("scan, forward", r"_chunk_(cumsum|state|scan)_fwd|_bmm_chunk_fwd|_state_passing_fwd|_scan_(decay|outputs)_kernel"),
     ("attention, backward", r"(flash|fmha|flex|attention|sdpa).*(bwd|backward|bprop)|(bwd|backward).*(flash|fmha)"),
     ("attention, forward", r"flash|fmha|flex_attention|attention|sdpa|_decode_(join_)?kernel"),
     ("convolution", r"conv1d|convolution|_conv_"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .documents import Documents
 from .reference import IGNORE
+from .split import gradient_place
 
 MAX_OFFSET = 2**31 - 1  # elements that a 32-bit offset reaches
 
@@ -36,31 +37,30 @@ def _span(t: Tensor) -> int:
 
 @lru_cache
 def _ssd() -> SimpleNamespace:
-    """The kernels of mamba-ssm that its scan is made of, and our prefix sums."""
+    """The kernels that the scan is made of: some of mamba-ssm's, and our own."""
     found: dict[str, Any] = {}
     for module, names in {
         "mamba_ssm.ops.triton.ssd_chunk_state": ("_chunk_state_fwd", "_chunk_state_bwd_db"),
         "mamba_ssm.ops.triton.ssd_state_passing": ("_state_passing_fwd", "_state_passing_bwd"),
         "mamba_ssm.ops.triton.ssd_bmm": ("_bmm_chunk_fwd", "_bmm_chunk_bwd"),
-        "mamba_ssm.ops.triton.ssd_combined": ("_chunk_scan_chunk_state_bwd_dx",),
         "mamba_ssm.ops.triton.ssd_chunk_scan": (
-            *("_chunk_scan_fwd", "_chunk_scan_bwd_dstates", "_chunk_scan_bwd_dC", "_chunk_scan_bwd_dcb"),
-            "_chunk_scan_bwd_ddAcs_stable",
+            *("_chunk_scan_bwd_dstates", "_chunk_scan_bwd_dC", "_chunk_scan_bwd_dcb"),
         ),
     }.items():
         loaded = importlib.import_module(module)
         found |= {name.lstrip("_"): getattr(loaded, name) for name in names}
-    from .triton_kernels import decay_sums
+    from .triton_scan import chunk_outputs, decay_backward, decay_sums, inputs_backward
 
-    return SimpleNamespace(decay_sums=decay_sums, **found)
+    own = (chunk_outputs, decay_backward, decay_sums, inputs_backward)
+    return SimpleNamespace(**found, **{function.__name__: function for function in own})
 
 
 class _Scan(torch.autograd.Function):
-    """The state-space duality of arXiv 2405.21060, section 6, out of mamba-ssm's kernels.
+    """The state-space duality of arXiv 2405.21060, section 6, out of mamba-ssm's kernels and ours.
 
-    Its own entry point is not used: there prefix sums of the decay run on over the end of a document, so that its
-    values reach the rounding of the next one. Here they begin anew, which these kernels, masked by document, allow; and
-    what the forward pass made of a chunk is kept, not made again.
+    mamba-ssm's own entry point is not used: there prefix sums of the decay run on over the end of a document, so that
+    its values reach the rounding of the next one. Here they begin anew, which these kernels, masked by document, allow;
+    and what the forward pass made of a chunk is kept, not made again.
     """
 
     @staticmethod
@@ -79,18 +79,18 @@ class _Scan(torch.autograd.Function):
             out_dtype=C.dtype,
         )
         states = states.unflatten(-1, (-1, S))
-        CB = ssd.bmm_chunk_fwd(C, B, Q, seq_idx=seq, output_dtype=torch.float32)
-        y, _ = ssd.chunk_scan_fwd(CB, x, steps, sums, C, states, D=D, seq_idx=seq)
-        ctx.save_for_backward(x, steps, sums, A, B, C, D, seq, states, CB)
-        ctx.continued = initial is not None
+        scores = ssd.bmm_chunk_fwd(C, B, Q, seq_idx=seq, output_dtype=x.dtype)
+        y = ssd.chunk_outputs(x, steps, sums, scores, C, states, D, seq)
+        ctx.save_for_backward(x, steps, sums, A, B, C, D, seq, states, scores)
+        ctx.continued, ctx.places = initial is not None, [gradient_place(t) for t in (x, B, C)]
         return y, last.unflatten(-1, (-1, S))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy, d_last = grads
         ssd = _ssd()
-        x, steps, sums, A, B, C, D, seq, states, CB = ctx.saved_tensors
-        G, L, Q = B.shape[2], x.shape[1], sums.shape[-1]
+        x, steps, sums, A, B, C, D, seq, states, scores = ctx.saved_tensors
+        G, Q = B.shape[2], sums.shape[-1]
         if dy.stride(-1) != 1:
             dy = dy.contiguous()
         d_states = ssd.chunk_scan_bwd_dstates(C, sums, dy, seq_idx=seq, dtype=x.dtype)
@@ -106,29 +106,17 @@ class _Scan(torch.autograd.Function):
             chunk_size=Q,
         )
         states, d_states = states.unflatten(-1, (-1, B.shape[-1])), d_states.unflatten(-1, (-1, B.shape[-1]))
-        dx, dB_out, dC_out = _side_by_side(x, B, C)
-        _, d_steps, dD = ssd.chunk_scan_chunk_state_bwd_dx(x, steps, sums, B, CB, dy, d_states, D=D, seq_idx=seq, dx=dx)
+        dx, dB_out, dC_out = (place() for place in ctx.places)
+        d_steps, dD, parts = ssd.inputs_backward(x, dy, steps, sums, scores, B, d_states, D, seq, dx)
         dB, d_decay = ssd.chunk_state_bwd_db(x, steps, sums, d_states, seq_idx=seq, B=B, ngroups=G)
         dC, d_sums = ssd.chunk_scan_bwd_dC(states, sums, dy, seq_idx=seq, C=C, ngroups=G)
-        dCB = ssd.chunk_scan_bwd_dcb(x, steps, sums, dy, seq_idx=seq, ngroups=G)
-        ssd.bmm_chunk_bwd(C, dCB, residual=dB, out=dB_out)
-        ssd.bmm_chunk_bwd(B, dCB.transpose(-1, -2), residual=dC, out=dC_out)
-        # a prefix sum's gradient goes to all it summed; the others come by token already
-        d_sums[..., -1] += d_chunk_decay
-        d_decay = d_decay + d_sums.flip(-1).cumsum(-1).flip(-1)
-        d_decay += ssd.chunk_scan_bwd_ddAcs_stable(x, steps, sums, dy, CB)
-        dA = (d_decay * steps).sum((0, 2, 3))
-        d_dt = (d_steps + d_decay * A[:, None, None]).flatten(2)[..., :L].transpose(1, 2)
+        d_scores = ssd.chunk_scan_bwd_dcb(x, steps, sums, dy, seq_idx=seq, ngroups=G)
+        ssd.bmm_chunk_bwd(C, d_scores, residual=dB, out=dB_out)
+        ssd.bmm_chunk_bwd(B, d_scores.transpose(-1, -2), residual=dC, out=dC_out)
+        d_dt, dA = ssd.decay_backward(parts, d_sums, d_chunk_decay, d_decay, d_steps, steps, A, seq)
         if d_initial is not None:
             d_initial = d_initial.unflatten(-1, (-1, B.shape[-1])).float()
         return dx, d_dt, dA, dB_out, dC_out, dD, None, d_initial, None
-
-
-def _side_by_side(*like: Tensor) -> list[Tensor]:
-    """Uninitialised tensors like these [B, L, heads, size], in one row of memory per token."""
-    sizes = [t.shape[2] * t.shape[3] for t in like]
-    joint = like[0].new_empty(*like[0].shape[:2], sum(sizes))
-    return [part.unflatten(-1, t.shape[2:]) for part, t in zip(joint.split(sizes, -1), like, strict=True)]
 
 
 @lru_cache
@@ -294,13 +282,21 @@ def attention_flex() -> Callable[..., Tensor]:
 @lru_cache
 def loss_liger() -> Callable[..., tuple[Tensor, Tensor]]:
     """Liger's fused linear cross-entropy; gradients of the matrix are summed in fp32, z_loss in the dtype of hidden."""
-    fused = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    liger = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+
+    class Loss(liger):  # type: ignore[misc,valid-type]
+        """Its backward pass asks the device whether what comes from behind is 1, and the host waits for the answer."""
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            d_hidden, d_weight, _ = ctx.saved_tensors  # of the sum
+            return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], *[None] * 10
 
     def linear_cross_entropy(
         hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         options = (None, None, IGNORE, z_loss, 0.0, "sum", None, z_loss > 0, torch.float32)
-        loss, z_sum, *_ = fused.apply(hidden, weight.to(hidden.dtype), labels, *options)
+        loss, z_sum, *_ = Loss.apply(hidden, weight.to(hidden.dtype), labels, *options)
         return loss, torch.zeros_like(loss) if z_sum is None else z_sum.detach().float()
 
     return linear_cross_entropy

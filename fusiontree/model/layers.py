@@ -3,8 +3,6 @@
 So the parameters of a training run stay fp32, and are its master weights, while activations are bf16.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,25 +58,3 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""
         return norm(x, self.weight, self.eps)
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        ctx.width = x.shape[-1]
-        return x.split(sizes, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        first, end = grads[0], grads[0].storage_offset()
-        for grad in grads:
-            beside = grad.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            if not beside or grad.stride() != first.stride() or grad.storage_offset() != end:
-                return torch.cat(grads, -1), None
-            end += grad.shape[-1]
-        return first.as_strided((*first.shape[:-1], ctx.width), first.stride()), None
-
-
-def split_channels(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """`x.split(sizes, -1)`, whose gradient is not copied together where a kernel wrote the parts side by side."""
-    return _Split.apply(x, sizes)

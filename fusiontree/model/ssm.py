@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
-from .layers import Linear, split_channels
+from .layers import Linear
 from .ops import Kernels
+from .split import split_channels
 
 STATE_PARAMETERS = ("A_log", "D", "dt_bias")  # stored and used in fp32 whatever the dtype of the rest
 
@@ -45,7 +46,7 @@ class MambaBranch(nn.Module):
     def forward(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         """[B, L, hidden_size] to [B, L, hidden_size]; continues and updates `cache` when there is one."""
         c = self.config
-        z, xBC, dt = self.in_proj(x).split([c.ssm_size, c.conv_size, c.ssm_heads], -1)
+        z, xBC, dt = split_channels(self.in_proj(x), [(c.ssm_size,), (c.conv_size,), (c.ssm_heads,)])
         if cache is not None and x.shape[1] == 1:
             y = self._step(xBC, dt, documents, cache)
         else:
@@ -61,13 +62,14 @@ class MambaBranch(nn.Module):
 
     def _scan(self, xBC: Tensor, dt: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         c = self.config
-        values, B_in, C_out = split_channels(xBC, [c.ssm_size, *[c.ssm_groups * c.ssm_state_size] * 2])
+        groups = c.ssm_groups, c.ssm_state_size
+        values, B_in, C_out = split_channels(xBC, [(c.ssm_heads, c.ssm_head_dim), groups, groups])
         y, state = self.kernels.scan(
-            values.unflatten(-1, (c.ssm_heads, c.ssm_head_dim)),
+            values,
             self.kernels.pointwise.time_step(dt, self.dt_bias),
             -torch.exp(self.A_log),
-            B_in.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
-            C_out.unflatten(-1, (c.ssm_groups, c.ssm_state_size)),
+            B_in,
+            C_out,
             self.D,
             documents.seq_idx,
             initial_state=None if cache is None else cache.layer(self.layer).state,

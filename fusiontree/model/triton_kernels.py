@@ -1,7 +1,7 @@
 """Triton kernels of this project's own: what no library does as we need it, or as fast.
 
-Axes: B rows, L tokens, D channels or head size, H SSM heads, Q tokens per chunk, N query heads, K key-value heads,
-T cached tokens. Offsets are 64-bit, so no size wraps round. Import this file only where Triton is installed.
+Axes: B rows, L tokens, D channels or head size, N query heads, K key-value heads, T cached tokens. Offsets are 64-bit,
+so no size wraps round. Import this file only where Triton is installed.
 """
 
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .split import gradient_place
 
 try:
     import triton
@@ -106,7 +108,7 @@ def _conv_inner_kernel(
 
 
 @triton.jit
-def _conv_input_kernel(g, weight, seq, dx, L, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def _conv_input_kernel(g, weight, seq, dx, L, stride_b, stride_t, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Gradient of the input: each token collects from those whose taps reached it."""
     row = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(D, BD)
@@ -122,13 +124,14 @@ def _conv_input_kernel(g, weight, seq, dx, L, D: tl.constexpr, BT: tl.constexpr,
         place = g + s.to(tl.int64)[:, None] * D + d[None, :]
         value = tl.load(place, mask=(s < L)[:, None] & (d < D)[None, :], other=0.0)
         total += tl.where(same[:, None], value, 0.0).to(tl.float32) * _weight(weight, d, ahead, D)
-    place = dx + (row * L + t.to(tl.int64)[:, None]) * D + d[None, :]
+    place = dx + row * stride_b + t.to(tl.int64)[:, None] * stride_t + d[None, :]
     tl.store(place, total.to(dx.dtype.element_ty), mask=(t < L)[:, None] & (d < D)[None, :])
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
+        ctx.place = gradient_place(x)
         if x.stride(-1) != 1:
             x = x.contiguous()
         B, L, D = x.shape
@@ -150,15 +153,17 @@ class _Convolution(torch.autograd.Function):
             dy = dy.contiguous()
         B, L, D = x.shape
         g = torch.empty(B, L, D, dtype=x.dtype, device=x.device)
-        dx = torch.empty_like(g)
-        BT, BD, steps = 16, 64, 32
+        dx = ctx.place()
+        BT, BD, steps = 8, 128, 64
         parts = triton.cdiv(L, BT * steps)
         partial = torch.empty(B * parts, 5, D, dtype=torch.float32, device=x.device)
         _conv_inner_kernel[(triton.cdiv(D, BD) * parts, B)](
             x, weight, bias, seq_idx, dy, g, partial, L, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
             D=D, BT=BT, BD=BD, STEPS=steps,
         )  # fmt: skip
-        _conv_input_kernel[(triton.cdiv(D, 128) * triton.cdiv(L, 16), B)](g, weight, seq_idx, dx, L, D=D, BT=16, BD=128)
+        _conv_input_kernel[(triton.cdiv(D, 128) * triton.cdiv(L, 16), B)](
+            g, weight, seq_idx, dx, L, dx.stride(0), dx.stride(1), D=D, BT=16, BD=128
+        )
         *taps, d_bias = partial.sum(0)
         d_weight = torch.stack(taps[4 - ctx.taps :], 1)
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None
@@ -242,7 +247,7 @@ def _gated_norm_forward_kernel(y, z, weight, out, inverse, size, y_stride, z_str
 
 @triton.jit
 def _gated_norm_backward_kernel(
-    y, z, weight, inverse, d_out, dy, dz, d_weight, rows, size, y_stride, z_stride, d_stride,
+    y, z, weight, inverse, d_out, dy, dz, d_weight, rows, size, y_stride, z_stride, d_stride, dz_stride,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Some rows' gradients, and their part of the weight's."""
@@ -264,14 +269,14 @@ def _gated_norm_backward_kernel(
         d_gated = scale * (weighted - normed * (tl.sum(weighted * normed, 0) / size))
         tl.store(dy + row * size + c, (d_gated * gate * sigmoid).to(dy.dtype.element_ty), mask=inside)
         d_gate = d_gated * value * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(dz + row * size + c, d_gate.to(dz.dtype.element_ty), mask=inside)
+        tl.store(dz + row * dz_stride + c, d_gate.to(dz.dtype.element_ty), mask=inside)
     tl.store(d_weight + first.to(tl.int64) * size + c, sums, mask=c < size)
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.shape = y.shape
+        ctx.shape, ctx.place = y.shape, gradient_place(z)
         y, z = _rows(y), _rows(z)
         rows, size = y.shape
         out = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
@@ -289,13 +294,13 @@ class _GatedNorm(torch.autograd.Function):
         d_out = _rows(grads[0])
         rows, size = y.shape
         dy = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
-        dz = torch.empty_like(dy)
+        dz = ctx.place()
         programs = min(rows, 1056)  # eight for each multiprocessor
         d_weight = torch.empty(programs, size, dtype=torch.float32, device=y.device)
         BLOCK = triton.next_power_of_2(size)
         _gated_norm_backward_kernel[(programs,)](
             y, z, weight, inverse, d_out, dy, dz, d_weight, rows, size, y.stride(0), z.stride(0), d_out.stride(0),
-            BLOCK=BLOCK, STEPS=triton.cdiv(rows, programs), num_warps=_warps(BLOCK),
+            _rows(dz).stride(0), BLOCK=BLOCK, STEPS=triton.cdiv(rows, programs), num_warps=_warps(BLOCK),
         )  # fmt: skip
         return dy, dz, d_weight.sum(0).to(weight.dtype), None
 
@@ -308,59 +313,6 @@ def _warps(block: int) -> int:
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`pointwise.gated_norm` in one pass over memory each way; z may be a strided view."""
     return _GatedNorm.apply(y, z, weight, eps)
-
-
-# --- prefix sums of the scan -----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _add_in_document(left, left_starts, right, right_starts):
-    return tl.where(right_starts != 0, right, left + right), left_starts | right_starts
-
-
-@triton.jit
-def _decay_kernel(
-    dt, A, seq, dt_out, cumulative, L, H, chunks, stride_b, stride_t,
-    Q: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    q, h = tl.arange(0, BQ), tl.program_id(2) * BH + tl.arange(0, BH)
-    t = chunk * Q + q
-    real = (q < Q) & (t < L)
-    seq += row * L
-    starts = real & (q > 0) & (tl.load(seq + t, mask=real) != tl.load(seq + t - 1, mask=real & (t > 0), other=-1))
-    starts = tl.broadcast_to(starts.to(tl.int32)[:, None], (BQ, BH))
-    place = dt + row * stride_b + t.to(tl.int64)[:, None] * stride_t + h[None, :]
-    step = tl.load(place, mask=real[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
-    decay = step * tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-    sums, _ = tl.associative_scan((decay, starts), 0, _add_in_document)
-    out = (row * H + h[None, :]) * chunks * Q + chunk * Q + q[:, None]
-    mask = (q < Q)[:, None] & (h < H)[None, :]
-    tl.store(dt_out + out, step, mask=mask)
-    tl.store(cumulative + out, sums, mask=mask)
-
-
-def decay_sums(dt: Tensor, A: Tensor, seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Time steps by chunk, and the prefix sums of ``dt·A`` over the tokens of one document in one chunk.
-
-    Prefix sums that ran on over a document's end would let its values into the rounding of the next one's.
-
-    Args:
-        dt: [B, L, H]. A: fp32 [H]. seq_idx: int32 [B, L].
-
-    Returns:
-        fp32 [B, H, C, Q] each; padding at the end has a time step of zero.
-    """
-    B, L, H = dt.shape
-    chunks = triton.cdiv(L, chunk_size)
-    dt_out = torch.empty(B, H, chunks, chunk_size, dtype=torch.float32, device=dt.device)
-    sums = torch.empty_like(dt_out)
-    BH = 8
-    _decay_kernel[(B, chunks, triton.cdiv(H, BH))](
-        dt, A, seq_idx, dt_out, sums, L, H, chunks, dt.stride(0), dt.stride(1),
-        Q=chunk_size, BQ=triton.next_power_of_2(chunk_size), BH=BH,
-    )  # fmt: skip
-    return dt_out, sums
 
 
 # --- attention of one new token to the cache -------------------------------------------------------------------------

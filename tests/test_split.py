@@ -1,0 +1,72 @@
+"""Parts of a tensor whose gradients lie side by side."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.model.split import gradient_place, split_channels
+
+SHAPES: list[tuple[int, ...]] = [(2, 3), (4,), (1,)]
+
+
+class Doubled(torch.autograd.Function):
+    """2·x, whose gradient is written where it belongs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.place = gradient_place(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.mul(grads[0], 2, out=ctx.place())
+
+
+def gradients(x: Tensor, weights: list[Tensor], placed: int, twice: bool = False) -> tuple[Tensor, list[int]]:
+    """The gradient of x, of which the first `placed` parts are written in place; and where all of them were written."""
+    places: list[int] = []
+    parts = split_channels(x, SHAPES)
+    total = torch.zeros(())
+    for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        assert part.shape == (*x.shape[:-1], *SHAPES[index])
+        part.register_hook(lambda grad: places.append(grad.data_ptr()))
+        total = total + ((Doubled.apply(part) if index < placed else 2 * part) * weight).sum()
+        if twice:
+            total = total + (Doubled.apply(part) * weight).sum()
+    (grad,) = torch.autograd.grad(total, x)
+    return grad, places
+
+
+def test_gradients_are_the_same_wherever_they_are_written() -> None:
+    x = torch.randn(2, 5, 11, requires_grad=True)
+    weights = [torch.randn(2, 5, *shape) for shape in SHAPES]
+    expected = 2 * torch.cat([weight.flatten(2) for weight in weights], -1)
+    for placed in range(4):
+        grad, places = gradients(x, weights, placed)
+        torch.testing.assert_close(grad, expected)
+        offsets = {grad.data_ptr() + 4 * offset for offset in (0, 6, 10)}
+        assert len(offsets & set(places)) == placed  # and the others were copied
+
+
+def test_a_part_that_is_used_twice_adds_up() -> None:
+    x = torch.randn(2, 5, 11, requires_grad=True)
+    weights = [torch.randn(2, 5, *shape) for shape in SHAPES]
+    expected = 4 * torch.cat([weight.flatten(2) for weight in weights], -1)
+    for placed in (0, 3):
+        torch.testing.assert_close(gradients(x, weights, placed, twice=True)[0], expected)
+
+
+def test_a_graph_kept_for_a_second_pass_gives_the_same_again() -> None:
+    x = torch.randn(3, 11, requires_grad=True)
+    total = sum((Doubled.apply(part) ** 2).sum() for part in split_channels(x, SHAPES))
+    first, second = (torch.autograd.grad(total, x, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, 8 * x.detach())
+    torch.testing.assert_close(second, 8 * x.detach())
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_what_is_no_part_gets_memory_of_its_own() -> None:
+    place = gradient_place(torch.zeros(4, 6)[:, 1:3])()
+    assert place.shape == (4, 2)
+    assert place.is_contiguous()
