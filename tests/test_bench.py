@@ -78,7 +78,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     report = tmp_path_factory.mktemp("bench") / "step.md"
     options = ["--seq-len", 2048, "--batch-tokens", 4096, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
     done = cli("bench", "train", "--preset", "tiny", *options, "--profile", report, "--json", *SHAPE)
-    return json.loads(done.stdout), report.read_text()
+    figures = json.loads(done.stdout)
+    assert f": {figures['tokens_per_s']:,.0f} tokens/s; now hf-falcon-h1" in done.stderr
+    return figures, report.read_text()
 
 
 def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any], str]) -> None:

@@ -218,6 +218,9 @@ def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: 
     gone, layer = next(iter(measured)).split(" of layer ")
     assert kinds[int(layer)] == {"mamba": "attention", "attention": "mamba"}[gone]
     assert kinds.count("hybrid") == 2
+    (tmp_path / "again.json").write_text(json.dumps(figures["plan"]))
+    config = load_config(str(run / "checkpoints" / "step-1" / checkpoint.CONFIG)).model
+    assert list(read_plan(tmp_path / "again.json", config).kinds) == kinds
     figures = export(run, tmp_path / "heads", prune_heads=2, data=shards, limit=2)["pruning"]
     heads = json.loads((tmp_path / "heads" / "config.json").read_text())["layer_global_heads"]
     kept = int(list(figures["loss_without"])[2].removeprefix("global head group 0 of layer "))
@@ -279,3 +282,13 @@ def test_half_of_the_layers_take_turns_in_the_bench() -> None:
     assert figures["ratios"]["memory"] < 1
     for name in ("parameters", "weights_bytes", "cache_bytes"):
         assert figures["pruned"][name] < figures["whole"][name]
+
+
+def test_a_plan_is_measured_in_the_bench(tmp_path: Path) -> None:
+    shape = ["model.hidden_size=32", "model.num_layers=3", "model.mlp_size=48", "model.vocab_size=96"]
+    plan = tmp_path / "plan.json"
+    model = dataclasses.replace(SMALL, num_layers=3)
+    plan.write_text(json.dumps(Pruning.none(model).replace(0, "attention").replace(2, "mamba").plan()))
+    assert bench_prune("tiny", shape, context=20, steps=2, keep=str(plan))["layers"] == ["attention", "hybrid", "mamba"]
+    with pytest.raises(UserError, match="no plan at"):
+        bench_prune("tiny", shape, context=20, steps=2, keep="mambas")

@@ -1,6 +1,7 @@
-"""What pruning half the layers to one branch gains: prefill, decoding and memory of both models in one process."""
+"""What pruning layers to one branch gains: prefill, decoding and memory of both models in one process."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fusiontree.distributed import accelerator
 from fusiontree.errors import UserError
 from fusiontree.exported import check_positions
 from fusiontree.model.config import LayerKind, ModelConfig
-from fusiontree.prune.plan import Pruning, pruned_model
+from fusiontree.prune.plan import Pruning, pruned_model, read_plan
 
 PREFILLS = 5  # timed, behind one that compiles and tunes
 
@@ -21,14 +22,15 @@ PREFILLS = 5  # timed, behind one that compiles and tunes
 def bench_prune(
     preset: str, overrides: list[str], batch: int = 1, context: int = 32_768, steps: int = 64, keep: str = "alternate"
 ) -> dict[str, Any]:
-    """Measure `preset` with random weights, whole and with every second layer pruned to one branch.
+    """Measure `preset` with random weights, whole and with layers pruned to one branch.
 
     What pruning gains depends on what the gates let go of: attention's cache grows with the prompt, Mamba's does not.
 
     Args:
         preset: its name or a YAML file. overrides: ``key=value``, as for a run.
         batch: rows decoded together. context: tokens of each row's prompt. steps: tokens made, and timed, per row.
-        keep: what layers 1, 3, 5, ... keep: "mamba", "attention", or "alternate", the one and the other in turn.
+        keep: what layers 1, 3, 5, ... keep: "mamba", "attention", or "alternate", the one and the other in turn; or the
+            path of a plan that says what each layer keeps.
 
     Returns:
         The machine, the kinds of the layers, the figures of both models as of `measure_decoding`, and their ratios,
@@ -40,7 +42,8 @@ def bench_prune(
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
     check_positions(config.model, context + UNTIMED_STEPS + steps)
-    pruning = half_pruned(config.model, keep)
+    halves = keep in ("mamba", "attention", "alternate")
+    pruning = half_pruned(config.model, keep) if halves else read_plan(Path(keep), config.model)
     with measure.naming_lack_of_memory(f"the weights of {config.name}"):
         model = random_model(config, device)
     figures = {}
@@ -71,7 +74,7 @@ def bench_prune(
 
 
 def half_pruned(config: ModelConfig, keep: str = "alternate") -> Pruning:
-    """Every second layer with one branch, `keep` as of `bench_prune`."""
+    """Every second layer with one branch, `keep` as of `bench_prune` but for a plan."""
     kinds: dict[str, tuple[LayerKind, ...]] = {"mamba": ("mamba",), "attention": ("attention",)}
     turns = itertools.cycle(kinds.get(keep, ("mamba", "attention")))
     pruning = Pruning.none(config)

@@ -16,7 +16,7 @@ from fusiontree.bench import measure, rows
 from fusiontree.bench.peers import Peer, check_peer
 from fusiontree.bench.profiling import profile_step
 from fusiontree.config import RunConfig, load_config
-from fusiontree.console import progress_bar
+from fusiontree.console import console, progress_bar
 from fusiontree.data.batch import Batch
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
@@ -80,6 +80,8 @@ def bench_train(
         raise UserError(f"bench train measures one device, but WORLD_SIZE is {world.size}; start it without a launcher")
     figures = _measure_own(config, workload, world, profile)
     if peer is not None:
+        # the peer takes minutes more, and a limit of time may cut it
+        console.print(f"{config.name}: {figures['tokens_per_s']:,.0f} tokens/s; now {peer}", markup=False)
         figures["peer"] = _measure_peer(peer, config, workload, world.device, peer_recompute)
         if "tokens_per_s" in figures["peer"]:
             figures["ratio"] = figures["tokens_per_s"] / figures["peer"]["tokens_per_s"]

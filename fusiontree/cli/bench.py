@@ -131,7 +131,7 @@ def add(commands: Any) -> None:
         bench_commands,
         "prune",
         _shown(_bench_prune),
-        "Measure what pruning every second layer to one branch gains, with random weights.",
+        "Measure what pruning layers to one branch gains, with random weights.",
         "bench prune --preset 1b --context 32768",
     )
     add_preset(prune)
@@ -140,9 +140,9 @@ def add(commands: Any) -> None:
     prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
     prune.add_argument(
         "--keep",
-        choices=("alternate", "mamba", "attention"),
         default="alternate",
-        help="what every second layer keeps (default: the one and the other in turn)",
+        metavar="mamba|attention|alternate|PLAN",
+        help="what every second layer keeps (default: the one and the other in turn), or a plan of `fusiontree prune`",
     )
 
     kernels = command(

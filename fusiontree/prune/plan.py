@@ -48,6 +48,15 @@ class Pruning:
             all_groups[layer] = ()
         return Pruning(tuple(kinds), tuple(all_groups))
 
+    def plan(self) -> dict[str, Any]:
+        """The plan that says so, for `read_plan`."""
+        kept = zip(self.kinds, self.groups, strict=True)
+        return {
+            "layers": [
+                {"layer": i, "keep": kind, "global_groups": list(groups)} for i, (kind, groups) in enumerate(kept)
+            ]
+        }
+
     def config(self, whole: ModelConfig) -> ModelConfig:
         """The shape that is left of `whole`."""
         kinds = None if set(self.kinds) == {"hybrid"} else self.kinds

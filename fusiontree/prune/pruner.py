@@ -77,15 +77,16 @@ class Pruner:
         return held_out_loss(self.model(pruning), self.held_out, self.config.data.seq_len, self.limit, note)
 
     def prune(self, prune: str | None, heads: int) -> tuple[Pruning, dict[str, Any]]:
-        """What to prune, and the report: loss, size and speed before and after, and the loss without each candidate.
+        """What to prune, and the report: loss, size and speed before and after, the loss without each candidate.
 
+        The plan that says the same is in it, too.
         A speed that could not be measured has in its place the line that says why (`problem`).
 
         Arguments as of `export`.
         """
         pruning, measured = self._choose(prune, heads)
         before, after = self._figures(Pruning.none(self.config.model)), self._figures(pruning)
-        return pruning, {"before": before, "after": after, "loss_without": measured}
+        return pruning, {"before": before, "after": after, "loss_without": measured, "plan": pruning.plan()}
 
     def _choose(self, prune: str | None, heads: int) -> tuple[Pruning, dict[str, float]]:
         config = self.config.model
