@@ -685,6 +685,7 @@ def test_missing_credentials_are_told_at_once(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     type(fsspec.filesystem("s3")).clear_instance_cache()
+    monkeypatch.setattr(remote, "TIMEOUT", 30)  # a client is made anew, which takes its time on a busy machine
     monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("nothing is waited for"))
     with pytest.raises(RefusedError, match=r"manifest\.json may not be read \(NoCredentialsError: .*credentials"):
         Dataset(address, "train", Cache(tmp_path / "cache"))
