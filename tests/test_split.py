@@ -33,7 +33,7 @@ def gradients(x: Tensor, weights: list[Tensor], placed: int, twice: bool = False
         part.register_hook(lambda grad: places.append(grad.data_ptr()))
         total = total + ((Doubled.apply(part) if index < placed else 2 * part) * weight).sum()
         if twice:
-            total = total + (Doubled.apply(part) * weight).sum()
+            total = total + (Doubled.apply(part) * weight * 3).sum()
     (grad,) = torch.autograd.grad(total, x)
     return grad, places
 
@@ -52,7 +52,7 @@ def test_gradients_are_the_same_wherever_they_are_written() -> None:
 def test_a_part_that_is_used_twice_adds_up() -> None:
     x = torch.randn(2, 5, 11, requires_grad=True)
     weights = [torch.randn(2, 5, *shape) for shape in SHAPES]
-    expected = 4 * torch.cat([weight.flatten(2) for weight in weights], -1)
+    expected = 8 * torch.cat([weight.flatten(2) for weight in weights], -1)
     for placed in (0, 3):
         torch.testing.assert_close(gradients(x, weights, placed, twice=True)[0], expected)
 

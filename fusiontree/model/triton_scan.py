@@ -174,7 +174,7 @@ def _scan_inputs_backward_kernel(
     weight = tl.where(n[:, None] >= n[None, :], weight, 0.0)
     given += tl.dot(tl.trans(weight.to(upstream.dtype)), upstream)
     exponents = tl.dot(upstream, tl.trans(value)) * weight * step[None, :]
-    exponents = tl.where(n[:, None] > n[None, :], exponents, 0.0)  # the diagonal has no decay in it
+    exponents = tl.where(n[:, None] > n[None, :], exponents, 0.0)  # the diagonal would cancel, but for rounding
     rows = tl.sum(exponents, 1) - tl.sum(exponents, 0)
     # the blocks behind it, which take from it
     columns = tl.zeros((BLOCK,), tl.float32)
