@@ -121,7 +121,7 @@ class _Scan(torch.autograd.Function):
 
 @lru_cache
 def scan_mamba_ssm() -> Callable[..., tuple[Tensor, Tensor]]:
-    """mamba-ssm's Triton kernels of Mamba-2, and our prefix sums."""
+    """Mamba-2's scan out of mamba-ssm's Triton kernels and ours."""
     _ssd()
     return _scan
 
@@ -285,7 +285,7 @@ def loss_liger() -> Callable[..., tuple[Tensor, Tensor]]:
     liger = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
 
     class Loss(liger):  # type: ignore[misc,valid-type]
-        """Its backward pass asks the device whether what comes from behind is 1, and the host waits for the answer."""
+        """Without asking the device whether the gradient from behind is 1: the host would wait for the answer."""
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
