@@ -17,6 +17,12 @@ from fusiontree.model.config import LayerKind, ModelConfig
 from fusiontree.prune.plan import Pruning, pruned_model, read_plan
 
 PREFILLS = 5  # timed, behind one that compiles and tunes
+# what every second layer keeps, in turn
+HALVES: dict[str, tuple[LayerKind, ...]] = {
+    "mamba": ("mamba",),
+    "attention": ("attention",),
+    "alternate": ("mamba", "attention"),
+}
 
 
 def bench_prune(
@@ -29,8 +35,7 @@ def bench_prune(
     Args:
         preset: its name or a YAML file. overrides: ``key=value``, as for a run.
         batch: rows decoded together. context: tokens of each row's prompt. steps: tokens made, and timed, per row.
-        keep: what layers 1, 3, 5, ... keep: "mamba", "attention", or "alternate", the one and the other in turn; or the
-            path of a plan that says what each layer keeps.
+        keep: what layers 1, 3, 5, ... keep, one of `HALVES`; or the path of a plan that says what each layer keeps.
 
     Returns:
         The machine, the kinds of the layers, the figures of both models as of `measure_decoding`, and their ratios,
@@ -42,8 +47,7 @@ def bench_prune(
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
     check_positions(config.model, context + UNTIMED_STEPS + steps)
-    halves = keep in ("mamba", "attention", "alternate")
-    pruning = half_pruned(config.model, keep) if halves else read_plan(Path(keep), config.model)
+    pruning = half_pruned(config.model, keep) if keep in HALVES else read_plan(Path(keep), config.model)
     with measure.naming_lack_of_memory(f"the weights of {config.name}"):
         model = random_model(config, device)
     figures = {}
@@ -74,9 +78,8 @@ def bench_prune(
 
 
 def half_pruned(config: ModelConfig, keep: str = "alternate") -> Pruning:
-    """Every second layer with one branch, `keep` as of `bench_prune` but for a plan."""
-    kinds: dict[str, tuple[LayerKind, ...]] = {"mamba": ("mamba",), "attention": ("attention",)}
-    turns = itertools.cycle(kinds.get(keep, ("mamba", "attention")))
+    """Every second layer with one branch, `keep` one of `HALVES`."""
+    turns = itertools.cycle(HALVES[keep])
     pruning = Pruning.none(config)
     for layer, kind in zip(range(1, config.num_layers, 2), turns, strict=False):
         pruning = pruning.replace(layer, kind)

@@ -44,7 +44,9 @@ def _ssd() -> SimpleNamespace:
         "mamba_ssm.ops.triton.ssd_state_passing": ("_state_passing_fwd", "_state_passing_bwd"),
         "mamba_ssm.ops.triton.ssd_bmm": ("_bmm_chunk_fwd", "_bmm_chunk_bwd"),
         "mamba_ssm.ops.triton.ssd_chunk_scan": (
-            *("_chunk_scan_bwd_dstates", "_chunk_scan_bwd_dC", "_chunk_scan_bwd_dcb"),
+            "_chunk_scan_bwd_dstates",
+            "_chunk_scan_bwd_dC",
+            "_chunk_scan_bwd_dcb",
         ),
     }.items():
         loaded = importlib.import_module(module)

@@ -15,7 +15,7 @@ class _Joint:
     def __init__(self, x: Tensor, shapes: Sequence[tuple[int, ...]]):
         self.new = partial(torch.empty, dtype=x.dtype, device=x.device)
         self.shape, self.shapes, self.sizes = x.shape, shapes, [math.prod(shape) for shape in shapes]
-        self.parts: tuple[Tensor, ...] = ()
+        self.whole: Tensor | None = None
         self.given: set[int] = set()
 
     def place(self, index: int) -> Tensor:
@@ -23,22 +23,21 @@ class _Joint:
         if index in self.given:
             return self.new((*self.shape[:-1], *self.shapes[index]))
         self.given.add(index)
-        return self._parts()[index].unflatten(-1, self.shapes[index])
+        return self._memory().split(self.sizes, -1)[index].unflatten(-1, self.shapes[index])
 
     def take(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradient of the whole; those of `grads` that were not written to their places are copied there."""
-        for grad, part in zip(grads, self._parts(), strict=True):
+        whole = self._memory()
+        for grad, part in zip(grads, whole.split(self.sizes, -1), strict=True):
             if grad.data_ptr() != part.data_ptr() or grad.stride() != part.stride():
                 part.copy_(grad)
-        whole, self.parts, self.given = self.whole, (), set()
-        del self.whole
+        self.whole, self.given = None, set()
         return whole
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        if not self.parts:
+    def _memory(self) -> Tensor:
+        if self.whole is None:
             self.whole = self.new(self.shape)
-            self.parts = self.whole.split(self.sizes, -1)
-        return self.parts
+        return self.whole
 
 
 class _Split(torch.autograd.Function):
