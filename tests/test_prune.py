@@ -17,6 +17,7 @@ from fusiontree.config import load_config
 from fusiontree.errors import UserError
 from fusiontree.export import export
 from fusiontree.exported import load_export
+from fusiontree.generate import Decoder
 from fusiontree.prune import pruner
 from fusiontree.prune.plan import (
     PrunedWeights,
@@ -292,3 +293,19 @@ def test_a_plan_is_measured_in_the_bench(tmp_path: Path) -> None:
     assert bench_prune("tiny", shape, context=20, steps=2, keep=str(plan))["layers"] == ["attention", "hybrid", "mamba"]
     with pytest.raises(UserError, match="no plan at"):
         bench_prune("tiny", shape, context=20, steps=2, keep="mambas")
+
+
+def test_the_bench_times_as_many_prefills_as_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 64 long rows one takes a quarter of a minute, which five of each model would make minutes of."""
+    taken_in = []
+    prefill = Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda self, ids: taken_in.append(ids.shape) or prefill(self, ids))
+    shape = ["model.hidden_size=32", "model.num_layers=2", "model.mlp_size=48", "model.vocab_size=96"]
+    sizes = ["--context", "20", "--steps", "1", "--prefills", "2"]
+    assert main(["bench", "prune", "--preset", "tiny", *shape, *sizes, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prefills"] == 2
+    assert taken_in == [(1, 20)] * 6  # one that is not counted and two that are, of either model
+    with pytest.raises(UserError, match="--prefills is 0; it must be at least 1"):
+        bench_prune("tiny", shape, context=20, steps=1, prefills=0)

@@ -26,7 +26,13 @@ HALVES: dict[str, tuple[LayerKind, ...]] = {
 
 
 def bench_prune(
-    preset: str, overrides: list[str], batch: int = 1, context: int = 32_768, steps: int = 64, keep: str = "alternate"
+    preset: str,
+    overrides: list[str],
+    batch: int = 1,
+    context: int = 32_768,
+    steps: int = 64,
+    keep: str = "alternate",
+    prefills: int = PREFILLS,
 ) -> dict[str, Any]:
     """Measure `preset` with random weights, whole and with layers pruned to one branch.
 
@@ -36,12 +42,13 @@ def bench_prune(
         preset: its name or a YAML file. overrides: ``key=value``, as for a run.
         batch: rows decoded together. context: tokens of each row's prompt. steps: tokens made, and timed, per row.
         keep: what layers 1, 3, 5, ... keep, one of `HALVES`; or the path of a plan that says what each layer keeps.
+        prefills: timed of each model.
 
     Returns:
         The machine, the kinds of the layers, the figures of both models as of `measure_decoding`, and their ratios,
         pruned over whole: decoding and prefill by tokens/s, memory by the peak (on a CPU: weights and cache).
     """
-    for name, value in (("batch", batch), ("context", context), ("steps", steps)):
+    for name, value in (("batch", batch), ("context", context), ("steps", steps), ("prefills", prefills)):
         if value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
     device = torch.device(accelerator())
@@ -61,7 +68,7 @@ def bench_prune(
         figures[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            **measure_decoding(model, batch, context, steps, PREFILLS),
+            **measure_decoding(model, batch, context, steps, prefills),
         }
     return {
         "preset": config.name,
@@ -70,6 +77,7 @@ def bench_prune(
         "kernels": dict(model.kernels.names),
         "batch": batch,
         "context": context,
+        "prefills": prefills,
         "keep": keep,
         "layers": list(pruning.kinds),
         **figures,

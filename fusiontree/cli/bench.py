@@ -50,7 +50,7 @@ def _bench_decode(args: argparse.Namespace) -> Figures:
 def _bench_prune(args: argparse.Namespace) -> Figures:
     from fusiontree.bench.prune import bench_prune
 
-    return bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep)
+    return bench_prune(args.preset, args.overrides, args.batch, args.context, args.steps, args.keep, args.prefills)
 
 
 def _bench_kernels(args: argparse.Namespace) -> Figures:
@@ -138,6 +138,7 @@ def add(commands: Any) -> None:
     prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
     prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
     prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
+    prune.add_argument("--prefills", type=int, default=5, metavar="N", help="prefills timed of each (default 5)")
     prune.add_argument(
         "--keep",
         default="alternate",
