@@ -19,10 +19,8 @@ TOP = 40  # kernels that the report names
 # kind of work by a kernel's name, or an operator's on a CPU; the first that matches counts
 _KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d|gloo"),
-    (
-        "fused pointwise",
-        r"^triton_(poi|red|per|for)_",
-    ),  # the compiler's; first, for they are named after what they fuse
+    # the compiler's, which are named after what they fuse, so they come first; and ours
+    ("fused pointwise", r"^triton_(poi|red|per|for)_|^_(swiglu|gated_norm|joined_norm|heads)_"),
     ("scan, backward", r"_chunk_\w*bwd|_state_passing_bwd|_scan_\w*backward"),
     ("scan, forward", r"_chunk_(cumsum|state|scan)_fwd|_bmm_chunk_fwd|_state_passing_fwd|_scan_(decay|outputs)_kernel"),
     ("attention, backward", r"(flash|fmha|flex|attention|sdpa).*(bwd|backward|bprop)|(bwd|backward).*(flash|fmha)"),
