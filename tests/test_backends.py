@@ -182,6 +182,7 @@ def compare_decode(name: str, dtype: torch.dtype, rows: int, N: int = 4, D: int 
     decode = backend("decode", name)
     q, k, v = (normal(rows, t, heads, D, dtype=dtype, seed=t) for t, heads in ((1, N), (300, 2), (301, 2)))
     v = v[:, :300]
+    q = torch.cat([q, q], 2)[:, :, N:]  # a part of what was projected
     visible = torch.rand(rows, 300, generator=torch.Generator().manual_seed(0)) > 0.3
     visible[:, 250:], visible[1, :150] = False, False  # whole stretches unseen
     arguments = [t.to(DEVICE) for t in (q, k, v, visible, torch.tensor([250]))]

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fusiontree.model import pointwise
-from fusiontree.model.triton_kernels import gated_norm, remember, swiglu
+from fusiontree.model.attention import rotary_embedding
+from fusiontree.model.triton_attention import attention_inputs, joined_norm, remember
+from fusiontree.model.triton_kernels import gated_norm, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,12 +40,51 @@ def test_the_gated_norm_of_a_strided_gate(tokens: int, size: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+# heads of one kind and of two; sizes that are no powers of two; few tokens, and so many that a program takes all heads
+@pytest.mark.parametrize(("kinds", "D", "tokens"), [([3], 8, 7), ([1, 2], 6, 21), ([2, 1], 24, 1), ([1, 1], 16, 2050)])
+def test_queries_and_keys_are_normed_and_rotated(kinds: list[int], D: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = 4 * sum(kinds)  # two queries to a key-value head
+    inputs = [torch.randn(*shape, generator=generator) for shape in ((2, tokens, heads * D + 5), (D,), (D,))]
+    positions = torch.randint(1000, (2, tokens), generator=generator).to(DEVICE)
+    rotary = rotary_embedding(positions, D, 10_000.0)
+
+    def strided(function: Callable[..., list[tuple[torch.Tensor, ...]]]) -> Callable[..., torch.Tensor]:
+        def call(wide: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor) -> torch.Tensor:
+            parts = function(wide[..., 2 : 2 + heads * D], q_weight, k_weight, rotary, 1e-5, kinds)
+            assert [[t.shape[2] for t in kind] for kind in parts] == [[2 * heads, heads, heads] for heads in kinds]
+            return torch.cat([t for kind in parts for t in kind], 2)
+
+        return call
+
+    found, expected = (
+        outcome(strided(function), inputs) for function in (attention_inputs, pointwise.attention_inputs)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "D", "tokens"), [([3], 8, 5), ([1, 4], 6, 5), ([3, 2], 24, 300)]
+)  # the last: several
+def test_the_norm_over_all_heads(heads: list[int], D: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, tokens, n, D) for n in heads] + [(sum(heads) * D,)]
+    inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
+    inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)  # as some attention gives it
+    found, expected = (
+        outcome(lambda *t, f=function: f(list(t[:-1]), t[-1], 1e-5), inputs)
+        for function in (joined_norm, pointwise.joined_norm)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("heads", [1, 3, 160])  # below and above what one program takes
 def test_one_token_is_written_where_it_belongs(heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 2, 7, heads, 8, generator=generator).to(DEVICE)
     k, v = torch.randn(2, 2, 1, heads, 8, generator=generator).to(DEVICE)
     slot = torch.tensor([5], device=DEVICE)
+    k = torch.cat([v, k, v], 2)[:, :, heads : 2 * heads]  # a part of what was projected
     expected = keys.clone(), values.clone()
     pointwise.remember(*expected, k, v, slot)
     remember(keys, values, k, v, slot)

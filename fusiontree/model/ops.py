@@ -57,7 +57,7 @@ def _triton_convolution() -> Callable[..., Any]:
 
 
 def _triton_decode() -> Callable[..., Any]:
-    from .triton_kernels import decode_attention
+    from .triton_attention import decode_attention
 
     return decode_attention
 
@@ -67,9 +67,11 @@ def _compiled() -> Pointwise:
     # prompts of many lengths and models of many shapes may meet in one process; past the limit it would raise
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     compiled = Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
-    from .triton_kernels import gated_norm, remember, swiglu
+    from .triton_attention import attention_inputs, joined_norm, remember
+    from .triton_kernels import gated_norm, swiglu
 
-    return compiled._replace(gated_norm=gated_norm, remember=remember, swiglu=swiglu)
+    own = (attention_inputs, gated_norm, joined_norm, remember, swiglu)
+    return compiled._replace(**{function.__name__: function for function in own})
 
 
 def _scan_limits(config: ModelConfig) -> str | None:
