@@ -6,7 +6,6 @@ agrees. ``checkpoints/latest`` names the newest. `fusiontree.saver` writes them.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from fusiontree import layout, lease, resize
 from fusiontree.console import console
 from fusiontree.distributed import World
 from fusiontree.errors import RunError, UserError
-from fusiontree.files import fsync_folder, write_atomic
+from fusiontree.files import fsync_folder, parse_json, write_atomic
 from fusiontree.weights import TensorFiles, of_checkpoint
 
 MANIFEST = "manifest.json"
@@ -148,7 +147,7 @@ def resolve(source: Path) -> Path:
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with the files of `checkpoint`, a line each; nothing if it is whole."""
     try:
-        files: dict[str, str] = dict(json.loads((checkpoint / MANIFEST).read_text())["sha256"])
+        files: dict[str, str] = dict(parse_json((checkpoint / MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} is missing or unreadable ({error})"]
     problems = []
@@ -171,7 +170,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
+        state: dict[str, Any] = parse_json(path.read_text())
         missing = [key for key in _STATE_KEYS if key not in state]
     except (ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}); restore the checkpoint or use another one") from None

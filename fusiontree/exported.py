@@ -1,19 +1,18 @@
 """An exported folder as this project reads it: what lies there, its shape, its model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from fusiontree.errors import RunError, UserError
+from fusiontree.files import parse_json
 from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.ssm import STATE_PARAMETERS
+from fusiontree.weights import of_safetensors
 
 FACTS = "fusiontree.json"  # what the run was
 _FACTS = {"tokenizer_fingerprint": str, "eos_id": int, "seq_len": int}  # that are read, and as what
@@ -26,7 +25,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} is not an exported model; make one with 'fusiontree export RUN {folder}'")
     try:
-        facts = json.loads(path.read_text())
+        facts = parse_json(path.read_text())
         wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
     except (ValueError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); export the model again") from None
@@ -38,7 +37,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> ModelConfig:
     """The shape of an exported model."""
     try:
-        return ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        return ModelConfig.from_dict(parse_json((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is a damaged export ({error}); export it again") from None
 
@@ -67,9 +66,8 @@ def load_export(
     shape = read_config(folder)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        weights: dict[str, Tensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            weights |= {name.removeprefix(PREFIX): value for name, value in load_file(path, str(device)).items()}
+        files = of_safetensors(folder)
+        weights = {name.removeprefix(PREFIX): files[name].to(device) for name in files}
         if dtype is not None:
             weights = {n: w if n.endswith(STATE_PARAMETERS) else w.to(dtype) for n, w in weights.items()}
         kernels = choose_kernels(device.type, config=shape, dtype=weights["embedding.weight"].dtype)
@@ -77,10 +75,10 @@ def load_export(
             model = HybridLM(shape, kernels)
         model.load_state_dict(weights, strict=True, assign=True)
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except UserError:  # the choice of kernels, which is no damage
+    except (UserError, RunError):  # the choice of kernels, which is no damage; damage that is said already
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()[:30])
         raise RunError(f"{folder} is a damaged export ({reason}); export it again") from None
     tokenizer.encode_special_tokens = True
     return model.eval(), tokenizer

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fusiontree.errors import UserError
 
@@ -34,6 +36,21 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     fsync_folder(path.parent)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError where it is none, or nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def refuse_below_a_file(target: Path) -> None:
+    """Raise UserError if a folder that `target` would lie in is a file."""
+    for parent in target.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"output {target} would lie in {parent}, which is a file; name another")
+
+
 def refuse_existing(target: Path, overwrite: bool, marker: str) -> None:
     """Refuse an output folder that holds something else.
 
@@ -47,6 +64,7 @@ def refuse_existing(target: Path, overwrite: bool, marker: str) -> None:
     """
     if target.is_file():
         raise UserError(f"output {target} is a file; name a folder")
+    refuse_below_a_file(target)
     if target.resolve() == Path.cwd():
         raise UserError(f"output {target} is the current folder; name one inside it")
     if not target.is_dir() or not any(target.iterdir()):

@@ -1,7 +1,7 @@
 """Text from an exported folder: sampling, and decoding with the cache."""
 
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusiontree.errors import UserError
 from fusiontree.exported import check_positions, load_export, read_facts
+from fusiontree.files import parse_json
 from fusiontree.model.cache import Cache
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
@@ -42,7 +43,7 @@ class Sampling:
             ("top-k", self.top_k >= 0, "at least 0 (0: all)"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition-penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition-penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         ):
             if not holds:
@@ -94,7 +95,7 @@ def generate_texts(
     model, tokenizer = load_export(folder)
     texts = list(prompts.values())
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    _check_ids(model.config, dict(zip(prompts, ids, strict=True)))
+    check_ids(model.config, dict(zip(prompts, ids, strict=True)))
     check_positions(model.config, max(map(len, ids)) + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
     for start in range(0, len(ids), rows):
@@ -130,7 +131,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     """
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other character ends a line
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"no file of prompts at {path}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
@@ -146,7 +147,7 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 def _prompt_of(place: str, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
+        prompt = parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{place} is no object such as {{"prompt": "It was"}}') from None
     if not isinstance(prompt, str):
@@ -200,7 +201,7 @@ def stream_tokens(
     Raises:
         UserError: a prompt is empty, a token is none of the model's, or so many tokens do not fit in memory.
     """
-    _check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
+    check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
     device, longest = model.embedding.weight.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
@@ -240,7 +241,8 @@ def _refusing_lack_of_memory(rows: int, tokens: int) -> Iterator[None]:
         ) from None
 
 
-def _check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
+def check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
+    """Raise UserError, with its name, if a prompt is empty or holds a token that the model does not have."""
     for name, prompt in prompts.items():
         if not prompt:
             raise UserError(f"{name} has no token; give at least one")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fusiontree import layout
 from fusiontree.errors import RunError
+from fusiontree.files import parse_json
 
 INDEX = "model.safetensors.index.json"
 _HEADER_ALIGNMENT = 8  # bytes, as the format's own writer pads its header
@@ -133,7 +134,7 @@ def of_safetensors(folder: Path) -> TensorFiles:
     if not index.is_file():
         return TensorFiles(_located_in(folder / "model.safetensors"))
     try:
-        places = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        places = {name: str(file) for name, file in parse_json(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{index} is damaged ({error!r}); export the model again") from None
     for name in sorted(set(places.values())):
@@ -150,7 +151,7 @@ def _located_in(path: Path) -> dict[str, Located]:
     try:
         with open(path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(size, total)))
+            header = parse_json(stream.read(min(size, total)))
         header.pop("__metadata__", None)
         located = {
             name: Located(

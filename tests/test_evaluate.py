@@ -16,9 +16,11 @@ from conftest import SMALL, build, export_small, write_run
 
 from fusiontree.cli import main
 from fusiontree.cli.model import EVAL_TASKS
+from fusiontree.errors import UserError
 from fusiontree.evaluate import TASKS, evaluate, heatmap
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
+from fusiontree.evaluate.subject import Subject
 from fusiontree.export import export
 from fusiontree.generate import Sampling, stream_tokens
 
@@ -160,6 +162,14 @@ def test_data_with_tokens_that_the_model_does_not_know_are_refused(
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "passkey"]) == 2
     assert f"{shards} holds tokens up to 299; the model's end at 95" in capsys.readouterr().err
+
+
+def test_a_question_with_a_token_that_the_model_does_not_have_is_refused(exported: Path, shards: Path) -> None:
+    subject = Subject.load(exported, shards, (), 0, None, None, 1)
+    assert subject.ids("a zebra")
+    subject.tokenizer.add_tokens([f"<{i}>" for i in range(512)] + ["zebra"])
+    with pytest.raises(UserError, match=r"'a zebra' by .*/out's tokenizer: token \d+ is out of range"):
+        subject.ids("a zebra")
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(

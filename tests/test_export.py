@@ -327,16 +327,20 @@ def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(
 
 
 @pytest.mark.parametrize(
-    ("check", "right"),
-    [("left_padding", "attention_mask is None or bool(attention_mask.all())"), ("cached_decoding", "cache is None")],
+    ("check", "factor"),
+    [
+        ("left_padding", "1 if attention_mask is None or bool(attention_mask.all()) else 1.1"),
+        ("cached_decoding", "1 if cache is None else 1.1"),
+        ("cached_decoding", "1 if cache is None else torch.tensor([1, 1.1])[:, None, None]"),  # in the padded row
+    ],
 )
 def test_a_model_that_is_wrong_under_one_check_alone_fails_the_proof(
-    check: str, right: str, exported: Path, run: Path, tmp_path: Path
+    check: str, factor: str, exported: Path, run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(exported, tmp_path / "out")
     code, given = (tmp_path / "out" / "hf.py").read_text(), "CausalLMOutputWithPast(loss, output.logits, cache)"
     assert given in code
-    wrong = given.replace("output.logits", f"output.logits * (1 if {right} else 1.1)")
+    wrong = given.replace("output.logits", f"output.logits * ({factor})")
     (tmp_path / "out" / "hf.py").write_text(code.replace(given, wrong))
     weights = checkpoint.read_weights(run / "checkpoints" / "step-8")
     with pytest.raises(RunError, match=f"export fails its proof: {check} differs"):

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, build, cli, write_run
+from safetensors.torch import load_file, save_file
 
 from fusiontree.cli import main
-from fusiontree.errors import UserError
+from fusiontree.errors import RunError, UserError
 from fusiontree.export import export
+from fusiontree.exported import PREFIX, load_export, read_facts
 from fusiontree.generate import (
     PREFILL_TOKENS,
     Decoder,
@@ -66,7 +68,9 @@ def test_only_a_new_line_ends_a_prompt(tmp_path: Path) -> None:
     assert [*read_prompts(tmp_path / "odd.txt").values()] == ["a\fb", "c"]
 
 
-@pytest.mark.parametrize("facts", ["{", "{}", "[]", "3", '{"tokenizer_fingerprint": "", "seq_len": 8, "eos_id": "q"}'])
+@pytest.mark.parametrize(
+    "facts", ["{", "{}", "[]", "3", "[" * 100_000, '{"tokenizer_fingerprint": "", "seq_len": 8, "eos_id": "q"}']
+)
 def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "fusiontree.json").write_text(facts)
@@ -75,12 +79,40 @@ def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_pa
     assert error.count("\n") == 1
 
 
+def test_a_special_token_spelt_out_is_text(exported: Path) -> None:
+    _, tokenizer = load_export(exported)
+    spelt = tokenizer.id_to_token(read_facts(exported)["eos_id"])
+    ids = tokenizer.encode(spelt, add_special_tokens=False).ids
+    assert len(ids) > 1
+    assert tokenizer.decode(ids) == spelt
+
+
+def test_the_weights_are_those_that_the_index_names_or_the_one_file(exported: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "one")
+    weights = load_file(exported / "model.safetensors")
+    save_file(
+        {name: torch.zeros_like(value) for name, value in weights.items()}, tmp_path / "one" / "zeros.safetensors"
+    )
+    model, _ = load_export(tmp_path / "one")
+    assert all(torch.equal(value, weights[f"{PREFIX}{name}"]) for name, value in model.named_parameters())
+    *rest, (name, _) = weights.items()
+    save_file(dict(rest), tmp_path / "one" / "model.safetensors")
+    with pytest.raises(RunError, match=f'is a damaged export .*"{name.removeprefix(PREFIX)}"'):
+        load_export(tmp_path / "one")
+    export(run, tmp_path / "more", max_shard_size="50KB")
+    index = tmp_path / "more" / "model.safetensors.index.json"
+    index.write_text(re.sub("model-00001", "../more/model-00001", index.read_text()))
+    with pytest.raises(RunError, match="which leaves its folder"):
+        load_export(tmp_path / "more")
+
+
 def test_what_cannot_be_continued_is_refused_in_one_line(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     files = {"gap.txt": "a\n\nb\n", "none.txt": "", "bad.jsonl": '{"text": "a"}\n', "number.jsonl": '{"prompt": 3}\n'}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     folder = [str(exported)]
     for words, message in (
@@ -92,6 +124,9 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
         ([*folder, "--prompts", str(tmp_path / "gap.txt")], "gap.txt line 2 is empty"),
         ([*folder, "--prompts", str(tmp_path / "none.txt")], "none.txt holds no prompt"),
         ([*folder, "--prompts", str(tmp_path / "missing")], "no file of prompts at"),
+        ([*folder, "--prompts", str(tmp_path)], "no file of prompts at"),
+        ([*folder, "--prompts", str(tmp_path / "deep.jsonl")], "deep.jsonl line 1 is no object such as"),
+        ([*folder, "a", "--repetition-penalty", "inf"], "--repetition-penalty is inf; it must be above 0, and finite"),
         ([*folder, "--prompts", str(tmp_path / "latin.txt")], "latin.txt is not UTF-8 text"),
         ([*folder, "--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl line 1 is no object such as"),
         ([*folder, "--prompts", str(tmp_path / "number.jsonl")], "prompt is 3; it must be text"),

@@ -46,7 +46,7 @@ ARROWS = {
         "fusiontree.exported",  # the reader of an exported folder owns what it looks for there
         "fusiontree.data",  # whose tokenizer goes along
     },
-    "fusiontree.exported": {"fusiontree.kernels", "fusiontree.model"},
+    "fusiontree.exported": {"fusiontree.kernels", "fusiontree.model", "fusiontree.weights"},
     "fusiontree.generate": {"fusiontree.exported", "fusiontree.model"},
     "fusiontree.evaluate": {
         *("fusiontree.exported", "fusiontree.generate", "fusiontree.model", "fusiontree.data"),

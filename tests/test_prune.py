@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, build, cli, seal, write_run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fusiontree import checkpoint
 from fusiontree.bench.prune import bench_prune, half_pruned
@@ -144,9 +144,10 @@ def test_plans_that_fit_no_model_are_refused_in_one_line(layers: object, words: 
 
 def test_a_plan_that_is_nested_without_end_or_a_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="is no pruning plan"):
-        read_plan(path, SMALL)
+    for text in ("[" * 100_000, f'{{"layers": [{{"layer": {"9" * 5000}}}]}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is no pruning plan"):
+            read_plan(path, SMALL)
     with pytest.raises(UserError, match="no plan at"):
         read_plan(tmp_path, SMALL)
 
@@ -222,6 +223,9 @@ def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: 
     (tmp_path / "again.json").write_text(json.dumps(figures["plan"]))
     config = load_config(str(run / "checkpoints" / "step-1" / checkpoint.CONFIG)).model
     assert list(read_plan(tmp_path / "again.json", config).kinds) == kinds
+    again = export(run, tmp_path / "again", "bf16", prune=str(tmp_path / "again.json"), data=shards, limit=1)["pruning"]
+    tensors = load_file(tmp_path / "again" / "model.safetensors").values()
+    assert again["after"]["weights_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
     figures = export(run, tmp_path / "heads", prune_heads=2, data=shards, limit=2)["pruning"]
     heads = json.loads((tmp_path / "heads" / "config.json").read_text())["layer_global_heads"]
     kept = int(list(figures["loss_without"])[2].removeprefix("global head group 0 of layer "))
@@ -235,7 +239,8 @@ def test_the_plan_that_is_made_by_itself_and_a_speed_that_cannot_be_measured(
     why = {"problem": "out of memory: lower it"}
     monkeypatch.setattr(pruner, "measure_decoding", lambda *_: why)
     with open(run / "metrics.jsonl", "w") as lines:
-        lines.write(json.dumps({"step": 1, "val_loss": 9.0}) + "\n")
+        for step, loss in ((1, 9.0), (2, 1.0)):  # the second is of another checkpoint
+            lines.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
     report = export(run, tmp_path / "auto", prune="auto", data=shards, limit=1)["pruning"]
     assert all(report[when]["problem"] == why["problem"] for when in ("before", "after"))
     assert card(tmp_path / "auto")["held-out loss in training, not pruned"] == "9.0000 nats per token"
@@ -254,6 +259,9 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     plan = tmp_path / "plan.json"
     assert main(["prune", str(run), "--out", str(plan)]) == 0
     assert "is there already" in refused("prune", run, "--out", plan)
+    assert "is a folder; name a file" in refused("prune", run, "--out", tmp_path, "--overwrite")
+    assert "would lie in" in refused("prune", run, "--out", plan / "deep" / "plan.json")
+    assert "would lie in" in refused("export", run, plan / "out")
     assert "hi must be above lo" in refused("prune", run, "--hi", 0.1, "--lo", 0.2)
     nothing = tmp_path / "nothing.json"
     nothing.write_text(json.dumps({"layers": [{"layer": 0, "keep": None}]}))
@@ -265,6 +273,7 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     assert "--limit is 0; it must be at least 1" in refused("export", run, tmp_path / "out", "--limit", 0)
     size = "9" * 400 + "GB"
     assert "--max-shard-size is" in refused("export", run, tmp_path / "out", "--max-shard-size", size)
+    assert "no plan at --3" in refused("export", run, tmp_path / "out", "--prune=--3", "--data", shards)
     both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
     assert "--prune and --prune-heads are both given" in both
     assert set(tmp_path.iterdir()) == {plan, nothing}

@@ -14,6 +14,7 @@ from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.exported import check_positions, load_export, read_facts
+from fusiontree.generate import check_ids
 from fusiontree.model.lm import HybridLM
 
 _COUNTED_TOKENS = 2**22  # of the training rows, for the n-gram baseline
@@ -93,8 +94,9 @@ class Subject:
         return np.tile(joined, -(-(max(self.lengths) + 1) // len(joined)))
 
     def ids(self, text: str) -> list[int]:
-        """`text` by the model's own tokenizer."""
+        """`text`, not empty, by the model's own tokenizer."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        check_ids(self.model.config, {f"{text!r} by {self.folder}'s tokenizer": ids})
         return ids
 
 

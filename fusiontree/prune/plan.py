@@ -5,7 +5,6 @@ of attention's. So on average the branch adds to the stream what it added behind
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.errors import UserError
+from fusiontree.files import parse_json
 from fusiontree.model.cache import Cache, LayerCache
 from fusiontree.model.config import LayerKind, ModelConfig
 from fusiontree.model.lm import HybridLM
@@ -193,10 +193,14 @@ def read_plan(path: Path, config: ModelConfig) -> Pruning:
         UserError: it is no plan, names a layer or head that the model does not have, or would leave a layer nothing.
     """
     try:
-        return planned(json.loads(path.read_text(encoding="utf-8")), config, path)
-    except (FileNotFoundError, IsADirectoryError):
+        plan = parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"no plan at {path}; make one with `fusiontree prune RUN --out {path}`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
+        raise UserError(f"{path} is no pruning plan ({error}); make one with `fusiontree prune`") from None
+    try:
+        return planned(plan, config, path)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no pruning plan ({error!r}); make one with `fusiontree prune`") from None
 
 

@@ -1,5 +1,6 @@
 """Pruning a run's model by measurement: what goes, and what the model loses and saves by it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Pruner:
             raise UserError("--prune and --prune-heads are both given; take one, or edit a plan's global_groups")
         if heads:
             return least_loss(head_candidates(config), heads, config, self.loss)
-        if prune is not None and prune.lstrip("-").isdecimal():
+        if prune is not None and re.fullmatch("-?[0-9]{1,9}", prune):
             return least_loss(branch_candidates(config), int(prune), config, self.loss)
         if prune == "auto":
             return planned(make_plan(config, self.gates.cpu(), HI, LO, self.config.data.seq_len), config, "auto"), {}
