@@ -157,7 +157,7 @@ def verify(checkpoint: Path) -> list[str]:
             problems.append(f"{name} leaves the checkpoint's folder")
         elif not path.is_file():
             problems.append(f"{name} is missing")
-        elif _sha256(path) != expected:
+        elif sha256(path) != expected:
             problems.append(f"{name} does not match its sha256")
     return problems + [f"{name} is not in {MANIFEST}" for name in (CONFIG, STATE, GATES) if name not in files]
 
@@ -192,6 +192,7 @@ def read_weights(checkpoint: Path, trust: bool = False) -> TensorFiles:
     return of_checkpoint(checkpoint, read_state(checkpoint)["zero_stage"], trust)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """What the manifest says of a file, in hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

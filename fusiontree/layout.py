@@ -22,6 +22,7 @@ from fusiontree.errors import RunError, UserError
 
 Open = Callable[[Path], dict[str, Any]]  # reads a file, see `opener`
 _WHOLE = "mp_rank_00_model_states.pt"
+_SUB_GROUP = 10**9  # elements of a flat tensor of stage 3 from which on DeepSpeed begins another
 # what DeepSpeed pickles beside tensors; inert stand-ins take their place, so that none of its code runs
 _PICKLED_BY_DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -116,6 +117,39 @@ def _cut(flats: Sequence[Tensor], start: int, count: int) -> Iterator[tuple[int,
         if first < end:
             yield number, first, end - first
         start -= flat.numel()
+
+
+# --- files of no run -------------------------------------------------------------------------------------------------
+
+
+def files(groups: Sequence[Mapping[str, torch.Size]], stage: int, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What DeepSpeed saves of weights alone, without the optimizer's states: names of files and what they hold.
+
+    The tensors are not filled; in FakeTensorMode they take no memory.
+
+    Args:
+        groups: shapes of the parameters by name, for each of the optimizer's groups.
+        stage: of ZeRO.
+        ranks: that stage 3 cuts each parameter among.
+    """
+    if stage < 3:
+        yield _WHOLE, {"module": {name: torch.empty(shape) for group in groups for name, shape in group.items()}}
+        return
+    cut: list[dict[str, torch.Size]] = []
+    flats: list[int] = []  # elements of each on one rank
+    for group in groups:
+        for number, (name, shape) in enumerate(group.items()):
+            if number == 0 or flats[-1] >= _SUB_GROUP:
+                cut.append({})
+                flats.append(0)
+            cut[-1][name] = shape
+            flats[-1] += math.ceil(shape.numel() / ranks)
+    shared = {"buffer_names": [], "param_shapes": cut, "shared_params": {}, "module": {}}
+    for rank in range(ranks):
+        yield f"zero_pp_rank_{rank}_{_WHOLE}", shared
+        states = {"zero_stage": stage, "partition_count": ranks, "optimizer_state_dict": {"state": {}}}
+        states["fp32_flat_groups"] = [torch.empty(size) for size in flats]
+        yield f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", {"optimizer_state_dict": states}
 
 
 # --- reading without running what is read ----------------------------------------------------------------------------

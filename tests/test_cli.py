@@ -17,7 +17,8 @@ from fusiontree.errors import RunError, UserError
 
 COMMANDS = [
     *("data tokenizer", "data build", "data verify", "data inspect", "data plan", "data at"),
-    *("train", "launch", "export", "generate", "eval", "doctor", "demo", "report", "bench loader", "bench overhead"),
+    *("train", "launch", "export", "generate", "eval", "doctor", "demo", "report"),
+    *("bench loader", "bench overhead", "bench export"),
 ]
 
 

@@ -58,6 +58,11 @@ ARROWS = {
         *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.exported"),
         *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
     },
+    "fusiontree.bench.export": {
+        *("fusiontree.bench.measure", "fusiontree.checkpoint", "fusiontree.config", "fusiontree.data"),
+        *("fusiontree.kernels", "fusiontree.layout", "fusiontree.model", "fusiontree.weights"),
+        "fusiontree.training.optimizer",  # whose groups ZeRO cuts up
+    },
     "fusiontree.report": {
         *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
     },

@@ -1,4 +1,4 @@
 """Measurements: training and its peers, decoding and kernels on made-up tokens, the loader on a dataset.
 
-They run the code that users run.
+An export's needs are measured on drawn weights. All run the code that users run.
 """

@@ -65,6 +65,12 @@ def _bench_loader(args: argparse.Namespace) -> Figures:
     return bench_loader(args.data, args.seq_len, args.rows)
 
 
+def _bench_export(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.export import bench_export
+
+    return bench_export(args.preset, args.overrides, args.dtype, args.ranks, args.folder)
+
+
 def _bench_overhead(args: argparse.Namespace) -> Figures:
     from fusiontree.bench.overhead import bench_overhead
 
@@ -78,7 +84,7 @@ def _bench_overhead(args: argparse.Namespace) -> Figures:
 
 def add(commands: Any) -> None:
     """Add the subcommands."""
-    summary = "Measure how fast things are here; nothing is written but --profile."
+    summary = "Measure how fast things are here, and what they need; nothing stays but what an option names."
     bench = commands.add_parser(
         "bench",
         help=summary,
@@ -167,6 +173,18 @@ def add(commands: Any) -> None:
     loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
     loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
     loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
+
+    export = command(
+        bench_commands,
+        "export",
+        _shown(_bench_export),
+        "Measure what exporting a checkpoint of drawn weights needs, which is made for it.",
+        "bench export --preset 1b --dtype bf16",
+    )
+    add_preset(export)
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the export (default fp32)")
+    export.add_argument("--ranks", type=int, default=8, metavar="N", help="that the checkpoint is of (default 8)")
+    export.add_argument("--folder", type=Path, metavar="DIR", help="keep run and export there (default: nothing stays)")
 
     overhead = command(
         bench_commands,

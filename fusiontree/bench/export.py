@@ -1,0 +1,198 @@
+"""What an export needs: a checkpoint of drawn weights is made, and exported by a process whose memory is watched."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fusiontree import checkpoint, layout
+from fusiontree.bench import measure
+from fusiontree.config import RunConfig, deepspeed_json, load_config, to_yaml
+from fusiontree.console import progress_bar
+from fusiontree.data.format import tokenizer_fingerprint
+from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
+from fusiontree.errors import RunError, UserError
+from fusiontree.files import write_atomic
+from fusiontree.kernels import DTYPES
+from fusiontree.model.lm import HybridLM, drawn, materialise
+from fusiontree.training.optimizer import parameter_groups
+from fusiontree.weights import Located, of_checkpoint
+
+MARGIN = 2**28  # bytes of disk beside the weights
+POLL = 0.02  # seconds between two looks at the process
+
+
+def bench_export(
+    preset: str, overrides: list[str], dtype: str = "fp32", ranks: int = 8, folder: Path | None = None
+) -> dict[str, Any]:
+    """Export a checkpoint of `preset` with initial weights by ``fusiontree export`` in a process of its own.
+
+    Args:
+        preset: its name or a YAML file. overrides: ``key=value``, as for a run; `deepspeed` decides on the ZeRO stage.
+        dtype: `fp32` or `bf16`, of the exported weights.
+        ranks: that the checkpoint is of.
+        folder: where run and export are made and stay; None: in the system's temporary folder, and nothing stays.
+
+    Returns:
+        The machine and the checkpoint; its bytes and the export's, of all files; those of the largest tensor in fp32;
+        the greatest resident memory of the process, mapped files included; its seconds, the interpreter's start
+        included; and the parity figures.
+
+    Raises:
+        UserError: the configuration, a number or the folder is wrong, or the disk lacks the room.
+        RunError: the export fails.
+    """
+    config = load_config(preset, overrides)
+    stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
+    if ranks < 1:
+        raise UserError(f"--ranks is {ranks}; it must be at least 1")
+    if folder is not None:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"--folder {folder} is there and no empty folder; name another")
+        folder.mkdir(parents=True, exist_ok=True)
+    made: Any = tempfile.TemporaryDirectory(prefix="fusiontree-export-") if folder is None else nullcontext(folder)
+    with made as root:
+        _require_room(Path(root), config, dtype)
+        run, output = Path(root, "run"), Path(root, "export")
+        saved = write_checkpoint(run, config, stage, ranks)
+        figures = _watch_export(run, output, dtype)
+        sizes = {"checkpoint_bytes": _size(saved), "export_bytes": _size(output)}
+    with torch.device("meta"):
+        largest = max(parameter.numel() for parameter in HybridLM(config.model).parameters())
+    return {
+        "preset": config.name,
+        "parameters": config.model.parameter_count(),
+        **measure.describe_machine(torch.device("cpu")),
+        "zero_stage": stage,
+        "ranks": ranks,
+        "dtype": dtype,
+        **sizes,
+        "largest_tensor_bytes": largest * torch.float32.itemsize,
+        **figures,
+    }
+
+
+def _require_room(folder: Path, config: RunConfig, dtype: str) -> None:
+    needed = config.model.parameter_count() * (torch.float32.itemsize + DTYPES[dtype].itemsize) + MARGIN
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"checkpoint and export need {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free; "
+            "name a folder on another disk with --folder"
+        )
+
+
+# --- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(run: Path, config: RunConfig, stage: int, ranks: int) -> Path:
+    """A run's folder with a checkpoint of its initial weights, made module by module; returns the checkpoint.
+
+    What a run saves besides, the optimizer's moments and copies of weights, an export hashes and does not read.
+    """
+    folder = run / "checkpoints" / "step-1"
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    _write_weights(folder, model, config, stage, ranks)
+    _write_tokenizer(run / "tokenizer")
+    state: dict[str, Any] = {"step": 1, "tokens": 0, "rows_consumed": 0, "world_size": ranks, "zero_stage": stage}
+    state |= {"tokenizer_fingerprint": tokenizer_fingerprint(run / "tokenizer"), "data_fingerprint": ""}
+    state |= {"eos_id": 0, "pad_id": 0, "wandb_id": None}
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    (folder / checkpoint.CONFIG).write_text(to_yaml(config))
+    gates = torch.full((config.model.num_layers, config.model.hidden_size), 0.5)
+    save_file({"mean": gates}, folder / checkpoint.GATES)
+    hashes = {path.name: checkpoint.sha256(path) for path in sorted(folder.iterdir())}
+    write_atomic(folder / checkpoint.MANIFEST, json.dumps({"sha256": hashes}))
+    return folder
+
+
+def _write_weights(folder: Path, model: HybridLM, config: RunConfig, stage: int, ranks: int) -> None:
+    """DeepSpeed's files: first with holes for the weights, then each weight where a reader looks for it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {names[parameter]: parameter.shape for parameter in group["params"]}
+        for group in parameter_groups(model, config.optimizer)
+    ]
+    with FakeTensorMode():
+        contents = list(layout.files(groups, stage, ranks))
+    for name, content in contents:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(content, folder / name)
+    located = of_checkpoint(folder, stage).located
+    paths = {module: path for path, module in model.named_modules()}
+    with progress_bar() as bar:
+        task = bar.add_task("checkpoint", total=len(located), note="")
+        for module in materialise(model, drawn(config.seed), torch.device("cpu")):
+            for name, parameter in module.named_parameters(paths[module], recurse=False):
+                _fill(located[name], parameter.detach())
+                bar.update(task, advance=1, note=name)
+            module.to_empty(device="meta", recurse=False)
+
+
+def _fill(place: Located, value: Tensor) -> None:
+    raw: Any = value.reshape(-1).view(torch.uint8).numpy()
+    done = 0
+    for path, offset, count in place.pieces:
+        end = done + count * value.dtype.itemsize
+        with open(path, "r+b") as stream:
+            stream.seek(offset)
+            stream.write(raw[done:end])
+        done = end
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A tokenizer of one token: no text is encoded."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder.mkdir()
+    Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>")).save(str(folder / TOKENIZER_FILE))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<eos>"}
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))
+
+
+# --- the export ------------------------------------------------------------------------------------------------------
+
+
+def _watch_export(run: Path, output: Path, dtype: str) -> dict[str, Any]:
+    """Peak of resident memory in bytes, seconds and parity of ``fusiontree export``."""
+    words = ["export", str(run), str(output), "--dtype", dtype, "--json"]
+    started, peak = time.perf_counter(), 0
+    with subprocess.Popen([sys.executable, "-m", "fusiontree", *words], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None:
+                peak = max(peak, _peak_resident(process.pid))
+                time.sleep(POLL)
+        finally:
+            process.terminate()  # an interrupted one: what it has begun goes before its folder does
+            process.wait()
+        said, _ = process.communicate()
+    if process.returncode:
+        raise RunError(f"the export of {run} ended with code {process.returncode}; what it said stands above")
+    seconds = time.perf_counter() - started
+    return {"peak_memory_bytes": peak, "seconds": seconds, "parity": json.loads(said)["parity"]}
+
+
+def _peak_resident(process: int) -> int:
+    """Bytes that a process has had resident at most, pages of mapped files included; 0 when it is ending.
+
+    Unlike `ru_maxrss`, it does not begin with what the process that started it held.
+    """
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
