@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MICRO, cli
+from conftest import MICRO, cli, settings
 
 from fusiontree import checkpoint, layout
 from fusiontree.bench import export as bench
@@ -50,6 +50,28 @@ def test_deepspeed_itself_reads_the_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     states = torch.load(folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
     assert len(states["fp32_flat_groups"]) > 3
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_its_files_are_laid_out_as_those_of_a_run(stage: int, shards: Path, tmp_path: Path) -> None:
+    changes = {"deepspeed": f"zero{stage}", "schedule__steps": 1, "schedule__warmup_steps": 0, "validation__every": 0}
+    cli("train", "tiny", *settings(shards, tmp_path, name="run", **changes))
+    real = tmp_path / "run" / "checkpoints" / "step-1"
+    made = bench.write_checkpoint(tmp_path / "made", load_config(str(real / "config.yaml")), stage, 1)
+    assert {path.name for path in made.iterdir()} == {path.name for path in real.iterdir()}
+    read = layout.opener(values=False)
+    if stage == 0:
+        shapes = [{name: value.shape for name, value in layout.whole_weights(f, read)[1].items()} for f in (made, real)]
+        assert shapes[0] == shapes[1]
+        return
+    assert [*layout.shapes(made, read).items()] == [*layout.shapes(real, read).items()]
+    (expected, found) = (
+        [[*group] for group in read(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]]
+        for folder in (real, made)
+    )
+    assert found == expected
+    places = [[(p.name, p.start, p.length, p.flat.shape) for p in layout.parts(f, 3, read)] for f in (made, real)]
+    assert places[0] == places[1]
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("fp32", 2), ("bf16", 3)])
@@ -98,17 +120,21 @@ def test_a_damaged_checkpoint_fails_the_bench_which_leaves_nothing(
 def test_an_interrupted_bench_ends_the_export_and_leaves_nothing(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            started.append(self)
 
     def interrupt(process: int) -> int:
-        seen.append(process)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
     monkeypatch.setattr(bench, "_peak_resident", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bench.bench_export("tiny", SHAPE)
-    with pytest.raises(ProcessLookupError):
-        os.kill(seen[0], 0)
+    assert started[0].returncode not in (0, None)
     assert [*temporary.iterdir()] == []
 
 
