@@ -157,7 +157,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_made(
     with pytest.raises(UserError, match=r"need 71\.3 GiB, and .* has 70\.0 GiB free"):
         bench.bench_export("13b", [], "bf16")
     with pytest.raises(UserError, match=r"need 94\.9 GiB"):
-        bench.bench_export("13b", [], "fp32")
+        bench.bench_export("13b", [], "fp32", folder=temporary / "deep" / "kept")
     assert [*temporary.iterdir()] == []
 
 
@@ -169,6 +169,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_made(
         (["--preset", "tiny", "deepspeed=zero9"], "deepspeed 'zero9' is neither"),
         (["--preset", "tiny", "--folder", "."], "--folder . is there and no empty folder"),
         (["--preset", "tiny", "--folder", "a.txt"], "--folder a.txt is there and no empty folder"),
+        (["--preset", "tiny", "--folder", "a.txt/b"], "which is a file; name another"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:

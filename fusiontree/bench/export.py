@@ -22,7 +22,7 @@ from fusiontree.console import progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.errors import RunError, UserError
-from fusiontree.files import write_atomic
+from fusiontree.files import refuse_below_a_file, write_atomic
 from fusiontree.kernels import DTYPES
 from fusiontree.model.lm import HybridLM, drawn, materialise
 from fusiontree.training.optimizer import parameter_groups
@@ -56,13 +56,14 @@ def bench_export(
     stage = deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
     if ranks < 1:
         raise UserError(f"--ranks is {ranks}; it must be at least 1")
+    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--folder {folder} is there and no empty folder; name another")
+    _require_room(folder or Path(tempfile.gettempdir()), config, dtype)
     if folder is not None:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"--folder {folder} is there and no empty folder; name another")
+        refuse_below_a_file(folder)
         folder.mkdir(parents=True, exist_ok=True)
     made: Any = tempfile.TemporaryDirectory(prefix="fusiontree-export-") if folder is None else nullcontext(folder)
     with made as root:
-        _require_room(Path(root), config, dtype)
         run, output = Path(root, "run"), Path(root, "export")
         saved = write_checkpoint(run, config, stage, ranks)
         figures = _watch_export(run, output, dtype)
@@ -84,7 +85,8 @@ def bench_export(
 
 def _require_room(folder: Path, config: RunConfig, dtype: str) -> None:
     needed = config.model.parameter_count() * (torch.float32.itemsize + DTYPES[dtype].itemsize) + MARGIN
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
             f"checkpoint and export need {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free; "
