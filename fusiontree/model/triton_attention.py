@@ -141,7 +141,7 @@ class _AttentionInputs(torch.autograd.Function):
                 )  # fmt: skip
             d_weights.append(d_weight.sum((0, 1)).to(weight.dtype))
         for _, d_inputs, grad in places[2 * kinds :]:
-            d_inputs.copy_(grad.flatten(-2).view_as(d_inputs))
+            d_inputs.copy_(grad.reshape(d_inputs.shape))
         return dx, *d_weights, None, None, None
 
 
