@@ -120,8 +120,14 @@ def compare_scan(name: str, dtype: torch.dtype, seq: torch.Tensor, first: int, c
 
 @pytest.mark.parametrize(("name", "dtype"), usable("convolution"))
 @pytest.mark.parametrize(
-    ("taps", "rows", "channels"), [(4, ROWS, 40), (3, ROWS, 40), (4, [[300, 1, 299]], 150)]
-)  # the last: several programs along the row and across the channels
+    ("taps", "rows", "channels"),
+    [
+        (4, ROWS, 40),
+        (3, ROWS, 40),
+        (4, [[300, 1, 299]], 150),  # several programs along the row and across the channels
+        (4, [[31, 97, 5], [30, 97, 6]], 40),  # documents that begin just before a program's first token
+    ],
+)
 def test_the_convolution_equals_the_reference(
     name: str, dtype: torch.dtype, taps: int, rows: list[list[int]], channels: int
 ) -> None:
@@ -134,6 +140,31 @@ def test_the_convolution_equals_the_reference(
         inputs,
         tolerance(dtype, rounds=False),
     )
+
+
+@pytest.mark.parametrize(("name", "dtype"), usable("convolution"))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+@pytest.mark.parametrize("changed", ["input", "gradient"])
+def test_no_value_of_a_document_reaches_another_through_the_convolution(
+    name: str, dtype: torch.dtype, value: float, changed: str
+) -> None:
+    lengths = [1, 30, 2, 40, 54, 3, 10]
+    seq, convolution = documents_of([lengths]).seq_idx.to(DEVICE), backend("convolution", name)
+    weight, bias = normal(8, 4, seed=1).to(DEVICE), normal(8, seed=2).to(DEVICE)
+
+    def both(x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.to(DEVICE).requires_grad_()
+        y = convolution(x, weight, bias, seq)
+        return y.detach(), torch.autograd.grad(y, x, upstream.to(DEVICE))[0]
+
+    given = {"input": normal(1, 140, 8, dtype=dtype), "gradient": normal(1, 140, 8, dtype=dtype, seed=3)}
+    before = both(*given.values())
+    for document in range(len(lengths)):
+        there = seq[0].cpu() == document
+        other = given | {changed: given[changed].clone()}
+        other[changed][0, there] = value
+        for one, two in zip(before, both(*other.values()), strict=True):
+            assert torch.equal(one[0, ~there], two[0, ~there])
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("attention"))

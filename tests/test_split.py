@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,9 +39,10 @@ def gradients(x: Tensor, weights: list[Tensor], placed: int, twice: bool = False
     return grad, places
 
 
-def test_gradients_are_the_same_wherever_they_are_written() -> None:
-    x = torch.randn(2, 5, 11, requires_grad=True)
-    weights = [torch.randn(2, 5, *shape) for shape in SHAPES]
+@pytest.mark.parametrize("tokens", [(2, 5), (1, 1)])
+def test_gradients_are_the_same_wherever_they_are_written(tokens: tuple[int, ...]) -> None:
+    x = torch.randn(*tokens, 11, requires_grad=True)
+    weights = [torch.randn(*tokens, *shape) for shape in SHAPES]
     expected = 2 * torch.cat([weight.flatten(2) for weight in weights], -1)
     for placed in range(4):
         grad, places = gradients(x, weights, placed)

@@ -178,7 +178,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Ten
 
     Args:
         x: [B, L, channels]. weight: [channels, taps], the last tap on the token itself. bias: [channels].
-        seq_idx: int [B, L].
+        seq_idx: int [B, L], never falling along a row.
 
     Returns:
         [B, L, channels] in the dtype of x.

@@ -23,7 +23,7 @@ except ImportError:  # the exported folder must load, and say so, where there is
 
 
 TAPS = tl.constexpr(4)  # most taps; fewer are padded with zeros
-AT_ONCE = tl.constexpr(4)  # tokens whose loads are under way together
+AT_ONCE = tl.constexpr(4)  # tokens whose loads are under way together: as many as there are taps
 
 
 @triton.jit
@@ -59,7 +59,10 @@ def _documents(seq, t, L):
 
 @triton.jit
 def _before(x, seq, t, stride, L, d, D: tl.constexpr):
-    """The three tokens before t, the nearest first, fp32; zero where one is not of that one's document."""
+    """The three tokens before t, the nearest first, fp32; zero where one is not of the nearest's document; and that.
+
+    Whether t itself is of it is for the caller to see.
+    """
     last = _document(seq, t - 1, L)
     first = _token(x, t - 1, stride, L, d, D).to(tl.float32)
     second = _token(x, t - 2, stride, L, d, D).to(tl.float32)
