@@ -26,9 +26,8 @@ def _halves(x, t, i, stride, tokens, HALF: tl.constexpr):
     """Both halves of a head, fp32 [tokens, HALF]; zero beyond the last token."""
     place = x + t[:, None] * stride + i[None, :]
     real = (t < tokens)[:, None] & (i < HALF)[None, :]
-    return tl.load(place, mask=real, other=0.0).to(tl.float32), tl.load(place + HALF, mask=real, other=0.0).to(
-        tl.float32
-    )
+    first, second = tl.load(place, mask=real, other=0.0), tl.load(place + HALF, mask=real, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
