@@ -385,8 +385,15 @@ def test_muon_goes_with_what_deepspeed_can_do_of_it(write):
 def test_deepspeed_settings_that_are_not_there_or_not_json(write):
     with pytest.raises(UserError, match="neither one of zero0, .*, zero3_nvme, zero3_offload nor a JSON"):
         deepspeed_json(load_config("tiny", ["deepspeed=zero9"]))
-    with pytest.raises(UserError, match="not valid JSON"):
-        deepspeed_json(load_config("tiny", [f"deepspeed={write('{', 'ds.json')}"]))
+    for text in ("{", "[" * 100_000):
+        with pytest.raises(UserError, match="not valid JSON"):
+            deepspeed_json(load_config("tiny", [f"deepspeed={write(text, 'ds.json')}"]))
+
+
+def test_a_manifest_nested_without_end_is_none(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a dataset's manifest"):
+        manifest_of(tmp_path)
 
 
 def manifest_of(folder) -> dict:

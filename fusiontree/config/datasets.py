@@ -1,11 +1,11 @@
 """The datasets and the teacher that a run's configuration points at, held against its model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fusiontree.config.run import RunConfig
 from fusiontree.errors import UserError
+from fusiontree.files import parse_json
 
 
 def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:
@@ -34,8 +34,8 @@ def dataset_manifest(config: RunConfig) -> dict[str, Any] | None:
 
 def _check_teacher(config: RunConfig, folder: Path, manifest: dict[str, Any] | None) -> None:
     try:
-        vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        fingerprint = json.loads((folder / "fusiontree.json").read_text(encoding="utf-8"))["tokenizer_fingerprint"]
+        vocab_size = parse_json((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        fingerprint = parse_json((folder / "fusiontree.json").read_text(encoding="utf-8"))["tokenizer_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"distill.teacher {folder} is not a folder that `fusiontree export` made; give one") from None
     if vocab_size != config.model.vocab_size:
@@ -56,7 +56,7 @@ def _local_manifest(key: str, folder: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{key} {folder}: no manifest.json there; build it with `fusiontree data build`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         int(manifest["tokenizer"]["vocab_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a dataset's manifest ({error!r}); build the dataset again") from None

@@ -1,7 +1,6 @@
 """DeepSpeed's own settings, which a run's configuration points at."""
 
 import importlib.resources
-import json
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from fusiontree.config.keys import short
 from fusiontree.config.run import RunConfig
 from fusiontree.errors import UserError
+from fusiontree.files import parse_json
 
 # settings with an owner in the run's configuration: a second value in the JSON could only contradict it
 _OWNED = {
@@ -64,7 +64,7 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     if not source.is_file():
         raise UserError(f"deepspeed '{config.deepspeed}' is neither one of {', '.join(names)} nor a JSON file")
     try:
-        settings = json.loads(source.read_text(encoding="utf-8"))
+        settings = parse_json(source.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"deepspeed {config.deepspeed}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):

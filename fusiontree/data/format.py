@@ -24,7 +24,7 @@ from fusiontree.data.packing import PACKER_VERSION, Span
 from fusiontree.data.remote import Cache, Store, UnreachableError, is_address
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, require_golden
 from fusiontree.errors import RunError, UserError
-from fusiontree.files import write_atomic
+from fusiontree.files import parse_json, write_atomic
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
         UserError: there is none, or it is no JSON.
     """
     try:
-        content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        content = parse_json((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer folder {folder} cannot be read ({error}); restore or train it again") from None
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -148,7 +148,7 @@ class Manifest:
         if not path.is_file():
             raise UserError(f"{folder} holds no manifest.json; give a folder that `fusiontree data build` made")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             version = values.pop("format")
             if version != FORMAT_VERSION:
                 raise UserError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build it again")
@@ -437,7 +437,7 @@ def _mirrored(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) -> l
         try:
             if name == tokenizer:
                 return tokenizer_fingerprint(store.folder / "tokenizer") == manifest.tokenizer_fingerprint
-            return isinstance(json.loads((store.folder / config).read_bytes()), dict)
+            return isinstance(parse_json((store.folder / config).read_bytes()), dict)
         except (OSError, UserError, ValueError):
             return False
 

@@ -4,7 +4,6 @@ A damaged header hides only its own member: the walk goes on at the next header 
 """
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest, read_array, row_crc
+from fusiontree.files import parse_json
 
 _BLOCK = tarfile.BLOCKSIZE
 _MEMBERS = ("ends.npy", "json", "tok.npy")
@@ -179,7 +179,7 @@ class _Sample:
         parts = {kind: content[offset : offset + size] for kind, (offset, size) in members.items()}
         tokens, tokens_at = read_array(parts["tok.npy"], dimensions=2)
         ends, ends_at = read_array(parts["ends.npy"], dimensions=2)
-        about = json.loads(bytes(parts["json"]))
+        about = parse_json(bytes(parts["json"]))
         documents, rows = about["documents"], len(tokens)
         crcs = about.get("crc", [None] * rows)
         if tokens.dtype not in _TOKENS or ends.dtype != ENDS or not rows == len(ends) == len(documents) == len(crcs):
