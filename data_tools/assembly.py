@@ -11,7 +11,7 @@ import numpy as np
 
 from data_tools.duplicates import DIGEST, SeenTexts
 from data_tools.readers import Record
-from data_tools.report import Report
+from data_tools.skipped import Report
 from data_tools.workers import Encoded
 from fusiontree.data.format import SPLITS, ShardInfo, TokenizerInfo, has_index, index_path
 from fusiontree.data.packing import WINDOW_DOCUMENTS, PackedRow, Packer

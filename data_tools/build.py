@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly, State, load_state, not_as_left
+from data_tools.inputs import TextFile, find_files
 from data_tools.readers import TOO_LONG, TOO_SHORT, Reading, Record, records, require_readers
-from data_tools.sources import TextFile, find_files
-from data_tools.tokenizer import copy_tokenizer
+from data_tools.tokenizers import copy_tokenizer
 from data_tools.workers import Work, Workers, start_workers
 from fusiontree import __version__
 from fusiontree.console import console, progress_bar

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizers import load_tokenizer
 from fusiontree.data.format import token_dtype
 from fusiontree.data.tokenizer import GOLDEN_TEXTS
 from fusiontree.errors import RunError, UserError

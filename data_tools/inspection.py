@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizers import load_tokenizer
 from fusiontree.data.format import Dataset, Manifest
 
 _SHOWN_TOKENS = 32

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from data_tools.sources import TextFile
+from data_tools.inputs import TextFile
 from fusiontree.errors import RunError, UserError
 
 if sys.version_info >= (3, 14):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data_tools.tokenizer import copy_tokenizer, load_tokenizer
+from data_tools.tokenizers import copy_tokenizer, load_tokenizer
 from data_tools.verify import faults_against_manifest, scan_all
 from fusiontree.data.format import (
     MANIFEST,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizers import load_tokenizer
 from data_tools.workers import process_pool
 from fusiontree.console import progress_bar
 from fusiontree.data.format import MANIFEST, Manifest, ShardInfo, index_path, read_index, tokenizer_fingerprint

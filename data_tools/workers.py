@@ -17,8 +17,8 @@ import numpy as np
 
 from data_tools.duplicates import DIGEST, digest
 from data_tools.encoding import Encoder
+from data_tools.inputs import TextFile
 from data_tools.readers import Reading, Record, Rejected, examine, is_sealed, text_of
-from data_tools.sources import TextFile
 from fusiontree.errors import RunError
 
 _Item = TypeVar("_Item")

@@ -31,6 +31,6 @@ class HungError(RunError):
 _BY_CODE = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError, HungError)}
 
 
-def of_code(code: int | None, message: str) -> UserError | RunError:
+def from_exit_code(code: int | None, message: str) -> UserError | RunError:
     """The error that a process which ended with `code` and said `message` stands for; None: it was killed."""
     return _BY_CODE.get(RunError.exit_code if code is None else code, RunError)(message)

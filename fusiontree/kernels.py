@@ -6,7 +6,7 @@ import torch
 
 from fusiontree.errors import UserError
 from fusiontree.model.config import ModelConfig
-from fusiontree.model.ops import Kernels, select
+from fusiontree.model.kernel_registry import Kernels, select
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the activations, by precision
 
@@ -17,7 +17,7 @@ def choose_kernels(
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Kernels:
-    """`ops.select`, whose refusal is the user's to mend.
+    """`kernel_registry.select`, whose refusal is the user's to mend.
 
     Raises:
         UserError: a back-end asked for by name is unknown or cannot run here.

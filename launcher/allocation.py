@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.config import RunConfig, load_config
+from fusiontree.distributed.outcome import LAUNCH_FOLDER
+from fusiontree.distributed.ports import free_port
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
-from fusiontree.network import free_port
-from launcher import reports, sbatch, slurm
-from launcher.plan import CONFIG, FIRST_PORT, PORTS, network_settings
+from fusiontree.run.folder import ATTEMPTS_FILE, CONFIG_FILE, LOGS, newest_step
+from launcher import rank_reports, sbatch, slurm
+from launcher.job import FIRST_PORT, PORTS, network_settings
 
-ATTEMPTS = "attempts.json"
 FAILURES = 2  # ends in a row without progress after which a job is not requeued
 STARTS = 5  # starts in a row without progress after which it is not begun: SLURM requeues by itself after a lost node
 
@@ -40,15 +41,15 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int
     """
     job, step = slurm.this_job(), newest_step(run)
     nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-    config = load_config(str(run / CONFIG))
+    config = load_config(str(run / CONFIG_FILE))
     taken = nodes[: fitting_nodes(config, len(nodes), ranks_per_node, least)]
     record = _next(read_attempts(run), job, step, taken)
     if record["fruitless"] >= STARTS:
         raise RunError(
-            f"job {job} has started {STARTS} times from step {step} without getting further; see {run / 'logs'}"
+            f"job {job} has started {STARTS} times from step {step} without getting further; see {run / LOGS}"
         )
-    write_atomic(run / ATTEMPTS, json.dumps(record, indent=1))
-    logs = run / "logs" / f"{job}-{record['start']}"
+    write_atomic(run / ATTEMPTS_FILE, json.dumps(record, indent=1))
+    logs = run / LOGS / f"{job}-{record['start']}"
     logs.mkdir(parents=True, exist_ok=True)
     port = free_port(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS)
     where = f"{' '.join(taken)}, meeting at {taken[0]}:{port}"
@@ -66,7 +67,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int
         "MASTER_ADDR": taken[0],
         "MASTER_PORT": str(port),
         "WORLD_INFO": _world_info(taken, ranks_per_node),
-        "FUSIONTREE_LAUNCH": str(logs),
+        LAUNCH_FOLDER: str(logs),
     }
 
 
@@ -106,20 +107,22 @@ def end(run: Path, code: int) -> int:
         code: what srun returned, which is the largest of all ranks' codes.
     """
     record = read_attempts(run)
-    logs = run / "logs" / f"{record['job']}-{record['start']}"
-    if os.environ["FUSIONTREE_LAUNCH"] != str(logs):
+    logs = run / LOGS / f"{record['job']}-{record['start']}"
+    if os.environ[LAUNCH_FOLDER] != str(logs):
         _say(f"a newer start of the run has taken over ({logs.name}); this one ends")
         return code
     if code == 0:
         return 0
-    failure = reports.first_failure(logs)
+    failure = rank_reports.first_failure(logs)
     message = f"srun ended with code {code}; see {logs}" if failure is None else failure.message
     _say(message)
     if failure is not None and failure.code is not None:
         code = failure.code
     step = newest_step(run)
     fruitless = 0 if step > record["step"] else record["fruitless"] + 1
-    write_atomic(run / ATTEMPTS, json.dumps(record | {"code": code, "message": message, "reached": step}, indent=1))
+    write_atomic(
+        run / ATTEMPTS_FILE, json.dumps(record | {"code": code, "message": message, "reached": step}, indent=1)
+    )
     if code == UserError.exit_code:
         return code
     if fruitless >= FAILURES:
@@ -143,15 +146,9 @@ def _requeue(job: str, step: int, code: int) -> int:
 
 def read_attempts(run: Path) -> dict[str, Any]:
     """The record of the newest start of the run's newest job; empty if it never had one."""
-    path = run / ATTEMPTS
+    path = run / ATTEMPTS_FILE
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
-
-
-def newest_step(run: Path) -> int:
-    """The step of the run's newest checkpoint, 0 if it has none."""
-    latest = run / "checkpoints" / "latest"
-    return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
 
 
 def _say(line: str) -> None:

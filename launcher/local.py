@@ -17,27 +17,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusiontree.errors import RunError, of_code
-from fusiontree.files import write_atomic
-from fusiontree.outcome import FOLDER
-from fusiontree.signals import REPEAT
-from launcher import beat, reports
-from launcher.plan import Plan
+from fusiontree.distributed.outcome import LAUNCH_FOLDER
+from fusiontree.distributed.signals import REPEAT
+from fusiontree.errors import RunError, from_exit_code
+from launcher import rank_reports
+from launcher.job import Plan
+from launcher.join import ALIVE, GRACE
 
-GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
-_ALIVE = "alive"  # in the folder that ranks share with `run`: locked for as long as that lives
 ENDING = 8.0  # seconds that the other ranks have to end when one has failed
 LOOK = 0.2  # seconds between two looks at how they are doing
 _LAST_LINES = 10  # of a rank's log, shown when it died without a word
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
-_held: list[Any] = []  # the lock that shows that this rank lives, until it ends
 
 
 # --- the launching side ----------------------------------------------------------------------------------------------
@@ -78,10 +74,10 @@ def run(plan: Plan, logs: Path | None = None) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="fusiontree-launch-") as name:
         folder = Path(name)
-        with open(folder / _ALIVE, "w") as alive:
+        with open(folder / ALIVE, "w") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             end = _supervise(plan, folder)
-        said = reports.read(folder)
+        said = rank_reports.read(folder)
     if end.silent is not None and logs is not None:
         _show_last_lines(logs / f"rank-{end.silent}.log")
     return _verdict(said, plan.world_size, *end)
@@ -108,7 +104,7 @@ class _Stop:
         self.deadline = float("inf")
 
     def __call__(self, number: int, frame: object) -> None:
-        now, begun = time.monotonic(), reports.processes(self.folder)
+        now, begun = time.monotonic(), rank_reports.processes(self.folder)
         if len(begun) < self.ranks:  # there is nothing to save yet
             self.signal, self.since, self.deadline = number, now, now
         elif number in _STOPS and self.signal is None:
@@ -122,7 +118,7 @@ class _Stop:
 
 def _supervise(plan: Plan, folder: Path) -> _End:
     """Run `plan` in a process group of its own; its ranks report to `folder`."""
-    environment = {**os.environ, **plan.environment, FOLDER: str(folder)}
+    environment = {**os.environ, **plan.environment, LAUNCH_FOLDER: str(folder)}
     process = subprocess.Popen(
         render(plan), env=environment, start_new_session=True, preexec_fn=leave_signals_to_the_ranks
     )
@@ -145,8 +141,8 @@ def _supervise(plan: Plan, folder: Path) -> _End:
 
 def _failed(folder: Path) -> tuple[bool, int | None]:
     """Whether a rank has failed, and which one if none has said why."""
-    failed = reports.failures(reports.read(folder))
-    if reports.names_a_cause(failed):
+    failed = rank_reports.failures(rank_reports.read(folder))
+    if rank_reports.names_a_cause(failed):
         return True, None
     for path in sorted(folder.glob("running-*")):
         rank = int(path.name.removeprefix("running-"))
@@ -197,7 +193,7 @@ def _verdict(
     said: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
 ) -> int:
     """The job's exit code, from what the ranks reported and, where they could not, from what DeepSpeed returned."""
-    failures = reports.failures(said)
+    failures = rank_reports.failures(said)
     if len(said) == ranks and not failures:
         return 0  # also when a rank aborted afterwards, in the interpreter's shutdown
     if stopped_by == signal.SIGINT:
@@ -216,7 +212,7 @@ def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
     code, message = failure["code"], failure["message"]
     if message is None:
         return int(code)  # its traceback has been shown
-    raise of_code(code, message if shared else f"rank {failure['rank']}: {message}")
+    raise from_exit_code(code, message if shared else f"rank {failure['rank']}: {message}")
 
 
 def _cause(returned: int, silent: int | None) -> str:
@@ -231,28 +227,3 @@ def _cause(returned: int, silent: int | None) -> str:
 
 
 # --- the rank's side -------------------------------------------------------------------------------------------------
-
-
-def join_launcher() -> None:
-    """Called first on each rank: takes signals again and ends this process when the `run` that started it is gone."""
-    if FOLDER not in os.environ:
-        return
-    folder, rank = Path(os.environ[FOLDER]), os.environ.get("RANK", "0")
-    _held.append(open(folder / f".running-{rank}", "w"))  # noqa: SIM115
-    fcntl.flock(_held[0], fcntl.LOCK_EX)
-    os.replace(folder / f".running-{rank}", folder / f"running-{rank}")  # seen before, it would be free: a death
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    write_atomic(folder / f"rank-{rank}.joined", f"{os.uname().nodename} {os.getpid()}")
-    if (folder / _ALIVE).exists():  # SLURM ends its ranks itself
-        threading.Thread(target=_end_with_launcher, args=(folder,), name="launcher-watch", daemon=True).start()
-    if (folder / beat.FILE).exists():  # it is on another machine
-        threading.Thread(target=beat.watch, args=(folder, GRACE), name="launcher-watch", daemon=True).start()
-
-
-def _end_with_launcher(folder: Path) -> None:
-    with open(folder / _ALIVE) as alive:
-        fcntl.flock(alive, fcntl.LOCK_SH)  # returns when `run` has let go of it, however it ended
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    os.kill(os.getpid(), signal.SIGKILL)

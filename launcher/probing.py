@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.config import RunConfig
+from fusiontree.distributed.ports import free_port
 from fusiontree.errors import RunError, UserError
-from fusiontree.network import free_port
-from launcher import hostfile, remote, slurm
-from launcher.plan import FIRST_PORT, PORTS, Plan, Surroundings, plan_program
+from launcher import hostfile, multihost, slurm
+from launcher.job import FIRST_PORT, PORTS, LaunchOptions, Plan, plan_program
 
 
 def probe_cluster(config: RunConfig, nodes: int, ranks_per_node: int, hosts: Path | None) -> dict[str, Any] | None:
@@ -34,9 +34,9 @@ def probe_cluster(config: RunConfig, nodes: int, ranks_per_node: int, hosts: Pat
             slots = dict(list(hostfile.read(hosts).items())[:nodes])
             if len(slots) < nodes:
                 raise UserError(f"--nodes {nodes}: {hosts} names {len(slots)}")
-            plan = plan_program(("fusiontree", "probe", str(target)), slots, Surroundings())
-            remote.check_programs("pdsh")
-            remote.run(plan, folder, "pdsh")
+            plan = plan_program(("fusiontree", "probe", str(target)), slots, LaunchOptions())
+            multihost.check_programs("pdsh")
+            multihost.run(plan, folder, "pdsh")
         found: dict[str, Any] = json.loads(target.read_text())
         return found
 

@@ -16,13 +16,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from fusiontree.config import RunConfig
+from fusiontree.doctor.memory import checkpoint_bytes
 from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
-from fusiontree.memory import checkpoint_bytes
-from fusiontree.training.metrics import read_metrics
+from fusiontree.run.folder import LOGS
+from fusiontree.run.records import read_metrics
 from launcher import slurm
 from launcher.containers import Entry, entry
-from launcher.plan import Plan
+from launcher.job import Plan
 
 SCRIPT = "job.sbatch"  # in the run's folder
 _DISK_RATE = 0.5e9  # bytes/s that one node is taken to write of a checkpoint, as long as the run has written none
@@ -222,6 +223,6 @@ def seconds(limit: str) -> int:
 
 def write(text: str, folder: Path) -> Path:
     """Write the script into the run's folder, and make the folder of its logs; the script's path."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
     write_atomic(folder / SCRIPT, text)
     return folder / SCRIPT

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
-from launcher.plan import Plan
+from launcher.job import Plan
 
 SUBMITTED = "job.id"  # in the run's folder, beside the script: what sbatch answered
 # a task's place among the ranks in torch's words, which it takes first

@@ -19,16 +19,16 @@ from cluster import Cluster
 from safetensors.torch import save_file
 
 from data_tools.build import build as build_shards
-from data_tools.tokenizer import train_tokenizer
-from fusiontree import checkpoint
+from data_tools.tokenizers import train_tokenizer
 from fusiontree.config import load_config, to_yaml
 from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo, tokenizer_fingerprint
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.writer import SHARD_ROWS, ShardWriter
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
+from fusiontree.model.kernel_registry import Kernels
 from fusiontree.model.lm import HybridLM
-from fusiontree.model.ops import Kernels
+from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_FILE
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, which share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may ask a hub
@@ -267,13 +267,13 @@ def write_run(
     folder = run / "checkpoints" / "step-1"
     write_layout(folder, state, stage, ranks, 2**20)
     values = load_config("tiny", ["data.seq_len=128"]).model_copy(update={"model": config})
-    (folder / checkpoint.CONFIG).write_text(to_yaml(values))
+    (folder / CONFIG_FILE).write_text(to_yaml(values))
     fingerprint = tokenizer_fingerprint(tokenizer)
     facts = {"step": 1, "tokens": 4096, "zero_stage": stage, "eos_id": 0, "pad_id": 1}
     facts |= {"tokenizer_fingerprint": fingerprint, "data_fingerprint": "", "world_size": ranks, "rows_consumed": 32}
     facts["wandb_id"] = None
-    (folder / checkpoint.STATE).write_text(json.dumps(facts))
-    save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / checkpoint.GATES)
+    (folder / STATE_FILE).write_text(json.dumps(facts))
+    save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / GATES_FILE)
     seal(folder)
     shutil.copytree(tokenizer, run / "tokenizer")
     return folder
@@ -281,7 +281,7 @@ def write_run(
 
 def export_small(folder: Path, tokenizer: Path) -> Path:
     """An exported folder of a small model with the tokenizer's vocabulary."""
-    from fusiontree.export import export
+    from fusiontree.export.exporter import export
 
     config = dataclasses.replace(SMALL, vocab_size=512)
     write_run(folder / "run", config, build(vocab_size=512).state_dict(), tokenizer, 0, 1)
@@ -302,7 +302,7 @@ class Hostile:
 def seal(folder: Path) -> None:
     hashes = {}
     for path in folder.iterdir():
-        if path.name != checkpoint.MANIFEST:
+        if path.name != MANIFEST_FILE:
             with open(path, "rb") as stream:
                 hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": hashes}))
+    (folder / MANIFEST_FILE).write_text(json.dumps({"sha256": hashes}))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from fusiontree.network import free_port
+from fusiontree.distributed.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -69,7 +69,7 @@ def start(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], Non
         setup: run by each before the command; a function of a module.
     """
     os.environ["DS_ACCELERATOR"], os.environ["OMP_NUM_THREADS"] = "cpu", "1"  # before the server starts
-    _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.engine"])
+    _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer"])
     port = str(free_port())
     processes, outputs = [], []
     for rank in range(ranks):

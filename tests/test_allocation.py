@@ -9,10 +9,10 @@ import subprocess
 
 import pytest
 
-from fusiontree import outcome
 from fusiontree.config import load_config, to_yaml
+from fusiontree.distributed import outcome
+from fusiontree.distributed.ports import free_port
 from fusiontree.errors import LOST_PEER, RunError, UserError
-from fusiontree.network import free_port
 from launcher import allocation
 
 # stands in for SLURM's command: lists hosts, tells a state, notes what it was asked to requeue

@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import SMALL, build, documents_of
 
-from fusiontree.generate import PREFILL_TOKENS, Decoder
-from fusiontree.model import ops, reference
+from fusiontree.inference.decoder import PREFILL_TOKENS, Decoder
+from fusiontree.model import kernel_registry, reference
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
+from fusiontree.model.loss import IGNORE
 from fusiontree.model.pointwise import Pointwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +42,7 @@ def usable(op: str) -> list[object]:
     return [
         pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=GPU)
         for dtype in DTYPES
-        for name, reason in ops.available(op, DEVICE, SHAPE, dtype).items()
+        for name, reason in kernel_registry.available(op, DEVICE, SHAPE, dtype).items()
         if reason is None and not no_products_in(dtype, op, name)
     ]
 
@@ -52,7 +53,7 @@ def no_products_in(dtype: torch.dtype, op: str, name: str) -> bool:
 
 
 def backend(op: str, name: str) -> Callable[..., object]:
-    return getattr(ops.select({op: name}, DEVICE), op)
+    return getattr(kernel_registry.select({op: name}, DEVICE), op)
 
 
 def gap(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -225,7 +226,7 @@ def compare_decode(name: str, dtype: torch.dtype, rows: int, N: int = 4, D: int 
 @pytest.mark.parametrize(("name", "dtype"), usable("loss"))
 def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype, z_loss: float) -> None:
     labels = torch.randint(200, (128,), generator=torch.Generator().manual_seed(0))
-    labels[::5] = reference.IGNORE
+    labels[::5] = IGNORE
     loss = backend("loss", name)
     compare(
         lambda h, w: loss(h, w, labels.to(DEVICE), z_loss)[0],
@@ -294,7 +295,7 @@ def flat(outputs: object) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name, calls in pieces(torch.float32).items() if calls])
 def test_compiled_pieces_equal_their_functions(name: str, dtype: torch.dtype) -> None:
-    compiled, plain = getattr(ops.select(device_type=DEVICE).pointwise, name), getattr(Pointwise(), name)
+    compiled, plain = getattr(kernel_registry.select(device_type=DEVICE).pointwise, name), getattr(Pointwise(), name)
     for leaves, call in pieces(dtype)[name]:
         compare(
             lambda *t, call=call: flat(call(compiled, *t)),
@@ -318,7 +319,7 @@ def edges() -> list[object]:
         for op, shapes in changes.items()
         for change in shapes
         for dtype in DTYPES
-        for name, reason in ops.available(op, DEVICE, dataclasses.replace(SHAPE, **change), dtype).items()
+        for name, reason in kernel_registry.available(op, DEVICE, dataclasses.replace(SHAPE, **change), dtype).items()
         if reason is None and DEVICE == "cuda"
     ]
 
@@ -372,17 +373,17 @@ def choices() -> list[object]:
     """The back-ends that `auto` takes here, and each other one beside them."""
     found = []
     for dtype in DTYPES:
-        automatic = ops.select({}, DEVICE, SHAPE, dtype).names
+        automatic = kernel_registry.select({}, DEVICE, SHAPE, dtype).names
         found.append(pytest.param({}, dtype, id=f"auto-{str(dtype)[6:]}", marks=GPU))
-        for op in ops.OPS:
-            for name, reason in ops.available(op, DEVICE, SHAPE, dtype).items():
+        for op in kernel_registry.OPS:
+            for name, reason in kernel_registry.available(op, DEVICE, SHAPE, dtype).items():
                 if reason is None and name != automatic[op] and not no_products_in(dtype, op, name):
                     found.append(pytest.param({op: name}, dtype, id=f"{op}-{name}-{str(dtype)[6:]}", marks=GPU))
     return found
 
 
 def model_with(requested: dict[str, str], dtype: torch.dtype) -> HybridLM:
-    kernels = ops.select(requested, DEVICE, SHAPE, dtype)
+    kernels = kernel_registry.select(requested, DEVICE, SHAPE, dtype)
     changes = {f.name: getattr(SHAPE, f.name) for f in dataclasses.fields(ModelConfig)}
     return build(kernels=kernels, dtype=dtype, **changes).to(DEVICE)
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import cli, settings
 
 from data_tools.build import build
-from data_tools.tokenizer import train_tokenizer
+from data_tools.tokenizers import train_tokenizer
 from fusiontree.files import staged_folder
 
 

@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from conftest import MICRO, cli
 from torch import Tensor
 
-from fusiontree import flops
-from fusiontree.bench import conv1d, decoding, kernels, measure, rows
+from fusiontree.bench import conv1d, operations, rows
 from fusiontree.bench import train as bench
 from fusiontree.bench.decode import bench_decode, random_model
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
 from fusiontree.bench.profiling import Kernel, _busy_seconds, _device_kernels, kind_of
 from fusiontree.config import RunConfig, load_config
+from fusiontree.device import device_name, oom_context, peak_flops
 from fusiontree.errors import RunError, UserError
-from fusiontree.model.ops import OPS
+from fusiontree.inference import speed
+from fusiontree.model import flops
+from fusiontree.model.kernel_registry import OPS
 
 CPU = torch.device("cpu")
 SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("model.")]
@@ -142,7 +144,7 @@ def test_a_peer_that_does_not_fit_costs_no_figure(monkeypatch: pytest.MonkeyPatc
 
 def test_lack_of_memory_is_one_line() -> None:
     expected = pytest.raises(RunError, match=r"^out of GPU memory with 1 x 8 tokens: none left$")
-    with expected, measure.naming_lack_of_memory("1 x 8 tokens"):
+    with expected, oom_context("1 x 8 tokens"):
         raise torch.OutOfMemoryError("none left\nstack")
 
 
@@ -177,8 +179,8 @@ def test_the_peak_is_that_of_the_very_device(monkeypatch: pytest.MonkeyPatch) ->
         ("Another", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert measure.peak_flops(torch.device("cuda")) == peak
-    assert measure.peak_flops(CPU) is None
+        assert peak_flops(device_name(torch.device("cuda"))) == peak
+    assert peak_flops(device_name(CPU)) is None
 
 
 # --- profile ---------------------------------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ def test_without_any_kernel_the_stand_in_says_so() -> None:
 
 
 def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
-    figures = kernels.bench_kernels("tiny", SHAPE, seq_len=96, repeats=1)["kernels"]
+    figures = operations.bench_kernels("tiny", SHAPE, seq_len=96, repeats=1)["kernels"]
     assert {entry["op"] for entry in figures} == set(OPS)
     references = [entry for entry in figures if entry["backend"] == "reference"]
     assert len(references) == len({entry["input"] for entry in figures}) == 18
@@ -384,21 +386,21 @@ def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
 
 @pytest.mark.parametrize("wrong_gradient", [False, True])
 def test_a_wrong_back_end_shows(wrong_gradient: bool) -> None:
-    case = next(case for case in kernels._cases(micro().model, 4096, CPU, torch.float32) if case.op == "convolution")
-    reference = kernels._backend("convolution", "reference", CPU)
+    case = next(case for case in operations._cases(micro().model, 4096, CPU, torch.float32) if case.op == "convolution")
+    reference = operations._backend("convolution", "reference", CPU)
 
     def wrong(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
         if not wrong_gradient:
             return reference(x, weight, bias, torch.zeros_like(seq_idx))  # forgets the documents
         return reference(x, weight, bias.detach() + 0 * bias, seq_idx)
 
-    assert kernels._difference(case, reference, reference) == 0
-    assert kernels._difference(case, wrong, reference) > 0.1
+    assert operations._difference(case, reference, reference) == 0
+    assert operations._difference(case, wrong, reference) > 0.1
 
 
 def test_attention_and_loss_count_the_operations_of_the_model() -> None:
     model = micro().model
-    cases = {case.title: case for case in kernels._cases(model, 96, CPU, torch.float32)}
+    cases = {case.title: case for case in operations._cases(model, 96, CPU, torch.float32)}
     parts = flops.forward_flops(model, [96])
     assert cases["attention, 2 heads, global, single"].flops == parts["attention_global"] // model.num_layers
     assert cases["attention, 2 heads, window 32, single"].flops == parts["attention_windowed"] // model.num_layers
@@ -407,10 +409,10 @@ def test_attention_and_loss_count_the_operations_of_the_model() -> None:
 
 def test_a_back_end_fixed_by_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONTREE_SCAN", "reference")
-    assert kernels._backend("scan", "reference", CPU)
-    monkeypatch.setattr(kernels, "choose_kernels", lambda *_: types.SimpleNamespace(names={"scan": "reference"}))
+    assert operations._backend("scan", "reference", CPU)
+    monkeypatch.setattr(operations, "choose_kernels", lambda *_: types.SimpleNamespace(names={"scan": "reference"}))
     with pytest.raises(UserError, match="FUSIONTREE_SCAN fixes the back-end of scan; unset it"):
-        kernels._backend("scan", "fast", CPU)
+        operations._backend("scan", "fast", CPU)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -429,14 +431,14 @@ def test_decoding_is_measured_for_every_batch_and_context() -> None:
 def test_the_cache_of_the_untimed_prefill_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref] = []
 
-    class Watched(decoding.Decoder):
+    class Watched(speed.Decoder):
         def __init__(self, *words):
             assert all(earlier() is None for earlier in made)
             super().__init__(*words)
             made.append(weakref.ref(self.cache))
 
-    monkeypatch.setattr(decoding, "Decoder", Watched)
-    decoding.measure_decoding(random_model(micro(), CPU), 1, 20, 1, prefills=2)
+    monkeypatch.setattr(speed, "Decoder", Watched)
+    speed.measure_decoding(random_model(micro(), CPU), 1, 20, 1, prefills=2)
     assert len(made) == 3
 
 
@@ -449,20 +451,20 @@ def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
 def test_memory_held_is_counted_once() -> None:
     whole = torch.zeros(10, dtype=torch.float64)
     held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
-    assert decoding.held_bytes(held) == 80 + 12
+    assert speed.held_bytes(held) == 80 + 12
 
 
 def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusiontree.bench import decoding
+    from fusiontree.inference import speed
 
-    run = decoding._run
+    run = speed._run
 
     def scarce(model: Any, rows: int, *rest: Any) -> Any:
         if rows > 1:
             raise torch.OutOfMemoryError("no memory")
         return run(model, rows, *rest)
 
-    monkeypatch.setattr(decoding, "_run", scarce)
+    monkeypatch.setattr(speed, "_run", scarce)
     first, second = bench_decode("tiny", SHAPE, batches=[1, 2], contexts=[20], steps=1)["decode"]
     assert first["tokens_per_s"] > 0
     assert second == {"batch": 2, "context": 20, "problem": "out of GPU memory with 2 rows of 20 tokens: no memory"}

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import MICRO, cli, settings
 
-from fusiontree import checkpoint, layout
 from fusiontree.bench import export as bench
+from fusiontree.checkpoint import store
+from fusiontree.checkpoint.tensor_files import from_safetensors
 from fusiontree.config import RunConfig, load_config
 from fusiontree.errors import RunError, UserError
-from fusiontree.model.lm import HybridLM, drawn, materialise
-from fusiontree.weights import of_safetensors
+from fusiontree.model.lm import HybridLM, materialize, seeded_init
+from fusiontree.zero import layout
 
 SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("model.")]
 
@@ -33,7 +34,7 @@ def initial(config: RunConfig) -> dict[str, torch.Tensor]:
     """The weights that a run starts from."""
     with torch.device("meta"):
         model = HybridLM(config.model)
-    for _ in materialise(model, drawn(config.seed), torch.device("cpu")):
+    for _ in materialize(model, seeded_init(config.seed), torch.device("cpu")):
         pass
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -44,7 +45,7 @@ def test_deepspeed_itself_reads_the_checkpoint(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(layout, "_SUB_GROUP", 10_000)
     config = load_config("tiny", SHAPE)
     folder = bench.write_checkpoint(tmp_path / "run", config, 3, 3)
-    assert checkpoint.verify(folder) == []
+    assert store.verify(folder) == []
     found, expected = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name), initial(config)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -80,13 +81,13 @@ def test_the_figures_are_those_of_the_files(dtype: str, stage: int, tmp_path: Pa
     done = cli("bench", "export", "--preset", "tiny", *options, *SHAPE, f"deepspeed=zero{stage}")
     figures, run, out = json.loads(done.stdout), tmp_path / "kept" / "run", tmp_path / "kept" / "export"
     weights = initial(load_config("tiny", SHAPE))
-    exported = of_safetensors(out)
+    exported = from_safetensors(out)
     values = sum(value.numel() for value in weights.values())
     assert all(torch.equal(exported[f"model.{n}"], v.to(exported[f"model.{n}"].dtype)) for n, v in weights.items())
     assert figures["parameters"] == values
     assert (figures["zero_stage"], figures["ranks"], figures["dtype"]) == (stage, 2, dtype)
     assert figures["largest_tensor_bytes"] == 4 * max(value.numel() for value in weights.values())
-    stored = checkpoint.read_weights(run / "checkpoints" / "step-1").located
+    stored = store.read_weights(run / "checkpoints" / "step-1").located
     assert len({piece.path for located in stored.values() for piece in located.pieces}) == (2 if stage == 3 else 1)
     assert figures["checkpoint_bytes"] == sum(
         path.stat().st_size for path in (run / "checkpoints" / "step-1").iterdir()

@@ -6,7 +6,7 @@ from conftest import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.generate import Decoder
+from fusiontree.inference.decoder import Decoder
 from fusiontree.model import reference
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree import checkpoint
+from fusiontree.checkpoint import store
+from fusiontree.checkpoint.saver import Retention, _retain, _seal
 from fusiontree.errors import RunError, UserError
-from fusiontree.saver import Retention, _retain, _seal
+from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_FILE, list_checkpoints
 
 
 def make(folder: Path, step: int) -> Path:
     """A checkpoint of one weights file."""
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
-    contents = {"weights.pt": f"weights {step}", checkpoint.STATE: json.dumps({"step": step})}
-    contents |= dict.fromkeys((checkpoint.CONFIG, checkpoint.GATES), "")
+    contents = {"weights.pt": f"weights {step}", STATE_FILE: json.dumps({"step": step})}
+    contents |= dict.fromkeys((CONFIG_FILE, GATES_FILE), "")
     for name, text in contents.items():
         (path / name).write_text(text)
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
-    (path / checkpoint.MANIFEST).write_text(json.dumps({"sha256": hashes}))
+    (path / MANIFEST_FILE).write_text(json.dumps({"sha256": hashes}))
     return path
 
 
@@ -28,7 +29,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         make(tmp_path, step)
     (tmp_path / ".step-11.partial").mkdir()
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step-10", {})
+    assert store.newest(tmp_path) == (tmp_path / "step-10", {})
 
 
 @pytest.mark.parametrize(
@@ -36,23 +37,23 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     [
         (lambda path: (path / "weights.pt").write_text("other"), "weights.pt does not match its sha256"),
         (lambda path: (path / "weights.pt").unlink(), "weights.pt is missing"),
-        (lambda path: (path / checkpoint.MANIFEST).unlink(), "manifest.json is missing"),
-        (lambda path: (path / checkpoint.MANIFEST).write_text("{"), "manifest.json is missing or unreadable"),
+        (lambda path: (path / MANIFEST_FILE).unlink(), "manifest.json is missing"),
+        (lambda path: (path / MANIFEST_FILE).write_text("{"), "manifest.json is missing or unreadable"),
         (
-            lambda path: (path / checkpoint.MANIFEST).write_text('{"sha256": {"../x": "0"}}'),
+            lambda path: (path / MANIFEST_FILE).write_text('{"sha256": {"../x": "0"}}'),
             "../x leaves the checkpoint's folder",
         ),
-        (lambda path: (path / checkpoint.MANIFEST).write_text('{"sha256": []}'), "config.yaml is not in manifest.json"),
-        (lambda path: (path / checkpoint.MANIFEST).write_text('{"sha256": 3}'), "manifest.json is missing or unread"),
+        (lambda path: (path / MANIFEST_FILE).write_text('{"sha256": []}'), "config.yaml is not in manifest.json"),
+        (lambda path: (path / MANIFEST_FILE).write_text('{"sha256": 3}'), "manifest.json is missing or unread"),
     ],
 )
 def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str, tmp_path: Path) -> None:
     make(tmp_path, 1)
     newest = make(tmp_path, 2)
-    assert checkpoint.verify(newest) == []
+    assert store.verify(newest) == []
     damage(newest)  # type: ignore[operator]
-    assert words in checkpoint.verify(newest)[0]
-    found, lines = checkpoint.newest(tmp_path)
+    assert words in store.verify(newest)[0]
+    found, lines = store.newest(tmp_path)
     assert found == tmp_path / "step-1"
     assert "step-2 is damaged and passed over" in lines[newest]
 
@@ -60,23 +61,23 @@ def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str,
 def test_when_none_verifies_the_run_stops(tmp_path: Path) -> None:
     (make(tmp_path, 1) / "weights.pt").unlink()
     with pytest.raises(RunError, match="no checkpoint under .* verifies"):
-        checkpoint.newest(tmp_path)
+        store.newest(tmp_path)
 
 
 def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
     path = make(tmp_path / "checkpoints", 3)
-    assert checkpoint.resolve(tmp_path) == checkpoint.resolve(path) == path
+    assert store.resolve(tmp_path) == store.resolve(path) == path
     with pytest.raises(UserError, match="no run or checkpoint at"):
-        checkpoint.resolve(tmp_path / "nowhere")
+        store.resolve(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.resolve(tmp_path / "empty")
+        store.resolve(tmp_path / "empty")
     (path / "weights.pt").unlink()
     with pytest.raises(RunError, match="does not verify"):
-        checkpoint.resolve(path)
-    (path / checkpoint.MANIFEST).unlink()
+        store.resolve(path)
+    (path / MANIFEST_FILE).unlink()
     with pytest.raises(RunError, match="does not verify: manifest.json is missing"):
-        checkpoint.resolve(path)
+        store.resolve(path)
 
 
 @pytest.mark.parametrize(
@@ -85,26 +86,26 @@ def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
 )
 def test_a_state_that_lacks_something_is_refused(text: str, words: str, tmp_path: Path) -> None:
     path = make(tmp_path, 3)
-    (path / checkpoint.STATE).write_text(text)
+    (path / STATE_FILE).write_text(text)
     with pytest.raises(RunError, match=f"state.json {words}"):
-        checkpoint.read_state(path)
+        store.read_state(path)
 
 
 def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         make(tmp_path, step)
     _retain(tmp_path / "step-15", Retention(keep_last=2))
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10", "step-15"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10", "step-15"]
     _retain(tmp_path / "step-10", Retention(keep_last=1))
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-10"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10"]
 
 
 def test_nothing_goes_before_its_successor_has_been_read_back(tmp_path: Path) -> None:
     before, final = make(tmp_path, 1), tmp_path / "step-2"
-    rest = dict.fromkeys((checkpoint.CONFIG, checkpoint.STATE, checkpoint.GATES), b"")
+    rest = dict.fromkeys((CONFIG_FILE, STATE_FILE, GATES_FILE), b"")
 
     def seal(written: bytes) -> None:
-        partial = checkpoint.partial_of(final, "me")
+        partial = store.partial_of(final, "me")
         partial.mkdir(exist_ok=True)
         (partial / "weights.pt").write_bytes(written)
         hashes = {"weights.pt": hashlib.sha256(b"weights 2").hexdigest()}
@@ -112,16 +113,16 @@ def test_nothing_goes_before_its_successor_has_been_read_back(tmp_path: Path) ->
 
     with pytest.raises(OSError, match=r"read back, weights\.pt does not match its sha256"):
         seal(b"weights ?")
-    assert checkpoint.newest(tmp_path) == (before, {})
+    assert store.newest(tmp_path) == (before, {})
     seal(b"weights 2")
-    assert checkpoint.list_checkpoints(tmp_path) == [final]
+    assert list_checkpoints(tmp_path) == [final]
 
 
 def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:
     for step in (4, 6, 8, 10, 12, 14):
         make(tmp_path, step)
     _retain(tmp_path / "step-14", Retention(keep_last=2, keep_every=4))
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-4", "step-8", "step-12", "step-14"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-4", "step-8", "step-12", "step-14"]
 
 
 def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
@@ -133,16 +134,16 @@ def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
     (tmp_path / ".step-4.old").mkdir()  # killed before it was removed
     make(tmp_path, 5).rename(tmp_path / ".step-5.old")  # killed likewise, and then its successor was damaged
     (make(tmp_path, 5) / "weights.pt").write_text("other")
-    checkpoint.tidy(tmp_path)
+    store.tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3", "step-4", "step-5"]
-    assert checkpoint.verify(tmp_path / "step-5") == []
+    assert store.verify(tmp_path / "step-5") == []
 
 
 def test_a_step_that_comes_again_takes_the_place_of_its_old_checkpoint(tmp_path: Path) -> None:
     final = make(tmp_path, 3)
     (final / "weights.pt").write_text("old")
-    make(tmp_path / "new", 3).rename(checkpoint.partial_of(final, "me"))
-    checkpoint.put_in_place(checkpoint.partial_of(final, "me"), final)
-    assert checkpoint.verify(final) == []
+    make(tmp_path / "new", 3).rename(store.partial_of(final, "me"))
+    store.put_in_place(store.partial_of(final, "me"), final)
+    assert store.verify(final) == []
     assert (tmp_path / "latest").read_text() == "step-3\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "new", "step-3"]

@@ -91,7 +91,7 @@ def test_it_runs_as_a_module():
     ],
 )
 def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, line, stand_in, capsys):
-    stand_in("fusiontree.export", "export", error)
+    stand_in("fusiontree.export.exporter", "export", error)
     assert cli.main(["export", "run", "out"]) == code
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", line)
@@ -99,20 +99,20 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, line, stand_i
 
 @pytest.mark.parametrize("error", [KeyError("ours"), ValueError("ours"), OSError(errno.ECHILD, "ours")])
 def test_our_own_mistakes_keep_their_traceback(error, stand_in):
-    stand_in("fusiontree.export", "export", error)
+    stand_in("fusiontree.export.exporter", "export", error)
     with pytest.raises(type(error), match="ours"):
         cli.main(["export", "run", "out"])
 
 
 def test_another_rank_than_the_first_names_itself(stand_in, monkeypatch, capsys):
-    stand_in("fusiontree.training.engine", "train", RunError("damaged"))
+    stand_in("fusiontree.training.trainer", "train", RunError("damaged"))
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", "tiny"]) == 1
     assert capsys.readouterr().err == "fusiontree: error: rank 3: damaged\n"
 
 
 def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch, tmp_path, capsys):
-    stand_in("fusiontree.training.engine", "train", UserError("wrong input"))
+    stand_in("fusiontree.training.trainer", "train", UserError("wrong input"))
     monkeypatch.setattr("launcher.local.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
     monkeypatch.setenv("RANK", "1")
@@ -123,7 +123,7 @@ def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch,
 
 
 def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, monkeypatch, tmp_path):
-    stand_in("fusiontree.training.engine", "train", KeyError("ours"))
+    stand_in("fusiontree.training.trainer", "train", KeyError("ours"))
     monkeypatch.setattr("launcher.local.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
     with pytest.raises(KeyError):
@@ -133,7 +133,7 @@ def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, mo
 
 
 def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
-    calls = stand_in("data_tools.tokenizer", "train_tokenizer", {"vocab_size": 8192, "seconds": 1.5})
+    calls = stand_in("data_tools.tokenizers", "train_tokenizer", {"vocab_size": 8192, "seconds": 1.5})
     argv = "data tokenizer --input a b --vocab-size 8192 --output t --include *.py --exclude x* --exclude y*"
     assert cli.main(argv.split()) == 0
     options = {"include": ("*.py",), "exclude": ("x*", "y*"), "overwrite": False, "reading": Reading()}
@@ -191,7 +191,7 @@ def test_data_inspect_describes_or_shows_a_row(monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv", ["train tiny seed=3 name=x --json", "train tiny --json seed=3 name=x"])
 def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, capsys):
-    calls = stand_in("fusiontree.training.engine", "train", {"steps": 200})
+    calls = stand_in("fusiontree.training.trainer", "train", {"steps": 200})
     assert cli.main(argv.split()) == 0
     (((config, allowed, trust), _),) = calls
     assert not allowed
@@ -201,7 +201,7 @@ def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, cap
 
 
 def test_only_the_first_rank_shows_the_summary(stand_in, monkeypatch, capsys):
-    stand_in("fusiontree.training.engine", "train", {"steps": 200})
+    stand_in("fusiontree.training.trainer", "train", {"steps": 200})
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", "tiny"]) == 0
     assert capsys.readouterr().out == ""
@@ -215,13 +215,13 @@ def test_words_that_belong_nowhere_are_a_usage_error(argv):
 
 
 def test_a_full_disk_without_a_name_names_the_runs_folder(stand_in, capsys):
-    stand_in("fusiontree.training.engine", "train", OSError(errno.ENOSPC, "No space left on device"))
+    stand_in("fusiontree.training.trainer", "train", OSError(errno.ENOSPC, "No space left on device"))
     assert cli.main(["train", "tiny", "output=there", "name=mine"]) == 1
     assert capsys.readouterr().err == "fusiontree: error: there/mine: No space left on device\n"
 
 
 def test_export_hands_on_its_arguments(stand_in, capsys):
-    calls = stand_in("fusiontree.export", "export", {"model_bytes": 3 * 2**20, "proved": True})
+    calls = stand_in("fusiontree.export.exporter", "export", {"model_bytes": 3 * 2**20, "proved": True})
     assert cli.main(["export", "runs/a", "out", "--dtype", "bf16", "--max-shard-size", "1GB", "--prune", "2"]) == 0
     options = {"dtype": "bf16", "overwrite": False, "max_shard_size": "1GB", "trust": False, "prune": "2"}
     options |= {"prune_heads": 0, "data": None, "limit": None}
@@ -263,12 +263,12 @@ def test_generate_streams_its_text(monkeypatch, capsys):
         return {"text": "def main"}
 
     seen: dict = {}
-    stand = types.ModuleType("fusiontree.generate")
+    stand = types.ModuleType("fusiontree.inference.generate")
     stand.generate_text = generate_text
     stand.generate_texts = stand.read_prompts = None
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     stand.Sampling = lambda *values: dict(zip(names, values, strict=True))
-    monkeypatch.setitem(sys.modules, "fusiontree.generate", stand)
+    monkeypatch.setitem(sys.modules, "fusiontree.inference.generate", stand)
     assert cli.main(["generate", "out", "a prompt", "--top-k", "5", "--max-new-tokens", "7", "--seed", "9"]) == 0
     assert capsys.readouterr().out == "def main\n"
     assert (seen["folder"], seen["prompt"], seen["top_k"], seen["max_new_tokens"]) == (Path("out"), "a prompt", 5, 7)
@@ -287,7 +287,7 @@ def test_eval_hands_on_its_arguments(stand_in, capsys):
 
 
 def test_demo_hands_on_its_folder_and_exit_code(stand_in):
-    calls = stand_in("fusiontree.demo", "run_demo", 1)
+    calls = stand_in("fusiontree.cli.demo", "run_demo", 1)
     assert cli.main(["demo", "--root", "here"]) == 1
     assert calls == [((Path("here"),), {})]
 
@@ -320,7 +320,7 @@ def test_doctor_refuses_counts_below_one(count, capsys):
 
 def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
-    monkeypatch.setattr("fusiontree.doctor._memory", lambda: 2**30)
+    monkeypatch.setattr("fusiontree.doctor.diagnose._memory", lambda: 2**30)
     assert cli.main(["doctor", "tiny", "--json", f"data.path={tmp_path}"]) == 0
     capsys.readouterr()
     assert cli.main(["doctor", "tiny", "--json", "--ranks", "4", f"data.path={tmp_path}"]) == 1
@@ -332,25 +332,25 @@ def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypa
     ("stage", "ranks", "bytes_per_parameter"), [(0, 4, 16), (1, 4, 11), (2, 4, 8), (3, 4, 5), (3, 1, 20)]
 )
 def test_zero_shares_out_moments_then_gradients_then_weights(stage, ranks, bytes_per_parameter):
-    from fusiontree.memory import state_bytes
+    from fusiontree.doctor.memory import state_bytes
 
     assert state_bytes(1000, {"stage": stage}, ranks) == 1000 * bytes_per_parameter
 
 
 def test_doctor_shows_what_a_broken_package_raised(monkeypatch):
-    from fusiontree import doctor
+    from fusiontree.doctor import diagnose
 
     def broken(module):
         raise RuntimeError("libcuda.so\nis missing")
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.2")
-    monkeypatch.setattr(doctor.importlib, "import_module", broken)
-    assert doctor._try_import("flash-attn", "flash_attn") == (
+    monkeypatch.setattr(diagnose.importlib.metadata, "version", lambda name: "1.2")
+    monkeypatch.setattr(diagnose.importlib, "import_module", broken)
+    assert diagnose._try_import("flash-attn", "flash_attn") == (
         "1.2, broken: RuntimeError: libcuda.so is missing",
         False,
     )
     problems: list[str] = []
-    doctor._versions(problems)
+    diagnose._versions(problems)
     assert problems[0].startswith("torch is 1.2, broken: RuntimeError: libcuda.so is missing; install it")
 
 

@@ -6,17 +6,9 @@ import sys
 
 import pytest
 
-from fusiontree.config import (
-    KEYS,
-    RunConfig,
-    config_differences,
-    dataset_manifest,
-    deepspeed_json,
-    load_config,
-    preset_names,
-    to_yaml,
-)
+from fusiontree.config import KEYS, RunConfig, config_differences, deepspeed_json, load_config, preset_names, to_yaml
 from fusiontree.errors import UserError
+from fusiontree.run.data import dataset_manifest
 
 
 def refusal(source, *overrides) -> str:

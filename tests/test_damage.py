@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import cli, counting_dataset, metrics, settings
 
-from fusiontree import checkpoint
+from fusiontree.checkpoint import store
 from fusiontree.data import sources as sources_module
 from fusiontree.data.batch import IGNORE, BadRow, Batch
 from fusiontree.data.format import Dataset, index_path
@@ -221,7 +221,7 @@ def test_training_goes_on_over_damage_says_so_and_remembers_it(shards: Path, tmp
     changes = {"batch__tokens": 4096, "schedule__steps": steps, "validation__every": 0, "checkpoint__every": 100}
     done = cli("launch", "tiny", "--local", 2, *settings(copy, tmp_path / "runs", name="r", **changes))
     run = tmp_path / "runs" / "r"
-    kept = checkpoint.read_state(run / "checkpoints" / f"step-{steps}")["bad_rows"]
+    kept = store.read_state(run / "checkpoints" / f"step-{steps}")["bad_rows"]
     assert sorted((entry["shard"], entry["row"]) for entry in kept) == [(shard.info.name, 1), (shard.info.name, 5)]
     for row in (1, 5):
         assert f"{shard.path}: row {row} is damaged (checksum differs): a masked row stands in" in done.stderr

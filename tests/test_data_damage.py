@@ -11,7 +11,7 @@ import pytest
 from conftest import cli, write_split
 
 from data_tools.reindex import reindex
-from data_tools.tokenizer import load_tokenizer, train_tokenizer
+from data_tools.tokenizers import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
 from fusiontree.data.format import Dataset, Manifest, read_index
 from fusiontree.data.packing import PackedRow, Span

@@ -23,8 +23,8 @@ else:
 from conftest import cli, metrics, settings
 
 from data_tools.build import build
+from data_tools.inputs import find_files
 from data_tools.readers import Reading, Rejected, examine, records, text_of
-from data_tools.sources import find_files
 from fusiontree.data.format import Dataset, Manifest
 from fusiontree.errors import RunError, UserError
 

@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 
 from data_tools import build as build_module
 from data_tools.build import build
+from data_tools.inputs import find_files
 from data_tools.inspection import describe, show_row
 from data_tools.readers import Reading, Rejected, examine, records, text_of
-from data_tools.sources import find_files
-from data_tools.tokenizer import load_tokenizer, train_tokenizer
+from data_tools.tokenizers import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
 from fusiontree import console as console_module
 from fusiontree.data.format import Dataset, Manifest

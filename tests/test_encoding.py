@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from data_tools import encoding
 from data_tools.build import build
 from data_tools.encoding import Encoder
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizers import load_tokenizer
 from fusiontree.data.format import Manifest, tokenizer_fingerprint
 from fusiontree.data.tokenizer import GOLDEN_TEXTS
 from fusiontree.errors import RunError, UserError

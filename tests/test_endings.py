@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import metrics, settings
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
+from fusiontree.run import incidents
+from fusiontree.run.folder import list_checkpoints, step_of
 
 CHANGES = {
     "model__hidden_size": 32,
@@ -78,8 +80,8 @@ def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
     words, run = settings(shards, tmp_path, name="r", **CHANGES), tmp_path / "r"
 
     def start() -> Launch:
-        saved = checkpoint.list_checkpoints(run / "checkpoints")
-        goal = 10 + (checkpoint.step_of(saved[-1]) if saved else 0)
+        saved = list_checkpoints(run / "checkpoints")
+        goal = 10 + (step_of(saved[-1]) if saved else 0)
         launches.append(made := Launch(words, tmp_path))
         expect(lambda: made.process.poll() is None and len(made.family()) == CHAIN)
         expect(lambda: steps_since(made, run) >= goal)
@@ -121,7 +123,7 @@ def test_a_run_is_hung_killed_and_stopped_and_nothing_outlives_it(launch: Callab
     orphaned.process.kill()
     expect(lambda: orphaned.family() == [])
     step = metrics(run)[-1]["step"]
-    assert checkpoint.newest(run / "checkpoints") == (run / "checkpoints" / f"step-{step}", {})
+    assert store.newest(run / "checkpoints") == (run / "checkpoints" / f"step-{step}", {})
 
     stopped = launch()
     stopped.process.terminate()

@@ -21,8 +21,9 @@ from fusiontree.evaluate import TASKS, evaluate, heatmap
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
 from fusiontree.evaluate.subject import Subject
-from fusiontree.export import export
-from fusiontree.generate import Sampling, stream_tokens
+from fusiontree.export.exporter import export
+from fusiontree.inference.generate import stream_tokens
+from fusiontree.inference.sampling import Sampling
 
 TABLES = ("by_position", "by_document", "by_pairs", "cells")
 

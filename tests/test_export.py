@@ -17,14 +17,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers import dynamic_module_utils
 
-from fusiontree import checkpoint, parity
 from fusiontree import model as model_package
+from fusiontree.checkpoint import store
 from fusiontree.config import load_config, preset_names
 from fusiontree.errors import RunError
-from fusiontree.export import export
+from fusiontree.export import parity
+from fusiontree.export.exporter import export
+from fusiontree.export.parity import prove
 from fusiontree.files import staged_folder
 from fusiontree.model.lm import HybridLM
-from fusiontree.parity import prove
+from fusiontree.run.folder import GATES_FILE, list_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def exported(run: Path) -> Path:
 
 def trained(run: Path) -> HybridLM:
     model = HybridLM(load_config(str(run / "config.yaml")).model)
-    model.load_state_dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    model.load_state_dict(store.read_weights(run / "checkpoints" / "step-8"))
     return model.eval()
 
 
@@ -305,8 +307,8 @@ def test_nothing_but_the_tokenizer_comes_out_of_its_folder(exported: Path, run: 
 
 def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
-    newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    (newest / checkpoint.GATES).write_bytes(b"")
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    (newest / GATES_FILE).write_bytes(b"")
     said = cli("export", tmp_path / "run", tmp_path / "out").stderr
     assert f"checkpoint {newest} is damaged and passed over: gates.safetensors" in " ".join(said.split())
 
@@ -316,7 +318,7 @@ def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(
         modules = {name for name in sys.modules if name.startswith("transformers_modules")}
         return dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), modules, dict(os.environ)
 
-    weights = dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    weights = dict(store.read_weights(run / "checkpoints" / "step-8"))
     config = load_config(str(run / "config.yaml")).model
     before = traces()
     assert prove(exported, config, weights, "fp32")["packed"] == 0
@@ -342,7 +344,7 @@ def test_a_model_that_is_wrong_under_one_check_alone_fails_the_proof(
     assert given in code
     wrong = given.replace("output.logits", f"output.logits * ({factor})")
     (tmp_path / "out" / "hf.py").write_text(code.replace(given, wrong))
-    weights = checkpoint.read_weights(run / "checkpoints" / "step-8")
+    weights = store.read_weights(run / "checkpoints" / "step-8")
     with pytest.raises(RunError, match=f"export fails its proof: {check} differs"):
         prove(tmp_path / "out", load_config(str(run / "config.yaml")).model, weights, "fp32")
 

@@ -8,9 +8,9 @@ from conftest import SMALL, build, documents_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.config import load_config
-from fusiontree.flops import forward_flops, six_n_flops, update_flops, visible_pairs
+from fusiontree.device import utilisation
 from fusiontree.model.config import ModelConfig
-from fusiontree.training.metrics import utilisation
+from fusiontree.model.flops import forward_flops, six_n_flops, update_flops, visible_pairs
 
 ROWS = [[40, 8], [20, 28]]
 LENGTHS = [length for row in ROWS for length in row]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import SMALL, build, documents_of
 
-from fusiontree.model import ops
+from fusiontree.model import kernel_registry
 from fusiontree.model.block import Fusion
 from fusiontree.model.lm import branch_drops
-from fusiontree.model.reference import IGNORE
+from fusiontree.model.loss import IGNORE
 
 
 def gate_of(fusion: Fusion, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ def gate_of(fusion: Fusion, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["channel", "token", "static", "sum"])
 def test_every_gate_starts_as_the_plain_sum(kind: str) -> None:
     x, m, a = torch.randn(3, 2, 5, 32)
-    fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), ops.select())
+    fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), kernel_registry.select())
     fused, _, mean = fusion(x, m, a, torch.ones(2, 5, dtype=torch.bool), torch.ones(32))
     torch.testing.assert_close(fused, x + m + a, rtol=0, atol=1e-6)
     assert (mean == 0.5).all()
@@ -35,7 +35,7 @@ def test_every_gate_starts_as_the_plain_sum(kind: str) -> None:
 )
 def test_a_gate_varies_by_token_or_channel_as_its_kind_says(kind: str, varies: tuple[bool, bool]) -> None:
     torch.manual_seed(0)
-    fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), ops.select())
+    fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), kernel_registry.select())
     for parameter in fusion.parameters():
         torch.nn.init.normal_(parameter)
     m = torch.randn(1, 5, 32)

@@ -15,17 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from fusiontree.cli import main
 from fusiontree.errors import RunError, UserError
-from fusiontree.export import export
-from fusiontree.exported import PREFIX, load_export, read_facts
-from fusiontree.generate import (
-    PREFILL_TOKENS,
-    Decoder,
-    Sampling,
-    generate_text,
-    generate_texts,
-    read_prompts,
-    stream_tokens,
-)
+from fusiontree.export.exporter import export
+from fusiontree.inference.decoder import PREFILL_TOKENS, Decoder
+from fusiontree.inference.generate import generate_text, generate_texts, read_prompts, stream_tokens
+from fusiontree.inference.loading import PREFIX, load_export, read_facts
+from fusiontree.inference.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import test_zero
 import torch
 from conftest import NO_ASYNC_IO, cli, has_async_io, metrics, settings
 
-from fusiontree import incidents
 from fusiontree.config import load_config
-from fusiontree.model.ops import OPS
-from fusiontree.network import free_port
+from fusiontree.distributed.ports import free_port
+from fusiontree.model.kernel_registry import OPS
+from fusiontree.run import incidents
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,9 +46,9 @@ JOBS = {  # by name: overrides and how far the losses may be from the plain loop
 
 def curves(folder: Path) -> None:
     """What each rank does: engine after engine on its share of the same rows."""
-    from fusiontree import distributed
+    from fusiontree.distributed import collectives
 
-    world = distributed.start()
+    world = collectives.start()
     found = {}
     for name, (overrides, _) in JOBS.items():
         if test_zero.skipped(name):
@@ -59,7 +59,7 @@ def curves(folder: Path) -> None:
         found[name] = test_zero.curve_of(config, world)
     if world.is_main:
         (folder / f"curves-{world.size}.json").write_text(json.dumps(found))
-    distributed.leave()
+    collectives.leave()
 
 
 def in_a_process(code: str, *arguments: object, ends: int = 0, ranks: int = 1) -> None:
@@ -102,7 +102,7 @@ def found(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str, l
 @pytest.fixture(scope="module")
 def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
     """The plain loop's curves on a CPU, by optimizer."""
-    from fusiontree.exported import load_export
+    from fusiontree.inference.loading import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
     with torch.compiler.set_stance("force_eager"):  # Muon would be compiled for a CPU, for minutes

@@ -15,12 +15,14 @@ import torch
 from conftest import cli, counting_dataset, metrics, settings
 from test_training import plain_losses
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
 from fusiontree.config import HealthConfig, load_config
 from fusiontree.data import remote
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, one_source
-from fusiontree.distributed import World
+from fusiontree.distributed.collectives import World
+from fusiontree.run import incidents
+from fusiontree.run.folder import GATES_FILE, list_checkpoints
 from fusiontree.training.health import Health, Watchdog, robust_score
 from fusiontree.training.step import Update
 
@@ -108,9 +110,9 @@ def poison(rank: int, steps: tuple[int, ...], stop_before: int | None = None) ->
     """One rank's loss is not finite over the rows of some steps; the run is asked to stop before a step."""
     import signal
 
-    from fusiontree import signals
     from fusiontree.data.stream import TrainStream
-    from fusiontree.training.losses import Objective
+    from fusiontree.distributed import signals
+    from fusiontree.training.objective import Objective
 
     fetch, objective, place = TrainStream.__next__, Objective.of, [0]
 
@@ -138,11 +140,11 @@ def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     said = ranks.run(words, tmp_path, size, setup=partial(poison, size - 1, (3,)))
     saved = [tmp_path / "r" / "checkpoints" / f"step-{step}" for step in (3, 4, 5)]
-    before, behind, later = map(checkpoint.read_weights, saved)
+    before, behind, later = map(store.read_weights, saved)
     assert all(torch.equal(before[name], behind[name]) for name in before)
     assert not any(torch.equal(before[name], later[name]) for name in before if name.endswith("proj.weight"))
     assert [line["step"] for line in metrics(tmp_path / "r")] == [1, 2, 3, 5]
-    assert torch.isfinite(checkpoint.read_gates(saved[1])).all()
+    assert torch.isfinite(store.read_gates(saved[1])).all()
     (incident,) = incidents.read(tmp_path / "r")
     assert (incident["kind"], incident["step"], len(incident["rows"])) == ("skipped_update", 4, ROWS // size)
     row = incident["rows"][0]
@@ -151,15 +153,15 @@ def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
 
 def poison_and_damage(rank: int, steps: tuple[int, ...]) -> None:
     """As `poison`, and before a rollback the newest checkpoint is damaged."""
-    from fusiontree.training.engine import Trainer
+    from fusiontree.training.trainer import Trainer
 
     poison(rank, steps)
     roll_back = Trainer._roll_back
 
     def damaged(self: Trainer, trouble: object) -> None:
         self.saver.wait()
-        found = checkpoint.list_checkpoints(self.config.run_dir / "checkpoints")
-        os.truncate(found[-1] / checkpoint.GATES, 10)
+        found = list_checkpoints(self.config.run_dir / "checkpoints")
+        os.truncate(found[-1] / GATES_FILE, 10)
         roll_back(self, trouble)
 
     Trainer._roll_back = damaged
@@ -195,7 +197,7 @@ def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
     kinds = [(line["kind"], line["step"]) for line in incidents.read(run)]
     assert kinds[:3] == [("skipped_update", 6), ("skipped_update", 7), ("rollback", 7)]
-    assert checkpoint.read_state(run / "checkpoints" / "step-8")["left_out"] == [[5 * ROWS, 7 * ROWS]]
+    assert store.read_state(run / "checkpoints" / "step-8")["left_out"] == [[5 * ROWS, 7 * ROWS]]
     known = ("shard", "row", "first_token")
     bad = [{key: row[key] for key in known} for line in incidents.read(run)[:2] for row in line["rows"]]
     for step in (4, 5, 7):  # the rows that were stepped past belong to none
@@ -268,7 +270,7 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
     job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 8, 600))
     assert job.codes() == [76, 76], job.said()
     stacks = [(tmp_path / "r" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in range(2)]
-    assert all("engine.py" in stack for stack in stacks)
+    assert all("trainer.py" in stack for stack in stacks)
     assert "in asleep" in stacks[1]
     assert ["in backward" in stack for stack in stacks] == [True, False]
     assert "rank 0: step 9 has taken more than" in job.said()
@@ -279,7 +281,7 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
 
 def hang_in_a_write(rank: int, seconds: float) -> None:
     """A rank's disk answers no more, for a while."""
-    from fusiontree import saver
+    from fusiontree.checkpoint import saver
 
     write = saver._write_files
 

@@ -14,10 +14,10 @@ import pytest
 from fusiontree import cli
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
-from launcher import beat, hostfile, local, plan, remote
-from launcher.plan import Plan, Surroundings, plan_hosts
+from launcher import heartbeat, hostfile, job, local, multihost
+from launcher.job import LaunchOptions, Plan, plan_hosts
 
-NOTHING = Surroundings()
+NOTHING = LaunchOptions()
 HOSTS = "# two kinds\nnode1 slots=4\n\nnode2   slots=2  # the old one\n"
 
 
@@ -32,13 +32,13 @@ def hosts_file(tmp_path):
 def quiet(monkeypatch, tmp_path):
     """An environment and a home with nothing in them that would reach the ranks."""
     for name in list(os.environ):
-        if name.startswith(plan.FORWARDED) or name in ("LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
+        if name.startswith(job.FORWARDED) or name in ("LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
 
-def planned(hosts: dict[str, tuple[int, ...]], around: Surroundings = NOTHING) -> Plan:
+def planned(hosts: dict[str, tuple[int, ...]], around: LaunchOptions = NOTHING) -> Plan:
     made = Plan(
         nodes=len(hosts),
         ranks_per_node=2,
@@ -125,9 +125,9 @@ def deepspeeds_arguments(argv: list[str]) -> argparse.Namespace:
 def test_deepspeed_reads_the_command_as_meant(tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
-    made = planned({"node1": (1, 3), "node2": (0,)}, Surroundings(setup=("module load cuda",)))
-    args = deepspeeds_arguments(remote.render(made, "pdsh", tmp_path))
-    for name, content in remote.launch_files(made, "pdsh", tmp_path).items():
+    made = planned({"node1": (1, 3), "node2": (0,)}, LaunchOptions(setup=("module load cuda",)))
+    args = deepspeeds_arguments(multihost.render(made, "pdsh", tmp_path))
+    for name, content in multihost.launch_files(made, "pdsh", tmp_path).items():
         (tmp_path / name).write_text(content)
     active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
     assert dict(active) == {"node1": [1, 3], "node2": [0]}
@@ -141,7 +141,7 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     values = {"PLAIN": "1", "BLANK": "a b", "QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|"}
-    content = remote.launch_files(planned({"node1": (0,)}, Surroundings(values)), "pdsh", tmp_path)["environment"]
+    content = multihost.launch_files(planned({"node1": (0,)}, LaunchOptions(values)), "pdsh", tmp_path)["environment"]
     args = argparse.Namespace(user_args=[], user_script="x")
     runner = PDSHRunner(args, "")
     for line in content.splitlines():
@@ -154,14 +154,14 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
     assert found["PATH"] == "/usr/bin:/bin"
     assert found["FUSIONTREE_LAUNCH"] == str(tmp_path)
     with pytest.raises(UserError, match="variable LINES has more than one line"):
-        remote.launch_files(planned({"node1": (0,)}, Surroundings({"LINES": "a\nb"})), "pdsh", tmp_path)
+        multihost.launch_files(planned({"node1": (0,)}, LaunchOptions({"LINES": "a\nb"})), "pdsh", tmp_path)
 
 
 def test_deepspeeds_own_environment_file_counts_behind_what_is_asked_for(tmp_path):
     (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\nOMP_NUM_THREADS=8\nNCCL_DEBUG=INFO\n")
     config = load_config("tiny", [f"data.path={tmp_path}"])
-    made = plan_hosts(config, {"node1": (0,)}, [], Surroundings({"NCCL_DEBUG": "WARN"}))
+    made = plan_hosts(config, {"node1": (0,)}, [], LaunchOptions({"NCCL_DEBUG": "WARN"}))
     assert made.environment == {"NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "8", "NCCL_DEBUG": "WARN"}
 
 
@@ -170,7 +170,7 @@ def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_p
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "1234")
     config = load_config("tiny", [f"data.path={tmp_path}"])
-    around = plan.surroundings(["NCCL_DEBUG=WARN", "A=b=c"], None, [])
+    around = job.launch_options(["NCCL_DEBUG=WARN", "A=b=c"], None, [])
     made = plan_hosts(config, {"node1": (0, 1)}, [], around)
     assert made.environment == {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN", "A": "b=c"}
     assert 20_000 <= made.master_port < 31_000
@@ -179,23 +179,23 @@ def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_p
 def test_an_environment_file_holds_lines_comments_and_quotes(tmp_path):
     path = tmp_path / "env"
     path.write_text("# comment\n\nA=1\nexport B='two words'\nC=\"3\"\nD=x=y\n")
-    assert plan.surroundings(["A=2"], path, ["ls"]).environment == {"A": "2", "B": "two words", "C": "3", "D": "x=y"}
+    assert job.launch_options(["A=2"], path, ["ls"]).environment == {"A": "2", "B": "two words", "C": "3", "D": "x=y"}
 
 
 def test_open_mpi_gets_the_rendezvous_and_whole_hosts_only(tmp_path):
     made = planned({"node1": (0, 1), "node2": (0,)})
-    args = deepspeeds_arguments(remote.render(made, "openmpi", tmp_path))
+    args = deepspeeds_arguments(multihost.render(made, "openmpi", tmp_path))
     assert (args.launcher, args.include, args.num_gpus, args.no_python) == ("openmpi", "", -1, True)
     assert [args.user_script, *args.user_args] == ["bash", str(tmp_path / "rank.sh")]
-    assert remote.launch_files(made, "openmpi", tmp_path)["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
+    assert multihost.launch_files(made, "openmpi", tmp_path)["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
     with pytest.raises(UserError, match="takes the first slots of a host"):
-        remote.render(planned({"node1": (1,)}), "openmpi", tmp_path)
+        multihost.render(planned({"node1": (1,)}), "openmpi", tmp_path)
 
 
 def test_a_rank_of_open_mpi_gets_variables_setup_and_the_rendezvous(tmp_path):
     values = {"QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|", "LINES": "a\nb"}
-    made = planned({"node1": (0,)}, Surroundings(values, ("export MADE=by-setup",)))
-    script = remote.launch_files(made, "openmpi", tmp_path)["rank.sh"]
+    made = planned({"node1": (0,)}, LaunchOptions(values, ("export MADE=by-setup",)))
+    script = multihost.launch_files(made, "openmpi", tmp_path)["rank.sh"]
     *lines, program = script.splitlines()
     assert program == f"exec {sys.executable} -m fusiontree train /runs/a/config.yaml"
     shell = "\n".join([*lines, "env -0"])
@@ -208,7 +208,7 @@ def test_a_rank_of_open_mpi_gets_variables_setup_and_the_rendezvous(tmp_path):
 
 
 def test_the_dry_run_is_a_script_that_makes_the_files_and_starts(tmp_path):
-    text = remote.command_line(planned({"node1": (0,)}, Surroundings({"A": "b c"})), "pdsh", tmp_path)
+    text = multihost.command_line(planned({"node1": (0,)}, LaunchOptions({"A": "b c"})), "pdsh", tmp_path)
     *files, command = text.rsplit("\n", 1)
     words = shlex.split(command)
     assert words[0] == "env"
@@ -227,8 +227,8 @@ def test_when_a_rank_has_failed_those_on_other_hosts_end_within_ten_seconds(tmp_
 
     (tmp_path / "rank-0.json").write_text('{"rank": 0, "host": "a", "code": 1, "message": "wrong", "time": 1.0}')
     until_told = ["bash", "-c", f"until test -e {tmp_path}/told; do sleep 0.05; done"]
-    assert remote._supervise(until_told, dict(os.environ), tmp_path, Heart()) == (0, None)
-    assert local.LOOK + beat.INTERVAL + graces[0] < 10  # noticed, heard of, over
+    assert multihost._supervise(until_told, dict(os.environ), tmp_path, Heart()) == (0, None)
+    assert local.LOOK + heartbeat.INTERVAL + graces[0] < 10  # noticed, heard of, over
 
 
 # --- the beat --------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def watcher(tmp_path, monkeypatch):
         process.stdout.readline()
         return process
 
-    monkeypatch.setattr(beat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
     yield start
     for process in processes:
         process.kill()
@@ -266,19 +266,19 @@ def watcher(tmp_path, monkeypatch):
 
 
 def test_a_rank_lives_while_the_beat_does_and_ends_with_the_launch(watcher, tmp_path):
-    with beat.kept(tmp_path, 9.0):
+    with heartbeat.kept(tmp_path, 9.0):
         process = watcher()
         time.sleep(4)  # twice what it would wait in vain
         assert process.poll() is None
     assert process.wait(timeout=10) == -signal.SIGTERM
-    assert (tmp_path / beat.FILE).read_text() == "stop 9.0"
+    assert (tmp_path / heartbeat.FILE).read_text() == "stop 9.0"
 
 
 def test_a_rank_ends_when_the_launch_was_killed(watcher, tmp_path):
-    (tmp_path / beat.FILE).write_text("7")
+    (tmp_path / heartbeat.FILE).write_text("7")
     assert watcher().wait(timeout=10) == -signal.SIGTERM
 
 
 def test_a_rank_that_cannot_leave_is_killed(watcher, tmp_path):
-    (tmp_path / beat.FILE).write_text("stop 0.5")
+    (tmp_path / heartbeat.FILE).write_text("stop 0.5")
     assert watcher("stubborn").wait(timeout=10) == -signal.SIGKILL

@@ -10,89 +10,66 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
-    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.network"),
-    *("fusiontree.incidents", "fusiontree.jsonlines", "fusiontree.lease", "fusiontree.signals", "fusiontree.outcome"),
+    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
+    *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
+    *("fusiontree.run.folder", "fusiontree.run.incidents", "fusiontree.run.jsonlines", "fusiontree.run.lease"),
+    "fusiontree.run.records",
 }
 
-# part of the project → the parts it may import, besides itself and the leaves
+# part of the project → the parts it may import, besides itself and the leaves; each part imports parts above it only
 ARROWS = {
+    **{leaf: set() for leaf in sorted(LEAVES - {"fusiontree"})},
     "fusiontree.model": set(),
-    "fusiontree.config": {"fusiontree.model.config"},
-    "fusiontree.flops": {"fusiontree.model.config"},
-    "fusiontree.distributed": set(),
     "fusiontree.kernels": {"fusiontree.model"},
+    "fusiontree.config": {"fusiontree.model.config"},
+    "fusiontree.device": set(),
+    "fusiontree.distributed": {"fusiontree.device"},
     "fusiontree.data": set(),
-    "fusiontree.checkpoint": {
-        *("fusiontree.distributed", "fusiontree.layout", "fusiontree.resize", "fusiontree.weights"),
+    "fusiontree.run": {"fusiontree.config", "fusiontree.data"},
+    "fusiontree.zero": {"fusiontree.distributed"},
+    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.zero"},
+    "fusiontree.inference": {
+        *("fusiontree.checkpoint.tensor_files", "fusiontree.device", "fusiontree.kernels", "fusiontree.model"),
     },
-    "fusiontree.saver": {"fusiontree.checkpoint", "fusiontree.distributed", "fusiontree.resize"},
-    "fusiontree.layout": set(),
-    "fusiontree.resize": {"fusiontree.layout"},
-    "fusiontree.weights": {"fusiontree.layout"},
-    "fusiontree.parity": {"fusiontree.model", "fusiontree.kernels", "fusiontree.weights"},
+    "fusiontree.evaluate": {
+        *("fusiontree.data", "fusiontree.distributed", "fusiontree.inference", "fusiontree.model"),
+    },
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.prune.pruner": {
-        *("fusiontree.prune", "fusiontree.checkpoint", "fusiontree.config", "fusiontree.distributed"),
-        *("fusiontree.kernels", "fusiontree.model", "fusiontree.evaluate", "fusiontree.bench.decoding"),
-    },
-    "fusiontree.training": {
-        *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.checkpoint"),
-        *("fusiontree.saver", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.prune", "fusiontree.flops"),
-        *("fusiontree.exported", "fusiontree.weights"),  # readers of exported folders: a teacher, a start
+        *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.device", "fusiontree.evaluate"),
+        *("fusiontree.inference", "fusiontree.kernels", "fusiontree.model", "fusiontree.prune"),
     },
     "fusiontree.export": {
-        *("fusiontree.config", "fusiontree.model", "fusiontree.checkpoint", "fusiontree.prune"),
-        *("fusiontree.kernels", "fusiontree.parity", "fusiontree.weights", "fusiontree.training.metrics"),
-        "fusiontree.exported",  # the reader of an exported folder owns what it looks for there
-        "fusiontree.data",  # whose tokenizer goes along
+        *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.inference"),
+        *("fusiontree.kernels", "fusiontree.model", "fusiontree.prune"),
     },
-    "fusiontree.exported": {"fusiontree.kernels", "fusiontree.model", "fusiontree.weights"},
-    "fusiontree.generate": {"fusiontree.exported", "fusiontree.model"},
-    "fusiontree.evaluate": {
-        *("fusiontree.exported", "fusiontree.generate", "fusiontree.model", "fusiontree.data"),
-        "fusiontree.bench.decoding",  # throughput is measured in one way
-    },
-    "fusiontree.bench.decoding": {"fusiontree.bench.measure", "fusiontree.generate", "fusiontree.model"},
-    "fusiontree.bench.measure": {"fusiontree.distributed", "fusiontree.flops"},
-    "fusiontree.bench": {
-        *("fusiontree.config", "fusiontree.model", "fusiontree.data", "fusiontree.training", "fusiontree.exported"),
-        *("fusiontree.distributed", "fusiontree.kernels", "fusiontree.flops", "fusiontree.prune.plan"),
-    },
-    "fusiontree.bench.export": {
-        *("fusiontree.bench.measure", "fusiontree.checkpoint", "fusiontree.config", "fusiontree.data"),
-        *("fusiontree.kernels", "fusiontree.layout", "fusiontree.model", "fusiontree.weights"),
-        "fusiontree.training.optimizer",  # whose groups ZeRO cuts up
-    },
-    "fusiontree.report": {
-        *("fusiontree.checkpoint", "fusiontree.model.config", "fusiontree.training.metrics"),
-    },
-    "fusiontree.memory": {"fusiontree.config", "fusiontree.model.config"},
+    "fusiontree.report": {"fusiontree.checkpoint", "fusiontree.model.config"},
     "fusiontree.doctor": {
-        "fusiontree.memory",
-        *("fusiontree.config", "fusiontree.data", "fusiontree.distributed", "fusiontree.kernels", "fusiontree.model"),
+        *("fusiontree.config", "fusiontree.device", "fusiontree.distributed", "fusiontree.kernels"),
+        *("fusiontree.model", "fusiontree.run.data"),
     },
-    "launcher": {"fusiontree.config", "fusiontree.memory", "fusiontree.training.metrics"},
-    "fusiontree.probe": {"fusiontree.distributed"},
-    "fusiontree.status": {"fusiontree.config", "fusiontree.training.metrics", "launcher"},
+    "fusiontree.doctor.memory": {"fusiontree.config", "fusiontree.model.config"},
+    "fusiontree.training": {
+        *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.device"),
+        *("fusiontree.distributed", "fusiontree.evaluate", "fusiontree.inference", "fusiontree.kernels"),
+        *("fusiontree.model", "fusiontree.run.data", "fusiontree.zero"),
+    },
+    "fusiontree.bench": {
+        *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.device"),
+        *("fusiontree.distributed", "fusiontree.inference", "fusiontree.kernels", "fusiontree.model"),
+        *("fusiontree.prune", "fusiontree.run.data", "fusiontree.training", "fusiontree.zero"),
+    },
+    "launcher": {"fusiontree.config", "fusiontree.doctor.memory", "fusiontree.run.data"},
     "data_tools": {"fusiontree.data"},
-    "fusiontree.errors": set(),
-    "fusiontree.files": set(),
-    "fusiontree.console": set(),
-    "fusiontree.network": set(),
-    "fusiontree.incidents": set(),
-    "fusiontree.jsonlines": set(),
-    "fusiontree.signals": set(),
-    "fusiontree.lease": set(),
-    "fusiontree.outcome": set(),
 }
-FREE = ("fusiontree.cli", "fusiontree.demo", "fusiontree.__main__", "fusiontree")
+FREE = ("fusiontree.cli", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
-    *("fusiontree.config", "fusiontree.model.config", "fusiontree.data", "launcher", "data_tools"),
-    *("fusiontree.training.data", "fusiontree.training.metrics", "fusiontree.training.progress"),
-    *("fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli", "fusiontree.__main__"),
-    *("fusiontree.flops", "fusiontree.incidents", "fusiontree.lease", "fusiontree.signals", "fusiontree.memory"),
-    *("fusiontree.outcome", "fusiontree.status", "fusiontree.jsonlines"),
+    *("fusiontree.config", "fusiontree.model.config", "fusiontree.model.flops", "fusiontree.data"),
+    *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
+    *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
+    *("fusiontree.training.metrics", "fusiontree.training.progress", "fusiontree.doctor.memory"),
+    *("fusiontree.cli", "fusiontree.__main__", "launcher", "data_tools"),
 )
 
 
@@ -152,10 +129,10 @@ def forbidden_first_party(module: str, names: set[str]) -> set[str]:
 
 def test_relative_and_absolute_imports_are_both_seen():
     tree = ast.parse(
-        "import a.b\nfrom . import ops\ndef f():\n    from ..config import X\n    from fusiontree import cli"
+        "import a.b\nfrom . import cache\ndef f():\n    from ..config import X\n    from fusiontree import cli"
     )
     assert imports(tree, "fusiontree.model.lm") == {
-        *("a.b", "fusiontree.model.ops", "fusiontree.config", "fusiontree.cli")
+        *("a.b", "fusiontree.model.cache", "fusiontree.config", "fusiontree.cli")
     }
     assert imports(ast.parse("from .config import X"), "fusiontree.model", True) == {"fusiontree.model.config"}
 
@@ -166,11 +143,13 @@ def test_relative_and_absolute_imports_are_both_seen():
         ("fusiontree.model.lm", "fusiontree.errors"),
         ("fusiontree.config", "fusiontree.model.lm"),
         ("fusiontree.data.stream", "fusiontree.config"),
-        ("launcher.plan", "fusiontree.training.engine"),
+        ("launcher.job", "fusiontree.training.trainer"),
         ("data_tools.build", "fusiontree.config"),
-        ("fusiontree.training.engine", "fusiontree.cli"),
-        ("fusiontree.demo", "fusiontree.cli"),
-        ("fusiontree.checkpoint", "fusiontree.model.lm"),
+        ("fusiontree.training.trainer", "fusiontree.cli"),
+        ("fusiontree.report", "fusiontree.cli"),
+        ("fusiontree.checkpoint.store", "fusiontree.model.lm"),
+        ("fusiontree.prune.pruner", "fusiontree.bench.decode"),
+        ("fusiontree.zero.engine", "fusiontree.checkpoint.store"),
     ],
 )
 def test_these_arrows_would_be_refused(module, name):
@@ -180,6 +159,15 @@ def test_these_arrows_would_be_refused(module, name):
 @pytest.mark.parametrize("module", MODULES)
 def test_first_party_imports_follow_the_arrows(module):
     assert forbidden_first_party(module, imports_of(module)) == set()
+
+
+def test_arrows_point_upwards_in_the_table():
+    parts = list(ARROWS)
+    later = {
+        part: {to for to in allowed if owner(to) != part and parts.index(str(owner(to))) > parts.index(part)}
+        for part, allowed in ARROWS.items()
+    }
+    assert not any(later.values()), {part: to for part, to in later.items() if to}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if within(name, "fusiontree.model")])
@@ -208,7 +196,11 @@ def test_the_models_imports_of_siblings_are_relative(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_hugging_face_wrapper_and_the_export_that_proves_it_import_transformers(module):
     names = {name.split(".")[0] for name in imports_of(module)}
-    assert "transformers" not in names or module in ("fusiontree.model.hf", "fusiontree.export", "fusiontree.parity")
+    assert "transformers" not in names or module in (
+        "fusiontree.model.hf",
+        "fusiontree.export.exporter",
+        "fusiontree.export.parity",
+    )
 
 
 @pytest.mark.parametrize("module", [n for n in MODULES if any(within(n, part) for part in TORCH_FREE)])

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree import incidents
-from fusiontree.jsonlines import JsonLines, read_json_lines
+from fusiontree.run import incidents
+from fusiontree.run.folder import INCIDENTS_FILE
+from fusiontree.run.jsonlines import JsonLines, read_json_lines
 
 
 def _write(folder: Path, rank: int) -> None:
@@ -29,7 +30,7 @@ def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
 def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     assert incidents.read(tmp_path) == []
     incidents.record(tmp_path, "resume", 4, "resumed")
-    with open(tmp_path / incidents.FILE, "a") as stream:
+    with open(tmp_path / INCIDENTS_FILE, "a") as stream:
         stream.write('{"time": 1.0, "kind": "ha')
     assert [(line["kind"], line["step"], line["message"]) for line in incidents.read(tmp_path)] == [
         ("resume", 4, "resumed")

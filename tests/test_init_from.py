@@ -10,15 +10,15 @@ import ranks
 import torch
 from conftest import SMALL, build, cli, settings, write_run
 
+from fusiontree.checkpoint.tensor_files import INDEX, from_safetensors
 from fusiontree.config import RunConfig, load_config
 from fusiontree.data.format import Dataset
-from fusiontree.distributed import World
+from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError, UserError
 from fusiontree.evaluate import evaluate
-from fusiontree.export import export
-from fusiontree.training.build import build_model
-from fusiontree.training.initial import check_initial
-from fusiontree.weights import INDEX, of_safetensors
+from fusiontree.export.exporter import export
+from fusiontree.training.engine_setup import build_model
+from fusiontree.training.init_weights import check_initial
 
 SHAPE = {**dataclasses.asdict(SMALL), "vocab_size": 512, "layer_kinds": ("mamba", "hybrid", "attention")}
 KINDS = "[mamba,hybrid,attention]"
@@ -44,7 +44,7 @@ def config_for(exported: Path, *changes: str) -> RunConfig:
 def test_the_model_starts_with_the_exported_weights(exported: Path) -> None:
     config = config_for(exported, "model.rope_base=2000000.0", "model.window=64")
     model = build_model(config, World(0, 1, torch.device("cpu")), {"zero_optimization": {"stage": 1}})
-    weights = of_safetensors(exported)
+    weights = from_safetensors(exported)
     state = model.state_dict()
     assert {f"model.{name}" for name in state} == set(weights)
     assert all(torch.equal(state[name.removeprefix("model.")], value) for name, value in weights.items())
@@ -61,8 +61,8 @@ def test_weights_that_are_given_or_loaded_are_not_drawn_before(
 
     monkeypatch.setattr(torch.nn.init, "normal_", drawing)
     build_model(config_for(exported), world, settings)
-    goes_on = build_model(config_for(tmp_path / "gone"), world, settings, goes_on=True)
-    assert not any(parameter.any() for parameter in goes_on.parameters())
+    resuming = build_model(config_for(tmp_path / "gone"), world, settings, resuming=True)
+    assert not any(parameter.any() for parameter in resuming.parameters())
     with pytest.raises(AssertionError, match="drawn"):
         build_model(config_for(exported, "init_from=null"), world, settings)
 
@@ -132,7 +132,7 @@ def test_a_damaged_export_is_refused_before_there_is_a_run(
     for index in ("{}", "[]", '{"weight_map": 3}'):
         (start / INDEX).write_text(index)
         with pytest.raises(RunError, match="index.json is damaged"):
-            of_safetensors(start)
+            from_safetensors(start)
 
 
 def test_weights_that_are_not_those_of_their_configuration_are_named(exported: Path, tmp_path: Path) -> None:

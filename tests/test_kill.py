@@ -11,7 +11,9 @@ import pytest
 import ranks
 from conftest import metrics, settings
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
+from fusiontree.run import incidents
+from fusiontree.run.folder import list_checkpoints
 
 CHANGES = {
     "model__hidden_size": 32,
@@ -29,7 +31,7 @@ def kill(victim: int, where: str, number: int, told: Path) -> None:
     """SIGKILL the `victim`'s rank at its `number`-th backward pass, or write, sync, rename or removal of the saves."""
     import shutil
 
-    from fusiontree import saver
+    from fusiontree.checkpoint import saver
     from fusiontree.training.step import TrainingStep
 
     if os.environ["RANK"] != str(victim):
@@ -97,8 +99,8 @@ def test_a_run_killed_many_times_ends_with_the_curve_of_one_that_was_not(
             f"{number} {victim} {where} {at}: {codes}\n{job.said()}"
         )
         killed_in.append((tmp_path / "told").read_text())
-        saved = checkpoint.list_checkpoints(run / "checkpoints")
-        assert any(not checkpoint.verify(path) for path in saved) or not saved
+        saved = list_checkpoints(run / "checkpoints")
+        assert any(not store.verify(path) for path in saved) or not saved
         if number % 4 == 3 and len(saved) > 1 and damages:
             damages.pop()(max(saved[-1].glob("*.pt"), key=lambda path: path.stat().st_size))
     ranks.run(words, tmp_path, size)
@@ -108,4 +110,4 @@ def test_a_run_killed_many_times_ends_with_the_curve_of_one_that_was_not(
     assert len([line for line in incidents.read(run) if line["kind"] == "fallback"]) >= expected
     names = [f"step-{step}" for step in (56, 58, 60)]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *names]
-    assert all(checkpoint.verify(run / "checkpoints" / name) == [] for name in names)
+    assert all(store.verify(run / "checkpoints" / name) == [] for name in names)

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree import cli, outcome
+import launcher.job
+from fusiontree import cli
 from fusiontree.config import load_config
+from fusiontree.distributed import outcome
+from fusiontree.distributed.ports import free_port
 from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError, UserError
-from fusiontree.network import free_port
-from launcher import local, plan
-from launcher.plan import Plan, plan_local, visible_gpus
+from fusiontree.run.folder import CONFIG_FILE
+from launcher import local
+from launcher.job import Plan, plan_local, visible_gpus
 
 # what each rank runs in place of training: rank N does the N-th of its arguments
 RANK = """
@@ -171,7 +174,7 @@ def machine(monkeypatch):
     for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "FUSIONTREE_LAUNCH", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    monkeypatch.setattr(plan, "visible_gpus", list)
+    monkeypatch.setattr(launcher.job, "visible_gpus", list)
 
 
 def planned(dataset, ranks: int, *overrides: str) -> Plan:
@@ -220,10 +223,10 @@ def test_what_cannot_run_is_refused_before_anything_starts(ranks, overrides, mes
 @pytest.mark.parametrize("allowed", ["losses.gate_balance.0", "losses.gate_balance"])
 def test_the_folder_of_another_run_is_refused_unless_the_value_or_its_table_is_allowed(allowed, tmp_path):
     before, after = (load_config("tiny", [f"output={tmp_path}", f"losses.gate_balance={x}"]) for x in (0.1, 0.2))
-    (plan.prepare_run(before) / "checkpoints").mkdir()
+    (job.prepare_run(before) / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"other values of losses\.gate_balance\.0;"):
-        plan.prepare_run(after)
-    assert load_config(str(plan.prepare_run(after, [allowed]) / plan.CONFIG)) == after
+        job.prepare_run(after)
+    assert load_config(str(job.prepare_run(after, [allowed]) / CONFIG_FILE)) == after
 
 
 @pytest.mark.parametrize(("chosen", "gpus"), [(None, ["2", "10"]), ("10", ["10"]), ("", []), ("-1", [])])
@@ -235,7 +238,7 @@ def test_gpus_are_the_devices_that_the_caller_left_visible(chosen, gpus, monkeyp
 
 
 def test_gpus_are_one_a_rank(dataset, monkeypatch):
-    monkeypatch.setattr(plan, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(launcher.job, "visible_gpus", lambda: ["0", "1"])
     made = planned(dataset, 2)
     assert (made.environment["DS_ACCELERATOR"], made.devices) == ("cuda", None)
     with pytest.raises(UserError, match=r"--local 4 needs 4 GPUs, here are 2 \(0,1\)"):
@@ -244,10 +247,10 @@ def test_gpus_are_one_a_rank(dataset, monkeypatch):
 
 def test_the_gpus_that_the_caller_chose_are_the_ones_used(dataset, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    monkeypatch.setattr(plan, "visible_gpus", lambda: ["3", "1"])
+    monkeypatch.setattr(launcher.job, "visible_gpus", lambda: ["3", "1"])
     assert planned(dataset, 2).devices == (3, 1)
     assert planned(dataset, 1).devices == (3,)
-    monkeypatch.setattr(plan, "visible_gpus", lambda: ["GPU-8f3a"])
+    monkeypatch.setattr(launcher.job, "visible_gpus", lambda: ["GPU-8f3a"])
     with pytest.raises(UserError, match="takes indices only"):
         planned(dataset, 1)
 
@@ -369,7 +372,7 @@ print(local._failed(folder))
 
 
 def test_a_rank_that_is_about_to_join_is_not_taken_for_dead(tmp_path):
-    environment = os.environ | {outcome.FOLDER: str(tmp_path), "RANK": "0"}
+    environment = os.environ | {outcome.LAUNCH_FOLDER: str(tmp_path), "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", JOIN, tmp_path], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["", str(tmp_path / "running-0"), "(False, None)"], done.stderr
 
@@ -383,7 +386,7 @@ def test_a_failure_that_follows_from_a_silent_death_is_not_taken_for_the_cause()
 
 
 def test_a_rank_that_lost_another_and_said_so_first_is_not_taken_for_the_cause(monkeypatch, tmp_path):
-    monkeypatch.setenv(outcome.FOLDER, str(tmp_path))
+    monkeypatch.setenv(outcome.LAUNCH_FOLDER, str(tmp_path))
     (tmp_path / "running-0").touch()
     outcome.report(1, LOST_PEER)
     assert local._failed(tmp_path) == (True, None)  # nobody else has failed

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
-from fusiontree import checkpoint, lease
+from fusiontree.checkpoint import store
 from fusiontree.config import load_config
 from fusiontree.errors import RunError
-from fusiontree.training.metrics import Metrics, read_metrics
+from fusiontree.run import lease
+from fusiontree.run.records import read_metrics
+from fusiontree.training.metrics import Metrics
 
 WHO = "from fusiontree import lease; print(lease.ME)"
 TAKE = "import sys; from pathlib import Path; from fusiontree import lease; lease.take(Path(sys.argv[1]))"
@@ -47,13 +49,13 @@ def test_whether_the_holder_lives_is_told_where_it_can_be_seen(tmp_path):
 
 def test_starts_that_write_the_same_step_never_meet_in_one_file(tmp_path):
     final = tmp_path / "step-8"
-    folders = [checkpoint.partial_of(final, start) for start in (lease.ME, in_a_new_process(WHO))]
+    folders = [store.partial_of(final, start) for start in (lease.ME, in_a_new_process(WHO))]
     for folder in folders:
         folder.mkdir()
         (folder / "weights.pt").write_text(folder.name)
-    checkpoint.put_in_place(folders[0], final)
+    store.put_in_place(folders[0], final)
     assert (final / "weights.pt").read_text() == folders[0].name
-    checkpoint.tidy(tmp_path)  # as the next start does
+    store.tidy(tmp_path)  # as the next start does
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-8"]
 
 
@@ -69,9 +71,9 @@ def test_what_a_start_that_lost_the_run_writes_stays_out_of_the_way(tmp_path):
         metrics.record({"step": 5, "loss": 1.0})
     assert read_metrics(tmp_path) == []
     with pytest.raises(RunError, match="newer start"):
-        checkpoint.put_in_place(folder / ".step-8.partial", folder / "step-8")
+        store.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-4\n"
     assert not (folder / "step-8").exists()
     lease.take(tmp_path)
-    checkpoint.put_in_place(folder / ".step-8.partial", folder / "step-8")
+    store.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-8\n"

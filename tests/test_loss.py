@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusiontree.model.reference import IGNORE, Teacher, linear_cross_entropy, linear_distillation, token_losses
+from fusiontree.model.loss import IGNORE, Teacher, linear_cross_entropy, linear_distillation, token_losses
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusiontree.config import LossConfig, config_differences, dataset_manifest, load_config, to_yaml
+from fusiontree.config import LossConfig, config_differences, load_config, to_yaml
 from fusiontree.errors import UserError
-from fusiontree.training.losses import gate_penalty
+from fusiontree.run.data import dataset_manifest
+from fusiontree.training.objective import gate_penalty
 
 
 def penalty(layer_means: list[float], **settings: object) -> tuple[float, torch.Tensor]:

@@ -6,11 +6,11 @@ from collections import namedtuple
 
 import pytest
 
-from fusiontree import doctor, memory
 from fusiontree.cli import main
 from fusiontree.config import load_config
+from fusiontree.doctor import diagnose, memory
+from fusiontree.doctor.probe import compare
 from fusiontree.errors import UserError
-from fusiontree.probe import compare
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_a_problem(tmp_path, monkeypa
     config = load_config("1b", [f"output={tmp_path}/deep/er", "checkpoint.keep_last=3"])
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(2**40))
-    doctor._check_disk(config)
+    diagnose._check_disk(config)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(50 * 2**30))
     line = r"checkpoints take up to 84\.\d GiB \(21\.\d GiB each\), .* has 50\.0 GiB free"
     with pytest.raises(UserError, match=line):
-        doctor._check_disk(config)
+        diagnose._check_disk(config)
 
 
 # --- a cluster's nodes, as the probe finds them ----------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_nodes_that_differ_or_cannot_be_reached_are_named():
 
 def test_the_memory_that_counts_is_that_of_the_nodes(tmp_path):
     """A machine without GPUs, where jobs are launched, need not hold what its nodes will."""
-    report = doctor.diagnose(load_config("13b", [f"output={tmp_path}"]), 8, 2)
+    report = diagnose.diagnose(load_config("13b", [f"output={tmp_path}"]), 8, 2)
     assert not [problem for problem in report["problems"] if "needed by" in problem]
     gpu = {"gpu": "H200", "gpu_memory_bytes": 141 * 10**9, "memory_bytes": 2**30}
     cpu = {"gpu_memory_bytes": None, "memory_bytes": 150 * 2**30}
@@ -111,14 +111,14 @@ def test_the_memory_that_counts_is_that_of_the_nodes(tmp_path):
         rank_on("b", **gpu | {"gpu": "V100", "gpu_memory_bytes": 32 * 2**30}),
         rank_on("c", **cpu),
     ]
-    (line, *others) = doctor.node_problems({"memory_per_rank_bytes": 100 * 2**30}, ranks)
+    (line, *others) = diagnose.node_problems({"memory_per_rank_bytes": 100 * 2**30}, ranks)
     assert line.startswith("about 100.0 GiB needed by a rank on V100 of b, 32.0 GiB there; lower batch.micro_rows")
     assert others == []
     table = {"zero2": {"none": 33.0, "full": 32.5}, "zero3": {"none": 32.5, "full": 31.9}}
     run = {"memory_per_rank_bytes": 100 * 2**30, "memory_gib_by_stage_and_recomputation": table}
-    (line,) = doctor.node_problems(run, ranks)
+    (line,) = diagnose.node_problems(run, ranks)
     assert line.endswith("; deepspeed=zero3 with activation_checkpointing=full needs 31.9 GiB")
-    (line,) = doctor.node_problems({"memory_per_rank_bytes": 100 * 2**30}, [ranks[2], ranks[2]])
+    (line,) = diagnose.node_problems({"memory_per_rank_bytes": 100 * 2**30}, [ranks[2], ranks[2]])
     assert line.startswith("about 200.0 GiB needed by 2 ranks on c, 150.0 GiB there")
 
 

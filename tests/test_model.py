@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SMALL, build
 
-from fusiontree.model import ops
+from fusiontree.model import kernel_registry
 from fusiontree.model.attention import rotary_embedding
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
@@ -55,7 +55,7 @@ def test_a_changed_field_changes_the_logits(change: dict) -> None:
 
 
 def test_the_size_of_a_chunk_reaches_the_scan() -> None:
-    kernels, sizes = ops.select(), []
+    kernels, sizes = kernel_registry.select(), []
 
     def scan(*args: object, chunk_size: int, **options: object) -> object:
         sizes.append(chunk_size)
@@ -169,12 +169,20 @@ def test_pyramid_windows_grow_with_depth() -> None:
 
 
 def test_kernels_are_chosen_by_name_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ops.select().names) == {"scan", "convolution", "attention", "prefill", "decode", "loss", "pointwise"}
+    assert set(kernel_registry.select().names) == {
+        "scan",
+        "convolution",
+        "attention",
+        "prefill",
+        "decode",
+        "loss",
+        "pointwise",
+    }
     with pytest.raises(ValueError, match="kernels.scan 'warp' is unknown; choose auto or one of mamba_ssm, reference"):
-        ops.select({"scan": "warp"})
+        kernel_registry.select({"scan": "warp"})
     monkeypatch.setenv("FUSIONTREE_ATTENTION", "warp")
     with pytest.raises(ValueError, match="kernels.attention 'warp' is unknown"):
-        ops.select()
+        kernel_registry.select()
 
 
 def test_rotary_positions_keep_lengths_and_make_products_relative() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, documents_of
 
-from fusiontree.model import backends, ops, reference
+from fusiontree.model import backends, kernel_registry, reference
 from fusiontree.model.config import ModelConfig
 
 GPU_SHAPE = dataclasses.replace(SMALL, head_dim=32, ssm_head_dim=8, ssm_state_size=16)
@@ -30,7 +30,7 @@ def needs_absent(module: str) -> pytest.MarkDecorator:
 )
 def test_an_absent_package_is_named(op: str, name: str, package: str) -> None:
     with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here: ModuleNotFoundError: .*") as caught:
-        ops.select({op: name}, "cuda", GPU_SHAPE, torch.bfloat16)
+        kernel_registry.select({op: name}, "cuda", GPU_SHAPE, torch.bfloat16)
     assert str(caught.value).endswith(f"pip install '{package}'")
     assert "\n" not in str(caught.value)
 
@@ -52,25 +52,25 @@ def test_an_absent_package_is_named(op: str, name: str, package: str) -> None:
 def test_a_shape_that_a_kernel_cannot_take_is_refused_by_field(op: str, name: str, change: dict, words: str) -> None:
     shape = dataclasses.replace(GPU_SHAPE, **change)
     with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here") as caught:
-        ops.select({op: name}, "cuda", shape, torch.bfloat16)
+        kernel_registry.select({op: name}, "cuda", shape, torch.bfloat16)
     assert words in str(caught.value)
-    assert ops.select({}, "cuda", shape, torch.bfloat16).names[op] != name
+    assert kernel_registry.select({}, "cuda", shape, torch.bfloat16).names[op] != name
 
 
 def test_a_precision_that_a_kernel_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="takes bfloat16 or float16, not float32"):
-        ops.select({"attention": "flash4"}, "cuda", GPU_SHAPE, torch.float32)
+        kernel_registry.select({"attention": "flash4"}, "cuda", GPU_SHAPE, torch.float32)
 
 
 def test_the_environment_has_no_say_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONTREE_SCAN", "mamba_ssm")  # for the GPU of the same machine
-    assert set(ops.reference_kernels().names.values()) == {"reference"}
+    assert set(kernel_registry.reference_kernels().names.values()) == {"reference"}
 
 
 def test_on_a_cpu_only_the_reference_runs_unless_asked_for() -> None:
-    assert set(ops.select({}, "cpu", GPU_SHAPE).names.values()) == {"reference"}
+    assert set(kernel_registry.select({}, "cpu", GPU_SHAPE).names.values()) == {"reference"}
     with pytest.raises(ValueError, match="kernels.scan 'mamba_ssm' cannot run here: needs a CUDA device"):
-        ops.select({"scan": "mamba_ssm"}, "cpu")
+        kernel_registry.select({"scan": "mamba_ssm"}, "cpu")
 
 
 # --- 32-bit offsets --------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_attention_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.Mo
 def test_every_limit_names_a_field_of_the_model() -> None:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     impossible = dataclasses.replace(SMALL, head_dim=6, chunk_size=5, conv_kernel=9, ssm_state_size=3)
-    for backends_of_op in ops._BACKENDS.values():
+    for backends_of_op in kernel_registry._BACKENDS.values():
         for backend in backends_of_op.values():
             reason = backend.limits(impossible)
             assert reason is None or reason.split()[0] in fields

@@ -13,7 +13,7 @@ from fusiontree.bench import overhead
 from fusiontree.bench.overhead import BLOCK, _Over, _TakingTurns
 from fusiontree.config import load_config
 from fusiontree.data.batch import Batch
-from fusiontree.distributed import World
+from fusiontree.distributed.collectives import World
 from fusiontree.errors import UserError
 
 SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith(("model.", "data.", "batch."))]

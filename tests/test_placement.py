@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from torch.utils import backend_registration
 from transformers import AutoModelForCausalLM
 
-from fusiontree.export import export
+from fusiontree.export.exporter import export
 from fusiontree.model.cache import Cache
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM

@@ -12,7 +12,7 @@ from conftest import cli, counting_dataset
 
 from data_tools.build import build
 from fusiontree.cli import main
-from fusiontree.data.plan import documents_at, plan
+from fusiontree.data.preview import documents_at, plan
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import Recipe, TrainStream, one_source
 

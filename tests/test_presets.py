@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusiontree import memory
 from fusiontree.config import deepspeed_json, load_config, preset_names
+from fusiontree.doctor import memory
 from fusiontree.model.lm import HybridLM
 
 PARAMETERS = {

@@ -10,14 +10,14 @@ import torch
 from conftest import SMALL, build, cli, seal, write_run
 from safetensors.torch import load_file, save_file
 
-from fusiontree import checkpoint
 from fusiontree.bench.prune import bench_prune, half_pruned
+from fusiontree.checkpoint import store
 from fusiontree.cli import main
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
-from fusiontree.export import export
-from fusiontree.exported import load_export
-from fusiontree.generate import Decoder
+from fusiontree.export.exporter import export
+from fusiontree.inference.decoder import Decoder
+from fusiontree.inference.loading import load_export
 from fusiontree.prune import pruner
 from fusiontree.prune.plan import (
     PrunedWeights,
@@ -30,6 +30,7 @@ from fusiontree.prune.plan import (
     pruned_model,
     read_plan,
 )
+from fusiontree.run.folder import CONFIG_FILE, GATES_FILE
 
 IDS = torch.randint(96, (2, 60), generator=torch.Generator().manual_seed(0))
 HALF = torch.full((3, 32), 0.5)
@@ -168,7 +169,7 @@ def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run, config = tmp_path_factory.mktemp("runs") / "run", dataclasses.replace(SMALL, vocab_size=512)
     found = write_run(run, config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
     gates = torch.tensor([0.9, 0.5, 0.3])[:, None].expand(-1, config.hidden_size).contiguous()
-    save_file({"mean": gates}, found / checkpoint.GATES)
+    save_file({"mean": gates}, found / GATES_FILE)
     seal(found)
     return run
 
@@ -195,9 +196,9 @@ def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path
     assert report["before"]["loss"] != report["after"]["loss"]
     assert all(report[when]["tokens_per_s"] > 0 for when in ("before", "after"))
     found = run / "checkpoints" / "step-1"
-    config, weights = load_config(str(found / checkpoint.CONFIG)).model, checkpoint.read_weights(found)
+    config, weights = load_config(str(found / CONFIG_FILE)).model, store.read_weights(found)
     pruning = Pruning.none(config).replace(0, "mamba").replace(2, "attention")
-    expected = pruned_model(weights, config, pruning, checkpoint.read_gates(found))
+    expected = pruned_model(weights, config, pruning, store.read_gates(found))
     ids = torch.arange(2, 80)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
@@ -221,7 +222,7 @@ def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: 
     assert kinds[int(layer)] == {"mamba": "attention", "attention": "mamba"}[gone]
     assert kinds.count("hybrid") == 2
     (tmp_path / "again.json").write_text(json.dumps(figures["plan"]))
-    config = load_config(str(run / "checkpoints" / "step-1" / checkpoint.CONFIG)).model
+    config = load_config(str(run / "checkpoints" / "step-1" / CONFIG_FILE)).model
     assert list(read_plan(tmp_path / "again.json", config).kinds) == kinds
     again = export(run, tmp_path / "again", "bf16", prune=str(tmp_path / "again.json"), data=shards, limit=1)["pruning"]
     tensors = load_file(tmp_path / "again" / "model.safetensors").values()

@@ -21,7 +21,7 @@ import pytest
 from conftest import cli, counting_dataset
 from fsspec import AbstractFileSystem
 
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizers import load_tokenizer
 from fusiontree.bench import loader
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fusiontree import cli as command_line
-from fusiontree import incidents
 from fusiontree.config import load_config, to_yaml
 from fusiontree.errors import UserError
 from fusiontree.report import write_report
 from fusiontree.report.collect import COLUMNS, CURVE, collect, thin
+from fusiontree.run import incidents
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")

@@ -9,7 +9,8 @@ import ranks
 import torch
 from conftest import NO_ASYNC_IO, has_async_io, metrics, settings
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
+from fusiontree.run import incidents
 
 # of three heads and odd sizes, so that no number of ranks divides all parameters
 ODD = {"model__hidden_size": 36, "model__ssm_heads": 3, "model__mlp_size": 50, "model__gate_rank": 7}
@@ -22,7 +23,7 @@ LAYOUTS = [(1, 2), (3, 4), (2, 1), (1, 4), (3, 2), (0, 1)]  # (ZeRO stage, ranks
 
 def ask_to_stop() -> None:
     """Every update is the last of its job."""
-    from fusiontree import signals
+    from fusiontree.distributed import signals
 
     signals.requested = lambda: signal.SIGUSR1
 
@@ -38,7 +39,7 @@ def test_every_change_of_ranks_and_stage_stays_on_the_curve(shards: Path, tmp_pa
     for key in ("loss", "grad_norm", "gate_mean", "lr", "tokens"):
         assert [line[key] for line in resized] == pytest.approx([line[key] for line in expected], rel=1e-5), key
     weights, reference = (
-        checkpoint.read_weights(tmp_path / name / "checkpoints" / "step-9") for name in ("resized", "whole")
+        store.read_weights(tmp_path / name / "checkpoints" / "step-9") for name in ("resized", "whole")
     )
     for name, value in reference.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
@@ -63,9 +64,7 @@ def test_states_on_nvme_come_along_there_and_back(shards: Path, tmp_path: Path) 
     expected, moved = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
     assert moved[:2] == expected[:2]
     assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
-    weights, reference = (
-        checkpoint.read_weights(tmp_path / name / "checkpoints" / "step-2") for name in ("moved", "whole")
-    )
+    weights, reference = (store.read_weights(tmp_path / name / "checkpoints" / "step-2") for name in ("moved", "whole"))
     assert all(torch.equal(weights[name], value) for name, value in reference.items())
 
 

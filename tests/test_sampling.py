@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree.errors import UserError
-from fusiontree.generate import Sampling, candidates, draw, stream_tokens
+from fusiontree.inference.generate import stream_tokens
+from fusiontree.inference.sampling import Sampling, candidates, draw
 
 
 def drawn(logits: torch.Tensor, sampling: Sampling, times: int = 400) -> set[int]:

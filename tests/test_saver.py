@@ -14,10 +14,11 @@ import ranks
 import torch
 from conftest import metrics, settings
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
 from fusiontree.config import load_config
-from fusiontree.distributed import World
-from fusiontree.jsonlines import read_json_lines
+from fusiontree.distributed.collectives import World
+from fusiontree.run import incidents
+from fusiontree.run.jsonlines import read_json_lines
 from fusiontree.training.logs import log_to_file
 
 SMALLER = {"model__hidden_size": 32, "validation__every": 0}
@@ -30,7 +31,8 @@ def _limit(size: int) -> None:
 
 def fill_disk_of_rank_1_for_the_first_save() -> None:
     """Rank 1 finds a full disk once, and rank 0, which trains on meanwhile, none for its figures."""
-    from fusiontree import jsonlines, saver
+    from fusiontree.checkpoint import saver
+    from fusiontree.run import jsonlines
 
     append, appended = jsonlines._append, itertools.count()
 
@@ -52,7 +54,7 @@ def fill_disk_of_rank_1_for_the_first_save() -> None:
 
 def fill_disk_after_the_first_save() -> None:
     """The disk is full from the second save on."""
-    from fusiontree import saver
+    from fusiontree.checkpoint import saver
 
     write, sizes = saver._write_files, [resource.RLIM_INFINITY]
 
@@ -70,7 +72,7 @@ def test_a_save_that_fails_on_one_rank_is_said_and_tried_again_at_the_next(shard
     assert said.count("step-4 could not be written: File too large; training goes on and tries") == 1
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("save_failed", 4)]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-8"]
-    assert checkpoint.verify(folder / "step-8") == []
+    assert store.verify(folder / "step-8") == []
     assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
     assert [line["step"] for line in read_json_lines(tmp_path / "r" / "layers.jsonl")] == [4, 8]
     assert said.count("metrics.jsonl: No space left on device; its lines wait until they can be written") == 1
@@ -98,14 +100,14 @@ def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: P
     said = ranks.run(words, tmp_path, setup=fill_disk_after_the_first_save, code=1)
     assert "step-8 could not be written: File too large; free disk space and start again" in said
     folder = tmp_path / "r" / "checkpoints"
-    assert checkpoint.newest(folder) == (folder / "step-4", {})
+    assert store.newest(folder) == (folder / "step-4", {})
     assert (folder / "latest").read_text() == "step-4\n"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-4"]
 
 
 def write_late() -> None:
     """Write each file when training is past the moment of the save, for which it must not wait."""
-    from fusiontree import saver
+    from fusiontree.checkpoint import saver
     from fusiontree.training.step import TrainingStep
 
     write, update, is_past = saver._write_files, TrainingStep.update, threading.Event()
@@ -124,7 +126,7 @@ def write_late() -> None:
 
 def stop_after_step_4() -> None:
     """Save at step 4 and leave, so that no update follows."""
-    from fusiontree import signals
+    from fusiontree.distributed import signals
     from fusiontree.training.step import TrainingStep
 
     update = TrainingStep.update

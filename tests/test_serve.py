@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import export_small
 
-from fusiontree.network import free_port
+from fusiontree.distributed.ports import free_port
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

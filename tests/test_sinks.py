@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from fusiontree.config import RunConfig, load_config
+from fusiontree.run.records import read_metrics
 from fusiontree.training import sinks
-from fusiontree.training.metrics import Metrics, read_metrics
+from fusiontree.training.metrics import Metrics
 from fusiontree.training.sinks import Histogram, TensorBoardSink, open_sinks
 
 HISTOGRAM = Histogram([1, 0, 3], [0.0, 0.25, 0.5, 0.75])

@@ -11,7 +11,7 @@ from fusiontree import cli
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
 from launcher import sbatch
-from launcher.plan import Surroundings, plan_slurm
+from launcher.job import LaunchOptions, plan_slurm
 from launcher.sbatch import Job, Sweep
 
 PYTHON = sys.executable
@@ -82,7 +82,7 @@ def config(tmp_path):
 
 
 def rendered(config, job: Job, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
-    around = Surroundings({"GREETING": "hello world"}, ("module load cuda/12.8",))
+    around = LaunchOptions({"GREETING": "hello world"}, ("module load cuda/12.8",))
     plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], around)
     return sbatch.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
 
@@ -140,7 +140,7 @@ def test_slurms_own_containers_take_a_bundle_that_has_its_mounts(config):
 
 
 def test_a_container_sees_the_folders_of_runs_that_lie_elsewhere(config, tmp_path):
-    around = Surroundings()
+    around = LaunchOptions()
     plan = plan_slurm(config, 1, 1, False, [], around)
     script = sbatch.render(plan, Job(container=str(tmp_path)), [Path("/scratch/runs/books")], Path("/scratch/logs"))
     assert f"apptainer exec --bind /work --bind /scratch/runs {tmp_path} python" in script  # a folder: a sandbox

@@ -8,9 +8,11 @@ import time
 
 import pytest
 
-from fusiontree import cli, incidents, lease
+from fusiontree import cli
 from fusiontree.config import load_config, to_yaml
-from fusiontree.status import status
+from fusiontree.run import incidents, lease
+from fusiontree.run.folder import LEASE_FILE
+from launcher.status import status
 
 SCONTROL = """#!/bin/sh
 echo "JobId=$4 JobState=$STATE Reason=Priority RunTime=00:01:02 TimeLimit=04:00:00"
@@ -53,7 +55,7 @@ def test_a_run_whose_process_lives_is_running(run):
 
 
 def test_a_run_elsewhere_is_running_while_its_files_move(run):
-    (run / lease.FILE).write_text(json.dumps({"holder": "x", "host": "node7", "pid": 1, "time": 0, "job": None}))
+    (run / LEASE_FILE).write_text(json.dumps({"holder": "x", "host": "node7", "pid": 1, "time": 0, "job": None}))
     assert status(run)["state"] == "running on node7, as far as its files tell"
     old = time.time() - 3600
     os.utime(run / "metrics.jsonl", (old, old))

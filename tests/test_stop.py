@@ -9,7 +9,9 @@ import pytest
 import ranks
 from conftest import metrics, settings
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
+from fusiontree.run import incidents
+from fusiontree.run.folder import list_checkpoints
 
 SMALLER = {"model__hidden_size": 32, "validation__every": 0, "checkpoint__every": 1000, "schedule__warmup_steps": 0}
 
@@ -31,8 +33,8 @@ def test_a_signal_to_any_rank_saves_on_all(number: signal.Signals, to: list[int]
     for rank in to:
         os.kill(job.processes[rank].pid, number)
     assert job.codes() == [75, 75], job.said()
-    (path,) = checkpoint.list_checkpoints(run / "checkpoints")
-    assert checkpoint.verify(path) == []
+    (path,) = list_checkpoints(run / "checkpoints")
+    assert store.verify(path) == []
     step = metrics(run)[-1]["step"]
     assert path.name == f"step-{step}"
     assert job.said().count(f"stopped by {number.name} after step {step:,}, which is saved") == 2
@@ -52,7 +54,7 @@ def test_a_second_signal_kills(shards: Path, tmp_path: Path) -> None:
 
 def stubborn() -> None:
     """Never come to a place where the run could be saved, and take a signal of two to be meant the sooner."""
-    from fusiontree import signals
+    from fusiontree.distributed import signals
 
     signals.REPEAT = 0.1
     signals.requested = lambda: None

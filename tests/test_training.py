@@ -11,15 +11,17 @@ import ranks
 import torch
 from conftest import Hostile, cli, metrics, seal, settings
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, load_config
 from fusiontree.data.batch import IGNORE, Batch
 from fusiontree.data.format import Dataset
 from fusiontree.data.stream import TrainStream, validation_batches
-from fusiontree.flops import update_flops
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, drawn, materialise
-from fusiontree.training.data import make_recipe, open_data, open_stream, open_training
+from fusiontree.model.flops import update_flops
+from fusiontree.model.lm import HybridLM, materialize, seeded_init
+from fusiontree.run import incidents
+from fusiontree.run.data import make_recipe, open_data, open_stream, open_training
+from fusiontree.run.folder import INCIDENTS_FILE, list_checkpoints
 from fusiontree.training.optimizer import parameter_groups
 from fusiontree.training.schedule import learning_rate
 
@@ -51,7 +53,7 @@ def plain_losses(
     stream.leave_out(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, drawn(config.seed), torch.device("cpu")))
+    list(materialize(model, seeded_init(config.seed), torch.device("cpu")))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer), betas=(config.optimizer.beta1, config.optimizer.beta2)
     )
@@ -98,8 +100,8 @@ def other_stage(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: 
 
 def test_other_zero_stages_follow_the_same_curve(two_ranks: Path, other_stage: Path) -> None:
     assert losses(other_stage) == pytest.approx(losses(two_ranks), rel=1e-5)
-    weights = checkpoint.read_weights(other_stage / "checkpoints" / "step-8")
-    reference = checkpoint.read_weights(two_ranks / "checkpoints" / "step-8")
+    weights = store.read_weights(other_stage / "checkpoints" / "step-8")
+    reference = store.read_weights(two_ranks / "checkpoints" / "step-8")
     assert set(weights) == set(reference)
     for name, value in reference.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
@@ -112,7 +114,7 @@ def test_at_every_stage_a_resumed_run_is_the_undisturbed_run_bit_for_bit(
     stage = load_config(str(other_stage / "config.yaml")).deepspeed
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="other", deepspeed=stage)], tmp_path, 2)
     assert metrics(resumed) == metrics(other_stage)
-    before, after = (checkpoint.read_weights(run / "checkpoints" / "step-8") for run in (other_stage, resumed))
+    before, after = (store.read_weights(run / "checkpoints" / "step-8") for run in (other_stage, resumed))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -206,7 +208,7 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
         "tokenizer",
         "lease.json",
     }
-    assert [path.name for path in checkpoint.list_checkpoints(two_ranks / "checkpoints")] == ["step-4", "step-8"]
+    assert [path.name for path in list_checkpoints(two_ranks / "checkpoints")] == ["step-4", "step-8"]
     assert (two_ranks / "checkpoints" / "latest").read_text() == "step-8\n"
     assert {path.name for path in (two_ranks / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
 
@@ -235,7 +237,7 @@ def loss_by_source(run: Path) -> dict[str, float]:
     """Held-out loss of each source's rows under the run's last weights, one row at a time."""
     config = load_config(str(run / "config.yaml"))
     model = HybridLM(config.model)
-    model.load_state_dict(checkpoint.read_weights(run / "checkpoints" / "step-8"))
+    model.load_state_dict(store.read_weights(run / "checkpoints" / "step-8"))
     held_out = open_data(config).validation
     assert held_out is not None
     sums = {name: [0.0, 0] for name in held_out.names}
@@ -258,14 +260,14 @@ def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
     assert validation[-1]["val_loss"] == pytest.approx(last_validation, rel=1e-5)
     assert {key: value for key, value in validation[-1].items() if "/" in key} == pytest.approx(loss_by_source(run))
     assert {line["tokens"] // line["step"] for line in whole if "loss" in line} == {1024}
-    assert checkpoint.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
-    bad_rows = checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"]
+    assert store.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
+    bad_rows = store.read_state(run / "checkpoints" / "step-8")["bad_rows"]
     assert [entry["source"] for entry in bad_rows] == ["b"]
     shutil.rmtree(run / "checkpoints" / "step-8")
     (run / "checkpoints" / "latest").write_text("step-4\n")
     cli("train", "tiny", *mixed, "data.workers=0")
     assert metrics(run) == whole
-    assert checkpoint.read_state(run / "checkpoints" / "step-8")["bad_rows"] == bad_rows
+    assert store.read_state(run / "checkpoints" / "step-8")["bad_rows"] == bad_rows
     done = cli("train", "tiny", *mixed, "data.weights.4.a=2", code=2)
     assert "other values of data.weights.4.a;" in done.stderr
 
@@ -276,7 +278,7 @@ def interrupted_copy(run: Path, output: Path) -> Path:
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "step-8")
     (copy / "checkpoints" / "latest").write_text("step-4\n")
-    (copy / incidents.FILE).unlink(missing_ok=True)  # of other tests
+    (copy / INCIDENTS_FILE).unlink(missing_ok=True)  # of other tests
     return copy
 
 
@@ -289,9 +291,9 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(two_ranks: Path, shard
     done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
     assert "from step 4" in done.stderr
     assert metrics(resumed) == metrics(two_ranks)
-    before, after = (checkpoint.read_weights(run / "checkpoints" / "step-8") for run in (two_ranks, resumed))
+    before, after = (store.read_weights(run / "checkpoints" / "step-8") for run in (two_ranks, resumed))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(*(checkpoint.read_gates(run / "checkpoints" / "step-8") for run in (two_ranks, resumed)))
+    assert torch.equal(*(store.read_gates(run / "checkpoints" / "step-8") for run in (two_ranks, resumed)))
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
@@ -401,7 +403,7 @@ def test_tokens_are_counted_on_from_the_checkpoint_though_the_batch_is_another(
     ranks.run(["train", "tiny", *words], tmp_path)
     tokens = {line["step"]: line["tokens"] for line in metrics(resumed)}
     assert [tokens[step] for step in range(3, 9)] == [3072, 4096, 6144, 8192, 10240, 12288]
-    assert checkpoint.read_state(resumed / "checkpoints" / "step-8")["tokens"] == 12288
+    assert store.read_state(resumed / "checkpoints" / "step-8")["tokens"] == 12288
 
 
 def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(sha
 
 def test_scan_parameters_stay_fp32_in_bf16_and_the_loss_is_near(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     cli("train", "tiny", *settings(shards, tmp_path, name="half", precision="bf16"))
-    weights = checkpoint.read_weights(tmp_path / "half" / "checkpoints" / "step-8")
+    weights = store.read_weights(tmp_path / "half" / "checkpoints" / "step-8")
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert losses(tmp_path / "half") != losses(two_ranks)
     assert losses(tmp_path / "half") == pytest.approx(losses(two_ranks), rel=0.02)
@@ -435,8 +437,8 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     words = ["train", "tiny", *settings(shards, tmp_path, name="w", logging__wandb="true", validation__every=0)]
     cli(*words)
-    saved = checkpoint.list_checkpoints(tmp_path / "w" / "checkpoints")
-    ids = {checkpoint.read_state(path)["wandb_id"] for path in saved}
+    saved = list_checkpoints(tmp_path / "w" / "checkpoints")
+    ids = {store.read_state(path)["wandb_id"] for path in saved}
     assert len(saved) == 2
     (run_id,) = ids
     shutil.rmtree(saved[-1])

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fusiontree.data.batch import IGNORE, Batch, collate
-from fusiontree.distributed import World
-from fusiontree.training import validation
-from fusiontree.training.validation import BOUNDS, BUCKETS, HeldOutLoss
+from fusiontree.distributed import collectives
+from fusiontree.distributed.collectives import World
+from fusiontree.evaluate import held_out as held_out_module
+from fusiontree.evaluate.held_out import BOUNDS, BUCKETS, HeldOutLoss
 
 SMALL_BOUNDS = (2, 4, 8, 16, 32)
 WORLD = World(0, 1, torch.device("cpu"))
@@ -19,7 +20,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation.distributed, "sum_over_ranks", lambda value: value)
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda value: value)
 
 
 def batches(draw: np.random.Generator, count: int, rows: int = 3, L: int = 64) -> list[Batch]:
@@ -72,7 +73,7 @@ def held_out(labels: tuple[str, ...], seen: list[Batch], losses: list[torch.Tens
 
 
 def test_figures_are_those_of_a_walk_over_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "BOUNDS", SMALL_BOUNDS)
+    monkeypatch.setattr(held_out_module, "BOUNDS", SMALL_BOUNDS)
     draw = np.random.default_rng(0)
     seen = batches(draw, 4)
     losses = [torch.from_numpy(draw.random(b.labels.shape, dtype=np.float32) * (b.labels != IGNORE)) for b in seen]

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, Hostile, build, cli, seal, write_layout, write_run
 from safetensors.torch import load_file, save_file
 
-from fusiontree import weights
+from fusiontree.checkpoint import tensor_files
 from fusiontree.errors import RunError
 from fusiontree.model.lm import HybridLM
 
@@ -22,7 +22,7 @@ from fusiontree.model.lm import HybridLM
 def test_any_stage_and_number_of_ranks_gives_the_weights(stage: int, ranks: int, tmp_path: Path) -> None:
     state = build().state_dict()
     write_layout(tmp_path / "c", state, stage, ranks)
-    found = weights.of_checkpoint(tmp_path / "c", stage)
+    found = tensor_files.from_checkpoint(tmp_path / "c", stage)
     assert set(found) == set(state)
     assert all(torch.equal(found[name], value) for name, value in state.items())
     HybridLM(SMALL).load_state_dict(found)
@@ -32,7 +32,7 @@ def test_files_of_a_rank_that_is_missing_are_noticed(tmp_path: Path) -> None:
     write_layout(tmp_path / "c", build().state_dict(), 3, 3)
     (tmp_path / "c" / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(RunError, match="has the files of 2 ranks of 3"):
-        weights.of_checkpoint(tmp_path / "c", 3)
+        tensor_files.from_checkpoint(tmp_path / "c", 3)
 
 
 def test_a_pickle_that_runs_code_is_refused_in_one_line_unless_trusted(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -46,41 +46,41 @@ def test_a_pickle_that_runs_code_is_refused_in_one_line_unless_trusted(tokenizer
     assert done.stderr.count("\n") == 1
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
-    weights.of_checkpoint(folder, 0, trust=True)
+    tensor_files.from_checkpoint(folder, 0, trust=True)
     assert mark.exists()
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     state = build().state_dict()
-    specs = {name: weights.Spec(tuple(value.shape), torch.bfloat16) for name, value in state.items()}
-    written = list(weights.write_safetensors(tmp_path, state.__getitem__, specs, 20_000))
+    specs = {name: tensor_files.Spec(tuple(value.shape), torch.bfloat16) for name, value in state.items()}
+    written = list(tensor_files.write_safetensors(tmp_path, state.__getitem__, specs, 20_000))
     assert written == list(state)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    index = json.loads((tmp_path / weights.INDEX).read_text())
+    index = json.loads((tmp_path / tensor_files.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(2 * value.numel() for value in state.values())
     for file in files:
         loaded = load_file(tmp_path / file)
         assert {name for name, place in index["weight_map"].items() if place == file} == set(loaded)
         assert len(loaded) == 1 or sum(2 * value.numel() for value in loaded.values()) <= 20_000
         assert all(torch.equal(value, state[name].bfloat16()) for name, value in loaded.items())
-    again = weights.of_safetensors(tmp_path)
+    again = tensor_files.from_safetensors(tmp_path)
     assert all(torch.equal(again[name], value.bfloat16()) for name, value in state.items())
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "outside.safetensors")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    (tmp_path / "out" / tensor_files.INDEX).write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
     with pytest.raises(RunError, match="leaves its folder"):
-        weights.of_safetensors(tmp_path / "out")
+        tensor_files.from_safetensors(tmp_path / "out")
 
 
 PEAK = """
 import resource, sys
 from fusiontree.cli import main
-import fusiontree.export, transformers.modeling_utils, transformers.generation  # what any export loads
+import fusiontree.export.exporter, transformers.modeling_utils, transformers.generation  # what any export loads
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert main(sys.argv[1:]) == 0
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
@@ -107,5 +107,5 @@ def test_an_export_holds_a_few_tensors_however_large_the_model(tokenizer_folder:
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split()[-1])
     assert peak < 6 * largest + 2**25, f"{peak / 2**20:.0f} MiB for {total / 2**20:.0f} MiB of weights"
-    exported = weights.of_safetensors(tmp_path / "out")
+    exported = tensor_files.from_safetensors(tmp_path / "out")
     assert all(torch.equal(exported[f"model.{name}"], value) for name, value in state.items())

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree.config import RunConfig, load_config
 from fusiontree.data.batch import Batch, collate
-from fusiontree.distributed import World
+from fusiontree.distributed.collectives import World
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, branch_drops, drawn, materialise
+from fusiontree.model.lm import HybridLM, branch_drops, materialize, seeded_init
 from fusiontree.training.gates import DECAY
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.schedule import learning_rate, value_at
@@ -83,7 +83,7 @@ def batch_of(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
 def start(config: RunConfig) -> HybridLM:
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, drawn(config.seed), torch.device("cpu")))
+    list(materialize(model, seeded_init(config.seed), torch.device("cpu")))
     return model
 
 
@@ -191,7 +191,7 @@ class LiveElements(TorchDispatchMode):
 
 def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
     """The same figures from this rank's share of the rows."""
-    from fusiontree import distributed
+    from fusiontree.distributed import collectives
     from fusiontree.training.step import TrainingStep
 
     training = TrainingStep(config, world)
@@ -202,7 +202,7 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
         batches = [batch_of(mine[first : first + micro_rows]) for first in range(0, len(mine), micro_rows)]
         update = training.update(batches, step)
         figures = {"loss": update.own_loss, **update.parts}
-        sums = distributed.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
+        sums = collectives.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
         for name, value in zip(figures, sums, strict=True):
             curve.setdefault(name, []).append(value)
         curve["norm"].append(float(update.grad_norm))
@@ -214,7 +214,7 @@ def built_at_zero3(folder: Path, world: World) -> dict[str, Any]:
     """How a model starts that is cut up as it is made: its weights against a plain start, and the most it held."""
     import deepspeed
 
-    from fusiontree.training.build import build_model, engine_settings
+    from fusiontree.training.engine_setup import build_model, engine_settings
 
     config = config_of(folder, ["deepspeed=zero3", "model.num_layers=8"])
     with LiveElements() as elements:
@@ -228,18 +228,18 @@ def built_at_zero3(folder: Path, world: World) -> dict[str, Any]:
 
 
 def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
-    from fusiontree import distributed
+    from fusiontree.distributed import collectives
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    world = distributed.start()
+    world = collectives.start()
     results: dict[str, Any] = {}
     for name, (ranks, overrides) in JOBS.items():
         if ranks == size and not skipped(name):
             results[name] = curve_of(config_of(folder, overrides), world)
     results["start"] = built_at_zero3(folder, world)
     (folder / f"ranks-{size}-{rank}.json").write_text(json.dumps(results))
-    distributed.leave()
+    collectives.leave()
 
 
 def main(folder: Path) -> None:
@@ -247,7 +247,7 @@ def main(folder: Path) -> None:
     import deepspeed  # noqa: F401 - so that the ranks need not
 
     import fusiontree.training.step  # noqa: F401 - likewise
-    from fusiontree.network import free_port
+    from fusiontree.distributed.ports import free_port
 
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")
@@ -277,7 +277,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
     """The plain loop's curves, by kind."""
-    from fusiontree.exported import load_export
+    from fusiontree.inference.loading import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
     return {kind: plain_curve(config_of(folder, more), teacher) for kind, more in KINDS.items()}

@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 
-from fusiontree.bench import measure
-from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
 from fusiontree.bench.train import bench_config
 from fusiontree.config import RunConfig
 from fusiontree.console import progress_bar
-from fusiontree.distributed import accelerator
+from fusiontree.device import accelerator, describe_machine, made_in, oom_context
 from fusiontree.errors import UserError
-from fusiontree.exported import check_positions
+from fusiontree.inference.loading import check_positions
+from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM
 
@@ -41,7 +40,7 @@ def bench_decode(
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
     check_positions(config.model, max(contexts) + UNTIMED_STEPS + steps)
-    with measure.naming_lack_of_memory(f"the weights of {config.name}"):
+    with oom_context(f"the weights of {config.name}"):
         model = random_model(config, device)
     figures = []
     with progress_bar() as bar:
@@ -55,7 +54,7 @@ def bench_decode(
         "preset": config.name,
         "parameters": config.model.parameter_count(),
         "precision": config.precision,
-        **measure.describe_machine(device),
+        **describe_machine(device),
         "kernels": dict(model.kernels.names),
         "steps": steps,
         "decode": figures,
@@ -67,6 +66,6 @@ def random_model(config: RunConfig, device: torch.device) -> HybridLM:
     torch.manual_seed(config.seed)
     dtype = DTYPES[config.precision]
     kernels = choose_kernels(device.type, config.kernels.model_dump(), config.model, dtype)
-    with measure.made_in(dtype, device):
+    with made_in(dtype, device):
         model = HybridLM(config.model, kernels)
     return model.eval()

@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusiontree import checkpoint, layout
-from fusiontree.bench import measure
+from fusiontree.checkpoint import store
+from fusiontree.checkpoint.tensor_files import Located, from_checkpoint
 from fusiontree.config import RunConfig, deepspeed_json, load_config, to_yaml
 from fusiontree.console import progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
+from fusiontree.device import describe_machine
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_below_a_file, write_atomic
 from fusiontree.kernels import DTYPES
-from fusiontree.model.lm import HybridLM, drawn, materialise
+from fusiontree.model.lm import HybridLM, materialize, seeded_init
+from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_FILE, TOKENIZER, checkpoint_path
 from fusiontree.training.optimizer import parameter_groups
-from fusiontree.weights import Located, of_checkpoint
+from fusiontree.zero import layout
 
 MARGIN = 2**28  # bytes of disk beside the weights
 POLL = 0.02  # seconds between two looks at the process
@@ -73,7 +75,7 @@ def bench_export(
     return {
         "preset": config.name,
         "parameters": config.model.parameter_count(),
-        **measure.describe_machine(torch.device("cpu")),
+        **describe_machine(torch.device("cpu")),
         "zero_stage": stage,
         "ranks": ranks,
         "dtype": dtype,
@@ -102,21 +104,21 @@ def write_checkpoint(run: Path, config: RunConfig, stage: int, ranks: int) -> Pa
 
     What a run saves besides, the optimizer's moments and copies of weights, an export hashes and does not read.
     """
-    folder = run / "checkpoints" / "step-1"
+    folder = checkpoint_path(run, 1)
     folder.mkdir(parents=True)
     with torch.device("meta"):
         model = HybridLM(config.model)
     _write_weights(folder, model, config, stage, ranks)
-    _write_tokenizer(run / "tokenizer")
+    _write_tokenizer(run / TOKENIZER)
     state: dict[str, Any] = {"step": 1, "tokens": 0, "rows_consumed": 0, "world_size": ranks, "zero_stage": stage}
-    state |= {"tokenizer_fingerprint": tokenizer_fingerprint(run / "tokenizer"), "data_fingerprint": ""}
+    state |= {"tokenizer_fingerprint": tokenizer_fingerprint(run / TOKENIZER), "data_fingerprint": ""}
     state |= {"eos_id": 0, "pad_id": 0, "wandb_id": None}
-    (folder / checkpoint.STATE).write_text(json.dumps(state))
-    (folder / checkpoint.CONFIG).write_text(to_yaml(config))
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    (folder / CONFIG_FILE).write_text(to_yaml(config))
     gates = torch.full((config.model.num_layers, config.model.hidden_size), 0.5)
-    save_file({"mean": gates}, folder / checkpoint.GATES)
-    hashes = {path.name: checkpoint.sha256(path) for path in sorted(folder.iterdir())}
-    write_atomic(folder / checkpoint.MANIFEST, json.dumps({"sha256": hashes}))
+    save_file({"mean": gates}, folder / GATES_FILE)
+    hashes = {path.name: store.sha256(path) for path in sorted(folder.iterdir())}
+    write_atomic(folder / MANIFEST_FILE, json.dumps({"sha256": hashes}))
     return folder
 
 
@@ -132,11 +134,11 @@ def _write_weights(folder: Path, model: HybridLM, config: RunConfig, stage: int,
     for name, content in contents:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, folder / name)
-    located = of_checkpoint(folder, stage).located
+    located = from_checkpoint(folder, stage).located
     paths = {module: path for path, module in model.named_modules()}
     with progress_bar() as bar:
         task = bar.add_task("checkpoint", total=len(located), note="")
-        for module in materialise(model, drawn(config.seed), torch.device("cpu")):
+        for module in materialize(model, seeded_init(config.seed), torch.device("cpu")):
             for name, parameter in module.named_parameters(paths[module], recurse=False):
                 _fill(located[name], parameter.detach())
                 bar.update(task, advance=1, note=name)

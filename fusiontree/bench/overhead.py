@@ -14,21 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusiontree import distributed
-from fusiontree.bench import measure, rows
+from fusiontree.bench import rows
 from fusiontree.config import RunConfig, load_config
 from fusiontree.data.batch import Batch
 from fusiontree.data.format import Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.stream import TrainStream
 from fusiontree.data.writer import ShardWriter
-from fusiontree.distributed import World
+from fusiontree.device import describe_machine, oom_context, timing_summary
+from fusiontree.distributed import collectives
+from fusiontree.distributed.collectives import World
 from fusiontree.errors import UserError
 from fusiontree.model.documents import to_device
-from fusiontree.training.build import build_model, engine_settings
-from fusiontree.training.data import make_recipe, open_data
-from fusiontree.training.engine import Trainer
+from fusiontree.run.data import make_recipe, open_data
+from fusiontree.training.engine_setup import build_model, engine_settings
 from fusiontree.training.optimizer import build_optimizer
+from fusiontree.training.trainer import Trainer
 
 BLOCK = 5  # updates of the one, then as many of the other
 SYNTHETIC_ROWS = 256
@@ -56,12 +57,12 @@ def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: 
             raise UserError(f"{name} is {value}; it must be at least {least}")
     with tempfile.TemporaryDirectory(prefix="fusiontree-overhead-") as folder:
         config = overhead_config(source, overrides, Path(folder), (rounds + warmup) * BLOCK + 1)
-        world = distributed.start()
+        world = collectives.start()
         if world.size > 1:
             raise UserError(f"bench overhead measures one device, but WORLD_SIZE is {world.size}; start it alone")
         pairs = _measure(config, world, rounds + warmup)[warmup:]
-        figures = _describe(config, rounds) | measure.describe_machine(world.device) | _figures(pairs)
-        distributed.leave()
+        figures = _describe(config, rounds) | describe_machine(world.device) | _figures(pairs)
+        collectives.leave()
     return figures
 
 
@@ -185,7 +186,7 @@ class BareLoop:
 
 def _measure(config: RunConfig, world: World, rounds: int) -> list[tuple[Seconds, Seconds]]:
     config.run_dir.mkdir(parents=True)
-    with measure.naming_lack_of_memory(f"two models of {config.name} in memory"):
+    with oom_context(f"two models of {config.name} in memory"):
         stream = _TakingTurns(config, world, BareLoop(config, world), rounds)
         trainer = Trainer(config, world, open_data(config), stream, None)
         with contextlib.closing(stream), contextlib.suppress(_Over):
@@ -218,8 +219,8 @@ def _describe(config: RunConfig, rounds: int) -> dict[str, Any]:
 def _figures(pairs: list[tuple[Seconds, Seconds]]) -> dict[str, Any]:
     """The overhead by the clock; by computing time as well, which other work on the machine disturbs less."""
     return {
-        "run_update": measure.spread([ours.wall / BLOCK for ours, _ in pairs]),
-        "bare_update": measure.spread([bare.wall / BLOCK for _, bare in pairs]),
+        "run_update": timing_summary([ours.wall / BLOCK for ours, _ in pairs]),
+        "bare_update": timing_summary([bare.wall / BLOCK for _, bare in pairs]),
         "overhead": _overhead([ours.wall / bare.wall for ours, bare in pairs]),
         "overhead_of_cpu_time": _overhead([ours.cpu / bare.cpu for ours, bare in pairs]),
     }

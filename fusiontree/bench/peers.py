@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fusiontree.bench.conv1d import provide_causal_conv1d
-from fusiontree.bench.measure import made_in
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
+from fusiontree.device import made_in
 from fusiontree.errors import RunError, UserError
 
 _SMALL = 100_000_000  # parameters below which a configuration is measured beside a small peer

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fusiontree.bench.measure import elapsed
+from fusiontree.device import elapsed
 from fusiontree.files import write_atomic
 
 TOP = 40  # kernels that the report names

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from fusiontree.bench import measure
 from fusiontree.bench.decode import random_model
-from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
 from fusiontree.bench.train import bench_config
-from fusiontree.distributed import accelerator
+from fusiontree.device import accelerator, describe_machine, oom_context
 from fusiontree.errors import UserError
-from fusiontree.exported import check_positions
+from fusiontree.inference.loading import check_positions
+from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.model.config import LayerKind, ModelConfig
 from fusiontree.prune.plan import Pruning, pruned_model, read_plan
 
@@ -55,7 +54,7 @@ def bench_prune(
     config = bench_config(preset, overrides, device)
     check_positions(config.model, context + UNTIMED_STEPS + steps)
     pruning = half_pruned(config.model, keep) if keep in HALVES else read_plan(Path(keep), config.model)
-    with measure.naming_lack_of_memory(f"the weights of {config.name}"):
+    with oom_context(f"the weights of {config.name}"):
         model = random_model(config, device)
     figures = {}
     for name in ("whole", "pruned"):
@@ -73,7 +72,7 @@ def bench_prune(
     return {
         "preset": config.name,
         "precision": config.precision,
-        **measure.describe_machine(device),
+        **describe_machine(device),
         "kernels": dict(model.kernels.names),
         "batch": batch,
         "context": context,

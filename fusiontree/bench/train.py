@@ -11,16 +11,27 @@ from typing import Any
 
 import torch
 
-from fusiontree import distributed
-from fusiontree.bench import measure, rows
+from fusiontree.bench import rows
 from fusiontree.bench.peers import Peer, check_peer
 from fusiontree.bench.profiling import profile_step
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.data.batch import Batch
-from fusiontree.distributed import World
+from fusiontree.device import (
+    accelerator,
+    describe_machine,
+    device_name,
+    elapsed,
+    memory_figures,
+    oom_context,
+    peak_flops,
+    reset_memory,
+    timing_summary,
+)
+from fusiontree.distributed import collectives
+from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError, UserError
-from fusiontree.flops import six_n_flops, update_flops
+from fusiontree.model.flops import six_n_flops, update_flops
 from fusiontree.training.step import TrainingStep
 
 
@@ -69,13 +80,13 @@ def bench_train(
         UserError: the configuration or the peer cannot be measured here. RunError: memory ran out, or the loss is not
             finite.
     """
-    device = torch.device(distributed.accelerator())
+    device = torch.device(accelerator())
     config = bench_config(preset, overrides, device, seq_len, batch_tokens, recompute)
     if peer is not None:
         check_peer(peer, device)
     if profile is not None and not profile.absolute().parent.is_dir():
         raise UserError(f"--profile {profile}: there is no folder {profile.parent}; make it first")
-    world = distributed.start()
+    world = collectives.start()
     if world.size > 1:
         raise UserError(f"bench train measures one device, but WORLD_SIZE is {world.size}; start it without a launcher")
     figures = _measure_own(config, workload, world, profile)
@@ -85,7 +96,7 @@ def bench_train(
         figures["peer"] = _measure_peer(peer, config, workload, world.device, peer_recompute)
         if "tokens_per_s" in figures["peer"]:
             figures["ratio"] = figures["tokens_per_s"] / figures["peer"]["tokens_per_s"]
-    distributed.leave()
+    collectives.leave()
     return figures
 
 
@@ -115,8 +126,8 @@ def bench_config(
 
 def _measure_own(config: RunConfig, workload: Workload, world: World, profile: Path | None) -> dict[str, Any]:
     device, tried = world.device, f"{config.name}, {config.batch.micro_rows} x {config.data.seq_len} tokens"
-    with measure.naming_lack_of_memory(f"{tried}, activation_checkpointing {config.activation_checkpointing.policy}"):
-        measure.reset_memory(device)
+    with oom_context(f"{tried}, activation_checkpointing {config.activation_checkpointing.policy}"):
+        reset_memory(device)
         training = TrainingStep(config, world)
         losses: list[float] = []
 
@@ -124,13 +135,13 @@ def _measure_own(config: RunConfig, workload: Workload, world: World, profile: P
             losses.append(training.update(batches, step).loss)
 
         seconds, flops = _timed_updates(config.name, config, workload, device, update)
-        memory = measure.peak_memory(device)
+        memory = memory_figures(device)
         loss = losses[-1]
         if not math.isfinite(loss):
             raise RunError(f"the loss of {config.name} became {loss} after {len(losses)} updates: nothing was measured")
         figures = {
             **_describe(config, workload),
-            **measure.describe_machine(device),
+            **describe_machine(device),
             "kernels": dict(training.engine.module.kernels.names),
             **_throughput(config.batch.tokens, seconds),
             **_utilisation(config, flops, statistics.median(seconds), device),
@@ -163,7 +174,7 @@ def _describe(config: RunConfig, workload: Workload) -> dict[str, Any]:
 
 def _throughput(tokens: int, seconds: list[float]) -> dict[str, Any]:
     """Tokens/s of the median step, and the spread of all."""
-    return {"tokens_per_s": tokens / statistics.median(seconds), "step": measure.spread(seconds)}
+    return {"tokens_per_s": tokens / statistics.median(seconds), "step": timing_summary(seconds)}
 
 
 def _utilisation(
@@ -172,7 +183,7 @@ def _utilisation(
     """Model FLOPs of the mean step, by part, and the share of the device's peak that they make of the median step."""
     by_part = {part: sum(step[part] for step in flops) / len(flops) for part in flops[0]}
     total, six_n = sum(by_part.values()), six_n_flops(config.model, config.batch.tokens)
-    peak = measure.peak_flops(device)
+    peak = peak_flops(device_name(device))
     return {
         "model_tflop_per_step": total / 1e12,
         "model_tflop_share": {part: count / total for part, count in by_part.items() if count},
@@ -205,7 +216,7 @@ def _timed_updates(
         task = bar.add_task(title, total=workload.warmup + workload.steps, note="warming up")
         for step in range(workload.warmup + workload.steps):
             batches = _batches(config, workload, step)
-            taken = measure.elapsed(device, partial(update, batches, step))
+            taken = elapsed(device, partial(update, batches, step))
             bar.update(task, advance=1, note=f"{config.batch.tokens / taken:,.0f} tokens/s")
             if step >= workload.warmup:
                 seconds.append(taken)
@@ -219,12 +230,12 @@ def _measure_peer(
 ) -> dict[str, Any]:
     """The peer's figures on the same rows; if it does not fit the device, the line that says so (`problem`)."""
     gc.collect()
-    measure.reset_memory(device)
+    reset_memory(device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
     tried = f"{name}, {config.batch.micro_rows} x {config.data.seq_len} tokens"
     figures = {"peer": name, "recompute": "full" if recompute else "none", "held_before_bytes": held}
     try:
-        with measure.naming_lack_of_memory(f"{tried}, recompute {figures['recompute']}"):
+        with oom_context(f"{tried}, recompute {figures['recompute']}"):
             peer = Peer(name, config, device, recompute)
             seconds, _ = _timed_updates(name, config, workload, device, peer.update)
     except RunError as error:
@@ -233,5 +244,5 @@ def _measure_peer(
         **figures,
         **peer.describe(),
         **_throughput(config.batch.tokens, seconds),
-        **measure.peak_memory(device),
+        **memory_figures(device),
     }

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         code, message = _outcome(args)
     finally:
         if args.is_rank:
-            from fusiontree import outcome
+            from fusiontree.distributed import outcome
 
             told = outcome.report(code, message)
     if message and not told:

@@ -54,7 +54,7 @@ def _bench_prune(args: argparse.Namespace) -> Figures:
 
 
 def _bench_kernels(args: argparse.Namespace) -> Figures:
-    from fusiontree.bench.kernels import bench_kernels
+    from fusiontree.bench.operations import bench_kernels
 
     return bench_kernels(args.preset, args.overrides, args.seq_len, args.repeats)
 

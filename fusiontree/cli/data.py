@@ -10,7 +10,7 @@ from fusiontree.errors import UserError
 
 
 def _data_tokenizer(args: argparse.Namespace) -> int:
-    from data_tools.tokenizer import train_tokenizer
+    from data_tools.tokenizers import train_tokenizer
 
     figures = train_tokenizer(
         args.input,
@@ -79,8 +79,8 @@ def _data_inspect(args: argparse.Namespace) -> int:
 
 def _data_plan(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
-    from fusiontree.data.plan import plan
-    from fusiontree.training.data import open_stream, open_training
+    from fusiontree.data.preview import plan
+    from fusiontree.run.data import open_stream, open_training
 
     config = load_config(args.config, args.overrides)
     figures = plan(open_stream(config, open_training(config)), config.schedule.steps)
@@ -89,8 +89,8 @@ def _data_plan(args: argparse.Namespace) -> int:
 
 def _data_at(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
-    from fusiontree.data.plan import documents_at
-    from fusiontree.training.data import open_stream, open_training
+    from fusiontree.data.preview import documents_at
+    from fusiontree.run.data import open_stream, open_training
     from fusiontree.training.resume import seek_before
 
     config = load_config(args.config, args.overrides)

@@ -7,14 +7,15 @@ from typing import Any
 
 from fusiontree.cli.parsing import add_config, add_resume, command
 from fusiontree.errors import UserError
+from fusiontree.run.folder import LOGS
 
 
 def _launch(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
     from launcher import local
-    from launcher.plan import plan_local, surroundings
+    from launcher.job import launch_options, plan_local
 
-    around = surroundings(args.env, args.env_file, args.pre_command)
+    around = launch_options(args.env, args.env_file, args.pre_command)
     _refuse_stray(args)
     if args.slurm:
         return _launch_slurm(args, around)
@@ -25,7 +26,7 @@ def _launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(local.command_line(plan))
         return 0
-    return local.run(plan, config.run_dir / "logs")
+    return local.run(plan, config.run_dir / LOGS)
 
 
 def _rank_options(args: argparse.Namespace) -> list[str]:
@@ -57,24 +58,24 @@ def _refuse_stray(args: argparse.Namespace) -> None:
 
 def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     from fusiontree.config import load_config
-    from launcher import hostfile, remote
-    from launcher.plan import plan_hosts, prepare_run
+    from launcher import hostfile, multihost
+    from launcher.job import plan_hosts, prepare_run
 
     config = load_config(args.config, args.overrides)
     hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
     plan = plan_hosts(config, hosts, _rank_options(args), around)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
-        print(remote.command_line(plan, launcher, config.run_dir.absolute()))
+        print(multihost.command_line(plan, launcher, config.run_dir.absolute()))
         return 0
-    remote.check_programs(launcher)
-    return remote.run(plan, prepare_run(config, args.allow_changed), launcher)
+    multihost.check_programs(launcher)
+    return multihost.run(plan, prepare_run(config, args.allow_changed), launcher)
 
 
 def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     from fusiontree.config import load_config
     from launcher import sbatch, slurm
-    from launcher.plan import plan_slurm, prepare_run
+    from launcher.job import plan_slurm, prepare_run
 
     config = load_config(args.config, args.overrides)
     nodes = 1 if args.nodes is None else args.nodes
@@ -92,7 +93,7 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     for one in configs:
         one.accumulation_steps(least * ranks)  # or a job that has lost nodes could not go on
     folder = config.run_dir.absolute()
-    text = sbatch.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / "logs")
+    text = sbatch.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / LOGS)
     if args.dry_run:
         print(text, end="")
         return 0
@@ -101,7 +102,7 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
         sbatch.check_limit(f"the partition's time limit {limit}", limit, job.save_ahead)
     for one in configs:
         prepare_run(one, args.allow_changed)
-    return _submit(sbatch.write(text, folder), folder / "logs", args.wait)
+    return _submit(sbatch.write(text, folder), folder / LOGS, args.wait)
 
 
 def _slurm_job(args: argparse.Namespace, save_ahead: int) -> Any:

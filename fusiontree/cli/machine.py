@@ -7,11 +7,12 @@ from typing import Any
 from fusiontree.cli.parsing import add_config, command
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
+from launcher.join import join_launcher
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
-    from fusiontree.doctor import diagnose
+    from fusiontree.doctor.diagnose import diagnose
 
     if args.overrides and args.config is None:
         raise UserError("doctor: overrides need a CONFIG before them")
@@ -36,27 +37,26 @@ def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespac
     if found is None:
         hint = f"not looked at: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
         return findings | {"cluster": hint}
-    from fusiontree.doctor import node_problems
-    from fusiontree.probe import compare
+    from fusiontree.doctor.diagnose import node_problems
+    from fusiontree.doctor.probe import compare
 
     cluster, lacking = compare(found), node_problems(findings["run"], found["ranks"])
     return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems"), *lacking]}
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from fusiontree import signals
-    from launcher import local
+    from fusiontree.distributed import signals
 
-    local.join_launcher()
+    join_launcher()
     signals.listen()
-    from fusiontree.probe import probe
+    from fusiontree.doctor.probe import probe
 
     probe(args.target)
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fusiontree.demo import run_demo
+    from fusiontree.cli.demo import run_demo
 
     return run_demo(args.root)
 

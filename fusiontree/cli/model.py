@@ -14,7 +14,7 @@ EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 
 
 def _export(args: argparse.Namespace) -> int:
-    from fusiontree.export import export
+    from fusiontree.export.exporter import export
 
     figures = export(
         args.source,
@@ -48,7 +48,8 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from fusiontree.generate import Sampling, generate_text, generate_texts, read_prompts
+    from fusiontree.inference.generate import generate_text, generate_texts, read_prompts
+    from fusiontree.inference.sampling import Sampling
 
     if (args.prompt is None) == (args.prompts is None):
         raise UserError("give a prompt, or a file of them with --prompts")

@@ -7,26 +7,26 @@ from typing import Any
 
 from fusiontree.cli.parsing import add_config, add_resume, command
 from fusiontree.cli.printing import show
+from launcher.join import join_launcher
 
 
 def _train(args: argparse.Namespace) -> int:
-    from fusiontree import signals
-    from launcher import local
+    from fusiontree.distributed import signals
 
-    local.join_launcher()
+    join_launcher()
     signals.listen()
     from fusiontree.config import load_config
 
     config = load_config(args.config, args.overrides)
     args.output = config.run_dir
-    from fusiontree.training.engine import train
+    from fusiontree.training.trainer import train
 
     summary = train(config, args.allow_changed, args.trust_checkpoint)
     return show(summary, args.json) if os.environ.get("RANK", "0") == "0" else 0
 
 
 def _status(args: argparse.Namespace) -> int:
-    from fusiontree.status import status
+    from launcher.status import status
 
     return show(status(args.run), args.json)
 

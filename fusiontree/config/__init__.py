@@ -3,7 +3,6 @@
 Every mistake a user can make here ends in one UserError line that says what, where and what to do.
 """
 
-from fusiontree.config.datasets import dataset_manifest, require_vocabulary
 from fusiontree.config.deepspeed import deepspeed_json
 from fusiontree.config.keys import KEYS, config_differences, is_among, is_key
 from fusiontree.config.reading import load_config, preset_names
@@ -20,12 +19,10 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "config_differences",
-    "dataset_manifest",
     "deepspeed_json",
     "is_among",
     "is_key",
     "load_config",
     "preset_names",
-    "require_vocabulary",
     "to_yaml",
 ]

@@ -9,7 +9,7 @@ from fusiontree.errors import UserError
 from fusiontree.evaluate.perplexity import perplexity
 from fusiontree.evaluate.retrieval import needle, passkey, recall
 from fusiontree.evaluate.subject import Subject
-from fusiontree.evaluate.throughput import BEHIND, throughput
+from fusiontree.evaluate.throughput import TOTAL_NEW_TOKENS, throughput
 from fusiontree.files import refuse_existing, staged_folder
 
 TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
@@ -65,7 +65,7 @@ def evaluate(
     if output is not None:
         refuse_existing(output, overwrite, RESULTS)
         _require_matplotlib()
-    behind = BEHIND if "throughput" in tasks else 0
+    behind = TOTAL_NEW_TOKENS if "throughput" in tasks else 0
     subject = Subject.load(folder, data, tuple(lengths), behind, seq_len, limit, samples)
     results = {task: TASKS[task](subject) for task in tasks}
     if output is not None:

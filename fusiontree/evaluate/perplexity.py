@@ -16,7 +16,7 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.evaluate.subject import Subject
 from fusiontree.model.documents import Documents, to_device
 from fusiontree.model.lm import HybridLM
-from fusiontree.model.reference import IGNORE, token_losses
+from fusiontree.model.loss import IGNORE, token_losses
 
 ROWS_PER_FORWARD = 4
 _FIRST_BUCKET = 64  # tokens; each later one ends at four times the position

@@ -16,8 +16,8 @@ from fusiontree.console import progress_bar
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.subject import Subject
-from fusiontree.exported import check_positions
-from fusiontree.generate import Decoder
+from fusiontree.inference.decoder import Decoder
+from fusiontree.inference.loading import check_positions
 from fusiontree.model.lm import HybridLM
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the needle: 0 is the prompt's beginning, 1 its end

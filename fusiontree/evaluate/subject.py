@@ -13,8 +13,8 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
-from fusiontree.exported import check_positions, load_export, read_facts
-from fusiontree.generate import check_ids
+from fusiontree.inference.generate import check_ids
+from fusiontree.inference.loading import check_positions, load_export, read_facts
 from fusiontree.model.lm import HybridLM
 
 _COUNTED_TOKENS = 2**22  # of the training rows, for the n-gram baseline

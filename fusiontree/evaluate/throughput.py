@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
 from fusiontree.evaluate.subject import Subject
+from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 
 STEPS = 32  # tokens made, and timed, behind each prompt
-BEHIND = UNTIMED_STEPS + STEPS  # tokens made behind each prompt in all
+TOTAL_NEW_TOKENS = UNTIMED_STEPS + STEPS  # tokens made behind each prompt in all
 PREFILLS = 5  # times that each prompt is taken in
 
 

@@ -1,4 +1,5 @@
-"""The hybrid language model: a closed, flat island that imports torch and its own files only.
+"""The hybrid language model. It imports torch and its own files only.
 
-Export copies these files beside the weights, so that the exported folder needs nothing of this project.
+The folder is flat because export copies it beside the weights, and Hugging Face's ``trust_remote_code`` loads modules
+from one flat folder only.
 """

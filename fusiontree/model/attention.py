@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
+from .kernel_registry import Kernels
 from .layers import Linear
-from .ops import Kernels
 from .reference import attention_cached
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .documents import Documents
-from .reference import IGNORE
+from .loss import IGNORE
 from .split import gradient_place
 
 MAX_OFFSET = 2**31 - 1  # elements that a 32-bit offset reaches

@@ -9,11 +9,11 @@ from .attention import AttentionBranch
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
+from .kernel_registry import Kernels
 from .layers import Linear
-from .ops import Kernels
+from .mamba import MambaBranch
 from .recompute import Recompute
-from .srte import time_encoding
-from .ssm import MambaBranch
+from .time_encoding import time_encoding
 
 Branch = Literal["mamba", "attention"]
 

@@ -49,19 +49,19 @@ class Documents:
         return cls.from_seq_idx(torch.zeros(rows, length, dtype=torch.int32, device=device))
 
     @classmethod
-    def from_mask(cls, mask: Tensor, goes_on: Tensor | None = None) -> "Documents":
+    def from_mask(cls, mask: Tensor, resuming: Tensor | None = None) -> "Documents":
         """Documents of rows padded on either side.
 
         Args:
             mask: [B, L], bool or integer; true where the token is real.
-            goes_on: bool [B or 1, L - 1], whether a token but the first is of the document of the one before it, where
+            resuming: bool [B or 1, L - 1], whether a token but the first is of the document of the one before it, where
                 both are real; None: it is.
         """
         mask = mask.bool()
         changed = torch.zeros_like(mask)
         changed[:, 1:] = mask[:, 1:] != mask[:, :-1]
-        if goes_on is not None:
-            changed[:, 1:] |= ~goes_on & mask[:, 1:] & mask[:, :-1]
+        if resuming is not None:
+            changed[:, 1:] |= ~resuming & mask[:, 1:] & mask[:, :-1]
         return cls.from_seq_idx(changed.cumsum(1).int())
 
     @classmethod

@@ -11,18 +11,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
+from .kernel_registry import select
 from .lm import HybridLM
-from .ops import select
+from .loss import IGNORE
+from .mamba import STATE_PARAMETERS
 from .recompute import KEEP, Recompute
-from .reference import IGNORE
-from .ssm import STATE_PARAMETERS
 
 
 class FusionTreeConfig(PretrainedConfig):
     """`ModelConfig`'s fields as a Hugging Face configuration, and `kernels`: the back-end by operation.
 
     Without `kernels` the best that run on the model's device are taken, as the project's own programs do; a key is one
-    of `ops.OPS`, e.g. ``{"attention": "reference"}``.
+    of `kernel_registry.OPS`, e.g. ``{"attention": "reference"}``.
     """
 
     model_type = "fusiontree"
@@ -164,10 +164,10 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
             return Documents.behind(cache.last_document, cache.next_position, mask[:, -L - 1 :])
         if mask is not None and bool(mask.all()):
             mask = None
-        goes_on = None if position_ids is None else position_ids.diff(dim=1) == 1
-        if goes_on is None or bool(goes_on.all()):
+        resuming = None if position_ids is None else position_ids.diff(dim=1) == 1
+        if resuming is None or bool(resuming.all()):
             return None if mask is None else Documents.from_mask(mask)
-        return Documents.from_mask(torch.ones(B, L, device=goes_on.device) if mask is None else mask, goes_on)
+        return Documents.from_mask(torch.ones(B, L, device=resuming.device) if mask is None else mask, resuming)
 
     def _check_positions(self, documents: Documents | None, L: int, cache: FusionTreeCache | None) -> None:
         """Raise ValueError where a document is longer than SRTE's learned table; asks the device only if one may be."""

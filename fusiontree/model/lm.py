@@ -13,11 +13,11 @@ from .block import Branch, Context, HybridBlock
 from .cache import Cache
 from .config import ModelConfig
 from .documents import Documents
+from .kernel_registry import Kernels, reference_kernels
 from .layers import Embedding, Linear, RMSNorm
-from .ops import Kernels, reference_kernels
+from .loss import IGNORE, Teacher, linear_distillation, token_losses
 from .recompute import KEEP, Recompute
-from .reference import IGNORE, Teacher, linear_distillation, token_losses
-from .srte import time_encoding
+from .time_encoding import time_encoding
 
 
 class Output(NamedTuple):
@@ -157,10 +157,12 @@ class HybridLM(nn.Module):
         return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
 
 
-Give = Callable[[str, Any], None]  # makes the own parameters of a module, given with its name; before, they are meta
+Initializer = Callable[
+    [str, Any], None
+]  # makes the own parameters of a module, given with its name; before, they are meta
 
 
-def materialise(model: HybridLM, give: Give, device: torch.device) -> Iterator[nn.Module]:
+def materialize(model: HybridLM, give: Initializer, device: torch.device) -> Iterator[nn.Module]:
     """Bring a model made on the meta device to `device`, with the weights that `give` gives (`drawn`, for one).
 
     Yields:
@@ -175,7 +177,7 @@ def materialise(model: HybridLM, give: Give, device: torch.device) -> Iterator[n
         yield module
 
 
-def drawn(seed: int) -> Give:
+def seeded_init(seed: int) -> Initializer:
     """Initial weights: a function of `seed` and the modules' names alone, drawn on the host for every device."""
 
     def give(name: str, module: Any) -> None:

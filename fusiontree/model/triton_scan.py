@@ -120,10 +120,10 @@ def _scan_outputs_kernel(
     own, first = tl.load(sums + q), tl.load(sums + block * BLOCK)
     # the state before the chunk is of the document of the token before it, or of the initial state's, 0
     before = tl.load(seq + chunk * Q - 1, mask=chunk > 0, other=0)
-    goes_on = tl.load(seq + here, mask=here < L, other=-1) == before
+    resuming = tl.load(seq + here, mask=here < L, other=-1) == before
     C += row * C_stride_b + group * C_stride_g
     states += ((row * chunks + chunk) * H + h) * P * S
-    out = _through_state(C, states, here, p, C_stride_t, L, P, S, BS) * tl.where(goes_on, tl.exp(own), 0.0)[:, None]
+    out = _through_state(C, states, here, p, C_stride_t, L, P, S, BS) * tl.where(resuming, tl.exp(own), 0.0)[:, None]
     value = _vectors(x, here, p, x_stride_t, L, P)
     weight = tl.load(scores + q[None, :]).to(tl.float32) * _within(own[:, None] - own[None, :])
     weight = tl.where(n[:, None] >= n[None, :], weight * tl.load(steps + q)[None, :], 0.0)
@@ -164,10 +164,10 @@ def _scan_inputs_backward_kernel(
     value, upstream = _vectors(x, here, p, x_stride_t, L, P), _vectors(dy, here, p, dy_stride_t, L, P)
     # what the state behind the chunk took, from the tokens of its last document
     last = tl.load(seq + tl.minimum(chunk * Q + Q, L) - 1)
-    goes_on = tl.load(seq + here, mask=here < L, other=-1) == last
+    resuming = tl.load(seq + here, mask=here < L, other=-1) == last
     B += row * B_stride_b + group * B_stride_g
     d_states += ((row * chunks + chunk) * H + h) * P * S
-    kept = tl.where(goes_on, _within(tl.load(sums + Q - 1) - own), 0.0)
+    kept = tl.where(resuming, _within(tl.load(sums + Q - 1) - own), 0.0)
     given = _through_state(B, d_states, here, p, B_stride_t, L, P, S, BS) * kept[:, None]
     # the block itself
     weight = tl.load(scores + q[:, None] * Q + q[None, :]).to(tl.float32) * _within(own[:, None] - own[None, :])

@@ -18,8 +18,8 @@ from fusiontree.errors import UserError
 from fusiontree.files import parse_json
 from fusiontree.model.cache import Cache, LayerCache
 from fusiontree.model.config import LayerKind, ModelConfig
+from fusiontree.model.kernel_registry import Kernels
 from fusiontree.model.lm import HybridLM
-from fusiontree.model.ops import Kernels
 
 KINDS = get_args(LayerKind)
 _CHANGED = re.compile(r"blocks\.(\d+)\.(mamba|attention)\.(.+)")  # weights that pruning may change

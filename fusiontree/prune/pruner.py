@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree import checkpoint
-from fusiontree.bench.decoding import UNTIMED_STEPS, measure_decoding
+from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, load_config
-from fusiontree.distributed import accelerator
+from fusiontree.device import accelerator
 from fusiontree.errors import UserError
 from fusiontree.evaluate.perplexity import held_out_loss
 from fusiontree.evaluate.subject import open_held_out
+from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM
 from fusiontree.prune.plan import (
@@ -28,6 +28,7 @@ from fusiontree.prune.plan import (
     pruned_model,
     read_plan,
 )
+from fusiontree.run.folder import CONFIG_FILE, TOKENIZER, run_of
 
 HI, LO = 0.8, 0.2  # of a plan, where nothing else is said
 _DECODED = 16  # tokens made to time a step
@@ -39,9 +40,9 @@ def plan_run(source: Path, hi: float = HI, lo: float = LO) -> dict[str, Any]:
     Raises:
         UserError: there is none, or the bounds are not in order. RunError: it does not verify.
     """
-    found = checkpoint.resolve(source)
-    config = load_config(str(found / checkpoint.CONFIG))
-    plan = make_plan(config.model, checkpoint.read_gates(found), hi, lo, config.data.seq_len)
+    found = store.resolve(source)
+    config = load_config(str(found / CONFIG_FILE))
+    plan = make_plan(config.model, store.read_gates(found), hi, lo, config.data.seq_len)
     return {"checkpoint": str(found), **plan}
 
 
@@ -60,11 +61,11 @@ class Pruner:
         locations = config.data.locations if data is None else {"": str(data)}
         if not locations:
             raise UserError("the run names no dataset to measure the pruning by; give one with --data")
-        fingerprint = checkpoint.read_state(found)["tokenizer_fingerprint"]
-        self.held_out = open_held_out(locations, fingerprint, found.parent.parent / "tokenizer")
+        fingerprint = store.read_state(found)["tokenizer_fingerprint"]
+        self.held_out = open_held_out(locations, fingerprint, run_of(found) / TOKENIZER)
         self.config, self.limit = config, limit
         self.device = torch.device(accelerator())
-        self.gates = checkpoint.read_gates(found).to(self.device)
+        self.gates = store.read_gates(found).to(self.device)
         self.weights = {name: weights[name].to(self.device) for name in weights}
 
     def model(self, pruning: Pruning) -> HybridLM:

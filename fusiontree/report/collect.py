@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from fusiontree import checkpoint, incidents
+from fusiontree.checkpoint import store
 from fusiontree.errors import UserError
-from fusiontree.jsonlines import read_json_lines
 from fusiontree.model.config import ModelConfig
-from fusiontree.training.metrics import LAYERS, read_metrics
+from fusiontree.run import incidents
+from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LAYERS_FILE, list_checkpoints, step_of
+from fusiontree.run.jsonlines import read_json_lines
+from fusiontree.run.records import read_metrics
 
 CURVE = 1000  # points of a curve at most: of longer ones, the least and the greatest of each stretch
 NONE = "—"
@@ -31,11 +33,11 @@ def collect(run: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not a run's folder.
     """
-    if not (run / checkpoint.CONFIG).is_file():
-        raise UserError(f"{run} is not a run's folder: it has no {checkpoint.CONFIG}; give one such as runs/NAME")
-    config = _read_config(run / checkpoint.CONFIG)
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run} is not a run's folder: it has no {CONFIG_FILE}; give one such as runs/NAME")
+    config = _read_config(run / CONFIG_FILE)
     lines = [line for line in read_metrics(run) if isinstance(line.get("step"), int)]
-    layers = [line for line in read_json_lines(run / LAYERS) if isinstance(line.get("step"), int)]
+    layers = [line for line in read_json_lines(run / LAYERS_FILE) if isinstance(line.get("step"), int)]
     events = _events(run)
     return {
         "path": str(run),
@@ -142,14 +144,14 @@ def _evenly(count: int, most: int) -> list[int]:
 
 def _channels(run: Path) -> dict[str, Any]:
     """The gates by channel, sorted within each layer, of the newest checkpoint whose file of gates can be read."""
-    for path in reversed(checkpoint.list_checkpoints(run / "checkpoints")):
+    for path in reversed(list_checkpoints(run / CHECKPOINTS)):
         try:
-            gates = checkpoint.read_gates(path).sort(-1).values
+            gates = store.read_gates(path).sort(-1).values
         except (OSError, SafetensorError, KeyError):
             continue  # an older one serves as well: the page says which step it shows
         kept = gates[:, _evenly(gates.shape[1], CHANNELS)]
         values = [[round(value, 4) for value in layer] for layer in kept.tolist()]
-        return {"step": checkpoint.step_of(path), "count": gates.shape[1], "values": values}
+        return {"step": step_of(path), "count": gates.shape[1], "values": values}
     return {}
 
 
@@ -159,8 +161,8 @@ def _channels(run: Path) -> dict[str, Any]:
 def _events(run: Path) -> list[dict[str, Any]]:
     """Checkpoints that are there, and incidents: kind, step, what a person should read, and when, if that is known."""
     found: list[dict[str, Any]] = []
-    for path in checkpoint.list_checkpoints(run / "checkpoints"):
-        place = {"step": checkpoint.step_of(path), "time": path.stat().st_mtime}
+    for path in list_checkpoints(run / CHECKPOINTS):
+        place = {"step": step_of(path), "time": path.stat().st_mtime}
         found.append({"kind": "checkpoint", "message": path.name, **place})
     for line in incidents.read(run):
         known = {"kind": "incident", "step": 0, "message": "", "time": None} | line

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree import distributed
 from fusiontree.config import OptimizerConfig
+from fusiontree.distributed import collectives
 
 
 def is_fused(config: OptimizerConfig, zero: Mapping[str, Any]) -> bool:
@@ -32,7 +32,7 @@ class FusedClipping:
         """
         self.norm = torch.nn.utils.get_total_norm(list(self._gradients()))
         if self.partitioned:
-            self.norm = distributed.sum_over_ranks(self.norm.square()).sqrt()
+            self.norm = collectives.sum_over_ranks(self.norm.square()).sqrt()
         self.adam.grad_scale = (self.norm / self.limit).clamp(min=1.0) if self.limit else torch.ones_like(self.norm)
         self.adam.found_inf = (~torch.isfinite(self.norm)).float()
         return self.adam.found_inf

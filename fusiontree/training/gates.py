@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fusiontree import distributed
-from fusiontree.distributed import World
+from fusiontree.distributed import collectives
+from fusiontree.distributed.collectives import World
 
 DECAY = 0.99  # weight of the past in the running mean: it remembers about a hundred updates
 
@@ -26,7 +26,7 @@ class GateStatistics:
 
     def mean(self) -> Tensor:
         """The mean over all ranks, [layers, H]; all call it together, and go on as a resumed run would."""
-        mean = distributed.sum_over_ranks(self.share)
+        mean = collectives.sum_over_ranks(self.share)
         self.restore(mean)
         return mean
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fusiontree import distributed, incidents, outcome
 from fusiontree.config import HealthConfig
-from fusiontree.data.plan import rows_at
+from fusiontree.data.preview import rows_at
 from fusiontree.data.stream import TrainStream
-from fusiontree.distributed import World
+from fusiontree.distributed import collectives, outcome
+from fusiontree.distributed.collectives import World
 from fusiontree.errors import HungError
+from fusiontree.run import incidents
+from fusiontree.run.folder import LOGS
 from fusiontree.training.step import Update
 
 _NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
@@ -84,19 +86,19 @@ def robust_score(values: "deque[float]", value: float) -> float:
     return (value - median) / max(deviation, _FLOOR * abs(median))
 
 
-def culprits(stream: TrainStream, rows_consumed: int, finite: bool) -> list[dict[str, Any]]:
+def rows_of_failing_ranks(stream: TrainStream, rows_consumed: int, finite: bool) -> list[dict[str, Any]]:
     """The rows of the step behind `rows_consumed`: of the ranks whose own loss is not `finite`, or else of all.
 
     All ranks call it together. A row is its source, shard, row in the shard and first token there.
     """
     own = rows_at(stream, rows_consumed)
     places = [{key: row[key] for key in ("source", "shard", "row", "first_token")} for row in own]
-    told = distributed.gather((finite, places))
+    told = collectives.gather((finite, places))
     of_all = [places for finite, places in told if not finite] or [places for _, places in told]
     return [place for places in of_all for place in places]
 
 
-def in_words(rows: list[dict[str, Any]]) -> str:
+def format_rows(rows: list[dict[str, Any]]) -> str:
     """Some of `rows` for a line on the console."""
     named = ", ".join(f"{row['shard']} row {row['row']} from token {row['first_token']}" for row in rows[:_NAMED])
     return named + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
@@ -169,4 +171,4 @@ class Watchdog:
             incidents.record(self.run_dir, "hang", step, message + suffix, silent=silent)
 
     def _stacks(self, rank: int | str) -> Path:
-        return self.run_dir / "logs" / f"stacks-rank-{rank}.txt"
+        return self.run_dir / LOGS / f"stacks-rank-{rank}.txt"

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 
 from fusiontree.config import RunConfig
-from fusiontree.distributed import World
+from fusiontree.distributed.collectives import World
+from fusiontree.run.folder import LOGS
 
 
 class _FileHandler(logging.FileHandler):
@@ -20,7 +21,7 @@ class _FileHandler(logging.FileHandler):
 @contextlib.contextmanager
 def log_to_file(config: RunConfig, world: World) -> Iterator[None]:
     """Send this rank's log, DeepSpeed's and Python's warnings to ``logs/rank-N.log``: the console is for progress."""
-    folder = config.run_dir / "logs"
+    folder = config.run_dir / LOGS
     folder.mkdir(parents=True, exist_ok=True)
     handler = _FileHandler(folder / f"rank-{world.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

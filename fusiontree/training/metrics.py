@@ -3,25 +3,21 @@
 Free of torch, for reports read here what runs have written.
 """
 
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fusiontree import incidents, lease
 from fusiontree.config import RunConfig
 from fusiontree.console import console
-from fusiontree.files import write_atomic
-from fusiontree.flops import peak_flops, update_flops
-from fusiontree.jsonlines import JsonLines, read_json_lines
+from fusiontree.model.flops import update_flops
+from fusiontree.run import incidents, lease
+from fusiontree.run.folder import LAYERS_FILE, METRICS_FILE
+from fusiontree.run.jsonlines import JsonLines
+from fusiontree.run.records import keep_until
 from fusiontree.training.progress import ProgressLine
 from fusiontree.training.sinks import Histogram, Sink, WandbSink, open_sinks
 
-FILE = "metrics.jsonl"
-LAYERS = "layers.jsonl"
 BINS = 20  # of a gate's histogram, from 0 to 1
 
 
@@ -56,9 +52,9 @@ class Metrics:
     def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
         """Continue the record behind `step` updates, or begin it (None); lines of lost updates are dropped."""
         self.model, self.folder = config.model, config.run_dir
-        self.figures, self.layers = (JsonLines(self.folder / name) for name in (FILE, LAYERS))
+        self.figures, self.layers = (JsonLines(self.folder / name) for name in (METRICS_FILE, LAYERS_FILE))
         for lines in (self.figures, self.layers):
-            _keep_until(lines.path, -1 if step is None else step)
+            keep_until(lines.path, -1 if step is None else step)
         self.sinks = open_sinks(config, step, wandb_id)
         self.progress = ProgressLine(config.schedule.steps, step or 0)
 
@@ -131,38 +127,7 @@ def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:
     return named
 
 
-def utilisation(flops_per_s: float, device_name: str) -> dict[str, float]:
-    """What a device does with its time, from the model's own FLOPs per second; MFU only where its peak is known."""
-    peak = peak_flops(device_name)
-    return {"tflop_per_s": flops_per_s / 1e12} | ({} if peak is None else {"mfu": flops_per_s / peak})
-
-
 def _perplexities(figures: Mapping[str, float]) -> dict[str, float]:
     """exp(loss), of a token; a loss that no float can hold the exponential of counts as the largest that one can."""
     names = {"loss": "perplexity", "val_loss": "val_perplexity"}
     return {name: math.exp(min(figures[of], 700.0)) for of, name in names.items() if of in figures}
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first; one that a crash cut short is left out."""
-    return read_json_lines(run_dir / FILE)
-
-
-def summarise(run_dir: Path) -> dict[str, float | None]:
-    """First and last validation loss (nats per token) and median tokens/s of a run; None where it has none."""
-    lines = read_metrics(run_dir)
-    validation = [line["val_loss"] for line in lines if "val_loss" in line]
-    rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
-    return {
-        "first_val_loss": validation[0] if validation else None,
-        "last_val_loss": validation[-1] if validation else None,
-        "tokens_per_s": statistics.median(rates) if rates else None,
-    }
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines behind `step`, and a last one that a crash cut short."""
-    if not path.exists():
-        return
-    kept = [line for line in read_json_lines(path) if line["step"] <= step]
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))

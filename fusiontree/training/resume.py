@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 
-from fusiontree import checkpoint, distributed, incidents, lease
+from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, config_differences, is_among, is_key, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream
-from fusiontree.distributed import World
+from fusiontree.distributed import collectives
+from fusiontree.distributed.collectives import World
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
-from fusiontree.training.initial import check_initial
+from fusiontree.run import incidents, lease
+from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER, list_checkpoints, step_of
+from fusiontree.training.init_weights import check_initial
 
-DATA, TOKENIZER = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
+DATA, TOKENIZER_DATA = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
 
 
@@ -33,7 +36,7 @@ def prepare_folder(
         UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`; or
             the checkpoint could run code and is not trusted (`trust`).
     """
-    return distributed.on_main(lambda: _prepare_folder(config, world, data, allow_changed, trust))
+    return collectives.on_main(lambda: _prepare_folder(config, world, data, allow_changed, trust))
 
 
 def _prepare_folder(
@@ -43,12 +46,12 @@ def _prepare_folder(
     for folder in (dataset.folder for dataset in data.datasets):
         if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
             raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
-    refuse_existing(run, overwrite=True, marker=checkpoint.CONFIG)
-    checkpoint.tidy(run / "checkpoints")
+    refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
+    store.tidy(run / CHECKPOINTS)
     found = last_good(run)
     if found is not None:
         if not trust:
-            checkpoint.refuse_code(found)
+            store.refuse_code(found)
         _check_same(config, data, found, allow_changed)
     tokenizers = [dataset.folder / "tokenizer" for dataset in data.datasets]
     for dataset, tokenizer in zip(data.datasets, tokenizers, strict=True):
@@ -57,8 +60,8 @@ def _prepare_folder(
         check_initial(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
-    write_atomic(run / checkpoint.CONFIG, to_yaml(config))
-    shutil.copytree(tokenizers[0], run / "tokenizer", dirs_exist_ok=True)
+    write_atomic(run / CONFIG_FILE, to_yaml(config))
+    shutil.copytree(tokenizers[0], run / TOKENIZER, dirs_exist_ok=True)
     return found
 
 
@@ -68,10 +71,10 @@ def last_good(run: Path) -> Path | None:
     Raises:
         RunError: there are checkpoints and none verifies.
     """
-    found, damaged = checkpoint.newest(run / "checkpoints")
+    found, damaged = store.newest(run / CHECKPOINTS)
     for path, line in damaged.items():
         console.print(line, markup=False)
-        incidents.record(run, "fallback", checkpoint.step_of(path), line)
+        incidents.record(run, "fallback", step_of(path), line)
     return found
 
 
@@ -81,7 +84,7 @@ def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]
     Raises:
         UserError: that is inside a batch of `config`.
     """
-    state, seq_len = checkpoint.read_state(path), load_config(str(path / checkpoint.CONFIG)).data.seq_len
+    state, seq_len = store.read_state(path), load_config(str(path / CONFIG_FILE)).data.seq_len
     # an older version's checkpoint leaves nothing out
     rows = [state["rows_consumed"], *(row for ends in state.get("left_out", []) for row in ends)]
     tokens = [row * seq_len for row in rows]
@@ -104,26 +107,26 @@ def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
     """
     saved = [
         path
-        for path in checkpoint.list_checkpoints(config.run_dir / "checkpoints")
-        if checkpoint.read_state(path)["data_fingerprint"] == stream.sources.fingerprint
+        for path in list_checkpoints(config.run_dir / CHECKPOINTS)
+        if store.read_state(path)["data_fingerprint"] == stream.sources.fingerprint
     ]
     if not saved:
         return step
     stream.leave_out(read_place(config, saved[-1])[1])
-    before = [path for path in saved if checkpoint.step_of(path) <= step]
+    before = [path for path in saved if step_of(path) <= step]
     if not before:
         return step
     stream.seek(read_place(config, before[-1])[0])
-    return step - checkpoint.step_of(before[-1])
+    return step - step_of(before[-1])
 
 
 def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
     """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
     for key in allow_changed:
-        if key not in (DATA, TOKENIZER) and not is_key(key):
+        if key not in (DATA, TOKENIZER_DATA) and not is_key(key):
             raise UserError(f"--allow-changed {key}: no such key; give one that a refused resume has named")
-    before = load_config(str(path / checkpoint.CONFIG))
-    differing = list(_differences(before, config, checkpoint.read_state(path), data))
+    before = load_config(str(path / CONFIG_FILE))
+    differing = list(_differences(before, config, store.read_state(path), data))
     refused = [key for key in differing if not is_among(key, allow_changed)]
     if refused:
         folders = ", ".join(dataset.location for dataset in data.datasets)
@@ -142,7 +145,7 @@ def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Seq
     if differing:
         line = f"went on with other values of {', '.join(differing)}, as allowed"
         console.print(line)
-        incidents.record(config.run_dir, "changed", checkpoint.step_of(path), line, keys=differing)
+        incidents.record(config.run_dir, "changed", step_of(path), line, keys=differing)
 
 
 def _differences(before: RunConfig, config: RunConfig, state: dict[str, Any], data: Sources) -> Iterator[str]:
@@ -150,7 +153,7 @@ def _differences(before: RunConfig, config: RunConfig, state: dict[str, Any], da
     if state["data_fingerprint"] != data.fingerprint:
         yield DATA
     if state["tokenizer_fingerprint"] != data.datasets[0].manifest.tokenizer_fingerprint:
-        yield TOKENIZER
+        yield TOKENIZER_DATA
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:

@@ -6,16 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusiontree import distributed
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
-from fusiontree.distributed import World
+from fusiontree.distributed import collectives
+from fusiontree.distributed.collectives import World
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import branch_drops
-from fusiontree.training.build import build_engine
+from fusiontree.training.engine_setup import build_engine
 from fusiontree.training.gates import GateStatistics
-from fusiontree.training.layers import LayerWatch
-from fusiontree.training.losses import Objective, gate_penalty
+from fusiontree.training.layer_watch import LayerWatch
+from fusiontree.training.objective import Objective, gate_penalty
 from fusiontree.training.schedule import learning_rate
 
 
@@ -34,11 +34,11 @@ class Update(NamedTuple):
 class TrainingStep:
     """The model under DeepSpeed, its optimizer and its gate statistics; all ranks make one and call it together."""
 
-    def __init__(self, config: RunConfig, world: World, goes_on: bool = False):
-        """Begin; one that `goes_on` has no weights until a checkpoint is loaded."""
+    def __init__(self, config: RunConfig, world: World, resuming: bool = False):
+        """Begin; one that `resuming` has no weights until a checkpoint is loaded."""
         self.config, self.world = config, world
         self.objective = Objective(config, world.device)
-        self.engine, self.clipping = build_engine(config, world, goes_on)
+        self.engine, self.clipping = build_engine(config, world, resuming)
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
@@ -61,7 +61,7 @@ class TrainingStep:
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
         own_tokens = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
-        tokens = distributed.sum_over_ranks(own_tokens.clone()).clamp(min=1)
+        tokens = collectives.sum_over_ranks(own_tokens.clone()).clamp(min=1)
         parts, slope = self._gate_penalty(step)
         gates = torch.zeros_like(self.gates.share)
         self.engine.train()
@@ -79,7 +79,7 @@ class TrainingStep:
                 broken = self.clipping.prepare()
                 # on its way to the host while the device makes the step
                 news = [parts["loss"], torch.full_like(broken, stop), broken, own_tokens]
-                told = distributed.HostSum(torch.stack(news))
+                told = collectives.HostSum(torch.stack(news))
                 if watch is not None:
                     watch.meet_gradients()
                 self.clipping.step()
@@ -100,7 +100,7 @@ class TrainingStep:
         """This rank's share of the penalty on the gates, and the slope of the whole, if the run has one."""
         if not self.config.losses.shapes_gates:
             return {}, None
-        mean = distributed.sum_over_ranks(self.gates.share.clone())
+        mean = collectives.sum_over_ranks(self.gates.share.clone())
         penalty, slope = gate_penalty(mean, self.config.losses, step)
         return {"gate_penalty": penalty / self.world.size}, slope
 

@@ -1,0 +1,1 @@
+"""Checkpoints: layout and verification, asynchronous saving, tensors read on demand."""

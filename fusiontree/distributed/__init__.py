@@ -1,0 +1,1 @@
+"""Collectives, signals and exit reports of the ranks of a job."""

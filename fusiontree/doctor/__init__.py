@@ -1,0 +1,1 @@
+"""Diagnosis of a machine or cluster, and memory estimates for a run."""

@@ -1,0 +1,244 @@
+"""What is here and what a run would make of it: versions, devices, kernels, memory, and whether it can run at all."""
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusiontree.config import RunConfig, deepspeed_json
+from fusiontree.doctor import memory
+from fusiontree.errors import UserError
+from fusiontree.run.data import dataset_manifest
+
+# distribution and module; without the first group nothing runs
+_REQUIRED = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "webdataset": "webdataset"}
+_OPTIONAL = {
+    "triton": "triton",
+    "mamba-ssm": "mamba_ssm",
+    "flash-attn-4": "flash_attn.cute",
+    "flash-attn": "flash_attn",
+    "liger-kernel": "liger_kernel",
+    "wandb": "wandb",
+}
+
+
+def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int | None = None) -> dict[str, Any]:
+    """Look at this machine and, if given, at what `config` needs of it on `ranks` ranks.
+
+    Args:
+        nodes: of a job elsewhere, `ranks` ranks on each: kernels, GPUs and memory of this machine are no matter then.
+
+    Returns:
+        versions, machine, kernels (by operation), install (what to add, one line each), problems (why `config`, or
+        anything, cannot run here; empty if it can) and, with a configuration, run (its size and memory in bytes).
+    """
+    problems: list[str] = []
+    with contextlib.redirect_stdout(sys.stderr):  # imports that greet: standard output is for the report
+        versions = _versions(problems)
+    if any(problem.startswith("torch ") for problem in problems):
+        return {"versions": versions, "machine": _machine([]), "kernels": {}, "install": [], "problems": problems}
+    from fusiontree.device import accelerator
+
+    gpus, device_type = _gpus(), accelerator()
+    report: dict[str, Any] = {
+        "versions": versions,
+        "machine": _machine(gpus),
+        "kernels": _kernels(config, device_type, problems if nodes is None else []),
+        "install": _advice(versions, device_type, config),
+    }
+    if config is not None:
+        report["run"] = _estimate(config, (nodes or 1) * ranks)
+        problems += _problems(
+            lambda: deepspeed_json(config),
+            lambda: dataset_manifest(config),
+            lambda: config.accumulation_steps((nodes or 1) * ranks),
+            lambda: _check_disk(config),
+        )
+        if nodes is None:
+            problems += _problems_here(config, ranks, report["run"], gpus if device_type == "cuda" else [])
+    return report | {"problems": list(dict.fromkeys(problems))}
+
+
+def _versions(problems: list[str]) -> dict[str, str]:
+    """Version of each package, or why it cannot be used; a required one that cannot is a problem."""
+    versions = {"python": platform.python_version()}
+    for name, module in {**_REQUIRED, **_OPTIONAL}.items():
+        versions[name], usable = _try_import(name, module)
+        if name in _REQUIRED and not usable:
+            problems.append(f"{name} is {versions[name]}; install it with `pip install fusiontree`")
+    return versions
+
+
+def _try_import(name: str, module: str) -> tuple[str, bool]:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed", False
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # compiled packages raise anything: RuntimeError for a missing library, OSError, ...
+        return f"{version}, broken: {type(error).__name__}: {' '.join(str(error).split())}", False
+    return version, True
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": found.name, "memory_bytes": found.total_memory} for found in properties]
+
+
+def _machine(gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": _memory(),
+        "gpus": [f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" for gpu in gpus],
+    }
+
+
+def _memory() -> int:
+    """Bytes that the processes here may use: the machine's, or the container's share of them."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return machine if text == "max" else min(machine, int(text))
+
+
+def _kernels(config: RunConfig | None, device_type: str, problems: list[str]) -> dict[str, dict[str, str]]:
+    """By operation: the back-end that will be used and, for the others, why they cannot be."""
+    from fusiontree.kernels import DTYPES
+    from fusiontree.model import kernel_registry
+
+    requested = {} if config is None else config.kernels.model_dump()
+    fit = () if config is None else (config.model, DTYPES[config.precision])
+    chosen = {}
+    for op in kernel_registry.OPS:
+        try:
+            uses = kernel_registry.choose(op, requested.get(op, "auto"), device_type, *fit)
+        except ValueError as error:
+            problems.append(str(error))
+            uses = "none"
+        reasons = kernel_registry.available(op, device_type, *fit)
+        chosen[op] = {"uses": uses, **{name: reason or "can run" for name, reason in reasons.items() if name != uses}}
+    return chosen
+
+
+def _advice(versions: dict[str, str], device_type: str, config: RunConfig | None) -> list[str]:
+    missing = [name for name in ("mamba-ssm", "liger-kernel") if versions[name] == "not installed"]
+    if versions["flash-attn"] == versions["flash-attn-4"] == "not installed":
+        missing.append("flash-attn-4 or flash-attn")
+    advice = []
+    if device_type == "cuda" and missing:
+        advice.append(f"pip install 'fusiontree[cuda]': faster kernels ({', '.join(missing)})")
+    if config is not None and config.logging.wandb and versions["wandb"] == "not installed":
+        advice.append("pip install 'fusiontree[wandb]': logging.wandb is true")
+    return advice
+
+
+def _estimate(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """Size of the run, the memory that one of `ranks` ranks needs, and the disk that its checkpoints take.
+
+    Figures of memory are left out where the DeepSpeed settings cannot be read, which is reported among the problems.
+    """
+    sizes: dict[str, Any] = {"parameters": config.model.parameter_count(), "ranks": ranks}
+    with contextlib.suppress(UserError):
+        sizes["rows_per_rank_and_step"] = config.accumulation_steps(ranks) * config.batch.micro_rows
+    with contextlib.suppress(UserError):
+        sizes |= memory.estimate(config, ranks)
+    sizes["memory_gib_by_stage_and_recomputation"] = memory.table(config, ranks)
+    sizes |= {"checkpoint_bytes": memory.checkpoint_bytes(config), "checkpoints_bytes": memory.disk_bytes(config)}
+    return sizes
+
+
+def _problems_here(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
+    """Why `ranks` ranks of `config` cannot run on this machine."""
+    name = gpus[0]["name"] if gpus else None
+    here = min(gpu["memory_bytes"] for gpu in gpus) if gpus else _memory()
+    return _problems(
+        lambda: _check_devices(config, ranks, gpus), lambda: _check_memory(run, ranks, here, name, "this machine")
+    )
+
+
+def node_problems(run: dict[str, Any], ranks: list[dict[str, Any]]) -> list[str]:
+    """Hosts whose memory `run` does not fit in, a line each.
+
+    Args:
+        run: what `diagnose` has found of it.
+        ranks: what each rank of a probe has seen of its host.
+    """
+    hosts = {rank["host"]: rank for rank in ranks}
+    counts = Counter(rank["host"] for rank in ranks)
+    return _problems(
+        *(
+            functools.partial(
+                _check_memory,
+                run,
+                counts[host],
+                rank["gpu_memory_bytes"] or rank["memory_bytes"],
+                rank["gpu"] and f"{rank['gpu']} of {host}",
+                host,
+            )
+            for host, rank in hosts.items()
+        )
+    )
+
+
+def _problems(*checks: Callable[[], Any]) -> list[str]:
+    """What the checks object to."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_devices(config: RunConfig, ranks: int, gpus: list[dict[str, Any]]) -> None:
+    import torch
+
+    if gpus and ranks > len(gpus):
+        raise UserError(f"{ranks} ranks need {ranks} GPUs, here are {len(gpus)}; start fewer ranks")
+    if gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"precision bf16 is not supported by {gpus[0]['name']}; set precision=fp32")
+
+
+def _check_memory(run: dict[str, Any], ranks: int, there: int, gpu: str | None, host: str) -> None:
+    """Raise UserError if `there` bytes, of `gpu` or else of the `host` of `ranks` ranks, are too few."""
+    needed = run.get("memory_per_rank_bytes", 0) * (1 if gpu else ranks)
+    if needed > there:
+        whose = f"a rank on {gpu}" if gpu else f"{ranks} rank{'s' * (ranks > 1)} on {host}"
+        raise UserError(
+            f"about {needed / 2**30:.1f} GiB needed by {whose}, {there / 2**30:.1f} GiB there; "
+            + _what_fits(run, there / 2**30 / (1 if gpu else ranks))
+        )
+
+
+def _what_fits(run: dict[str, Any], gib: float) -> str:
+    """What to do for a rank to need no more than `gib` GiB: the first settings of the run's table, else less work."""
+    for stage, needs in run.get("memory_gib_by_stage_and_recomputation", {}).items():
+        for policy, needed in needs.items():
+            if needed <= gib:
+                return f"deepspeed={stage} with activation_checkpointing={policy} needs {needed:.1f} GiB"
+    return "lower batch.micro_rows or data.seq_len, take more ranks with deepspeed=zero3, or a smaller preset"
+
+
+def _check_disk(config: RunConfig) -> None:
+    """Raise UserError if the disk of the run's folder cannot hold its checkpoints."""
+    place = next(path for path in [config.run_dir.absolute(), *config.run_dir.absolute().parents] if path.exists())
+    free, needed = shutil.disk_usage(place).free, memory.disk_bytes(config)
+    if needed > free:
+        each = memory.checkpoint_bytes(config) / 2**30
+        raise UserError(
+            f"checkpoints take up to {needed / 2**30:.1f} GiB ({each:.1f} GiB each), {place} has "
+            f"{free / 2**30:.1f} GiB free; lower checkpoint.keep_last or set another output"
+        )

@@ -1,0 +1,1 @@
+"""Export to Hugging Face folders, proven equal to the trained model."""

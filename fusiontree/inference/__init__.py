@@ -1,0 +1,1 @@
+"""Exported models: loading, generation, sampling, decoding speed."""

@@ -1,0 +1,219 @@
+"""Text from an exported folder: sampling, and decoding with the cache."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from fusiontree.errors import UserError
+from fusiontree.files import parse_json
+from fusiontree.inference.decoder import Decoder
+from fusiontree.inference.loading import check_positions, load_export, read_facts
+from fusiontree.inference.sampling import Sampling, draw
+from fusiontree.model.config import ModelConfig
+from fusiontree.model.lm import HybridLM
+
+
+def generate_text(
+    folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling, on_text: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Continue `prompt` with the model exported to `folder`.
+
+    Args:
+        on_text: called with the prompt, then with each new piece of text as it comes.
+
+    Returns:
+        The text that was added, its tokens and the prompt's.
+
+    Raises:
+        UserError: the folder is no export, or the prompt has no token.
+    """
+    (figures,) = generate_texts(folder, {"the prompt": prompt}, max_new_tokens, sampling, on_text=on_text)
+    return figures
+
+
+def generate_texts(
+    folder: Path,
+    prompts: Mapping[str, str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    rows: int = 8,
+    on_text: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Continue `prompts`, `rows` of them together; each gives what it would alone.
+
+    Args:
+        prompts: by what to call them in messages. on_text: as of `generate_text`, of the first prompt of each batch.
+
+    Yields:
+        For each prompt, in order, what `generate_text` returns.
+
+    Raises:
+        UserError: the folder is no export, or a prompt has no token or too many.
+    """
+    for name, value in (("--max-new-tokens", max_new_tokens), ("--batch", rows)):
+        if not 1 <= value < 2**31:
+            raise UserError(f"{name} is {value}; it must be from 1 to 2^31 - 1")
+    for name, prompt in prompts.items():
+        _check_prompt(name, prompt)
+    model, tokenizer = load_export(folder)
+    texts = list(prompts.values())
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    check_ids(model.config, dict(zip(prompts, ids, strict=True)))
+    check_positions(model.config, max(map(len, ids)) + max_new_tokens)
+    stop = read_facts(folder)["eos_id"]
+    for start in range(0, len(ids), rows):
+        batch = ids[start : start + rows]
+        streams = [_TextStream(tokenizer, stop, None if on_text is None or i else on_text) for i in range(len(batch))]
+        if on_text is not None:
+            on_text(texts[start])
+        for tokens in stream_tokens(model, batch, max_new_tokens, sampling, stop):
+            for stream, token in zip(streams, tokens, strict=True):
+                stream.add(token)
+        for i, stream in enumerate(streams):
+            text = stream.finish()
+            yield {
+                "prompt": texts[start + i],
+                "text": text,
+                "prompt_tokens": len(batch[i]),
+                "new_tokens": len(stream.ids),
+            }
+
+
+def _check_prompt(name: str, prompt: str) -> None:
+    if not prompt:
+        raise UserError(f"{name} is empty; give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"{name} is not UTF-8; give text that is")
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """The prompts of a file by their place: a line each, or of a `.jsonl` file the key `prompt` of each line's object.
+
+    Raises:
+        UserError: it cannot be read, holds none, or a line is empty or no such object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other character ends a line
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no file of prompts at {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    prompts = {f"{path} line {number}": line for number, line in enumerate(lines, 1)}
+    if lines == [""]:
+        raise UserError(f"{path} holds no prompt; write one a line")
+    if path.suffix == ".jsonl":
+        prompts = {place: _prompt_of(place, line) for place, line in prompts.items()}
+    for place, prompt in prompts.items():
+        _check_prompt(place, prompt)
+    return prompts
+
+
+def _prompt_of(place: str, line: str) -> str:
+    try:
+        prompt = parse_json(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{place} is no object such as {{"prompt": "It was"}}') from None
+    if not isinstance(prompt, str):
+        raise UserError(f"{place}: prompt is {prompt!r}; it must be text")
+    return prompt
+
+
+class _TextStream:
+    """One row's tokens up to its first `stop`, shown as text as soon as they are whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: int | None, on_text: Callable[[str], None] | None):
+        self.tokenizer, self.stop, self.on_text = tokenizer, stop, on_text
+        self.ids: list[int] = []
+        self.shown, self.ended = "", False
+
+    def add(self, token: int) -> None:
+        """Take in the next token."""
+        self.ended = self.ended or token == self.stop
+        if self.ended:
+            return
+        self.ids.append(token)
+        if self.on_text is not None:
+            text = self._text()
+            if not text.endswith("\ufffd"):  # half a character waits for its other half
+                self._show(text)
+
+    def finish(self) -> str:
+        """Show the rest; all of the text."""
+        text = self._text()
+        self._show(text)
+        return text
+
+    def _text(self) -> str:
+        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text
+
+    def _show(self, text: str) -> None:
+        if self.on_text is not None:
+            self.on_text(text[len(self.shown) :])
+        self.shown = text
+
+
+@torch.inference_mode()
+def stream_tokens(
+    model: HybridLM, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop: int | None
+) -> Iterator[list[int]]:
+    """Yield, step by step, the next token of every row (`stop` for rows that have ended) until all have ended.
+
+    Prompts of different lengths are padded on the left; a row's tokens do not depend on its neighbours.
+
+    Raises:
+        UserError: a prompt is empty, a token is none of the model's, or so many tokens do not fit in memory.
+    """
+    check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
+    device, longest = model.embedding.weight.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
+    with _refusing_lack_of_memory(len(prompts), longest + max_new_tokens):
+        decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
+    logits = decoder.prefill(ids, mask)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        rows = zip(logits, seen, generators, strict=True)
+        token = torch.stack([draw(row, before, sampling, generator) for row, before, generator in rows])
+        if stop is not None:
+            token = token.masked_fill(ended, stop)
+            ended |= token == stop
+        if ended.all():
+            return
+        yield token.tolist()
+        if step + 1 == max_new_tokens:
+            return
+        seen.scatter_(1, token[:, None], True)
+        logits = decoder.step(token)
+
+
+@contextlib.contextmanager
+def _refusing_lack_of_memory(rows: int, tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of a CPU's memory torch says no more
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"the memory here does not hold the cache of {rows} rows of {tokens:,} tokens; lower --max-new-tokens or "
+            "--batch"
+        ) from None
+
+
+def check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
+    """Raise UserError, with its name, if a prompt is empty or holds a token that the model does not have."""
+    for name, prompt in prompts.items():
+        if not prompt:
+            raise UserError(f"{name} has no token; give at least one")
+        wrong = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        if wrong is not None:
+            last = config.vocab_size - 1
+            raise UserError(f"{name}: token {wrong} is out of range; the model's are 0 to {last}")

@@ -1,0 +1,97 @@
+"""From a configuration to the model under DeepSpeed."""
+
+import sys
+from typing import Any
+
+import torch
+
+from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
+from fusiontree.distributed.collectives import World
+from fusiontree.errors import UserError
+from fusiontree.kernels import DTYPES, choose_kernels
+from fusiontree.model.lm import HybridLM, materialize
+from fusiontree.model.recompute import Recompute
+from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
+from fusiontree.training.init_weights import run_initializer
+from fusiontree.training.optimizer import build_optimizer
+
+
+def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tuple[Any, FusedClipping | EngineClipping]:
+    """The model under DeepSpeed, and what clips its gradients.
+
+    Weights are fp32 and are the master weights, activations follow `precision`. With `resuming` they are zeros, for a
+    checkpoint is loaded next.
+    """
+    import deepspeed  # now that `collectives.start` has told it what computes here
+
+    settings = engine_settings(config, world)
+    _require_async_io(settings["zero_optimization"])
+    model = build_model(config, world, settings, resuming)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    fused = is_fused(config.optimizer, settings["zero_optimization"])
+    return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
+
+
+def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's own settings, and all that the run's configuration decides of the rest."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "gradient_accumulation_steps": config.accumulation_steps(world.size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+        **deepspeed_json(config),
+    }
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    # a single rank has nothing to overlap with, and would wait for the device before every update
+    zero.setdefault("overlap_comm", world.size > 1)
+    zero.setdefault("reduce_scatter", config.optimizer.kind != "muon")  # Muon needs whole gradients
+    if is_fused(config.optimizer, zero):
+        settings["gradient_clipping"] = 0.0
+        if zero.get("stage", 0) > 0:
+            zero["compute_grad_norm"] = False
+    return settings
+
+
+def _require_async_io(zero: dict[str, Any]) -> None:
+    """Raise UserError if states are to be kept on NVMe and DeepSpeed cannot build what reads and writes them."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    parts = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    if any(part.get("device") == "nvme" for part in parts) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds, for some minutes, from libaio-dev, g++ "
+            "and ninja; install them, or take deepspeed=zero3_offload"
+        )
+
+
+def build_model(config: RunConfig, world: World, settings: dict[str, Any], resuming: bool = False) -> HybridLM:
+    """The model with its first weights (`initial_weights`), the same whatever the ranks and the ZeRO stage.
+
+    At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
+    """
+    import deepspeed
+
+    dtype = DTYPES[config.precision]
+    kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
+    with torch.device("meta"):
+        model = HybridLM(config.model, kernels, dtype, _recompute(config.activation_checkpointing))
+    first: Any = None
+    for module in materialize(model, run_initializer(config, world.device, resuming), world.device):
+        if settings["zero_optimization"].get("stage", 0) < 3:
+            continue
+        own = list(module.parameters(recurse=False))
+        if first is None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            first = own[0]
+        else:
+            first.convert_to_zero_parameters(param_list=own)
+    return model
+
+
+def _recompute(config: CheckpointingConfig) -> Recompute:
+    every = {"full": 1, "every_n": config.every}.get(config.policy, 0)
+    branches = ("mamba", "attention") if config.branch == "both" else (config.branch,)
+    return Recompute(every, branches if config.policy == "branch" else (), config.offload)

@@ -1,0 +1,350 @@
+"""Training: DeepSpeed drives the ranks, this file the loop."""
+
+import contextlib
+import logging
+import statistics
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree.checkpoint import store
+from fusiontree.checkpoint.saver import Retention, Saver
+from fusiontree.config import RunConfig, deepspeed_json, to_yaml
+from fusiontree.console import console
+from fusiontree.data.batch import Batch
+from fusiontree.data.sources import Ledger
+from fusiontree.data.stream import TrainStream, validation_batches
+from fusiontree.device import device_name, peak_memory, utilisation
+from fusiontree.distributed import collectives, signals
+from fusiontree.distributed.collectives import World
+from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
+from fusiontree.evaluate.held_out import HeldOutLoss
+from fusiontree.model.flops import update_flops
+from fusiontree.run import incidents
+from fusiontree.run.data import Data, dataset_manifest, open_data, open_stream
+from fusiontree.run.folder import CONFIG_FILE, step_of
+from fusiontree.run.records import summarise
+from fusiontree.training.health import Health, Trouble, Watchdog, format_rows, rows_of_failing_ranks
+from fusiontree.training.layer_watch import LayerWatch
+from fusiontree.training.logs import log_to_file
+from fusiontree.training.metrics import Lap, Metrics
+from fusiontree.training.resume import last_good, prepare_folder, read_place
+from fusiontree.training.step import TrainingStep, Update
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = False) -> dict[str, Any]:
+    """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
+
+    Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
+
+    Args:
+        config: the run.
+        allow_changed: dotted keys, tables of them, or `data` or `tokenizer`, that may differ from the checkpoint's run.
+        trust: unpickle whatever the checkpoint holds, which may run any code.
+
+    Returns:
+        The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
+
+    Raises:
+        UserError: the data, the batch or the run's folder do not fit the configuration; or its checkpoint holds more
+            than tensors and is not trusted.
+        RunError: a checkpoint could not be written or read.
+        StoppedError: asked to stop by a signal; all is saved.
+    """
+    dataset_manifest(config)
+    deepspeed_json(config)
+    data = open_data(config)
+    world = collectives.start()
+    try:
+        stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
+        resume_from = prepare_folder(config, world, data.train, allow_changed, trust)
+        with log_to_file(config, world), contextlib.closing(stream):
+            trainer = Trainer(config, world, data, stream, resume_from, trust)
+            trainer.run()
+        collectives.leave()
+    except StoppedError:
+        collectives.leave()
+        raise
+    except torch.OutOfMemoryError as error:
+        hint = "lower batch.micro_rows or set activation_checkpointing=full"
+        raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
+    except RuntimeError as error:
+        if collectives.is_lost_peer(error):
+            raise RunError(LOST_PEER) from None
+        if collectives.is_time_out(error):
+            limit = f"{config.health.timeout_seconds:.0f} s (health.timeout_seconds)"
+            raise HungError(f"a rank has waited {limit} for the others; start again to go on") from None
+        raise
+    return {
+        "run": str(config.run_dir),
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        **summarise(config.run_dir),
+        "checkpoint_wait_seconds": trainer.saver.waited,
+        "peak_memory_bytes": peak_memory(world.device),
+    }
+
+
+class Trainer:
+    """One rank's run: the training step, where the data stands, and the loop that joins them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        data: Data,
+        stream: TrainStream,
+        resume_from: Path | None,
+        trust: bool = False,
+    ):
+        """`trust`: unpickle whatever the checkpoint to go on from holds."""
+        self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
+        self.trust = trust
+        self.step = 0  # updates done
+        self.tokens = 0  # trained on in them, padding included
+        self.ledger = Ledger(config.data.max_bad_rows)
+        self.training = TrainingStep(config, world, resuming=resume_from is not None)
+        collectives.set_timeout(config.health.timeout_seconds)
+        retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self.saver = Saver(self.training.engine, world, config.run_dir, retention, config.health.timeout_seconds)
+        self.health = Health(config.health)
+        self.watchdog = Watchdog(config.health, config.run_dir, world)
+        self.left_out: list[tuple[int, int]] = []  # stretches of rows consumed that training has stepped past
+        self.rollbacks: Counter[Path] = Counter()
+        self.wandb_id: str | None = None
+        self.metrics: Metrics | None = None  # the main rank's, while the loop runs
+        self.lap = Lap(0)
+        self.step_seconds: deque[float] = deque(maxlen=20)  # of the last laps, per update
+        if resume_from is not None:
+            self._resume(resume_from, fresh=True)
+
+    def run(self) -> None:
+        """Train to the end of the schedule; after trouble, once more from the last good checkpoint."""
+        with self.watchdog:
+            while (trouble := self._train()) is not None:
+                self._roll_back(trouble)
+        self.saver.finish()
+
+    def _train(self) -> Trouble | None:
+        """Fetch, update, judge, record, validate, save, until the schedule ends or trouble asks for a rollback."""
+        steps = self.config.schedule.steps
+        with self._recording():
+            if self.step == 0:
+                self._validate()
+            self.lap = Lap(self.step)
+            while self.step < steps:
+                with self.watchdog.step(self.step):
+                    update = self._update(self._fetch())
+                self.step += 1
+                self.tokens += self.config.batch.tokens
+                trouble = self.health.judge(update, self._last_rows)
+                if trouble is not None:
+                    self._tell(trouble, update)
+                    if trouble.action == "rollback":
+                        return trouble
+                if self._due(self.config.logging.every) and not update.skipped:
+                    self._record(update)
+                if self._due(self.config.validation.every):
+                    self._validate()
+                if self._due(self.config.checkpoint.every) or update.stop:
+                    self._save()
+                if update.stop and self.step < steps:
+                    self._stop()
+        return None
+
+    def _fetch(self) -> list[Batch]:
+        try:
+            batches = next(self.stream)
+        except StopIteration:
+            raise RunError(
+                f"the sources are used up after step {self.step:,}, for some rows were stepped past; lower "
+                "schedule.steps or raise max_epochs"
+            ) from None
+        self.ledger.meet(batches)
+        self.lap.documents += (length for batch in batches for length in batch.lengths)
+        return batches
+
+    @property
+    def _last_rows(self) -> tuple[int, int]:
+        """Rows consumed before and behind the last step."""
+        return self.stream.rows_consumed - self.stream.recipe.batch_rows, self.stream.rows_consumed
+
+    def _tell(self, trouble: Trouble, update: Update) -> None:
+        """Name the rows of an update that went wrong.
+
+        Raises:
+            RunError: the run is to stop.
+        """
+        rows = rows_of_failing_ranks(self.stream, self._last_rows[0], bool(update.own_loss.isfinite()))
+        message = f"step {self.step:,}: {trouble.message}; rows: {format_rows(rows)}"
+        if self.world.is_main:
+            console.print(message, markup=False)
+            incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
+        if trouble.action == "stop":
+            self.saver.wait()
+            raise RunError(f"{message}; look at them, then start again with other values of health.* or optimizer.lr")
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Go on from the last good checkpoint, past the rows of the trouble."""
+        self.saver.wait()
+        path = collectives.on_main(lambda: last_good(self.config.run_dir))
+        hint = "look at the rows, then start again with other values of health.* or optimizer.lr"
+        if path is None:
+            raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to go back to; {hint}")
+        self.rollbacks[path] += 1
+        if self.rollbacks[path] > self.config.health.max_rollbacks:
+            raise RunError(f"step {self.step:,}: {trouble.message}, rolled back to {path} too often; {hint}")
+        if self.world.is_main:
+            message = f"rolled back from step {self.step:,} to {step_of(path):,}, past the rows of the trouble"
+            console.print(message)
+            incidents.record(self.config.run_dir, "rollback", self.step, message, rows_consumed=trouble.rows)
+        left_out = [*self.left_out, trouble.rows]
+        self._resume(path, fresh=False)
+        self._leave_out(left_out)
+        self.health.bad.clear()  # the checkpoint may have been saved in the midst of them
+
+    def _leave_out(self, ranges: list[tuple[int, int]]) -> None:
+        self.left_out = ranges
+        self.stream.leave_out(ranges)
+
+    def _stop(self) -> None:
+        """Leave as asked, after the checkpoint of this step."""
+        self.saver.finish()
+        (name, *_) = [number.name for number in collectives.gather(signals.requested()) if number is not None]
+        if self.world.is_main:
+            incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
+        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to go on")
+
+    def _update(self, batches: list[Batch]) -> Update:
+        """Make the next update; now and then, watch and write down what its layers do."""
+        stop = signals.requested() is not None
+        if not self._due(self.config.logging.layers_every, self.step + 1):
+            return self.training.update(batches, self.step, stop)
+        with LayerWatch(self.training.engine, self.world) as watch:
+            update = self.training.update(batches, self.step, stop, watch)
+        figures = watch.figures(update.gates)
+        if self.metrics is not None:
+            lengths = [length for batch in batches for length in batch.lengths]
+            self.metrics.record_layers(self.step + 1, figures, lengths)
+        return update
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens `every` steps (0: never), and at the end, happens behind `step`, by default now."""
+        step = self.step if step is None else step
+        return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
+
+    def _record(self, update: Update) -> None:
+        """Write the update's figures; here training waits until the device is done, elsewhere for a `HostSum` alone."""
+        self._share_damage()
+        own_flops = float(sum(update_flops(self.config.model, self.lap.documents).values()))
+        shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
+        gate_mean, flops, *parts = collectives.sum_over_ranks(shares).tolist()
+        memory = torch.tensor(peak_memory(self.world.device), device=self.world.device)
+        memory_bytes = collectives.max_over_ranks(memory).item()
+        updates, lap_seconds = self.lap.so_far(self.step)
+        self.lap = Lap(self.step)
+        seconds = lap_seconds / updates
+        self.step_seconds.append(seconds)
+        if self.metrics is None:
+            return
+        self.metrics.record(
+            {
+                "step": self.step,
+                "tokens": self.tokens,
+                "loss": update.loss,
+                "lr": self.training.lr,
+                "grad_norm": float(update.grad_norm),
+                "gate_mean": gate_mean,
+                "tokens_per_s": self.config.batch.tokens / seconds,
+                **utilisation(flops / lap_seconds / self.world.size, device_name(self.world.device)),
+                "memory_gib": memory_bytes / 2**30,
+                **self.saver.figures(),
+                **dict(zip(update.parts, parts, strict=True)),
+            },
+            eta_s=(self.config.schedule.steps - self.step) * statistics.median(self.step_seconds),
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Write down the mean loss of the held-out tokens, the same for any number of ranks, and of parts of them."""
+        if self.data.validation is None:
+            return
+        self.training.engine.eval()
+        held_out = HeldOutLoss(self.data.validation, self.world)
+        micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
+        for batch in validation_batches(
+            self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
+        ):
+            self.ledger.meet([batch])
+            held_out.add(batch, self.training.token_losses(batch))
+        self._share_damage()
+        figures = held_out.figures()
+        if self.metrics is not None:
+            self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
+        self.lap = Lap(self.step)
+
+    def _share_damage(self) -> None:
+        """Tell all ranks which stored rows any of them could not use, so that they stop together."""
+        if not collectives.sum_over_ranks(torch.tensor(len(self.ledger.unshared), device=self.world.device)).item():
+            return
+        for row in self.ledger.share(collectives.gather(self.ledger.unshared)):
+            log.warning("%s: a masked row stands in for it", row)
+            if self.world.is_main:
+                console.print(f"{row}: a masked row stands in for it (at most {self.ledger.limit} may)")
+        self.ledger.check()
+
+    def _save(self) -> None:
+        self._share_damage()
+        manifest = self.data.train.datasets[0].manifest
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "rows_consumed": self.stream.rows_consumed,
+            "left_out": self.left_out,
+            "bad_rows": self.ledger.to_json(),
+            "health": self.health.to_json(),
+            "world_size": self.world.size,
+            "zero_stage": self.training.engine.zero_optimization_stage(),
+            "data_fingerprint": self.data.train.fingerprint,
+            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+            "eos_id": manifest.tokenizer.eos_id,
+            "pad_id": manifest.tokenizer.pad_id,
+            "wandb_id": self.metrics.wandb_id if self.metrics else None,
+        }
+        self.saver.save(state, {CONFIG_FILE: to_yaml(self.config)}, self.training.gates.mean())
+        log.info("saving step %d", self.step)
+        self.lap = Lap(self.step)
+
+    def _resume(self, path: Path, fresh: bool) -> None:
+        """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
+        store.load(self.training.engine, self.world, path, fresh, self.trust)
+        state = store.read_state(path)
+        self.resume_from, self.wandb_id = path, state["wandb_id"]
+        self.step, self.tokens = state["step"], state["tokens"]
+        place, left_out = read_place(self.config, path)
+        self.stream.seek(place)
+        self._leave_out(left_out)
+        # an older version's checkpoint has neither
+        self.ledger.restore(state.get("bad_rows", []))
+        self.health.restore(state.get("health", {}))
+        self.training.gates.restore(store.read_gates(path))
+        if self.world.is_main and fresh:
+            saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
+            message = f"resuming {self.config.run_dir} from step {self.step:,}"
+            console.print(message)
+            incidents.record(self.config.run_dir, "resume", self.step, f"{message}, {saved}")
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        if not self.world.is_main:
+            yield
+            return
+        behind = None if self.resume_from is None else self.step
+        with Metrics(self.config, behind, self.wandb_id) as self.metrics:
+            yield
+        self.metrics = None
