@@ -15,7 +15,7 @@ from fusiontree.data.format import (
     index_path,
     read_index,
 )
-from fusiontree.data.scan import Scan
+from fusiontree.data.shard_scan import ShardScan
 from fusiontree.data.writer import write_index
 from fusiontree.errors import UserError
 
@@ -82,7 +82,7 @@ def _reindex_listed(folder: Path, skip_damaged: bool, workers: int) -> dict[str,
         )
     there = [info for info in infos if (folder / info.name).is_file()]
     problems = [f"{info.name}: it is missing" for info in infos if info not in there]
-    sound: dict[str, Scan] = {}
+    sound: dict[str, ShardScan] = {}
     for info, scan in zip(there, scan_all(folder, [info.name for info in there], workers), strict=True):
         faults = [*scan.faults, *faults_against_manifest(scan, info, manifest.vocab_size)]
         problems += [f"{info.name}: {fault}" for fault in faults]
@@ -95,10 +95,10 @@ def _reindex_listed(folder: Path, skip_damaged: bool, workers: int) -> dict[str,
     return _figures(sound, adopted, problems)
 
 
-def _figures(sound: dict[str, Scan], adopted: bool, problems: list[str]) -> dict[str, Any]:
+def _figures(sound: dict[str, ShardScan], adopted: bool, problems: list[str]) -> dict[str, Any]:
     return {
         "shards": len(sound),
-        "rows": sum(len(scan.rows) for scan in sound.values()),
+        "rows": sum(len(scan.entries) for scan in sound.values()),
         "tokens": sum(scan.info(name).tokens for name, scan in sound.items()),
         "bytes": sum(scan.bytes for scan in sound.values()),
         "adopted": adopted,
@@ -106,41 +106,41 @@ def _figures(sound: dict[str, Scan], adopted: bool, problems: list[str]) -> dict
     }
 
 
-def _faults(path: Path, scan: Scan, info: TokenizerInfo) -> list[str]:
+def _faults(path: Path, scan: ShardScan, info: TokenizerInfo) -> list[str]:
     """All that speaks against adopting a shard."""
     faults = list(scan.faults)
-    made_by = {tokenizer for _, tokenizer in scan.about} - {"", info.fingerprint}
+    made_by = {tokenizer for _, tokenizer in scan.origins} - {"", info.fingerprint}
     faults += [f"was made by another tokenizer ({fingerprint[:12]})" for fingerprint in sorted(made_by)]
-    faults += scan.foreign_tokens(info.vocab_size)
+    faults += scan.out_of_vocabulary(info.vocab_size)
     if index_path(path).is_file() and not faults:  # an index that is left is a witness
         try:
             index = read_index(path)
         except UserError:
             return faults  # it is damaged itself, and made again
-        if len(index) == len(scan.rows):
+        if len(index) == len(scan.entries):
             faults += [f"row {row}: differs from its index" for row in (index != scan.index).nonzero()[0].tolist()]
         else:
-            faults.append(f"has {len(scan.rows)} rows, its index {len(index)}")
+            faults.append(f"has {len(scan.entries)} rows, its index {len(index)}")
     return faults
 
 
-def _gaps(sound: dict[str, Scan]) -> list[str]:
+def _gaps(sound: dict[str, ShardScan]) -> list[str]:
     """Rows that the numbers in the shards say there were, and that are in none."""
     gaps = []
     for split in SPLITS:
         following = 0
         for name, scan in sound.items():
             if name.startswith(f"{split}/"):
-                assert scan.first is not None
-                if scan.first != following:
-                    gaps.append(f"{split}: rows {following} to {scan.first - 1} are missing before {name}")
-                following = scan.first + len(scan.rows)
+                assert scan.first_row is not None
+                if scan.first_row != following:
+                    gaps.append(f"{split}: rows {following} to {scan.first_row - 1} are missing before {name}")
+                following = scan.first_row + len(scan.entries)
     return gaps
 
 
-def _adopt(folder: Path, sound: dict[str, Scan], info: TokenizerInfo) -> None:
+def _adopt(folder: Path, sound: dict[str, ShardScan], info: TokenizerInfo) -> None:
     shapes = set().union(*(scan.shapes for scan in sound.values()))
-    sources = {source for scan in sound.values() for source, _ in scan.about}
+    sources = {source for scan in sound.values() for source, _ in scan.origins}
     for what, found in (("row lengths or token types", shapes), ("sources", sources)):
         if len(found) != 1:
             raise UserError(f"the shards in {folder} have different {what}: {sorted(found)}; keep one dataset's")

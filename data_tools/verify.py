@@ -12,7 +12,7 @@ from data_tools.tokenizers import load_tokenizer
 from data_tools.workers import process_pool
 from fusiontree.console import progress_bar
 from fusiontree.data.format import MANIFEST, Manifest, ShardInfo, index_path, read_index, tokenizer_fingerprint
-from fusiontree.data.scan import Scan, scan_shard
+from fusiontree.data.shard_scan import ShardScan, scan_shard
 from fusiontree.errors import UserError
 
 
@@ -52,8 +52,8 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
     }
 
 
-def scan_all(folder: Path, names: list[str], workers: int) -> list[Scan]:
-    """Scan the shards of a folder, in order."""
+def scan_all(folder: Path, names: list[str], workers: int) -> list[ShardScan]:
+    """ShardScan the shards of a folder, in order."""
     if workers < 1:
         raise UserError(f"workers {workers} is too few; give at least 1")
     paths = [folder / name for name in names]
@@ -114,26 +114,26 @@ def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardI
     return [f"{info.name}: {problem}" for problem in problems]
 
 
-def _content(scan: Scan, row_len: int, dtype: str) -> Iterator[str]:
+def _content(scan: ShardScan, row_len: int, dtype: str) -> Iterator[str]:
     """What no shard of this dataset may hold."""
     yield from scan.faults
     for other_len, other_dtype in scan.shapes - {(row_len, dtype)}:
         yield f"its rows are {other_len} tokens of {other_dtype}, the manifest says {row_len} of {dtype}"
 
 
-def _against(scan: Scan, index: np.ndarray | None, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+def _against(scan: ShardScan, index: np.ndarray | None, info: ShardInfo, vocab_size: int) -> Iterator[str]:
     """What differs from the index and from the manifest."""
     if index is not None:
         yield from _against_index(scan, index, info)
     yield from faults_against_manifest(scan, info, vocab_size)
 
 
-def _against_index(scan: Scan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
+def _against_index(scan: ShardScan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
     changed = scan.sha256 != info.sha256
     if len(index) != info.rows:
         yield f"its index lists {len(index)} rows, the manifest {info.rows}"
     else:
-        for row, entry in zip(scan.numbers, scan.index, strict=True):
+        for row, entry in zip(scan.row_numbers, scan.index, strict=True):
             if row < len(index) and index[row] != entry:
                 # of a shard that is as it was written, whatever disagrees is the index
                 yield (
@@ -141,14 +141,14 @@ def _against_index(scan: Scan, index: np.ndarray, info: ShardInfo) -> Iterator[s
                 )
 
 
-def faults_against_manifest(scan: Scan, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+def faults_against_manifest(scan: ShardScan, info: ShardInfo, vocab_size: int) -> Iterator[str]:
     """What differs from what the manifest says of a shard, a line each."""
     if scan.bytes != info.bytes:
         yield f"it has {scan.bytes} bytes, the manifest says {info.bytes}"
     if scan.sha256 != info.sha256:
         yield "sha256 differs from the manifest's: it was changed since it was written"
         return
-    yield from scan.foreign_tokens(vocab_size)
+    yield from scan.out_of_vocabulary(vocab_size)
     found = scan.info(info.name)
     for name in ("rows", "tokens", "documents"):
         if getattr(found, name) != getattr(info, name):

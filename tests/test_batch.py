@@ -10,7 +10,7 @@ from fusiontree.data.batch import IGNORE, Batch, collate, cut_ends
 from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import TrainStream, one_source, validation_batches
+from fusiontree.data.stream import TrainStream, single_source_recipe, validation_batches
 from fusiontree.errors import UserError
 
 ROW, PAD = 32, 1
@@ -69,7 +69,7 @@ def test_a_slice_keeps_the_bounds_inside_it(ends: list[int], slices: list[list[i
 def stream_of(
     dataset: Dataset, seq_len: int, seed: int, batch_rows: int, rank: int, world: int, micro_rows: int
 ) -> TrainStream:
-    recipe = one_source(seed, batch_rows * seq_len, seq_len)
+    recipe = single_source_recipe(seed, batch_rows * seq_len, seq_len)
     return TrainStream(Sources({"": dataset}), recipe, micro_rows, rank, world)
 
 

@@ -15,7 +15,7 @@ from fusiontree.data import sources as sources_module
 from fusiontree.data.batch import IGNORE, BadRow, Batch
 from fusiontree.data.format import Dataset, index_path
 from fusiontree.data.sources import Ledger, Sources
-from fusiontree.data.stream import TrainStream, one_source, validation_batches
+from fusiontree.data.stream import TrainStream, single_source_recipe, validation_batches
 from fusiontree.errors import RunError, UserError
 
 ROW, ROWS = 32, 100  # shards of 40, 40 and 20 rows
@@ -40,7 +40,7 @@ def edit(path: Path, offset: int, content: bytes) -> None:
 
 def epoch(dataset: Dataset, seq_len: int = 16, workers: int = 0) -> list[Batch]:
     """All batches of an epoch, of 10 packed rows each."""
-    recipe = one_source(3, 10 * ROW, seq_len)
+    recipe = single_source_recipe(3, 10 * ROW, seq_len)
     stream = TrainStream(Sources({"": dataset}), recipe, 10 * ROW // seq_len, workers=workers)
     batches = [batch for _ in range(ROWS // 10) for batch in next(stream)]
     stream.close()
@@ -185,17 +185,17 @@ def batch_with(*rows: BadRow) -> Batch:
 
 def test_the_ledger_counts_each_row_once_over_all_ranks_and_resumes() -> None:
     one, other = Ledger(3), Ledger(3)
-    one.meet([batch_with(bad(1)), batch_with(bad(1), bad(2))])
-    other.meet([batch_with(bad(2))])
+    one.record([batch_with(bad(1)), batch_with(bad(1), bad(2))])
+    other.record([batch_with(bad(2))])
     gathered = [one.unshared, other.unshared]
-    assert one.share(gathered) == other.share(gathered) == [bad(1), bad(2)]
-    one.meet([batch_with(bad(2))])
+    assert one.merge(gathered) == other.merge(gathered) == [bad(1), bad(2)]
+    one.record([batch_with(bad(2))])
     assert one.unshared == []
     again = Ledger(3)
     again.restore(json.loads(json.dumps(one.to_json())))
-    again.meet([batch_with(bad(1, "moved", "cannot be read"), bad(3))])
+    again.record([batch_with(bad(1, "moved", "cannot be read"), bad(3))])
     with pytest.raises(RunError, match=r"4 stored rows .* data\.max_bad_rows 3; the last: data/train/0\.tar: row 9"):
-        again.meet([batch_with(bad(9))])
+        again.record([batch_with(bad(9))])
 
 
 def test_held_out_rows_are_masked_and_named_too(tmp_path: Path, shards: Path) -> None:

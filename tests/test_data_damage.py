@@ -15,7 +15,7 @@ from data_tools.tokenizers import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
 from fusiontree.data.format import Dataset, Manifest, read_index
 from fusiontree.data.packing import PackedRow, Span
-from fusiontree.data.scan import scan_shard
+from fusiontree.data.shard_scan import scan_shard
 from fusiontree.data.tokenizer import open_tokenizer
 from fusiontree.errors import RunError, UserError
 

@@ -27,7 +27,7 @@ from data_tools.verify import verify
 from fusiontree import console as console_module
 from fusiontree.data.format import Dataset, Manifest
 from fusiontree.data.packing import PackedRow, Span
-from fusiontree.data.scan import scan_shard
+from fusiontree.data.shard_scan import scan_shard
 from fusiontree.data.writer import write_index, write_tar
 from fusiontree.errors import UserError
 

@@ -19,7 +19,7 @@ from fusiontree.checkpoint import store
 from fusiontree.config import HealthConfig, load_config
 from fusiontree.data import remote
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import TrainStream, one_source
+from fusiontree.data.stream import TrainStream, single_source_recipe
 from fusiontree.distributed.collectives import World
 from fusiontree.run import incidents
 from fusiontree.run.folder import GATES_FILE, list_checkpoints
@@ -80,14 +80,14 @@ def test_what_is_left_out_is_stepped_past_from_wherever_the_stream_goes_on(worke
     sources = Sources({"": counting_dataset(tmp_path / "set", 100, 2)})
 
     def stream() -> TrainStream:
-        return TrainStream(sources, one_source(3, 4 * 32, 32), 4, workers=workers)
+        return TrainStream(sources, single_source_recipe(3, 4 * 32, 32), 4, workers=workers)
 
     whole = stream()
     steps = [next(whole)[0].input_ids.tolist() for _ in range(12)]
     left_out = [(28, 32), (8, 16), (16, 20)]
     expected = [steps[i] for i in (0, 1, 5, 6, 8, 9)]
     at_once = stream()
-    at_once.leave_out(left_out)
+    at_once.skip_ranges(left_out)
     rows = []
     for step in expected:
         assert next(at_once)[0].input_ids.tolist() == step
@@ -96,9 +96,9 @@ def test_what_is_left_out_is_stepped_past_from_wherever_the_stream_goes_on(worke
     for i, step in enumerate(expected):
         place = again.rows_consumed
         again = stream()
-        again.leave_out(left_out)
+        again.skip_ranges(left_out)
         again.seek(place)
-        ahead = [again.rows_before(steps) for steps in range(len(expected) - i)]
+        ahead = [again.rows_consumed_after(steps) for steps in range(len(expected) - i)]
         assert next(again)[0].input_ids.tolist() == step, i
         assert ahead == [behind - 4 for behind in rows[i:]]
 

@@ -28,7 +28,7 @@ from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset, tokenizer_fingerprint
 from fusiontree.data.remote import Cache, RefusedError, UnreachableError
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import TrainStream, one_source
+from fusiontree.data.stream import TrainStream, single_source_recipe
 from fusiontree.errors import UserError
 
 pytest.importorskip("aiohttp")
@@ -158,7 +158,7 @@ def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothin
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
     server.asked.clear()
     server.faults = [f"always {fault}"]
-    stream = TrainStream(sources, one_source(0, 1024, 512), 1, workers=1)
+    stream = TrainStream(sources, single_source_recipe(0, 1024, 512), 1, workers=1)
     with pytest.raises(UnreachableError, match=r"http.*\.tar does not answer after 3 attempts") as caught:
         next(stream)
     stream.close()
@@ -173,7 +173,7 @@ def test_an_address_that_refuses_stops_the_run_in_one_line_and_masks_nothing(
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
     server.asked.clear()
     server.faults = [f"always {status}"]
-    stream = TrainStream(sources, one_source(0, 512, 512), 1)
+    stream = TrainStream(sources, single_source_recipe(0, 512, 512), 1)
     with pytest.raises(
         RefusedError, match=rf"http.*\.tar may not be read \(.*{status}.*\); check .* credentials"
     ) as caught:
@@ -511,7 +511,7 @@ def test_a_dataset_in_an_object_store_trains_as_on_disk(
 ) -> None:
     def batches(location: str) -> list:
         sources = Sources({"": Dataset(location, "train", Cache(tmp_path))})
-        stream = TrainStream(sources, one_source(0, 2048, 128), 4, workers=3)
+        stream = TrainStream(sources, single_source_recipe(0, 2048, 128), 4, workers=3)
         found = [batch.input_ids.tolist() for _ in range(6) for batch in next(stream)]
         stream.close()
         return found

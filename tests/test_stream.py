@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import Recipe, TrainStream, one_source
+from fusiontree.data.stream import Recipe, TrainStream, single_source_recipe
 from fusiontree.errors import UserError
 
 ROW = 32  # tokens of a packed row
@@ -202,4 +202,4 @@ def test_one_source_alone_needs_no_name(sources: Sources) -> None:
     assert lone.labels == ("s",)
     assert named.labels == ("web",)
     assert lone.fingerprint == sources.datasets[0].fingerprint != named.fingerprint
-    assert TrainStream(lone, one_source(0, 4 * ROW, ROW), 4).last_step is None
+    assert TrainStream(lone, single_source_recipe(0, 4 * ROW, ROW), 4).last_step is None

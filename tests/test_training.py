@@ -50,7 +50,7 @@ def plain_losses(
     """
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
-    stream.leave_out(left_out)
+    stream.skip_ranges(left_out)
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialize(model, seeded_init(config.seed), torch.device("cpu")))

@@ -15,7 +15,7 @@ from fusiontree.data.batch import Batch, collate, cut_ends
 from fusiontree.data.format import Dataset
 from fusiontree.data.remote import is_address
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import TrainStream, one_source
+from fusiontree.data.stream import TrainStream, single_source_recipe
 
 REPEATS = 5  # the median of so many is told
 SECONDS = 1.0  # of each repeat, about
@@ -51,7 +51,7 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     """
     sources = Sources({"": Dataset(folder)})
     length = seq_len or sources.row_len
-    stream = TrainStream(sources, one_source(0, length * rows, length), rows)
+    stream = TrainStream(sources, single_source_recipe(0, length * rows, length), rows)
     measures: dict[str, Callable[[], Iterator[int]]] = {
         "rows_tokens_per_s": lambda: _rows(sources),
         "batches_tokens_per_s": lambda: (batch.labels.size for batches in stream for batch in batches),
@@ -83,7 +83,9 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
 def _first_batch(folder: Path | str, seq_len: int, rows: int, step: int) -> float:
     """Seconds from opening the dataset to the first batch of a run that goes on at `step`."""
     started = time.perf_counter()
-    stream = TrainStream(Sources({"": Dataset(folder)}), one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
+    stream = TrainStream(
+        Sources({"": Dataset(folder)}), single_source_recipe(0, seq_len * rows, seq_len), rows, workers=WORKERS
+    )
     stream.seek(step * rows)
     next(stream)
     spent = time.perf_counter() - started
@@ -136,7 +138,7 @@ def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[i
 
 def _waiting(sources: Sources, seq_len: int, rows: int) -> dict[str, float]:
     """What a consumer of WORKERS threads' batches spends on waiting, and on asking; and what asking costs at least."""
-    stream = TrainStream(sources, one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
+    stream = TrainStream(sources, single_source_recipe(0, seq_len * rows, seq_len), rows, workers=WORKERS)
     next(stream)
     measures: dict[str, Callable[[], float]] = {
         "waiting_share": lambda: _share_in_next(stream, seq_len * rows, counts=lambda: not stream.ready),
@@ -162,7 +164,7 @@ def _share_in_next(steps: Iterator[list[Batch]], step_tokens: int, counts: Calla
 
 def _memory(sources: Sources, seq_len: int, rows: int) -> dict[str, int]:
     """Resident bytes of the process after a tenth of MANY_BATCHES, and after all."""
-    stream = TrainStream(sources, one_source(0, seq_len * rows, seq_len), rows, workers=WORKERS)
+    stream = TrainStream(sources, single_source_recipe(0, seq_len * rows, seq_len), rows, workers=WORKERS)
     found = {}
     for number in range(1, MANY_BATCHES + 1):
         next(stream)

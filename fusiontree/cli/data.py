@@ -79,11 +79,11 @@ def _data_inspect(args: argparse.Namespace) -> int:
 
 def _data_plan(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
-    from fusiontree.data.preview import plan
+    from fusiontree.data.preview import preview_run
     from fusiontree.run.data import open_stream, open_training
 
     config = load_config(args.config, args.overrides)
-    figures = plan(open_stream(config, open_training(config)), config.schedule.steps)
+    figures = preview_run(open_stream(config, open_training(config)), config.schedule.steps)
     return show(figures, args.json)
 
 

@@ -11,7 +11,7 @@ from fusiontree.data.stream import TrainStream
 MANY_EPOCHS = 4  # up to here repeated tokens are worth nearly as much as new ones (arXiv 2305.16264)
 
 
-def plan(stream: TrainStream, steps: int) -> dict[str, Any]:
+def preview_run(stream: TrainStream, steps: int) -> dict[str, Any]:
     """The tokens of a run of `steps` steps: in all, by source and by stage (padding counted unless said otherwise).
 
     Returns:
@@ -117,7 +117,7 @@ def documents_at(stream: TrainStream, steps: int) -> dict[str, Any]:
     Raises:
         RunError: a shard cannot be read.
     """
-    seq_len, places = _places(stream, stream.rows_before(steps))
+    seq_len, places = _places(stream, stream.rows_consumed_after(steps))
     rows = [
         {"batch": number, **_row(stream, place, seq_len), "documents": _documents(stream, place, seq_len)}
         for number, place in places

@@ -101,7 +101,7 @@ class Ledger:
         self.rows: dict[BadRow, None] = {}  # of all ranks, as far as they have told one another
         self.unshared: list[BadRow] = []  # of this rank, that the others do not know
 
-    def meet(self, batches: Iterable[Batch]) -> None:
+    def record(self, batches: Iterable[Batch]) -> None:
         """Enter what a rank's batches could not hold.
 
         Raises:
@@ -112,7 +112,7 @@ class Ledger:
                 self.unshared.append(row)
         self.check()
 
-    def share(self, unshared: Iterable[list[BadRow]]) -> list[BadRow]:
+    def merge(self, unshared: Iterable[list[BadRow]]) -> list[BadRow]:
         """Enter what each rank has met since the last time; returns what is new."""
         new = [row for row in dict.fromkeys(row for rows in unshared for row in rows) if row not in self.rows]
         self.rows |= dict.fromkeys(new)

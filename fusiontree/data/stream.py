@@ -41,7 +41,7 @@ class Recipe:
         return self.batch_tokens // self.seq_len
 
 
-def one_source(seed: int, batch_tokens: int, seq_len: int) -> Recipe:
+def single_source_recipe(seed: int, batch_tokens: int, seq_len: int) -> Recipe:
     """The recipe of a single source, always at one length."""
     return Recipe(seed, batch_tokens, ((0, seq_len),), ((0, (Fraction(1),)),), (None,))
 
@@ -121,7 +121,7 @@ class TrainStream:
         self.close()
         self.rows_consumed = rows_consumed
 
-    def leave_out(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def skip_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
         """From the next step on, pass over those between the two rows consumed of each of `ranges`."""
         self.close()
         self._left_out = sorted(ranges)
@@ -154,7 +154,7 @@ class TrainStream:
             self._ahead.close()
             self._ahead = None
 
-    def rows_before(self, steps: int) -> int:
+    def rows_consumed_after(self, steps: int) -> int:
         """Rows consumed when `steps` more steps are done and what is left out behind them is passed over."""
         return self._past(self.rows_consumed + steps * self.recipe.batch_rows, self.rows_consumed)
 

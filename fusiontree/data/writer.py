@@ -11,7 +11,7 @@ import numpy as np
 
 from fusiontree.data.format import ENDS, SPLITS, ShardInfo, index_path, row_crc
 from fusiontree.data.packing import PackedRow, Span
-from fusiontree.data.scan import scan_shard
+from fusiontree.data.shard_scan import scan_shard
 from fusiontree.errors import RunError
 from fusiontree.files import write_atomic
 

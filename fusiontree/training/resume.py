@@ -112,7 +112,7 @@ def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
     ]
     if not saved:
         return step
-    stream.leave_out(read_place(config, saved[-1])[1])
+    stream.skip_ranges(read_place(config, saved[-1])[1])
     before = [path for path in saved if step_of(path) <= step]
     if not before:
         return step

@@ -165,7 +165,7 @@ class Trainer:
                 f"the sources are used up after step {self.step:,}, for some rows were stepped past; lower "
                 "schedule.steps or raise max_epochs"
             ) from None
-        self.ledger.meet(batches)
+        self.ledger.record(batches)
         self.lap.documents += (length for batch in batches for length in batch.lengths)
         return batches
 
@@ -210,7 +210,7 @@ class Trainer:
 
     def _leave_out(self, ranges: list[tuple[int, int]]) -> None:
         self.left_out = ranges
-        self.stream.leave_out(ranges)
+        self.stream.skip_ranges(ranges)
 
     def _stop(self) -> None:
         """Leave as asked, after the checkpoint of this step."""
@@ -280,7 +280,7 @@ class Trainer:
         for batch in validation_batches(
             self.data.validation, self.config.data.seq_len, micro_rows, self.world.rank, self.world.size, limit
         ):
-            self.ledger.meet([batch])
+            self.ledger.record([batch])
             held_out.add(batch, self.training.token_losses(batch))
         self._share_damage()
         figures = held_out.figures()
@@ -292,7 +292,7 @@ class Trainer:
         """Tell all ranks which stored rows any of them could not use, so that they stop together."""
         if not collectives.sum_over_ranks(torch.tensor(len(self.ledger.unshared), device=self.world.device)).item():
             return
-        for row in self.ledger.share(collectives.gather(self.ledger.unshared)):
+        for row in self.ledger.merge(collectives.gather(self.ledger.unshared)):
             log.warning("%s: a masked row stands in for it", row)
             if self.world.is_main:
                 console.print(f"{row}: a masked row stands in for it (at most {self.ledger.limit} may)")

@@ -22,52 +22,52 @@ _TOKENS = (np.dtype("<u2"), np.dtype("<u4"))
 
 
 @dataclass
-class Scan:
+class ShardScan:
     """A shard as it is."""
 
     bytes: int
     sha256: str
     faults: list[str] = field(default_factory=list)  # a line each, naming rows of the shard, from 0
-    first: int | None = None  # the number in its split of the first row, as the first readable member says
-    numbers: list[int] = field(default_factory=list)  # of the readable rows, counted from the shard's first
-    rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)  # the same as INDEX has them
+    first_row: int | None = None  # the number in its split of the first row, as the first readable member says
+    row_numbers: list[int] = field(default_factory=list)  # of the readable rows, counted from the shard's first
+    entries: list[tuple[int, int, int, int, int]] = field(default_factory=list)  # the same as INDEX has them
     documents: int = 0  # that begin in it
-    highest: list[int] = field(default_factory=list)  # largest token of each readable row
-    shapes: set[tuple[int, str]] = field(default_factory=set)  # (row length, token type) met, one if all is well
-    about: set[tuple[str, str]] = field(default_factory=set)  # (source, tokenizer fingerprint) met, one if all is well
+    max_tokens: list[int] = field(default_factory=list)  # largest token of each readable row
+    shapes: set[tuple[int, str]] = field(default_factory=set)  # (row length, token type) found; one if sound
+    origins: set[tuple[str, str]] = field(default_factory=set)  # (source, tokenizer fingerprint) found; one if sound
 
     @property
     def index(self) -> np.ndarray:
         """The index that the shard calls for: dtype INDEX [rows]."""
-        return np.array(self.rows, dtype=INDEX)
+        return np.array(self.entries, dtype=INDEX)
 
-    def foreign_tokens(self, vocab_size: int) -> Iterator[str]:
+    def out_of_vocabulary(self, vocab_size: int) -> Iterator[str]:
         """A line for each readable row with a token that no vocabulary of that size has."""
-        for row, highest in zip(self.numbers, self.highest, strict=True):
+        for row, highest in zip(self.row_numbers, self.max_tokens, strict=True):
             if highest >= vocab_size:
                 yield f"row {row}: token {highest} is not below the vocabulary size {vocab_size}"
 
     def info(self, name: str) -> ShardInfo:
         """What a manifest says of this shard."""
-        tokens = sum(row[3] for row in self.rows)
+        tokens = sum(row[3] for row in self.entries)
         digest = index_digest(self.index)
-        return ShardInfo(name, self.sha256, self.bytes, len(self.rows), tokens, self.documents, digest)
+        return ShardInfo(name, self.sha256, self.bytes, len(self.entries), tokens, self.documents, digest)
 
 
-def scan_shard(path: Path) -> Scan:
+def scan_shard(path: Path) -> ShardScan:
     """Read a whole shard, once; it is held in memory meanwhile.
 
     Raises:
         OSError: it cannot be read.
     """
     content = _read(path)
-    scan = Scan(len(content), hashlib.sha256(content).hexdigest())
+    scan = ShardScan(len(content), hashlib.sha256(content).hexdigest())
     for key, members in _samples(content, scan.faults):
-        scan.first = key if scan.first is None else scan.first
-        _take_sample(scan, content, members, key - scan.first)
-    if scan.first is None:
+        scan.first_row = key if scan.first_row is None else scan.first_row
+        _take_sample(scan, content, members, key - scan.first_row)
+    if scan.first_row is None:
         scan.faults.append("it holds no sample")
-    for name, found in (("row lengths or token types", scan.shapes), ("sources or tokenizers", scan.about)):
+    for name, found in (("row lengths or token types", scan.shapes), ("sources or tokenizers", scan.origins)):
         if len(found) > 1:
             scan.faults.append(f"its samples have different {name}")
     return scan
@@ -138,7 +138,7 @@ def _walk(content: memoryview, faults: list[str]) -> Iterator[tuple[str, int, in
         faults.append(f"tar header at byte {lost} is damaged")
 
 
-def _take_sample(scan: Scan, content: memoryview, members: dict[str, tuple[int, int]], first: int) -> None:
+def _take_sample(scan: ShardScan, content: memoryview, members: dict[str, tuple[int, int]], first: int) -> None:
     """Add a sample's rows to the scan; what is wrong with it is named by the rows of the shard, from `first`."""
     try:
         sample = _Sample.read(content, members)
@@ -147,13 +147,13 @@ def _take_sample(scan: Scan, content: memoryview, members: dict[str, tuple[int, 
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         scan.faults.append(f"row {first} and its sample cannot be read ({error})")
         return
-    scan.numbers += range(first, first + len(rows))
-    scan.rows += [row for row, _ in rows]
+    scan.row_numbers += range(first, first + len(rows))
+    scan.entries += [row for row, _ in rows]
     scan.faults += [f"row {first + i}: {fault}" for i, (_, fault) in enumerate(rows) if fault]
     scan.documents += sum(documents)
-    scan.highest += sample.tokens.max(axis=1).tolist()
+    scan.max_tokens += sample.tokens.max(axis=1).tolist()
     scan.shapes.add((sample.tokens.shape[1], sample.tokens.dtype.name))
-    scan.about.add((sample.source, sample.tokenizer))
+    scan.origins.add((sample.source, sample.tokenizer))
 
 
 def _documents(spans: list[dict[str, Any]]) -> int:

@@ -12,9 +12,9 @@ from conftest import cli, counting_dataset
 
 from data_tools.build import build
 from fusiontree.cli import main
-from fusiontree.data.preview import documents_at, plan
+from fusiontree.data.preview import documents_at, preview_run
 from fusiontree.data.sources import Sources
-from fusiontree.data.stream import Recipe, TrainStream, one_source
+from fusiontree.data.stream import Recipe, TrainStream, single_source_recipe
 
 ROW = 32  # tokens of a packed row
 
@@ -36,7 +36,7 @@ RECIPE = Recipe(
 
 def test_the_plan_counts_what_the_stream_gives(sources: Sources) -> None:
     stream = TrainStream(sources, RECIPE, 1)
-    figures = plan(stream, 40)
+    figures = preview_run(stream, 40)
     tokens: Counter[str] = Counter()
     for batches in (next(stream) for _ in range(40)):
         for batch in batches:
@@ -52,7 +52,7 @@ def test_the_plan_counts_what_the_stream_gives(sources: Sources) -> None:
 
 
 def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
-    stages = plan(TrainStream(sources, RECIPE, 1), 40)["stages_from_step"]
+    stages = preview_run(TrainStream(sources, RECIPE, 1), 40)["stages_from_step"]
     shape = [(first, stage["steps"], stage["seq_len"], stage["rows_per_step"]) for first, stage in stages.items()]
     assert shape == [("0", 5, 8, 32), ("5", 5, 32, 8), ("10", 30, 32, 8)]
     code = [stage["sources"]["code"] for stage in stages.values()]
@@ -62,20 +62,20 @@ def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
         assert (
             sum(source["tokens"] for source in stage["sources"].values()) == stage["tokens"] == stage["steps"] * 8 * ROW
         )
-    assert plan(TrainStream(sources, RECIPE, 1), 3)["stages_from_step"].keys() == {"0"}
+    assert preview_run(TrainStream(sources, RECIPE, 1), 3)["stages_from_step"].keys() == {"0"}
 
 
 def test_the_plan_warns_of_more_than_four_epochs_and_not_of_four(sources: Sources) -> None:
     stream = TrainStream(sources, dataclasses.replace(RECIPE, lengths=((0, ROW),)), 1)
-    (warning,) = plan(stream, 16)["warnings"]
+    (warning,) = preview_run(stream, 16)["warnings"]
     assert warning.startswith("code is read 4.4 times")
-    assert plan(stream, 15)["sources"]["code"]["epochs"] == 4
-    assert plan(stream, 15)["warnings"] == []
+    assert preview_run(stream, 15)["sources"]["code"]["epochs"] == 4
+    assert preview_run(stream, 15)["warnings"] == []
 
 
 def test_the_plan_warns_of_rows_shorter_than_a_cell(sources: Sources) -> None:
     def warnings(steps: int, *lengths: tuple[int, int]) -> list[str]:
-        return plan(TrainStream(sources, dataclasses.replace(RECIPE, lengths=lengths), 1), steps)["warnings"]
+        return preview_run(TrainStream(sources, dataclasses.replace(RECIPE, lengths=lengths), 1), steps)["warnings"]
 
     (warning,) = warnings(15, (0, 8), (2, 16), (5, 32))
     assert warning.startswith("rows of 8 and 16 tokens are shorter than the cells of 32 ")
@@ -87,14 +87,14 @@ def test_the_plan_warns_of_rows_shorter_than_a_cell(sources: Sources) -> None:
 @pytest.mark.parametrize(("seq_len", "warnings"), [(2048, 1), (4096, 0), (8192, 0)])
 def test_cells_of_long_rows_are_those_of_the_packing(tmp_path: Path, seq_len: int, warnings: int) -> None:
     dataset = counting_dataset(tmp_path / "long", 4, 2, row_len=8192)
-    stream = TrainStream(Sources({"": dataset}), one_source(0, 8192, seq_len), 1)
-    assert len(plan(stream, 1)["warnings"]) == warnings
+    stream = TrainStream(Sources({"": dataset}), single_source_recipe(0, 8192, seq_len), 1)
+    assert len(preview_run(stream, 1)["warnings"]) == warnings
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7])
 def test_a_run_that_ends_inside_a_packed_row_counts_every_token(sources: Sources, steps: int) -> None:
     recipe = Recipe(0, 8, ((0, 8),), ((0, (Fraction(3), Fraction(1))),), (None, None))
-    figures = plan(TrainStream(sources, recipe, 1), steps)
+    figures = preview_run(TrainStream(sources, recipe, 1), steps)
     assert sum(source["tokens"] for source in figures["sources"].values()) == figures["tokens"] == 8 * steps
     assert sum(source["share"] for source in figures["sources"].values()) == pytest.approx(1)
 
