@@ -44,7 +44,7 @@ def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int
     config = load_config(str(run / CONFIG_FILE))
     taken = nodes[: fitting_nodes(config, len(nodes), ranks_per_node, least)]
     record = _next(read_attempts(run), job, step, taken)
-    if record["fruitless"] >= STARTS:
+    if record["failed_attempts"] >= STARTS:
         raise RunError(
             f"job {job} has started {STARTS} times from step {step} without getting further; see {run / LOGS}"
         )
@@ -95,9 +95,16 @@ def _world_info(nodes: Sequence[str], ranks_per_node: int) -> str:
 def _next(before: dict[str, Any], job: str, step: int, nodes: list[str]) -> dict[str, Any]:
     """The record of a start at `step`; a job that was submitted anew begins to count anew."""
     again = before.get("job") == job
-    fruitless = before["fruitless"] + 1 if again and step <= before["step"] else 0
+    failed_attempts = before["failed_attempts"] + 1 if again and step <= before["step"] else 0
     start = before["start"] + 1 if again else 0
-    return {"job": job, "start": start, "step": step, "fruitless": fruitless, "nodes": nodes, "time": time.time()}
+    return {
+        "job": job,
+        "start": start,
+        "step": step,
+        "failed_attempts": failed_attempts,
+        "nodes": nodes,
+        "time": time.time(),
+    }
 
 
 def end(run: Path, code: int) -> int:
@@ -119,14 +126,14 @@ def end(run: Path, code: int) -> int:
     if failure is not None and failure.code is not None:
         code = failure.code
     step = newest_step(run)
-    fruitless = 0 if step > record["step"] else record["fruitless"] + 1
+    failed_attempts = 0 if step > record["step"] else record["failed_attempts"] + 1
     write_atomic(
         run / ATTEMPTS_FILE, json.dumps(record | {"code": code, "message": message, "reached": step}, indent=1)
     )
     if code == UserError.exit_code:
         return code
-    if fruitless >= FAILURES:
-        _say(f"not requeued: {fruitless} starts from step {step} without a checkpoint beyond it; see {logs}")
+    if failed_attempts >= FAILURES:
+        _say(f"not requeued: {failed_attempts} starts from step {step} without a checkpoint beyond it; see {logs}")
         return code
     return _requeue(record["job"], step, code)
 

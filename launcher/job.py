@@ -62,7 +62,7 @@ class Plan:
 
 
 def plan_local(
-    config: RunConfig, source: str, overrides: Sequence[str], ranks: int, around: LaunchOptions = LaunchOptions()
+    config: RunConfig, source: str, overrides: Sequence[str], ranks: int, options: LaunchOptions = LaunchOptions()
 ) -> Plan:
     """Plan `ranks` ranks of training on this machine, after checking all that can be checked without starting them.
 
@@ -82,16 +82,16 @@ def plan_local(
         nodes=1,
         ranks_per_node=ranks,
         program=("fusiontree", "train", source, *overrides),
-        environment={"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": _threads(ranks), **around.environment},
+        environment={"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": _threads(ranks), **options.environment},
         master_address="127.0.0.1",
         master_port=free_port(),
         devices=_devices(gpus, ranks) if accelerator == "cuda" else None,
-        setup=around.setup,
+        setup=options.setup,
     )
 
 
 def plan_hosts(
-    config: RunConfig, hosts: Mapping[str, tuple[int, ...]], arguments: Sequence[str], around: LaunchOptions
+    config: RunConfig, hosts: Mapping[str, tuple[int, ...]], arguments: Sequence[str], options: LaunchOptions
 ) -> Plan:
     """Plan a rank on every slot of `hosts`, which a hostfile gave; rank 0 is on the first host.
 
@@ -102,10 +102,10 @@ def plan_hosts(
         UserError: the batch does not divide, or the dataset or the DeepSpeed settings are missing or wrong.
     """
     _check(config, sum(map(len, hosts.values())))
-    return plan_program(_program(config, arguments), hosts, around)
+    return plan_program(_program(config, arguments), hosts, options)
 
 
-def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]], around: LaunchOptions) -> Plan:
+def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]], options: LaunchOptions) -> Plan:
     """Plan `program` (a Python module and its arguments) on every slot of `hosts`."""
     return Plan(
         nodes=len(hosts),
@@ -115,12 +115,12 @@ def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]],
             **forwarded(os.environ),
             "OMP_NUM_THREADS": _threads_there(),
             **_deepspeed_file(),
-            **around.environment,
+            **options.environment,
         },
         master_address=next(iter(hosts)),
         master_port=free_port(FIRST_PORT + os.getpid() % PORTS),
         hosts=hosts,
-        setup=around.setup,
+        setup=options.setup,
     )
 
 
@@ -130,7 +130,7 @@ def plan_slurm(
     ranks_per_node: int,
     gpus: bool,
     arguments: Sequence[str],
-    around: LaunchOptions,
+    options: LaunchOptions,
     cores: int = 1,
 ) -> Plan:
     """Plan `ranks_per_node` ranks on each of `nodes` nodes that SLURM will give.
@@ -152,10 +152,10 @@ def plan_slurm(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
         program=_program(config, arguments),
-        environment={**forwarded(os.environ), **threads, "DS_ACCELERATOR": accelerator, **around.environment},
+        environment={**forwarded(os.environ), **threads, "DS_ACCELERATOR": accelerator, **options.environment},
         master_address="",
         master_port=0,
-        setup=around.setup,
+        setup=options.setup,
     )
 
 

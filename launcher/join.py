@@ -27,7 +27,7 @@ def join_launcher() -> None:
     os.replace(folder / f".running-{rank}", folder / f"running-{rank}")  # seen before, it would be free: a death
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    write_atomic(folder / f"rank-{rank}.joined", f"{os.uname().nodename} {os.getpid()}")
+    write_atomic(folder / f"rank-{rank}.started", f"{os.uname().nodename} {os.getpid()}")
     if (folder / ALIVE).exists():  # SLURM ends its ranks itself
         threading.Thread(target=_end_with_launcher, args=(folder,), name="launcher-watch", daemon=True).start()
     if (folder / heartbeat.FILE).exists():  # it is on another machine

@@ -1,6 +1,6 @@
 """What ranks leave in the folder of a launch, which all hosts share, and who of them failed first.
 
-``rank-N.joined`` (host, process id) when it has begun, ``rank-N.json`` when it has ended by itself (`launcher.local`),
+``rank-N.started`` (host, process id) when it has begun, ``rank-N.json`` when it has ended by itself (`launcher.local`),
 and under SLURM ``rank-N.out``, its output.
 """
 
@@ -27,17 +27,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def joined(folder: Path) -> dict[int, str]:
     """Host of every rank that has begun."""
-    return {_rank(path): path.read_text().split()[0] for path in folder.glob("rank-*.joined")}
+    return {_rank(path): path.read_text().split()[0] for path in folder.glob("rank-*.started")}
 
 
 def processes(folder: Path) -> list[int]:
     """Process ids of the ranks that have begun, each on its host."""
-    return [int(path.read_text().split()[1]) for path in folder.glob("rank-*.joined")]
+    return [int(path.read_text().split()[1]) for path in folder.glob("rank-*.started")]
 
 
 def silent(folder: Path) -> list[int]:
     """Ranks that have begun and not said how they ended."""
-    begun = {_rank(path) for pattern in ("rank-*.joined", "rank-*.out") for path in folder.glob(pattern)}
+    begun = {_rank(path) for pattern in ("rank-*.started", "rank-*.out") for path in folder.glob(pattern)}
     return sorted(begun - {report["rank"] for report in read(folder)})
 
 

@@ -81,7 +81,7 @@ def _job(run_dir: Path) -> dict[str, Any] | None:
     known = slurm.tasks(record["job"])[:1] if shutil.which("scontrol") else []
     queue = {"JobState": "state", "Reason": "reason", "RunTime": "run_time", "TimeLimit": "time_limit"}
     seen = {ours: task[theirs] for task in known for theirs, ours in queue.items() if task.get(theirs) != "None"}
-    kept = {name: record[name] for name in ("job", "start", "nodes", "fruitless", "message") if name in record}
+    kept = {name: record[name] for name in ("job", "start", "nodes", "failed_attempts", "message") if name in record}
     return kept | seen
 
 

@@ -137,7 +137,7 @@ def test_a_job_that_only_ever_starts_is_not_begun_for_ever(run):
         allocation.begin(run, 1, 1, 2, 60)
     save(run, 4)
     allocation.begin(run, 1, 1, 2, 60)
-    assert allocation.read_attempts(run)["fruitless"] == 0
+    assert allocation.read_attempts(run)["failed_attempts"] == 0
 
 
 def test_a_job_submitted_anew_counts_anew(run, monkeypatch):
@@ -146,7 +146,7 @@ def test_a_job_submitted_anew_counts_anew(run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12346")
     allocation.begin(run, 1, 1, 2, 60)
     assert allocation.read_attempts(run) | {"time": 0} == {
-        "job": "12346", "start": 0, "step": 0, "fruitless": 0, "nodes": ["n1", "n2"], "time": 0,
+        "job": "12346", "start": 0, "step": 0, "failed_attempts": 0, "nodes": ["n1", "n2"], "time": 0,
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, begin, 
     begin()
     (logs / "rank-0.out").write_text("step 1\n")
     (logs / "rank-1.out").write_text("\n".join(f"line {n}" for n in range(30)))
-    (logs / "rank-1.joined").write_text("n2 77")
+    (logs / "rank-1.started").write_text("n2 77")
     report(run, monkeypatch, 0, 1, LOST_PEER)
     allocation.end(run, 137)
     said = capsys.readouterr().err

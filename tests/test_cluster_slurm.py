@@ -98,7 +98,7 @@ def test_two_nodes_train_as_one_machine_does(tasks, calm, shards, tmp_path, shor
     logs = run / "logs"
     assert {path.name for path in (logs / f"{job}-0").glob("*.out")} == {f"{tasks}-0.out", f"{tasks}-1.out"}
     assert {path.name for path in logs.glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
-    places = {(logs / f"{job}-0" / f"rank-{rank}.joined").read_text().split()[0] for rank in (0, 1)}
+    places = {(logs / f"{job}-0" / f"rank-{rank}.started").read_text().split()[0] for rank in (0, 1)}
     assert places == set(NODES)
     assert calm.state(job)["JobState"] == "COMPLETED"
 
@@ -140,7 +140,7 @@ def test_ranks_in_containers_save_and_come_back_and_go_on_exactly(runtime, calm,
     container = inside(runtime, tmp_path / "image")
     job = submitted(calm, shards, run, *container, **LONG)
     training(run, 8)
-    places = [path.read_text().split() for path in (run / "logs" / f"{job}-0").glob("rank-*.joined")]
+    places = [path.read_text().split() for path in (run / "logs" / f"{job}-0").glob("rank-*.started")]
     assert [calm.run("ls", f"/proc/{pid}/root/image/bin", on=node).stdout for node, pid in places] == ["python\n"] * 2
     calm.run("scancel", "--signal=USR1", job)
     came_back(calm, job, run, truth, "SIGUSR1")

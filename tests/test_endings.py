@@ -50,7 +50,7 @@ class Launch:
 
     def rank(self, number: int) -> int:
         """The process id of a rank."""
-        return int((self.folder / f"rank-{number}.joined").read_text().split()[1])
+        return int((self.folder / f"rank-{number}.started").read_text().split()[1])
 
     def family(self) -> list[int]:
         """The processes that live and know the launch's folder: its own, and whatever these have started."""
@@ -98,7 +98,7 @@ def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
 def steps_since(made: Launch, run: Path) -> int:
     """The last step of the run that the launch has written down."""
     assert made.process.poll() is None, made.errors.read_text()
-    if not (made.folder / "rank-0.joined").exists() or not (run / "metrics.jsonl").exists():
+    if not (made.folder / "rank-0.started").exists() or not (run / "metrics.jsonl").exists():
         return 0
     written = (run / "metrics.jsonl").read_text().splitlines()
     return json.loads(written[-2])["step"] if len(written) > 1 else 0

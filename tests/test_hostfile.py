@@ -38,16 +38,16 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
 
-def planned(hosts: dict[str, tuple[int, ...]], around: LaunchOptions = NOTHING) -> Plan:
+def planned(hosts: dict[str, tuple[int, ...]], options: LaunchOptions = NOTHING) -> Plan:
     made = Plan(
         nodes=len(hosts),
         ranks_per_node=2,
         program=("fusiontree", "train", "/runs/a/config.yaml"),
-        environment=dict(around.environment),
+        environment=dict(options.environment),
         master_address=next(iter(hosts)),
         master_port=21000,
         hosts=hosts,
-        setup=around.setup,
+        setup=options.setup,
     )
     assert made.world_size == sum(map(len, hosts.values()))
     return made
@@ -170,8 +170,8 @@ def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_p
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "1234")
     config = load_config("tiny", [f"data.path={tmp_path}"])
-    around = job.launch_options(["NCCL_DEBUG=WARN", "A=b=c"], None, [])
-    made = plan_hosts(config, {"node1": (0, 1)}, [], around)
+    options = job.launch_options(["NCCL_DEBUG=WARN", "A=b=c"], None, [])
+    made = plan_hosts(config, {"node1": (0, 1)}, [], options)
     assert made.environment == {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN", "A": "b=c"}
     assert 20_000 <= made.master_port < 31_000
 
@@ -236,9 +236,9 @@ def test_when_a_rank_has_failed_those_on_other_hosts_end_within_ten_seconds(tmp_
 WATCHED = """
 import sys, threading
 from pathlib import Path
-from launcher import beat
-beat.INTERVAL, beat.MISSED = 0.05, 40
-threading.Thread(target=beat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
+from launcher import heartbeat
+heartbeat.INTERVAL, heartbeat.MISSED = 0.05, 40
+threading.Thread(target=heartbeat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
 if len(sys.argv) > 2:
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -26,8 +26,8 @@ from launcher.job import Plan, plan_local, visible_gpus
 RANK = """
 import contextlib, os, signal, subprocess, sys, time
 from pathlib import Path
-from fusiontree import outcome
-from launcher import local
+from fusiontree.distributed import outcome
+from launcher.join import join_launcher
 
 def save_and_leave(number, frame):
     with open(here / ("heard-" + os.environ["RANK"]), "a") as heard:
@@ -36,7 +36,7 @@ def save_and_leave(number, frame):
     outcome.report(75, None)
     sys.exit(75)
 
-local.join_launcher()
+join_launcher()
 here, todo = Path(sys.argv[1]), sys.argv[2 + int(os.environ["RANK"])]
 (here / ("pid-" + os.environ["RANK"])).write_text(str(os.getpid()))
 if todo == "stay":
@@ -82,7 +82,7 @@ elif todo.startswith("exit "):
 LAUNCH = """
 import json, os, sys
 from launcher import local
-from launcher.plan import Plan
+from launcher.job import Plan
 local.GRACE = float(os.environ.get("GRACE", "30"))
 try:
     print("code", local.run(Plan(**json.loads(sys.argv[1]))))
@@ -223,10 +223,10 @@ def test_what_cannot_run_is_refused_before_anything_starts(ranks, overrides, mes
 @pytest.mark.parametrize("allowed", ["losses.gate_balance.0", "losses.gate_balance"])
 def test_the_folder_of_another_run_is_refused_unless_the_value_or_its_table_is_allowed(allowed, tmp_path):
     before, after = (load_config("tiny", [f"output={tmp_path}", f"losses.gate_balance={x}"]) for x in (0.1, 0.2))
-    (job.prepare_run(before) / "checkpoints").mkdir()
+    (launcher.job.prepare_run(before) / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"other values of losses\.gate_balance\.0;"):
-        job.prepare_run(after)
-    assert load_config(str(job.prepare_run(after, [allowed]) / CONFIG_FILE)) == after
+        launcher.job.prepare_run(after)
+    assert load_config(str(launcher.job.prepare_run(after, [allowed]) / CONFIG_FILE)) == after
 
 
 @pytest.mark.parametrize(("chosen", "gpus"), [(None, ["2", "10"]), ("10", ["10"]), ("", []), ("-1", [])])
@@ -360,13 +360,14 @@ JOIN = """
 import fcntl, sys
 from pathlib import Path
 from launcher import local
+from launcher.join import join_launcher
 
 def locking(*words, flock=fcntl.flock):
     print(*folder.glob("running-*"))
     flock(*words)
 
 folder, fcntl.flock = Path(sys.argv[1]), locking
-local.join_launcher()
+join_launcher()
 print(local._failed(folder))
 """
 
@@ -454,7 +455,7 @@ def test_ranks_may_save_and_leave_with_a_code_of_their_own(number, started, tmp_
 
 def test_a_job_that_is_stopped_before_its_ranks_have_begun_ends_at_once(tmp_path):
     stop = local._Stop(tmp_path, ranks=2)
-    (tmp_path / "rank-0.joined").write_text(f"here {os.getpid()}")
+    (tmp_path / "rank-0.started").write_text(f"here {os.getpid()}")
     with local.handling(lambda *_: None):
         stop(signal.SIGUSR1, None)
     assert stop.signal == signal.SIGUSR1

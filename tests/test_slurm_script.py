@@ -82,8 +82,8 @@ def config(tmp_path):
 
 
 def rendered(config, job: Job, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
-    around = LaunchOptions({"GREETING": "hello world"}, ("module load cuda/12.8",))
-    plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], around)
+    options = LaunchOptions({"GREETING": "hello world"}, ("module load cuda/12.8",))
+    plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], options)
     return sbatch.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
 
 
@@ -140,8 +140,8 @@ def test_slurms_own_containers_take_a_bundle_that_has_its_mounts(config):
 
 
 def test_a_container_sees_the_folders_of_runs_that_lie_elsewhere(config, tmp_path):
-    around = LaunchOptions()
-    plan = plan_slurm(config, 1, 1, False, [], around)
+    options = LaunchOptions()
+    plan = plan_slurm(config, 1, 1, False, [], options)
     script = sbatch.render(plan, Job(container=str(tmp_path)), [Path("/scratch/runs/books")], Path("/scratch/logs"))
     assert f"apptainer exec --bind /work --bind /scratch/runs {tmp_path} python" in script  # a folder: a sandbox
 

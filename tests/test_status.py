@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "checkpoints" / "latest").write_text("step-480\n")
-    code = "import sys; from pathlib import Path; from fusiontree import lease; lease.take(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from fusiontree.run import lease; lease.take(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
     return folder
 
@@ -82,9 +82,9 @@ def test_a_run_that_was_only_submitted_has_not_started(run):
 
 def test_the_queue_is_asked_if_there_is_one(run, monkeypatch):
     (run / "attempts.json").write_text(
-        json.dumps({"job": "17", "start": 2, "nodes": ["n1"], "fruitless": 0, "step": 0})
+        json.dumps({"job": "17", "start": 2, "nodes": ["n1"], "failed_attempts": 0, "step": 0})
     )
-    assert status(run)["job"] == {"job": "17", "start": 2, "nodes": ["n1"], "fruitless": 0}
+    assert status(run)["job"] == {"job": "17", "start": 2, "nodes": ["n1"], "failed_attempts": 0}
     commands = run.parent / "bin"
     commands.mkdir()
     (commands / "scontrol").write_text(SCONTROL)
@@ -93,7 +93,7 @@ def test_the_queue_is_asked_if_there_is_one(run, monkeypatch):
     found = status(run)
     assert found["state"] == "pending"
     assert found["job"] | {"start": 2} == {
-        "job": "17", "start": 2, "nodes": ["n1"], "fruitless": 0, "state": "PENDING", "reason": "Priority",
+        "job": "17", "start": 2, "nodes": ["n1"], "failed_attempts": 0, "state": "PENDING", "reason": "Priority",
         "run_time": "00:01:02", "time_limit": "04:00:00",
     }  # fmt: skip
     monkeypatch.setenv("STATE", "FAILED")

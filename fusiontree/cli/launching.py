@@ -15,14 +15,14 @@ def _launch(args: argparse.Namespace) -> int:
     from launcher import local
     from launcher.job import launch_options, plan_local
 
-    around = launch_options(args.env, args.env_file, args.pre_command)
+    options = launch_options(args.env, args.env_file, args.pre_command)
     _refuse_stray(args)
     if args.slurm:
-        return _launch_slurm(args, around)
+        return _launch_slurm(args, options)
     if args.hostfile is not None:
-        return _launch_hosts(args, around)
+        return _launch_hosts(args, options)
     config = load_config(args.config, args.overrides)
-    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, around)
+    plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, options)
     if args.dry_run:
         print(local.command_line(plan))
         return 0
@@ -56,14 +56,14 @@ def _refuse_stray(args: argparse.Namespace) -> None:
                 raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not to {target}; leave it out")
 
 
-def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
+def _launch_hosts(args: argparse.Namespace, options: Any) -> int:
     from fusiontree.config import load_config
     from launcher import hostfile, multihost
     from launcher.job import plan_hosts, prepare_run
 
     config = load_config(args.config, args.overrides)
     hosts = hostfile.read(args.hostfile, args.include or "", args.exclude or "")
-    plan = plan_hosts(config, hosts, _rank_options(args), around)
+    plan = plan_hosts(config, hosts, _rank_options(args), options)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
         print(multihost.command_line(plan, launcher, config.run_dir.absolute()))
@@ -72,7 +72,7 @@ def _launch_hosts(args: argparse.Namespace, around: Any) -> int:
     return multihost.run(plan, prepare_run(config, args.allow_changed), launcher)
 
 
-def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
+def _launch_slurm(args: argparse.Namespace, options: Any) -> int:
     from fusiontree.config import load_config
     from launcher import sbatch, slurm
     from launcher.job import plan_slurm, prepare_run
@@ -87,8 +87,8 @@ def _launch_slurm(args: argparse.Namespace, around: Any) -> int:
     least = nodes if args.min_nodes is None else max(1, args.min_nodes)  # which save the slowest
     job = _slurm_job(args, sbatch.save_ahead(config, least) if args.save_ahead is None else args.save_ahead)
     cores = max(1, (job.cpus_per_task or 1) // (1 if job.tasks == "rank" else ranks))
-    gpus, options = args.gpus_per_node is not None, _rank_options(args)
-    plans = [plan_slurm(one, nodes, ranks, gpus, options, around, cores) for one in configs]
+    gpus, train_options = args.gpus_per_node is not None, _rank_options(args)
+    plans = [plan_slurm(one, nodes, ranks, gpus, train_options, options, cores) for one in configs]
     sbatch.check(job, nodes)
     for one in configs:
         one.accumulation_steps(least * ranks)  # or a job that has lost nodes could not go on
