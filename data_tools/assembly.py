@@ -1,4 +1,4 @@
-"""Encoded documents into shards, one after another, with a state that an interrupted build goes on from."""
+"""Assembly of encoded documents into shards, with a saved state from which an interrupted build resumes."""
 
 import hashlib
 import math
@@ -6,12 +6,14 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.duplicates import DIGEST, SeenTexts
+from data_tools.options import BuildOptions
 from data_tools.readers import Record
-from data_tools.skipped import Report
+from data_tools.skipped import SkipReport
 from data_tools.workers import Encoded
 from fusiontree.data.format import SPLITS, ShardInfo, TokenizerInfo, has_index, index_path
 from fusiontree.data.packing import WINDOW_DOCUMENTS, PackedRow, Packer
@@ -21,48 +23,55 @@ from fusiontree.files import write_atomic
 
 STATE, DIGESTS = "state.pickle", "digests.bin"
 SOURCE = "default"
-_SEAL = hashlib.sha256().digest_size  # bytes before the pickled state, which a damaged one does not match
+_CHECKSUM_BYTES = hashlib.sha256().digest_size  # at the head of the state file, before the pickle
+
+
+class Position(NamedTuple):
+    """The next record to read."""
+
+    file: int  # index in the list of files
+    record: int  # index in the file
 
 
 @dataclass
 class State:
-    """All that the rest of a build depends on."""
+    """Everything that the rest of a build depends on."""
 
     packers: dict[str, Packer]
-    position: tuple[int, int] = (0, 0)  # file, and record of it, that comes next
-    report: Report = field(default_factory=Report)
-    tokens: int = 0  # of the documents taken
+    position: Position = field(default_factory=lambda: Position(0, 0))
+    report: SkipReport = field(default_factory=SkipReport)
+    tokens: int = 0  # in the packed documents
     cut: int = 0  # documents longer than a row
     duplicates: int = 0
-    digests: int = 0  # texts seen
+    digests: int = 0  # valid digests in DIGESTS
     shards: dict[str, list[ShardInfo]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     pending: dict[str, list[PackedRow]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
 def load_state(folder: Path) -> State:
-    """What `Assembly.save` has kept in a dataset folder.
+    """Load the state that `Assembly.save` wrote to a dataset folder.
 
     Raises:
-        RunError: it, or a file that it counts on, is not as it was left.
+        RunError: the state is damaged, or a shard, an index or the digests do not match it.
     """
     content = (folder / STATE).read_bytes()
-    seal, content = content[:_SEAL], content[_SEAL:]
-    if hashlib.sha256(content).digest() != seal:
-        raise not_as_left(folder / STATE)
+    checksum, content = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+    if hashlib.sha256(content).digest() != checksum:
+        raise state_mismatch(folder / STATE)
     state: State = pickle.loads(content)
     for shard in (shard for shards in state.shards.values() for shard in shards):
         if _size(folder / shard.name) != shard.bytes:
-            raise not_as_left(folder / shard.name)
+            raise state_mismatch(folder / shard.name)
         if not has_index(folder, shard):
-            raise not_as_left(index_path(folder / shard.name))
+            raise state_mismatch(index_path(folder / shard.name))
     if _size(folder / DIGESTS) < state.digests * DIGEST.itemsize:
-        raise not_as_left(folder / DIGESTS)
+        raise state_mismatch(folder / DIGESTS)
     return state
 
 
-def not_as_left(path: Path) -> RunError:
-    """The refusal to go on from a file."""
-    return RunError(f"{path} is not as this build left it; run again with --overwrite to start again")
+def state_mismatch(path: Path) -> RunError:
+    """Return the error for a file that an interrupted build cannot resume from."""
+    return RunError(f"{path} is missing, damaged or changed since the interruption; pass --overwrite to restart")
 
 
 def _size(path: Path) -> int:
@@ -70,33 +79,33 @@ def _size(path: Path) -> int:
 
 
 class Assembly:
-    """Takes documents in order and writes their shards.
+    """Packing of documents in their order, and writing of the shards.
 
     Args:
         folder: the dataset folder.
         info: of the tokenizer.
-        row_len: tokens per row.
-        holdout: share of the documents that make the validation split, spread evenly over them; or the names of the
-            files whose documents do.
-        dedup: whether a document whose text came before is left out.
-        state: what to go on from; None: nothing is in `folder` yet.
+        options: of the build.
+        held_out_files: names of the files whose documents form the validation split; None: `options.holdout` of all
+            documents, at even distances.
+        state: the state to resume from; None: `folder` contains no shards.
     """
 
     def __init__(
         self,
         folder: Path,
         info: TokenizerInfo,
-        row_len: int,
-        holdout: float | frozenset[str],
-        dedup: bool,
+        options: BuildOptions,
+        held_out_files: frozenset[str] | None = None,
         state: State | None = None,
     ):
-        self.folder, self.row_len, self.holdout = folder, row_len, holdout
-        self.continued = state is not None
-        self.state = state or State({s: Packer(row_len, info.pad_id, window=WINDOW_DOCUMENTS) for s in SPLITS})
-        self.seen = SeenTexts(folder / DIGESTS, self.state.digests) if dedup else None
-        self._remove_unknown()
-        self.writers = {
+        self.folder = folder
+        self.resumed = state is not None
+        self._options, self._held_out_files = options, held_out_files
+        packers = {split: Packer(options.row_len, info.pad_id, window=WINDOW_DOCUMENTS) for split in SPLITS}
+        self.state = state or State(packers)
+        self._seen = SeenTexts(folder / DIGESTS, self.state.digests) if options.dedup else None
+        self._remove_unsaved_shards()
+        self._writers = {
             split: ShardWriter(
                 folder,
                 split,
@@ -110,27 +119,27 @@ class Assembly:
         }
 
     @property
-    def position(self) -> tuple[int, int]:
-        """File, and record of it, that comes next."""
+    def position(self) -> Position:
+        """The next record to add."""
         return self.state.position
 
     @property
     def tokens(self) -> int:
-        """Tokens of the documents so far."""
+        """Tokens of the documents added so far."""
         return self.state.tokens
 
     @property
-    def report(self) -> Report:
-        """What became of the records so far."""
+    def report(self) -> SkipReport:
+        """Counts of the records added so far."""
         return self.state.report
 
-    def take(self, records: Sequence[Record], encoded: Encoded, position: tuple[int, int]) -> None:
-        """Take records in; `position` is what comes after them."""
-        new = None if self.seen is None else self.seen.add(encoded.digests).tolist()
+    def add(self, records: Sequence[Record], encoded: Encoded, position: Position) -> None:
+        """Add records; `position` is that of the record after them."""
+        new = None if self._seen is None else self._seen.add(encoded.digests).tolist()
         at = documents = 0
         for number, (record, length) in enumerate(zip(records, encoded.lengths, strict=True)):
             if not length:
-                self.report.reject(record, encoded.reasons[number])
+                self.report.add_record(record, encoded.reasons[number])
                 continue
             tokens = encoded.tokens[at : at + length]
             at, documents = at + length, documents + 1
@@ -141,36 +150,36 @@ class Assembly:
         self.state.position = position
 
     def _pack(self, record: Record, tokens: np.ndarray) -> None:
-        if isinstance(self.holdout, frozenset):
-            held_out = record.file in self.holdout
+        if self._held_out_files is not None:
+            held_out = record.file in self._held_out_files
         else:
-            held_out = _is_held_out(self.report.documents, self.holdout)
+            held_out = _is_held_out(self.report.documents, self._options.holdout)
         split = SPLITS[held_out]
         self.report.documents += 1
         self.state.tokens += len(tokens)
-        self.state.cut += len(tokens) > self.row_len
-        self.writers[split].add(self.state.packers[split].add(record.id, tokens))
+        self.state.cut += len(tokens) > self._options.row_len
+        self._writers[split].add(self.state.packers[split].add(record.id, tokens))
 
     def save(self) -> None:
-        """Make the work so far durable: a build that ends now, however it ends, goes on from here."""
+        """Make the work so far durable; a build that ends after this call, even killed, resumes from here."""
         state = self.state
-        for split, writer in self.writers.items():
+        for split, writer in self._writers.items():
             state.shards[split], state.pending[split] = writer.shards, writer.pending
-        if self.seen is not None:
-            self.seen.save()
-            state.digests = self.seen.count
+        if self._seen is not None:
+            self._seen.save()
+            state.digests = self._seen.count
         content = pickle.dumps(state)
         write_atomic(self.folder / STATE, hashlib.sha256(content).digest() + content)
 
     def finish(self) -> dict[str, list[ShardInfo]]:
-        """Write what is left; returns the shards by split."""
-        for split, writer in self.writers.items():
+        """Write the pending documents and return the shards by split."""
+        for split, writer in self._writers.items():
             writer.add(self.state.packers[split].finish())
             writer.finish()
-        return {split: writer.shards for split, writer in self.writers.items()}
+        return {split: writer.shards for split, writer in self._writers.items()}
 
-    def _remove_unknown(self) -> None:
-        """Remove what was written after the state."""
+    def _remove_unsaved_shards(self) -> None:
+        """Remove files written after the state was saved."""
         for split in SPLITS:
             known = {self.folder / shard.name for shard in self.state.shards[split]}
             known |= {index_path(path) for path in known}
@@ -180,5 +189,5 @@ class Assembly:
 
 
 def _is_held_out(number: int, share: float) -> bool:
-    """Whether document `number` is held out: the second one, then every 1/share-th; so one of two, and never all."""
+    """Return whether document `number` is held out: the second document, then every 1/share-th; never all of them."""
     return number > 0 and math.ceil(number * share) > math.ceil((number - 1) * share)

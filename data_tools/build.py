@@ -1,4 +1,4 @@
-"""Text to packed shards: the same documents give the same bytes, whatever the number of workers and interruptions."""
+"""The dataset builder: text to packed shards. Equal inputs give equal bytes for any worker count and interruptions."""
 
 import hashlib
 import itertools
@@ -7,146 +7,128 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly, State, load_state, not_as_left
+from data_tools.assembly import DIGESTS, SOURCE, STATE, Assembly, Position, State, load_state, state_mismatch
 from data_tools.inputs import TextFile, find_files
-from data_tools.readers import TOO_LONG, TOO_SHORT, Reading, Record, records, require_readers
+from data_tools.options import BuildOptions, InputOptions
+from data_tools.readers import TOO_LONG, TOO_SHORT, Record, read_records, require_readers
 from data_tools.tokenizers import copy_tokenizer
-from data_tools.workers import Work, Workers, start_workers
+from data_tools.workers import Workers, start_workers
 from fusiontree import __version__
 from fusiontree.console import console, progress_bar
 from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype
-from fusiontree.data.packing import PACKER_VERSION, check_row_len
+from fusiontree.data.packing import PACKER_VERSION
 from fusiontree.data.tokenizer import require_golden
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import refuse_existing, resumable_folder, write_atomic
 
-SAVE_SECONDS = 10.0  # between two states that an interrupted build can go on from, at least
-SAVE_SHARE = 0.05  # of the time that saving them may take
-_CHUNK_BYTES, _CHUNK_RECORDS = 1 << 20, 2048  # given to a worker at a time
+SAVE_SECONDS = 10.0  # minimum time between two saves of the state
+SAVE_SHARE = 0.05  # maximum fraction of the time spent saving
+_CHUNK_BYTES, _CHUNK_RECORDS = 1 << 20, 2048  # limits of a worker's unit of work
 _JOB = "job.json"
-_STATE = (STATE, DIGESTS, _JOB)
+_STATE_FILES = (STATE, DIGESTS, _JOB)
 
 
-def build(
-    inputs: Sequence[Path | str],
-    tokenizer: Path,
-    output: Path,
-    holdout: float = 0.02,
-    holdout_from: str = "spread",
-    workers: int = 1,
-    row_len: int = 32768,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    overwrite: bool = False,
-    reading: Reading | None = None,
-    dedup: bool = False,
-    eos: str | None = None,
-    encoder: str = "auto",
+def build_shards(
+    inputs: Sequence[Path | str], tokenizer: Path, output: Path, options: BuildOptions | None = None
 ) -> dict[str, Any]:
     """Build a dataset folder from text.
 
-    A build that was interrupted, even killed, goes on when it is started again with the same arguments.
+    An interrupted or killed build resumes when it is called again with the same arguments.
 
     Args:
-        inputs: files, folders or glob patterns, see `find_files` and `docs/format.md`.
-        tokenizer: a Hugging Face tokenizer folder; what users of the shards need of it is copied to OUTPUT/tokenizer.
-        output: the dataset folder to make; it appears whole, or not at all.
-        holdout: share of the documents that make the validation split.
-        holdout_from: "spread": evenly over all documents; "end": those of so great a share of the files, the last ones,
-            so that what lies close together is not parted.
-        workers: processes that tokenise.
-        row_len: tokens per packed row.
-        include: glob patterns a file must match.
-        exclude: glob patterns it must not match.
-        overwrite: replace what `output` holds, and start again instead of refusing what another build left.
-        reading: how documents are taken out of files.
-        dedup: leave out a document whose text came before, in the order of the inputs.
-        eos: the end-of-document token, see `load_tokenizer`.
-        encoder: the library that encodes, see `Encoder`.
+        inputs: files, folders or glob patterns, see `find_files` and `docs/data.md`.
+        tokenizer: a Hugging Face tokenizer folder; its tokenizer.json and configuration are copied to OUTPUT/tokenizer.
+        output: the dataset folder; it appears when it is complete.
+        options: see `BuildOptions`.
 
-    Returns the figures: output, documents, tokens (padding not counted), rows, padding (share of all tokens),
-    cut_documents (longer than a row), duplicates, too_short and too_long (documents left out by length), bytes of the
-    shards, encoder, seconds and tokens_per_s of this run, continued (whether it went on), skipped inputs.
+    Returns:
+        The figures: output, documents, tokens (without padding), rows, padding (fraction of all tokens), cut_documents
+        (longer than a row), duplicates, too_short and too_long (documents outside the length limits), bytes of the
+        shards, encoder, seconds and tokens_per_s of this call, continued (true if it resumed a build), skipped inputs.
 
     Raises:
-        UserError: a mistake in the arguments or inputs.
-        RunError: a worker died, or an input changed meanwhile.
+        UserError: an argument or an input is wrong.
+        RunError: a worker died, or an input changed during the build.
     """
     started = time.perf_counter()
-    reading = reading or Reading()
-    if not 0 <= holdout < 1:
-        raise UserError(f"holdout {holdout} is not a share of the documents; give 0 or more and less than 1")
-    if workers < 1:
-        raise UserError(f"workers {workers} is too few; give at least 1")
-    check_row_len(row_len)
-    refuse_existing(output, overwrite, marker=MANIFEST)
-    files, skipped = find_files(inputs, include, exclude)
+    options = options or BuildOptions()
+    refuse_existing(output, options.overwrite, marker=MANIFEST)
+    files, skipped = find_files(inputs, options.input)
     require_readers(files)
-    work = Work(tokenizer, eos, encoder, reading, digests=dedup)
-    with start_workers(work, workers) as team, resumable_folder(output, overwrite, MANIFEST, _STATE) as folder:
-        info = team.encoder.info
-        choices = {"row_len": row_len, "holdout": holdout, "holdout_from": holdout_from, "dedup": dedup}
-        job = _job(files, info, **choices, encoder=encoder, **asdict(reading))
-        state = _go_on_or_start(folder, job, tokenizer, overwrite)
-        held_out = holdout if holdout_from == "spread" else _last(files, holdout)
-        made = Assembly(folder, info, row_len, held_out, dedup, state)
-        if not made.continued:
-            made.report.skip(skipped)
-        before = made.tokens
+    with (
+        start_workers(tokenizer, options) as workers,
+        resumable_folder(output, options.overwrite, MANIFEST, _STATE_FILES) as folder,
+    ):
+        info = workers.encoder.info
+        state = _resume_or_restart(folder, _job(files, info, options), tokenizer, options.overwrite)
+        held_out_files = None if options.holdout_from == "spread" else _last_files(files, options.holdout)
+        assembly = Assembly(folder, info, options, held_out_files, state)
+        if not assembly.resumed:
+            assembly.report.add_inputs(skipped)
+        tokens_before = assembly.tokens
         try:
-            _assemble(made, files, reading, team)
+            _assemble(assembly, files, options.input, workers)
         except KeyboardInterrupt:
             if (folder / STATE).exists():
-                console.print("the same command goes on from what is saved")
+                console.print("run the same command again to resume this build")
             raise
-        if not made.report.documents:
-            raise UserError(f"no documents in {', '.join(map(str, inputs))} ({made.report.why_nothing()})")
+        if not assembly.report.documents:
+            raise UserError(f"no documents in {', '.join(map(str, inputs))} ({assembly.report.why_empty()})")
         dtype = token_dtype(info.vocab_size).name
-        manifest = Manifest(row_len, dtype, SOURCE, info, made.finish(), made.report.skipped())
-        copy_tokenizer(tokenizer, folder / "tokenizer", eos)
+        manifest = Manifest(options.row_len, dtype, SOURCE, info, assembly.finish(), assembly.report.to_json())
+        copy_tokenizer(tokenizer, folder / "tokenizer", options.eos)
         manifest.save(folder)
     seconds = time.perf_counter() - started
-    library = team.encoder.name + (f" ({team.encoder.note})" if team.encoder.note else "")
-    speed = {"encoder": library, "seconds": seconds, "tokens_per_s": (made.tokens - before) / seconds}
-    ends = {"continued": made.continued, "skipped": manifest.skipped}
-    return {"output": str(output)} | _figures(manifest, made) | speed | ends
+    encoder = workers.encoder.name + (f" ({workers.encoder.note})" if workers.encoder.note else "")
+    speed = {"encoder": encoder, "seconds": seconds, "tokens_per_s": (assembly.tokens - tokens_before) / seconds}
+    outcome = {"continued": assembly.resumed, "skipped": manifest.skipped}
+    return {"output": str(output)} | _figures(manifest, assembly) | speed | outcome
 
 
-def _figures(manifest: Manifest, made: Assembly) -> dict[str, Any]:
+def _figures(manifest: Manifest, assembly: Assembly) -> dict[str, Any]:
     totals = [manifest.totals(split) for split in SPLITS]
     tokens, rows = (sum(total[name] for total in totals) for name in ("tokens", "rows"))
     return {
-        "documents": made.report.documents,
+        "documents": assembly.report.documents,
         "tokens": tokens,
         "rows": rows,
         "padding": 1 - tokens / (rows * manifest.row_len),
-        "cut_documents": made.state.cut,
-        "duplicates": made.state.duplicates,
-        "too_short": made.report.filtered[TOO_SHORT],
-        "too_long": made.report.filtered[TOO_LONG],
+        "cut_documents": assembly.state.cut,
+        "duplicates": assembly.state.duplicates,
+        "too_short": assembly.report.filtered[TOO_SHORT],
+        "too_long": assembly.report.filtered[TOO_LONG],
         "bytes": sum(total["bytes"] for total in totals),
     }
 
 
-def _last(files: Sequence[TextFile], share: float) -> frozenset[str]:
-    """Names of the last `share` of the files: one at least, and never all.
+def _last_files(files: Sequence[TextFile], share: float) -> frozenset[str]:
+    """Return the names of the last `share` of the files: at least one, never all.
 
     Raises:
-        UserError: there is a single file, whose documents would be all or none.
+        UserError: the only file would be held out.
     """
     if len(files) < 2 and share:
-        raise UserError("--holdout-from end holds out whole files, but there is one only; take --holdout-from spread")
+        raise UserError("--holdout-from end holds out complete files, and there is only one; use --holdout-from spread")
     return frozenset(file.name for file in files[len(files) - math.ceil(share * len(files)) :]) - {files[0].name}
 
 
-def _job(files: Sequence[TextFile], info: TokenizerInfo, **arguments: Any) -> dict[str, Any]:
-    """All that the bytes of a dataset depend on, as JSON has it."""
+def _job(files: Sequence[TextFile], info: TokenizerInfo, options: BuildOptions) -> dict[str, Any]:
+    """Return everything that the bytes of a dataset depend on, as JSON."""
     names = json.dumps([(file.name, file.size, file.mtime_ns) for file in files])
-    return arguments | {
+    return {
+        "row_len": options.row_len,
+        "holdout": options.holdout,
+        "holdout_from": options.holdout_from,
+        "dedup": options.dedup,
+        "encoder": options.encoder,
+        "text_key": options.input.text_key,
+        "separator": options.input.separator,
+        "min_chars": options.input.min_chars,
+        "max_chars": options.input.max_chars,
         "input_files": hashlib.sha256(names.encode()).hexdigest(),
         "tokenizer": info.fingerprint,
         "end-of-document_token": info.eos_id,
@@ -155,22 +137,23 @@ def _job(files: Sequence[TextFile], info: TokenizerInfo, **arguments: Any) -> di
     }
 
 
-def _go_on_or_start(folder: Path, job: dict[str, Any], tokenizer: Path, overwrite: bool) -> State | None:
-    """Leave in `folder` what the same build can go on from, and return its state; or leave nothing but the job.
+def _resume_or_restart(folder: Path, job: dict[str, Any], tokenizer: Path, overwrite: bool) -> State | None:
+    """Return the state to resume from and remove stray files; without a usable state, leave only the job file.
 
     Raises:
-        UserError: another build left it, or the tokenizer encodes otherwise now, and not `overwrite`.
-        RunError: it is not as it was left, and not `overwrite`.
+        UserError: the state belongs to a build with other arguments, or the tokenizer now gives other token ids; not
+            raised with `overwrite`.
+        RunError: the state or its files are damaged; not raised with `overwrite`.
     """
     state = None
     if (folder / STATE).exists():
         try:
-            _require_same(folder / _JOB, job, tokenizer)
+            _require_same_job(folder / _JOB, job, tokenizer)
             state = load_state(folder)
         except (UserError, RunError):
             if not overwrite:
                 raise
-    kept = {*_STATE, *SPLITS} if state else set()
+    kept = {*_STATE_FILES, *SPLITS} if state else set()
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -178,67 +161,75 @@ def _go_on_or_start(folder: Path, job: dict[str, Any], tokenizer: Path, overwrit
     return state
 
 
-def _require_same(path: Path, job: dict[str, Any], tokenizer: Path) -> None:
-    """Hold the job that a build has left in a file to this one; raises as `_go_on_or_start` does."""
+def _require_same_job(path: Path, job: dict[str, Any], tokenizer: Path) -> None:
+    """Raise an error, as `_resume_or_restart` does, unless the job file of the interrupted build equals `job`."""
     try:
-        left = json.loads(path.read_text(encoding="utf-8"))
+        interrupted = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise not_as_left(path) from None
-    if not isinstance(left, dict):
-        raise not_as_left(path)
-    if differing := [name.replace("_", " ") for name in job if left.get(name) != job[name]]:
-        require_golden(left.get("golden_samples", {}), tokenizer)
+        raise state_mismatch(path) from None
+    if not isinstance(interrupted, dict):
+        raise state_mismatch(path)
+    if differing := [name.replace("_", " ") for name in job if interrupted.get(name) != job[name]]:
+        require_golden(interrupted.get("golden_samples", {}), tokenizer)
         raise UserError(
-            f"{path.parent} holds an interrupted build with another choice of {', '.join(differing)}; "
-            "give the same arguments to go on, or --overwrite to start again"
+            f"{path.parent} contains an interrupted build with different {', '.join(differing)}; "
+            "pass the same arguments to resume it, or --overwrite to restart"
         )
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Consecutive records, enough of them to be worth a message to a worker."""
+    """Consecutive records, enough of them to outweigh the cost of a message to a worker."""
 
     records: list[Record]
-    position: tuple[int, int]  # of what comes after them: file, record
-    read: int  # bytes of all files read up to there
+    position: Position  # of the record after them
+    bytes_read: int  # of all files, up to `position`
 
 
-def _assemble(made: Assembly, files: Sequence[TextFile], reading: Reading, team: Workers) -> None:
-    """Hand all records that are not yet in `made` to it, in order."""
-    first, done = made.position
-    examined = team.in_order(team.examine, files[first:])
-    chunks = _chunks(examined, reading, first, done, sum(file.size for file in files[:first]))
-    started, before = time.monotonic(), made.tokens
-    due = started + SAVE_SECONDS
+def _assemble(assembly: Assembly, files: Sequence[TextFile], options: InputOptions, workers: Workers) -> None:
+    """Read, encode and add the records from `assembly.position` on, in order."""
+    start = assembly.position
+    checked = workers.map_ordered(workers.find_fault, files[start.file :])
+    chunks = _chunks(checked, options, start, sum(file.size for file in files[: start.file]))
+    started, tokens_before = time.monotonic(), assembly.tokens
+    next_save = started + SAVE_SECONDS
     with progress_bar(of_bytes=True) as bar:
         task = bar.add_task("build", total=sum(file.size for file in files), note="")
-        for chunk, encoded in team.in_order(lambda chunk: team.encode(chunk.records), chunks):
-            made.take(chunk.records, encoded, chunk.position)
+        for chunk, encoded in workers.map_ordered(lambda chunk: workers.encode(chunk.records), chunks):
+            assembly.add(chunk.records, encoded, chunk.position)
             now = time.monotonic()
-            if now >= due:
-                made.save()
+            if now >= next_save:
+                assembly.save()
                 saved = time.monotonic()
-                due = saved + max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
-            speed = (made.tokens - before) / max(now - started, 1e-9)
-            bar.update(task, completed=chunk.read, note=f"{speed / 1e6:.2f} Mtok/s")
+                next_save = saved + max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
+            speed = (assembly.tokens - tokens_before) / max(now - started, 1e-9)
+            bar.update(task, completed=chunk.bytes_read, note=f"{speed / 1e6:.2f} Mtok/s")
 
 
 def _chunks(
-    examined: Iterable[tuple[TextFile, str]], reading: Reading, first: int, done: int, read: int
+    checked: Iterable[tuple[TextFile, str]], options: InputOptions, start: Position, bytes_before: int
 ) -> Iterator[_Chunk]:
-    """The records of the examined files, which begin with file `first`, of which `done` records are left out."""
-    held: list[Record] = []
+    """Yield the records from `start` on in chunks.
+
+    Args:
+        checked: the files from `start.file` on, with their faults.
+        options: of the inputs.
+        start: the first record.
+        bytes_before: total size of the files before `start.file`.
+    """
+    batch: list[Record] = []
     size = 0
-    position, end = (first, done), read
-    for number, (file, fault) in enumerate(examined, first):
-        start = done if number == first else 0
-        for count, record in enumerate(itertools.islice(records(file, reading, fault), start, None), start + 1):
-            held.append(record)
+    position, bytes_read = start, bytes_before
+    for number, (file, fault) in enumerate(checked, start.file):
+        first = start.record if number == start.file else 0
+        remaining = itertools.islice(read_records(file, options, fault), first, None)
+        for following, record in enumerate(remaining, first + 1):
+            batch.append(record)
             size += len(record.content)
-            position, end = (number, count), read + record.read
-            if size >= _CHUNK_BYTES or len(held) == _CHUNK_RECORDS:
-                yield _Chunk(held, position, end)
-                held, size = [], 0
-        read += file.size
-    if held:
-        yield _Chunk(held, position, end)
+            position, bytes_read = Position(number, following), bytes_before + record.bytes_read
+            if size >= _CHUNK_BYTES or len(batch) == _CHUNK_RECORDS:
+                yield _Chunk(batch, position, bytes_read)
+                batch, size = [], 0
+        bytes_before += file.size
+    if batch:
+        yield _Chunk(batch, position, bytes_read)

@@ -1,7 +1,7 @@
-"""Documents out of files of every kind. What is broken is told apart from what is sound, and named; nothing raises.
+"""Readers of documents for every kind of input file. Damaged input is reported with a reason, never raised.
 
-A plain file is damaged a document at a time, so one that is broken costs only itself. Of a compressed file, a tar or a
-parquet file that is damaged nothing can be trusted: it is read to its end first, and left out whole.
+In plain text and JSON lines, damage affects single documents, and only those are skipped. A damaged compressed file,
+tar or Parquet file cannot be trusted anywhere: such containers are read to their end first, and skipped if damaged.
 """
 
 import bz2
@@ -21,6 +21,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from data_tools.inputs import TextFile
+from data_tools.options import InputOptions
 from fusiontree.errors import RunError, UserError
 
 if sys.version_info >= (3, 14):
@@ -29,7 +30,7 @@ else:
     from backports import zstd
 
 TOO_SHORT, TOO_LONG = "shorter than --min-chars", "longer than --max-chars"
-_PIECE = 1 << 20  # bytes read at a time
+_BLOCK_BYTES = 1 << 20  # per read
 _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
     "gz": gzip.open,
     "zst": zstd.open,
@@ -43,104 +44,85 @@ _DAMAGED = (
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How documents are taken out of files."""
-
-    text_key: str = "text"  # the key, or column, of the text in JSON and parquet
-    separator: str | None = None  # ends a document in plain text; None: a file is a document
-    min_chars: int = 0  # documents with fewer characters are left out
-    max_chars: int | None = None  # documents with more are left out
-
-    def __post_init__(self) -> None:
-        if self.separator == "":
-            raise UserError("--doc-separator is empty; give the text that ends a document, or leave it out")
-        if self.min_chars < 0 or (self.max_chars is not None and self.max_chars < max(1, self.min_chars)):
-            raise UserError(
-                f"--min-chars {self.min_chars} and --max-chars {self.max_chars} leave nothing; "
-                "give 0 <= min <= max and 1 <= max"
-            )
-
-
-@dataclass(frozen=True)
 class Record:
-    """A document still to be decoded, or the reason why there is none."""
+    """A document before decoding, or the reason why there is none."""
 
-    file: str  # the file's name
-    at: str  # what tells it from the file's other documents, as it stands in ids; "" if there are none
-    place: str  # the same for people; "" if the record is the file
+    file: str  # name of the file
+    id_suffix: str  # identifies the document in its file; "" if the file is one document
+    place: str  # the same, for people; "" if the record is the complete file
     content: bytes = b""
     is_json: bool = False
-    fault: str = ""  # why it cannot be read; "" if it may be
-    read: int = 0  # bytes of the file read when it came out
+    fault: str = ""  # reason why the record cannot be read; "" if it can
+    bytes_read: int = 0  # of the file, up to and including this record
 
     @property
     def id(self) -> str:
         """The document's id."""
-        return f"{self.file}{self.at}"
+        return f"{self.file}{self.id_suffix}"
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome, not an error
-    """Why a record is no document."""
+    """The reason why a record is not a document."""
 
 
 def require_readers(files: Iterable[TextFile]) -> None:
-    """Raise UserError if a file needs a library that is not installed."""
+    """Raise UserError if a Parquet file is given and pyarrow is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         for file in files:
             if file.kind == "parquet":
                 raise UserError(
-                    f"{file.path} needs pyarrow; pip install 'fusiontree[parquet]', or --exclude '*.parquet'"
+                    f"{file.path} needs pyarrow; run pip install 'fusiontree[parquet]', or pass --exclude '*.parquet'"
                 )
 
 
-def is_sealed(file: TextFile) -> bool:
-    """Whether damage anywhere spoils the whole file, so that `examine` has to read it."""
+def is_container(file: TextFile) -> bool:
+    """Return whether damage anywhere invalidates the complete file, and `find_fault` has to read all of it."""
     return bool(file.compression) or file.kind in ("parquet", "tar")
 
 
-def examine(file: TextFile, reading: Reading) -> str:
-    """Read a sealed file to its end; returns what is wrong with a file, "" if nothing is."""
+def find_fault(file: TextFile, options: InputOptions) -> str:
+    """Check a file, a container to its end; return its fault, or "" if it has none."""
     if file.size == 0:
         return "empty"
     try:
         if file.kind == "parquet":
-            _examine_parquet(file, reading)
+            _check_parquet(file, options)
         elif file.kind == "tar":
-            _examine_tar(file)
+            _check_tar(file)
         else:
             with _open(file) as (_, stream):
-                while is_sealed(file) and stream.read(_PIECE):
+                while is_container(file) and stream.read(_BLOCK_BYTES):
                     pass
     except PermissionError:
-        return "no permission to read it"
+        return "permission denied"
     except _DAMAGED as error:
         return f"broken {file.compression or file.kind}: {' '.join(str(error).split())}"
     return ""
 
 
-def records(file: TextFile, reading: Reading, fault: str) -> Iterator[Record]:
-    """The records of a file, or one that is its `fault`, as `examine` found it.
+def read_records(file: TextFile, options: InputOptions, fault: str) -> Iterator[Record]:
+    """Yield the records of a file, or a single record with the `fault` that `find_fault` returned.
 
     Raises:
-        RunError: the file is no longer as it was examined.
+        RunError: the file changed since `find_fault` checked it.
     """
     if fault:
-        return iter([Record(file.name, "", "", fault=fault, read=file.size)])
-    return _unchanged(file, _READERS[file.kind](file, reading))
+        return iter([Record(file.name, "", "", fault=fault, bytes_read=file.size)])
+    return _require_unchanged(file, _READERS[file.kind](file, options))
 
 
-def _unchanged(file: TextFile, found: Iterator[Record]) -> Iterator[Record]:
+def _require_unchanged(file: TextFile, found: Iterator[Record]) -> Iterator[Record]:
     try:
         yield from found
     except _DAMAGED as error:
-        raise RunError(f"{file.path} changed while it was being read ({error}); run again") from None
+        raise RunError(f"{file.path} changed while it was being read ({error}); run the command again") from None
 
 
-def text_of(record: Record, reading: Reading) -> str:
-    """The text of a record.
+def extract_text(record: Record, options: InputOptions) -> str:
+    """Return the text of a record.
 
     Raises:
-        Rejected: there is none, or it is not of the length asked for.
+        Rejected: there is no text, or its length is outside the limits.
     """
     if record.fault:
         raise Rejected(record.fault)
@@ -149,14 +131,14 @@ def text_of(record: Record, reading: Reading) -> str:
     except UnicodeDecodeError as error:
         line = record.content.count(b"\n", 0, error.start) + 1
         raise Rejected("not UTF-8" if record.place else f"not UTF-8 (line {line}, byte {error.start})") from None
-    text = text.removeprefix("\ufeff")  # the byte order mark of some editors, which is no part of the text
+    text = text.removeprefix("\ufeff")  # the byte order mark that some editors write
     if record.is_json:
-        text = _json_text(text, reading.text_key)
+        text = _json_text(text, options.text_key)
     if not text:
         raise Rejected("empty")
-    if len(text) < reading.min_chars:
+    if len(text) < options.min_chars:
         raise Rejected(TOO_SHORT)
-    if reading.max_chars is not None and len(text) > reading.max_chars:
+    if options.max_chars is not None and len(text) > options.max_chars:
         raise Rejected(TOO_LONG)
     return text
 
@@ -167,17 +149,17 @@ def _json_text(line: str, key: str) -> str:
     except (ValueError, RecursionError):
         raise Rejected("not valid JSON") from None
     if not isinstance(values, dict):
-        raise Rejected("no JSON object")
+        raise Rejected("not a JSON object")
     if key not in values:
-        raise Rejected(f"no key {key!r} (its keys: {', '.join(sorted(values)[:6])})")
+        raise Rejected(f"no key {key!r} (keys: {', '.join(sorted(values)[:6])})")
     text = values[key]
     if not isinstance(text, str):
-        raise Rejected(f"{key!r} is no text")
+        raise Rejected(f"{key!r} is not a string")
     try:
-        if not text.isascii():  # which is known without a look at it
+        if not text.isascii():  # O(1), and spares the copy
             text.encode()
-    except UnicodeEncodeError:  # an escape such as \ud800 alone
-        raise Rejected("half a surrogate pair") from None
+    except UnicodeEncodeError:  # an escape such as \ud800 without its second half
+        raise Rejected("unpaired surrogate") from None
     return text
 
 
@@ -186,8 +168,8 @@ def _json_text(line: str, key: str) -> str:
 
 @contextlib.contextmanager
 def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Any]]:
-    """The file as it lies on the disk, whose position is the progress, and the stream of what it holds."""
-    with open(file.path, "rb", buffering=_PIECE) as raw:
+    """Yield the raw file, whose position is the progress in bytes, and the decompressed stream."""
+    with open(file.path, "rb", buffering=_BLOCK_BYTES) as raw:
         if file.compression:
             with _DECOMPRESS[file.compression](raw) as stream:
                 yield raw, stream
@@ -195,43 +177,44 @@ def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Any]]:
             yield raw, raw
 
 
-def _read_jsonl(file: TextFile, _: Reading) -> Iterator[Record]:
+def _read_jsonl(file: TextFile, _: InputOptions) -> Iterator[Record]:
     with _open(file) as (raw, stream):
         for number, line in enumerate(stream, 1):
             if not line.isspace():
-                yield Record(file.name, f":{number}", f"line {number}", line, is_json=True, read=raw.tell())
+                yield Record(file.name, f":{number}", f"line {number}", line, is_json=True, bytes_read=raw.tell())
 
 
-def _read_text(file: TextFile, reading: Reading) -> Iterator[Record]:
+def _read_text(file: TextFile, options: InputOptions) -> Iterator[Record]:
     with _open(file) as (raw, stream):
-        if reading.separator is None:
-            yield Record(file.name, "", "", stream.read(), read=file.size)
+        if options.separator is None:
+            yield Record(file.name, "", "", stream.read(), bytes_read=file.size)
             return
         line = 1
-        separator = reading.separator.encode()
+        separator = options.separator.encode()
         for number, content in enumerate(_split(stream, separator), 1):
             if content and not content.isspace():
-                yield Record(file.name, f":{number}", f"document {number}, line {line}", content, read=raw.tell())
+                yield Record(file.name, f":{number}", f"document {number}, line {line}", content, bytes_read=raw.tell())
             line += (content + separator).count(b"\n")
 
 
 def _split(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
-    """What lies between the separators; a piece of the file at a time, so that it may be larger than memory."""
+    """Yield the parts between the separators; the file is read in blocks, so it may exceed the memory."""
     rest = b""
-    while piece := stream.read(max(_PIECE, len(rest))):  # as much again, or a long document would be searched for ever
-        *whole, rest = (rest + piece).split(separator)
-        yield from whole
+    # a read at least doubles `rest`: with fixed blocks, searching one long document would take quadratic time
+    while block := stream.read(max(_BLOCK_BYTES, len(rest))):
+        *complete, rest = (rest + block).split(separator)
+        yield from complete
     yield rest
 
 
-def _read_parquet(file: TextFile, reading: Reading) -> Iterator[Record]:
-    for number, (text, read) in enumerate(_parquet_column(file, reading.text_key)):
-        fault = "" if text is not None else "null"
-        yield Record(file.name, f":{number}", f"row {number}", (text or "").encode(), fault=fault, read=read)
+def _read_parquet(file: TextFile, options: InputOptions) -> Iterator[Record]:
+    for number, (text, bytes_read) in enumerate(_parquet_column(file, options.text_key)):
+        content, fault = (b"", "null") if text is None else (text.encode(), "")
+        yield Record(file.name, f":{number}", f"row {number}", content, fault=fault, bytes_read=bytes_read)
 
 
 def _parquet_column(file: TextFile, name: str) -> Iterator[tuple[str | None, int]]:
-    """The texts of a column and, with each, its share of the file in bytes."""
+    """Yield the texts of a column, each with the estimated bytes of the file read so far."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
@@ -242,24 +225,24 @@ def _parquet_column(file: TextFile, name: str) -> Iterator[tuple[str | None, int
                 yield text, file.size * done // rows
 
 
-def _examine_parquet(file: TextFile, reading: Reading) -> None:
+def _check_parquet(file: TextFile, options: InputOptions) -> None:
     import pyarrow
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path) as table:
         names = table.schema_arrow.names
-        if reading.text_key not in names:
-            raise ValueError(f"no column {reading.text_key!r} (its columns: {', '.join(names[:6])})")
-        kind = table.schema_arrow.field(reading.text_key).type
+        if options.text_key not in names:
+            raise ValueError(f"no column {options.text_key!r} (columns: {', '.join(names[:6])})")
+        kind = table.schema_arrow.field(options.text_key).type
         values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
-            raise ValueError(f"column {reading.text_key!r} is no text but {kind}")
-    for _ in _parquet_column(file, reading.text_key):
+            raise ValueError(f"column {options.text_key!r} has type {kind}, not string")
+    for _ in _parquet_column(file, options.text_key):
         pass
 
 
-def _read_tar(file: TextFile, _: Reading) -> Iterator[Record]:
-    """One document per sample: its `.txt`, or else the text in its `.json`."""
+def _read_tar(file: TextFile, _: InputOptions) -> Iterator[Record]:
+    """Yield one document per WebDataset sample: its `.txt`, else the text in its `.json`."""
     with _open(file) as (raw, stream), tarfile.open(fileobj=stream, mode="r:") as tar:
         for key, sample in itertools.groupby((member for member in tar if member.isfile()), _sample_key):
             members = {member.name[len(key) :]: member for member in sample}
@@ -270,31 +253,38 @@ def _read_tar(file: TextFile, _: Reading) -> Iterator[Record]:
             content = tar.extractfile(chosen)
             assert content is not None, chosen.name
             text, is_json = content.read(), chosen.name.endswith(".json")
-            yield Record(file.name, f"/{key}", f"member {chosen.name}", text, is_json, read=raw.tell())
+            yield Record(file.name, f"/{key}", f"member {chosen.name}", text, is_json, bytes_read=raw.tell())
 
 
 def _sample_key(member: tarfile.TarInfo) -> str:
-    """The part of a member's name that WebDataset groups by: up to the first dot of its last part."""
+    """Return the key that WebDataset groups members by: the name up to the first dot after the last slash."""
     folder, slash, name = member.name.rpartition("/")
     return folder + slash + name.partition(".")[0]
 
 
-def _examine_tar(file: TextFile) -> None:
-    """Beyond what `tarfile` sees: an archive cut between two members, or one whose header is damaged further on."""
+def _check_tar(file: TextFile) -> None:
+    """Check an archive to its end mark.
+
+    `tarfile` takes a damaged header, or a cut between two members, for the end of the archive. Therefore everything
+    after the last member must be zero, and at least one block long.
+
+    Raises:
+        ValueError: the archive is damaged.
+    """
     with _open(file) as (_, stream), tarfile.open(fileobj=stream, mode="r:") as tar:
         for _ in tar:
             pass
         stream.seek(tar.offset)
         blocks = 0
-        while piece := stream.read(_PIECE):
-            if np.frombuffer(piece, np.uint8).any():
+        while block := stream.read(_BLOCK_BYTES):
+            if np.frombuffer(block, np.uint8).any():
                 raise ValueError(f"damaged header at byte {tar.offset}")
-            blocks += len(piece) // tarfile.BLOCKSIZE
+            blocks += len(block) // tarfile.BLOCKSIZE
     if not blocks:
-        raise ValueError("ends without its end mark, so it is cut short")
+        raise ValueError("truncated: no end mark")
 
 
-_READERS: dict[str, Callable[[TextFile, Reading], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[TextFile, InputOptions], Iterator[Record]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

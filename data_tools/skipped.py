@@ -1,50 +1,53 @@
-"""What became of the inputs: counts, and the names of what was left out."""
+"""Accounting of the inputs: accepted documents, and skipped files and documents with their reasons."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.inputs import Skipped
+from data_tools.inputs import SkippedInput
 from data_tools.readers import TOO_LONG, TOO_SHORT, Record
 
-_PLACES = 10  # named of a file's documents that were left out for the same reason
-_REASONS = 20  # told apart in a file; a file of random lines could have one each
+_MAX_PLACES = 10  # listed places per file and reason
+_MAX_REASONS = 20  # distinct reasons per file; a file of random lines could have one per line
 _OTHER = "other reasons"
 
 
 @dataclass
-class Report:
-    """Counts of records, by what became of them."""
+class SkipReport:
+    """Counts of accepted and skipped records."""
 
-    documents: int = 0  # taken
-    filtered: dict[str, int] = field(default_factory=lambda: {TOO_SHORT: 0, TOO_LONG: 0})
-    left_out: dict[tuple[str, str], Skipped] = field(default_factory=dict)  # by file and reason
-    reasons: dict[str, int] = field(default_factory=dict)  # by file, how many are told apart
+    documents: int = 0  # accepted
+    filtered: dict[str, int] = field(default_factory=lambda: {TOO_SHORT: 0, TOO_LONG: 0})  # records by limit
+    skipped: dict[tuple[str, str], SkippedInput] = field(default_factory=dict)  # by file and reason
+    reasons: dict[str, int] = field(default_factory=dict)  # distinct reasons by file
 
-    def reject(self, record: Record, reason: str) -> None:
-        """Count a record that is no document."""
+    def add_record(self, record: Record, reason: str) -> None:
+        """Count a record that is not a document."""
         if reason in self.filtered:
             self.filtered[reason] += 1
             return
-        if (record.file, reason) not in self.left_out:
+        if (record.file, reason) not in self.skipped:
             known = self.reasons.get(record.file, 0)
-            reason = reason if known < _REASONS else _OTHER
+            reason = reason if known < _MAX_REASONS else _OTHER
             self.reasons[record.file] = known + 1
-        entry = self.left_out.setdefault((record.file, reason), Skipped(record.file, reason, count=0))
+        entry = self.skipped.setdefault((record.file, reason), SkippedInput(record.file, reason, count=0))
         entry.count += 1
-        if record.place and len(entry.places) < _PLACES:
+        if record.place and len(entry.places) < _MAX_PLACES:
             entry.places.append(record.place)
 
-    def skip(self, entries: list[Skipped]) -> None:
-        """Take in what was no file."""
-        self.left_out |= {(entry.path, entry.reason): entry for entry in entries}
+    def add_inputs(self, entries: list[SkippedInput]) -> None:
+        """Add the inputs that are not readable files."""
+        self.skipped |= {(entry.path, entry.reason): entry for entry in entries}
 
-    def skipped(self) -> list[dict[str, Any]]:
-        """What was left out, sorted by path."""
-        return [entry.to_json() for _, entry in sorted(self.left_out.items())]
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the skipped inputs, sorted by path."""
+        return [entry.to_json() for _, entry in sorted(self.skipped.items())]
 
-    def why_nothing(self) -> str:
-        """One line for a user whose inputs hold no document at all."""
+    def why_empty(self) -> str:
+        """Return one line that explains why no document was accepted."""
         filtered = sum(self.filtered.values())
-        first = next(iter(self.left_out.values()), None)
-        named = f"; {first.path}: {first.reason}" if first else ""
-        return f"{len(self.left_out)} files or groups of documents skipped, {filtered} of another length{named}"
+        first = next(iter(self.skipped.values()), None)
+        example = f"; {first.path}: {first.reason}" if first else ""
+        return (
+            f"{len(self.skipped)} files or groups of documents skipped, {filtered} documents outside the length "
+            f"limits{example}"
+        )

@@ -1,4 +1,4 @@
-"""Tokenizer folders: training byte-level BPE, and loading any with what the shards must know of it."""
+"""Tokenizer folders: training of byte-level BPE, and loading of any tokenizer with the facts that shards record."""
 
 import json
 import time
@@ -9,8 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.inputs import TextFile, find_files
-from data_tools.readers import Reading, Rejected, examine, records, require_readers, text_of
-from data_tools.skipped import Report
+from data_tools.options import InputOptions
+from data_tools.readers import Rejected, extract_text, find_fault, read_records, require_readers
+from data_tools.skipped import SkipReport
 from fusiontree.console import progress_bar
 from fusiontree.data.format import TokenizerInfo, tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, golden_samples, open_tokenizer
@@ -18,8 +19,8 @@ from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, staged_folder
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1
-_SMALLEST = 256 + 2  # every byte, and the special tokens
-# end-of-document tokens of the families in use, where neither configuration names one
+_MIN_VOCAB_SIZE = 256 + 2  # every byte, and the special tokens
+# end-of-document tokens of common model families, tried if no configuration file names one
 _KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|endofdocument|>", "[EOS]")
 
 
@@ -27,27 +28,35 @@ def train_tokenizer(
     inputs: Sequence[Path | str],
     vocab_size: int,
     output: Path,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    options: InputOptions | None = None,
     overwrite: bool = False,
-    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Train byte-level BPE on all documents and write a folder that Hugging Face's AutoTokenizer loads.
 
-    Returns the figures: output, documents, bytes of text, vocab_size reached (a small corpus may not fill it),
-    fingerprint, seconds, skipped inputs. The same documents give the same files.
+    The same documents give the same files.
+
+    Args:
+        inputs: files, folders or glob patterns, see `find_files`.
+        vocab_size: tokens, including the two special ones; a small corpus may give fewer.
+        output: the tokenizer folder.
+        options: of the inputs.
+        overwrite: replace an existing tokenizer folder.
+
+    Returns:
+        The figures: output, documents, bytes of text, vocab_size reached, fingerprint, seconds, skipped inputs.
 
     Raises:
-        UserError: nothing to train on, `vocab_size` below 258, or `output` holds something and not `overwrite`.
+        UserError: no document was found, `vocab_size` is below 258, or `output` exists and `overwrite` is false.
     """
     started = time.perf_counter()
-    if vocab_size < _SMALLEST:
-        raise UserError(f"vocab size {vocab_size} is too small: 256 bytes and 2 special tokens need {_SMALLEST}")
+    options = options or InputOptions()
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise UserError(f"vocab size {vocab_size} is too small; 256 bytes and 2 special tokens need {_MIN_VOCAB_SIZE}")
     refuse_existing(output, overwrite, marker=TOKENIZER_FILE)
-    files, skipped = find_files(inputs, include, exclude)
+    files, skipped = find_files(inputs, options)
     require_readers(files)
-    report = Report()
-    report.skip(skipped)
+    report = SkipReport()
+    report.add_inputs(skipped)
     size = 0
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +64,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # every text can be encoded
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # makes every text encodable
         show_progress=False,
     )
     with progress_bar(of_bytes=True) as bar:
@@ -64,7 +73,7 @@ def train_tokenizer(
         def texts() -> Iterator[str]:
             nonlocal size
             for file in files:
-                for text in _texts(file, reading or Reading(), report):
+                for text in _texts(file, options, report):
                     size += len(text.encode())
                     yield text
                 bar.advance(task, file.size)
@@ -72,12 +81,12 @@ def train_tokenizer(
 
         tokenizer.train_from_iterator(texts(), trainer)
     if not report.documents:
-        raise UserError(f"no documents in {', '.join(map(str, inputs))} ({report.why_nothing()})")
+        raise UserError(f"no documents in {', '.join(map(str, inputs))} ({report.why_empty()})")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
         "pad_token": PAD,
-        "model_max_length": int(1e30),  # Hugging Face's "no limit": context is the model's affair
+        "model_max_length": int(1e30),  # no limit, as Hugging Face writes it: the context length belongs to the model
         "clean_up_tokenization_spaces": False,
     }
     with staged_folder(output, overwrite, marker=TOKENIZER_FILE) as folder:
@@ -91,16 +100,17 @@ def train_tokenizer(
         "vocab_size": info.vocab_size,
         "fingerprint": info.fingerprint,
         "seconds": time.perf_counter() - started,
-        "skipped": report.skipped(),
+        "skipped": report.to_json(),
     }
 
 
-def _texts(file: TextFile, reading: Reading, report: Report) -> Iterator[str]:
-    for record in records(file, reading, examine(file, reading)):
+def _texts(file: TextFile, options: InputOptions, report: SkipReport) -> Iterator[str]:
+    """Yield the texts of a file; record the rest in `report`."""
+    for record in read_records(file, options, find_fault(file, options)):
         try:
-            text = text_of(record, reading)
+            text = extract_text(record, options)
         except Rejected as rejected:
-            report.reject(record, str(rejected))
+            report.add_record(record, str(rejected))
         else:
             report.documents += 1
             yield text
@@ -109,11 +119,11 @@ def _texts(file: TextFile, reading: Reading, report: Report) -> Iterator[str]:
 def load_tokenizer(folder: Path, eos: str | None = None) -> tuple[Tokenizer, TokenizerInfo]:
     """Load a Hugging Face tokenizer folder for building data, see `open_tokenizer`.
 
-    The end-of-document token is `eos`, else what tokenizer_config.json or special_tokens_map.json names, else the one
-    well-known name in the vocabulary. A tokenizer without a padding token pads with it.
+    The end-of-document token is `eos`, else the `eos_token` of tokenizer_config.json or special_tokens_map.json, else
+    the only well-known end-of-document token in the vocabulary. It also pads if the tokenizer has no padding token.
 
     Raises:
-        UserError: a file is missing or unreadable, or the end-of-document token is not certain.
+        UserError: a file is missing or unreadable, or the end-of-document token is unknown or ambiguous.
     """
     tokenizer = open_tokenizer(folder)
     config, special = (_read_json(folder / name) for name in (TOKENIZER_CONFIG, "special_tokens_map.json"))
@@ -127,7 +137,9 @@ def load_tokenizer(folder: Path, eos: str | None = None) -> tuple[Tokenizer, Tok
 
 
 def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
-    """Copy what the shards' users need of a tokenizer folder; its configuration then names both of their tokens.
+    """Copy tokenizer.json and the configuration, and set the end-of-document and padding token in the configuration.
+
+    The other files of the folder are not copied.
 
     Raises:
         UserError: see `load_tokenizer`.
@@ -147,7 +159,7 @@ def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
 def _eos_token(
     tokenizer: Tokenizer, folder: Path, given: str | None, config: dict[str, Any], special: dict[str, Any]
 ) -> str:
-    """The end-of-document token, which is in the vocabulary."""
+    """Return the end-of-document token; it is in the vocabulary."""
     for where, token in (
         ("--eos", given),
         (folder / TOKENIZER_CONFIG, _content(config.get("eos_token"))),
@@ -155,16 +167,16 @@ def _eos_token(
     ):
         if token is not None:
             if tokenizer.token_to_id(token) is None:
-                raise UserError(f"{where} names {token!r}, which is not in the vocabulary; {_advice(tokenizer)}")
+                raise UserError(f"{where} names {token!r}, which is not in the vocabulary; {_eos_advice(tokenizer)}")
             return token
     known = [token for token in _KNOWN_EOS if tokenizer.token_to_id(token) is not None]
     if len(known) != 1:
-        raise UserError(f"tokenizer folder {folder} names no end-of-document token; {_advice(tokenizer)}")
+        raise UserError(f"tokenizer folder {folder} names no end-of-document token; {_eos_advice(tokenizer)}")
     return known[0]
 
 
-def _advice(tokenizer: Tokenizer) -> str:
-    """What to give as --eos."""
+def _eos_advice(tokenizer: Tokenizer) -> str:
+    """Return the remedy of an error: --eos, with candidates from the vocabulary."""
     special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
     candidates = [token for token in _KNOWN_EOS if tokenizer.token_to_id(token) is not None]
     candidates += [token for token in special if token not in candidates]
@@ -172,7 +184,7 @@ def _advice(tokenizer: Tokenizer) -> str:
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
-    """The text of a token as the configurations spell it: a string, or an object with its content."""
+    """Return the text of a token, which configurations give as a string or as an object with `content`."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -184,5 +196,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); train or download the tokenizer again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} cannot be read (no JSON object); train or download the tokenizer again")
+        raise UserError(f"{path} cannot be read (not a JSON object); train or download the tokenizer again")
     return values

@@ -1,4 +1,4 @@
-"""Processes that examine files and encode documents; results come in the order of the work, whatever their number."""
+"""Worker processes that check files and encode documents; results arrive in submission order for any worker count."""
 
 import collections
 import contextlib
@@ -18,7 +18,8 @@ import numpy as np
 from data_tools.duplicates import DIGEST, digest
 from data_tools.encoding import Encoder
 from data_tools.inputs import TextFile
-from data_tools.readers import Reading, Record, Rejected, examine, is_sealed, text_of
+from data_tools.options import BuildOptions
+from data_tools.readers import Record, Rejected, extract_text, find_fault, is_container
 from fusiontree.errors import RunError
 
 _Item = TypeVar("_Item")
@@ -26,107 +27,105 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a worker has to know."""
-
-    tokenizer: Path
-    eos: str | None
-    encoder: str
-    reading: Reading
-    digests: bool  # whether the documents' digests are wanted
-
-
-@dataclass(frozen=True)
 class Encoded:
-    """What became of some records."""
+    """Encoded records."""
 
-    tokens: np.ndarray  # of all documents, one after another: uint16 or uint32
-    lengths: list[int]  # tokens by record; 0: it is no document
-    reasons: dict[int, str]  # by record, why it is none
-    digests: np.ndarray  # by document, dtype S16; empty if not wanted
+    tokens: np.ndarray  # of all documents, concatenated: uint16 or uint32
+    lengths: list[int]  # tokens by record; 0: the record is not a document
+    reasons: dict[int, str]  # by record that is not a document
+    digests: np.ndarray  # by document, dtype S16; empty without deduplication
 
 
 class Workers:
-    """Does work in this process, or in a pool of several."""
+    """File checks and encoding, in this process or in a pool."""
 
-    def __init__(self, work: Work, pool: ProcessPoolExecutor | None, ahead: int):
-        self.encoder = Encoder(work.tokenizer, work.eos, work.encoder)
-        self._work, self._pool, self._ahead = work, pool, ahead
+    def __init__(self, encoder: Encoder, options: BuildOptions, pool: ProcessPoolExecutor | None):
+        self.encoder = encoder
+        self._options, self._pool = options, pool
+        self._max_pending = 4 * options.workers if pool else 1
 
     def encode(self, records: Sequence[Record]) -> "Future[Encoded] | Encoded":
-        """Start to encode some records."""
+        """Start encoding records."""
         if self._pool is None:
-            return _encode(self.encoder, self._work, records)
+            return _encode(self.encoder, self._options, records)
         return self._pool.submit(_encode_in_worker, records)
 
-    def examine(self, file: TextFile) -> "Future[str] | str":
-        """Start to examine a file."""
-        if self._pool is None or not is_sealed(file):
-            return examine(file, self._work.reading)
-        return self._pool.submit(examine, file, self._work.reading)
+    def find_fault(self, file: TextFile) -> "Future[str] | str":
+        """Start checking a file."""
+        if self._pool is None or not is_container(file):
+            return find_fault(file, self._options.input)
+        return self._pool.submit(find_fault, file, self._options.input)
 
-    def in_order(
+    def map_ordered(
         self, start: "Callable[[_Item], Future[_Result] | _Result]", items: Iterable[_Item]
     ) -> Iterator[tuple[_Item, _Result]]:
-        """Each item and its result, in the order given; only so many are under way, which bounds memory."""
+        """Yield each item with its result, in order; the number of pending items is limited, which bounds memory."""
         pending: collections.deque[tuple[_Item, Future[_Result] | _Result]] = collections.deque()
         for item in items:
             pending.append((item, start(item)))
-            if len(pending) >= self._ahead:
-                yield _finished(*pending.popleft())
+            if len(pending) >= self._max_pending:
+                yield _wait(*pending.popleft())
         while pending:
-            yield _finished(*pending.popleft())
+            yield _wait(*pending.popleft())
 
 
-def _finished(item: _Item, result: "Future[_Result] | _Result") -> tuple[_Item, _Result]:
+def _wait(item: _Item, result: "Future[_Result] | _Result") -> tuple[_Item, _Result]:
     return item, result.result() if isinstance(result, Future) else result
 
 
 @contextlib.contextmanager
-def start_workers(work: Work, number: int) -> Iterator[Workers]:
-    """`number` workers, which end with the block; one works in this process.
+def start_workers(tokenizer: Path, options: BuildOptions) -> Iterator[Workers]:
+    """Start `options.workers` processes, which end with the block; a single worker is this process.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer folder.
+        options: of the build.
 
     Raises:
         UserError: see `Encoder`.
         RunError: a worker was killed.
     """
-    with process_pool(number, _load_encoder, work) as pool:
-        yield Workers(work, pool, ahead=4 * number if pool else 1)
+    with process_pool(options.workers, _load_encoder, tokenizer, options) as pool:
+        yield Workers(Encoder(tokenizer, options.eos, options.encoder), options, pool)
 
 
 @contextlib.contextmanager
 def process_pool(
-    number: int, prepare: Callable[..., None] | None = None, *arguments: Any
+    count: int, initialize: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor | None]:
-    """`number` processes, each of which has called `prepare`; they end with the block. None for one: work in this one.
+    """Start `count` processes that each call `initialize` and end with the block.
+
+    Yields None if `count` is 1: the caller then works in its own process.
 
     Raises:
         RunError: a process was killed.
     """
-    if number == 1:
+    if count == 1:
         yield None
         return
     context = multiprocessing.get_context("spawn")
-    pool = _Pool(number, context, initializer=_start_process, initargs=(prepare, arguments))
+    pool = _Pool(count, context, initializer=_start_process, initargs=(initialize, arguments))
     try:
         yield pool
     except BrokenProcessPool:
-        raise RunError("a worker was killed, perhaps for want of memory; run again with fewer workers") from None
+        raise RunError("a worker process was killed, possibly for lack of memory; use fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class _Pool(ProcessPoolExecutor):
-    """A pool whose processes Ctrl-C, which reaches the whole group, never disturbs: the parent ends them."""
+    """Pool whose processes never receive SIGINT, which a terminal sends to the complete group; the parent ends them."""
 
     def submit(self, fn: Callable[..., _Result], /, *args: Any, **kwargs: Any) -> "Future[_Result]":
-        """Start work. New processes inherit that the signal is blocked: they could not ignore it from the beginning.
+        """Submit a call, with SIGINT blocked in any process that this starts.
 
-        An interrupt meanwhile is held back, so that no process is started that the pool does not know.
+        The processes inherit the blocked signal: a handler that they installed themselves would come too late.
+        Signals that arrive in the parent meanwhile are raised afterwards, or a process could be started without being
+        registered in the pool.
         """
-        came: list[int] = []
+        received: list[int] = []
         interrupts = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in interrupts}
+        handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in interrupts}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(fn, *args, **kwargs)
@@ -134,32 +133,32 @@ class _Pool(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if came:
-                signal.raise_signal(came[0])
+            if received:
+                signal.raise_signal(received[0])
 
 
-def _start_process(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    if prepare:
-        prepare(*arguments)
+def _start_process(initialize: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if initialize:
+        initialize(*arguments)
 
 
-def _follow_parent() -> None:
-    """End this worker when its parent is gone, even if it was killed."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent ends, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _encode(encoder: Encoder, work: Work, records: Sequence[Record]) -> Encoded:
+def _encode(encoder: Encoder, options: BuildOptions, records: Sequence[Record]) -> Encoded:
     arrays: list[np.ndarray] = []
     lengths: list[int] = []
     reasons: dict[int, str] = {}
     digests: list[bytes] = []
     for number, record in enumerate(records):
         try:
-            text = text_of(record, work.reading)
+            text = extract_text(record, options.input)
         except Rejected as rejected:
             reasons[number] = str(rejected)
             lengths.append(0)
@@ -168,19 +167,19 @@ def _encode(encoder: Encoder, work: Work, records: Sequence[Record]) -> Encoded:
             encoder.audit(text)
         arrays.append(encoder.encode(text))
         lengths.append(len(arrays[-1]))
-        if work.digests:
+        if options.dedup:
             digests.append(digest(text))
     tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)
     return Encoded(tokens, lengths, reasons, np.array(digests, DIGEST))
 
 
-_worker: tuple[Encoder, Work]  # a worker's
+_worker: tuple[Encoder, BuildOptions]  # set in worker processes only
 
 
-def _load_encoder(work: Work) -> None:
+def _load_encoder(tokenizer: Path, options: BuildOptions) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Encoder(work.tokenizer, work.eos, work.encoder), work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use every core
+    _worker = Encoder(tokenizer, options.eos, options.encoder), options
 
 
 def _encode_in_worker(records: Sequence[Record]) -> Encoded:

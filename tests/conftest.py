@@ -18,7 +18,8 @@ import torch
 from cluster import Cluster
 from safetensors.torch import save_file
 
-from data_tools.build import build as build_shards
+from data_tools.build import build_shards
+from data_tools.options import BuildOptions
 from data_tools.tokenizers import train_tokenizer
 from fusiontree.config import load_config, to_yaml
 from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo, tokenizer_fingerprint
@@ -172,7 +173,7 @@ def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def shards(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`corpus` as a dataset folder with rows of 512 tokens and a tenth held out."""
     folder = tmp_path_factory.mktemp("shards") / "shards"
-    build_shards([corpus], tokenizer_folder, folder, holdout=0.1, row_len=512)
+    build_shards([corpus], tokenizer_folder, folder, BuildOptions(row_len=512, holdout=0.1))
     return folder
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import cli, settings
 
-from data_tools.build import build
+from data_tools.build import build_shards
+from data_tools.options import BuildOptions
 from data_tools.tokenizers import train_tokenizer
 from fusiontree.files import staged_folder
 
@@ -103,7 +104,7 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(
 
 def test_a_corpus_of_one_document_has_nothing_to_hold_out(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "one.txt").write_text("tree gate branch scan. " * 400)
-    build([tmp_path / "one.txt"], tokenizer_folder, tmp_path / "shards", row_len=512)
+    build_shards([tmp_path / "one.txt"], tokenizer_folder, tmp_path / "shards", BuildOptions(row_len=512))
     assert "train without validation: validation.every=0" in said(
         "train", "tiny", *settings(tmp_path / "shards", tmp_path / "runs")
     )
@@ -203,7 +204,7 @@ def test_an_export_that_is_damaged(run: Path, shards: Path, tmp_path: Path, monk
 
 def test_shards_of_another_tokenizer(run: Path, corpus: Path, shards: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], 280, tmp_path / "other")
-    build([corpus], tmp_path / "other", tmp_path / "shards", holdout=0.1, row_len=512)
+    build_shards([corpus], tmp_path / "other", tmp_path / "shards", BuildOptions(row_len=512, holdout=0.1))
     line = said("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
     assert "is not the one that made the shards" in line
     assert "unknown task 'magic'" in said("eval", run / "export", "--tasks", "magic", "--data", shards)

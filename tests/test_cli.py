@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.readers import Reading
+from data_tools.options import BuildOptions, InputOptions
 from fusiontree import cli
 from fusiontree.errors import RunError, UserError
 
@@ -136,13 +136,13 @@ def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
     calls = stand_in("data_tools.tokenizers", "train_tokenizer", {"vocab_size": 8192, "seconds": 1.5})
     argv = "data tokenizer --input a b --vocab-size 8192 --output t --include *.py --exclude x* --exclude y*"
     assert cli.main(argv.split()) == 0
-    options = {"include": ("*.py",), "exclude": ("x*", "y*"), "overwrite": False, "reading": Reading()}
-    assert calls == [((["a", "b"], 8192, Path("t")), options)]
+    options = InputOptions(include=("*.py",), exclude=("x*", "y*"))
+    assert calls == [((["a", "b"], 8192, Path("t"), options, False), {})]
     assert capsys.readouterr().out == "vocab size  8,192\nseconds     1.5 s\n"
 
 
 def test_data_build_hands_on_its_arguments(stand_in, capsys):
-    calls = stand_in("data_tools.build", "build", {"tokens": 5})
+    calls = stand_in("data_tools.build", "build_shards", {"tokens": 5})
     argv = ["data", "build", "--input", "a", "--tokenizer", "t", "--output", "d", "--workers", "2", "--overwrite"]
     argv += [
         "--dedup",
@@ -157,17 +157,18 @@ def test_data_build_hands_on_its_arguments(stand_in, capsys):
         "--json",
     ]
     assert cli.main(argv) == 0
-    options = {
-        "holdout": 0.02,
-        "holdout_from": "spread",
-        "workers": 2,
-        "row_len": 32768,
-        "include": (),
-        "exclude": (),
-        "overwrite": True,
-    }
-    options |= {"reading": Reading("body", "\n--\n", 3, None), "dedup": True, "eos": "<e>", "encoder": "auto"}
-    assert calls == [((["a"], Path("t"), Path("d")), options)]
+    options = BuildOptions(
+        row_len=32768,
+        holdout=0.02,
+        holdout_from="spread",
+        dedup=True,
+        eos="<e>",
+        encoder="auto",
+        input=InputOptions((), (), "body", "\n--\n", 3, None),
+        workers=2,
+        overwrite=True,
+    )
+    assert calls == [((["a"], Path("t"), Path("d"), options), {})]
     assert json.loads(capsys.readouterr().out) == {"tokens": 5}
 
 

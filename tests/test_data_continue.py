@@ -1,5 +1,6 @@
 """One corpus, one dataset: for any number of workers, with interruptions or without, duplicates once if asked."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -15,14 +16,15 @@ import numpy as np
 import pytest
 from conftest import cli
 
-from data_tools.build import build
+from data_tools.build import build_shards
 from data_tools.duplicates import SeenTexts, digest
+from data_tools.options import BuildOptions
 from data_tools.verify import verify
 from fusiontree.data.format import Dataset
 from fusiontree.errors import RunError, UserError
 
 ROOT = Path(__file__).parent.parent
-ARGUMENTS = {"row_len": 256, "holdout": 0.1, "dedup": True, "encoder": "tokenizers"}  # slow enough to be interrupted
+OPTIONS = BuildOptions(row_len=256, holdout=0.1, dedup=True, encoder="tokenizers")  # slow enough to be interrupted
 SMALL = {  # so that a small corpus has many chunks, windows and shards
     "data_tools.build._CHUNK_RECORDS": 16,
     "data_tools.build.SAVE_SECONDS": 0.0,
@@ -65,7 +67,7 @@ def whole(many: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
         for name, value in SMALL.items():
             patch.setattr(name, value)
         folder = tmp_path_factory.mktemp("whole") / "set"
-        build([many], tokenizer_folder, folder, **ARGUMENTS)
+        build_shards([many], tokenizer_folder, folder, OPTIONS)
     return folder
 
 
@@ -77,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_any_number_of_workers_builds_the_same_bytes(
     whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path, workers: int
 ) -> None:
-    build([many], tokenizer_folder, tmp_path / "set", workers=workers, **ARGUMENTS)
+    build_shards([many], tokenizer_folder, tmp_path / "set", dataclasses.replace(OPTIONS, workers=workers))
     assert contents(tmp_path / "set") == contents(whole)
     assert len(list((whole / "train").glob("*.tar"))) > 4
 
@@ -89,6 +91,7 @@ def run_killed(many: Path, tokenizer: Path, output: Path, steps: int, workers: i
     path.write_text(f"""
 import os, signal, sys
 import data_tools.assembly, data_tools.build
+from data_tools.options import BuildOptions, InputOptions
 from pathlib import Path
 {settings}
 left = {steps}
@@ -101,7 +104,7 @@ def count(event, arguments):
 if __name__ == "__main__":
     sys.addaudithook(count)
     inputs, tokenizer, output = [{str(many)!r}], Path({str(tokenizer)!r}), Path({str(output)!r})
-    data_tools.build.build(inputs, tokenizer, output, workers={workers}, **{ARGUMENTS})
+    data_tools.build.build_shards(inputs, tokenizer, output, {dataclasses.replace(OPTIONS, workers=workers)})
 """)
     command, environment = [sys.executable, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, timeout=100, check=False, stderr=subprocess.DEVNULL).returncode
@@ -145,29 +148,29 @@ def left(many: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFa
 def interrupt(many: Path, tokenizer_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_tools.assembly import Assembly
 
-    taken = []
+    added = []
 
-    def take(self, records, *rest):
-        taken.append(records)
-        if len(taken) == 60:
+    def add(self, records, *rest):
+        added.append(records)
+        if len(added) == 60:
             raise KeyboardInterrupt
         return original(self, records, *rest)
 
-    original = Assembly.take
+    original = Assembly.add
     with monkeypatch.context() as patch:
-        patch.setattr(Assembly, "take", take)
+        patch.setattr(Assembly, "add", add)
         with pytest.raises(KeyboardInterrupt):
-            build([many], tokenizer_folder, output, **ARGUMENTS)
+            build_shards([many], tokenizer_folder, output, OPTIONS)
 
 
 def test_a_build_goes_on_inside_a_window_of_packing(
     many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_tools.assembly.WINDOW_DOCUMENTS", 10_000)  # which holds them all
-    build([many], tokenizer_folder, tmp_path / "whole", **ARGUMENTS)
+    build_shards([many], tokenizer_folder, tmp_path / "whole", OPTIONS)
     interrupt(many, tokenizer_folder, tmp_path / "set", monkeypatch)
     assert list((tmp_path / ".set.partial/train").iterdir()) == []
-    figures = build([many], tokenizer_folder, tmp_path / "set", **ARGUMENTS)
+    figures = build_shards([many], tokenizer_folder, tmp_path / "set", OPTIONS)
     assert figures["continued"]
     assert figures["seconds"] * figures["tokens_per_s"] < 0.6 * figures["tokens"]  # of which 60 chunks were kept
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
@@ -178,7 +181,7 @@ def test_the_same_arguments_go_on(interrupted: Path, whole: Path, many: Path, to
     assert before
     for stray in (".state.pickle.partial-1", "train/.000099.tar.partial"):  # of a kill at the wrong moment
         (interrupted / stray).touch()
-    figures = build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+    figures = build_shards([many], tokenizer_folder, interrupted.parent / "set", OPTIONS)
     assert figures["continued"]
     after = {path.name: path.stat().st_mtime_ns for path in (interrupted.parent / "set").glob("train/*.tar")}
     kept = [name for name in before if before[name] == after[name]]
@@ -193,19 +196,21 @@ def test_the_same_arguments_go_on(interrupted: Path, whole: Path, many: Path, to
 def test_other_arguments_are_refused_or_start_again(
     interrupted: Path, many: Path, tokenizer_folder: Path, change: dict, named: str
 ) -> None:
-    arguments = ARGUMENTS | change
-    with pytest.raises(UserError, match=f"interrupted build with another choice of {named}; give the same") as caught:
-        build([many], tokenizer_folder, interrupted.parent / "set", **arguments)
+    options = dataclasses.replace(OPTIONS, **change)
+    with pytest.raises(UserError, match=f"interrupted build with different {named}; pass the same") as caught:
+        build_shards([many], tokenizer_folder, interrupted.parent / "set", options)
     assert "\n" not in str(caught.value)
-    figures = build([many], tokenizer_folder, interrupted.parent / "set", overwrite=True, **arguments)
+    figures = build_shards(
+        [many], tokenizer_folder, interrupted.parent / "set", dataclasses.replace(options, overwrite=True)
+    )
     assert not figures["continued"]
     assert verify(interrupted.parent / "set")["problems"] == []
 
 
 def test_other_inputs_are_refused(interrupted: Path, many: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("tree")
-    with pytest.raises(UserError, match="another choice of input files"):
-        build([many, tmp_path / "more.txt"], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+    with pytest.raises(UserError, match="interrupted build with different input files"):
+        build_shards([many, tmp_path / "more.txt"], tokenizer_folder, interrupted.parent / "set", OPTIONS)
 
 
 def test_golden_samples_are_encoded_again_before_a_build_goes_on(
@@ -215,7 +220,7 @@ def test_golden_samples_are_encoded_again_before_a_build_goes_on(
     job["golden_samples"] = {text: ids[1:] for text, ids in job["golden_samples"].items()}
     (interrupted / "job.json").write_text(json.dumps(job))
     with pytest.raises(UserError, match="encodes 'The quick brown fox didn"):
-        build([many], tokenizer_folder, interrupted.parent / "set", **ARGUMENTS)
+        build_shards([many], tokenizer_folder, interrupted.parent / "set", OPTIONS)
 
 
 def flip_middle(path: Path) -> None:
@@ -243,11 +248,15 @@ def test_what_is_not_as_the_build_left_it_is_refused_or_started_again(
     partial = shutil.copytree(left, tmp_path / left.name)
     name, damage = LEFT[kind]
     damage(partial / name)
-    with pytest.raises(RunError, match=f"{name} is not as this build left it; .* --overwrite to start again") as caught:
-        build([many], tokenizer_folder, tmp_path / "set", **ARGUMENTS)
+    with pytest.raises(
+        RunError, match=f"{name} is missing, damaged or changed since the interruption; pass --overwrite to restart"
+    ) as caught:
+        build_shards([many], tokenizer_folder, tmp_path / "set", OPTIONS)
     assert "\n" not in str(caught.value)
     if kind in ("a lost shard", "a cut job"):
-        assert not build([many], tokenizer_folder, tmp_path / "set", overwrite=True, **ARGUMENTS)["continued"]
+        assert not build_shards(
+            [many], tokenizer_folder, tmp_path / "set", dataclasses.replace(OPTIONS, overwrite=True)
+        )["continued"]
         assert contents(tmp_path / "set") == contents(whole)
 
 
@@ -268,7 +277,9 @@ def test_two_builds_of_one_folder_are_told_apart(tmp_path: Path, corpus: Path, t
 def test_the_first_of_equal_documents_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
     texts = ["tree", "gate", "tree", "tree ", "gate", "scan"]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    figures = build([tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "set", row_len=64, holdout=0, dedup=True)
+    figures = build_shards(
+        [tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "set", BuildOptions(row_len=64, holdout=0, dedup=True)
+    )
     assert (figures["documents"], figures["duplicates"]) == (4, 2)
     dataset = Dataset(tmp_path / "set")
     names = [span.id for row in range(dataset.num_rows) for span in dataset.spans(row)]

@@ -22,9 +22,10 @@ else:
 
 from conftest import cli, metrics, settings
 
-from data_tools.build import build
+from data_tools.build import build_shards
 from data_tools.inputs import find_files
-from data_tools.readers import Reading, Rejected, examine, records, text_of
+from data_tools.options import BuildOptions, InputOptions
+from data_tools.readers import Rejected, extract_text, find_fault, read_records
 from fusiontree.data.format import Dataset, Manifest
 from fusiontree.errors import RunError, UserError
 
@@ -78,14 +79,14 @@ KINDS = ["jsonl", "ndjson", "jsonl.gz", "json.gz", "jsonl.zst", "jsonl.xz", "jso
 KINDS += ["tar", "tar.gz", "tgz", "tar.xz", "tar.bz2", "txt", "txt.gz", "txt.xz"]
 
 
-def read(path: Path, reading: Reading | None = None) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+def read(path: Path, options: InputOptions | None = None) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
     """Documents by id, and (file, place, reason) of what is none."""
-    reading = reading or Reading(separator="<end>")
+    options = options or InputOptions(separator="<end>")
     texts, rejected = {}, []
     for file in find_files([path])[0]:
-        for record in records(file, reading, examine(file, reading)):
+        for record in read_records(file, options, find_fault(file, options)):
             try:
-                texts[record.id] = text_of(record, reading)
+                texts[record.id] = extract_text(record, options)
             except Rejected as reason:
                 rejected.append((record.file, record.place, str(reason)))
     return texts, rejected
@@ -102,7 +103,7 @@ def test_a_file_of_every_kind_gives_its_documents_in_order(tmp_path: Path, kind:
 
 def test_json_alone_is_a_text(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text('{"name": 1}')
-    assert read(tmp_path, Reading())[0] == {"package.json": '{"name": 1}'}
+    assert read(tmp_path, InputOptions())[0] == {"package.json": '{"name": 1}'}
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
@@ -135,17 +136,17 @@ def test_patterns_and_folders_keep_the_order_given(tmp_path: Path) -> None:
 def test_long_documents_survive_the_separator(tmp_path: Path) -> None:
     texts = ["x" * 3_000_000, "", "  \n", "y" * 10]
     (tmp_path / "in.txt").write_text("--\n".join(texts))
-    found, _ = read(tmp_path, Reading(separator="--\n"))
+    found, _ = read(tmp_path, InputOptions(separator="--\n"))
     assert found == {"in.txt:1": texts[0], "in.txt:4": texts[3]}
 
 
 BAD_LINES = [
     (b'{"text": "x"', "not valid JSON"),
-    (b'["x"]', "no JSON object"),
-    (b'{"content": "x", "id": 1}', "no key 'text' (its keys: content, id)"),
-    (b'{"text": 7}', "'text' is no text"),
+    (b'["x"]', "not a JSON object"),
+    (b'{"content": "x", "id": 1}', "no key 'text' (keys: content, id)"),
+    (b'{"text": 7}', "'text' is not a string"),
     (b'{"text": "\xff"}', "not UTF-8"),
-    (b'{"text": "\\ud800"}', "half a surrogate pair"),
+    (b'{"text": "\\ud800"}', "unpaired surrogate"),
     (b'{"text": ""}', "empty"),
     (b"[" * 100_000, "not valid JSON"),
 ]
@@ -190,20 +191,20 @@ def test_columns_and_members_without_text_are_named(tmp_path: Path) -> None:
     texts, rejected = read(tmp_path)
     assert texts == {"c.parquet:0": "x", "d.tar/2": "y"}
     assert rejected == [
-        ("a.parquet", "", "broken parquet: no column 'text' (its columns: body)"),
-        ("b.parquet", "", "broken parquet: column 'text' is no text but int64"),
+        ("a.parquet", "", "broken parquet: no column 'text' (columns: body)"),
+        ("b.parquet", "", "broken parquet: column 'text' has type int64, not string"),
         ("c.parquet", "row 1", "null"),
         ("d.tar", "sample 1", "neither .txt nor .json"),
-        ("d.tar", "member 3.json", "no key 'text' (its keys: )"),
+        ("d.tar", "member 3.json", "no key 'text' (keys: )"),
     ]
-    assert list(read(tmp_path / "a.parquet", Reading(text_key="body"))[0].values()) == TEXTS
+    assert list(read(tmp_path / "a.parquet", InputOptions(text_key="body"))[0].values()) == TEXTS
 
 
 def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, tokenizer_folder: Path, monkeypatch) -> None:
     write_kind(tmp_path / "in.parquet")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"in\.parquet needs pyarrow; pip install 'fusiontree\[parquet\]'"):
-        build([tmp_path], tokenizer_folder, tmp_path / "out")
+    with pytest.raises(UserError, match=r"in\.parquet needs pyarrow; run pip install 'fusiontree\[parquet\]'"):
+        build_shards([tmp_path], tokenizer_folder, tmp_path / "out")
 
 
 def test_a_file_that_changes_meanwhile_ends_the_build(tmp_path: Path) -> None:
@@ -212,13 +213,13 @@ def test_a_file_that_changes_meanwhile_ends_the_build(tmp_path: Path) -> None:
     [file] = find_files([path])[0]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(RunError, match="changed while it was being read"):
-        list(records(file, Reading(), ""))
+        list(read_records(file, InputOptions(), ""))
 
 
 def test_the_lengths_are_counted_not_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(LINES)
-    reading = Reading(min_chars=11, max_chars=999)
-    figures = build([tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "set", row_len=512, reading=reading)
+    options = BuildOptions(row_len=512, input=InputOptions(min_chars=11, max_chars=999))
+    figures = build_shards([tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "set", options)
     assert (figures["documents"], figures["too_short"], figures["too_long"]) == (1, 1, 1)
     assert figures["skipped"] == []
 
@@ -226,7 +227,7 @@ def test_the_lengths_are_counted_not_named(tmp_path: Path, tokenizer_folder: Pat
 @pytest.mark.parametrize("lengths", [{"min_chars": -1}, {"min_chars": 5, "max_chars": 4}, {"max_chars": 0}])
 def test_lengths_that_leave_nothing_are_refused(lengths: dict) -> None:
     with pytest.raises(UserError, match="--min-chars"):
-        Reading(**lengths)
+        InputOptions(**lengths)
 
 
 def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
@@ -269,7 +270,7 @@ def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
 
 def test_the_pieces_of_a_long_document_say_that_it_continues(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "in.txt").write_text("".join(chr(33 + i % 90) for i in range(3000)))
-    build([tmp_path / "in.txt"], tokenizer_folder, tmp_path / "set", row_len=512, holdout=0)
+    build_shards([tmp_path / "in.txt"], tokenizer_folder, tmp_path / "set", BuildOptions(row_len=512, holdout=0))
     with tarfile.open(tmp_path / "set" / "train" / "000000.tar") as tar:
         content = tar.extractfile("000000000.json")
         assert content is not None

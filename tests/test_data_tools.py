@@ -18,10 +18,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from data_tools import build as build_module
-from data_tools.build import build
+from data_tools.build import build_shards
 from data_tools.inputs import find_files
 from data_tools.inspection import describe, show_row
-from data_tools.readers import Reading, Rejected, examine, records, text_of
+from data_tools.options import BuildOptions, InputOptions
+from data_tools.readers import Rejected, extract_text, find_fault, read_records
 from data_tools.tokenizers import load_tokenizer, train_tokenizer
 from data_tools.verify import verify
 from fusiontree import console as console_module
@@ -60,7 +61,7 @@ def tokenizer(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(inputs: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "set"
-    build([inputs], tokenizer, folder, holdout=0.1, row_len=1024)
+    build_shards([inputs], tokenizer, folder, BuildOptions(row_len=1024, holdout=0.1))
     return folder
 
 
@@ -78,9 +79,9 @@ def texts_in(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """The text of each document under a folder, and why each of the others is none."""
     texts, rejected = {}, {}
     for file in find_files([folder])[0]:
-        for record in records(file, Reading(), examine(file, Reading())):
+        for record in read_records(file, InputOptions(), find_fault(file, InputOptions())):
             try:
-                texts[record.id] = text_of(record, Reading())
+                texts[record.id] = extract_text(record, InputOptions())
             except Rejected as reason:
                 rejected[record.id] = str(reason)
     return texts, rejected
@@ -121,7 +122,7 @@ def test_patterns_choose_by_name_or_path(tmp_path: Path) -> None:
     for name in ["a.py", "b.txt", "test/c.py", "lib/d.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    files, _ = find_files([tmp_path], include=["*.py"], exclude=["test/*"])
+    files, _ = find_files([tmp_path], InputOptions(include=["*.py"], exclude=["test/*"]))
     assert [file.name for file in files] == ["a.py", "lib/d.py"]
 
 
@@ -252,7 +253,8 @@ def test_the_last_files_can_be_held_out(tokenizer: Path, tmp_path: Path, holdout
     names = [f"{number:02d}.txt" for number in range(31)]
     for name in names:
         (tmp_path / name).write_text(f"text {name}")
-    build([tmp_path], tokenizer, tmp_path / "set", holdout=holdout, holdout_from="end", row_len=64, include=["*.txt"])
+    options = BuildOptions(row_len=64, holdout=holdout, holdout_from="end", input=InputOptions(include=["*.txt"]))
+    build_shards([tmp_path], tokenizer, tmp_path / "set", options)
     assert sorted(documents_in(tmp_path / "set", "validation")) == names[len(names) - expected :]
 
 
@@ -264,9 +266,8 @@ def test_the_last_of_files_of_equal_name_are_held_out(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f'{{"text": "{name}"}}\nbroken\n')
     output = tmp_path / "set"
-    figures = build(
-        [tmp_path / "a", tmp_path / "b"], tokenizer, output, holdout=holdout, holdout_from="end", row_len=64
-    )
+    options = BuildOptions(row_len=64, holdout=holdout, holdout_from="end")
+    figures = build_shards([tmp_path / "a", tmp_path / "b"], tokenizer, output, options)
     assert sorted(documents_in(output, "validation")) == [f"{tmp_path}/{name}" for name in expected]
     assert len(documents_in(output, "train")) == 2 * parts - 1
     assert [entry["path"] for entry in figures["skipped"]] == [
@@ -275,8 +276,8 @@ def test_the_last_of_files_of_equal_name_are_held_out(
 
 
 def test_a_single_file_cannot_be_held_out_whole(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="take --holdout-from spread"):
-        build([inputs / "01.txt"], tokenizer, tmp_path / "set", holdout_from="end", row_len=1024)
+    with pytest.raises(UserError, match="use --holdout-from spread"):
+        build_shards([inputs / "01.txt"], tokenizer, tmp_path / "set", BuildOptions(row_len=1024, holdout_from="end"))
     assert not (tmp_path / "set").exists()
 
 
@@ -286,12 +287,13 @@ def test_the_holdout_is_at_least_one_document_and_never_all(
 ) -> None:
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text("text")
-    build([tmp_path], tokenizer, tmp_path / "set", holdout=holdout, row_len=64, include=["*.txt"])
+    options = BuildOptions(row_len=64, holdout=holdout, input=InputOptions(include=["*.txt"]))
+    build_shards([tmp_path], tokenizer, tmp_path / "set", options)
     assert describe(tmp_path / "set")["splits"]["validation"]["documents"] == expected
 
 
 def test_the_figures_are_those_of_the_shards(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
-    figures = build([inputs], tokenizer, tmp_path / "set", row_len=1024)
+    figures = build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(row_len=1024))
     found = documents_in(tmp_path / "set", "train") | documents_in(tmp_path / "set", "validation")
     lengths = [len(tokens) for tokens in found.values()]
     rows = sum(Dataset(tmp_path / "set", split).num_rows for split in ("train", "validation"))
@@ -311,7 +313,7 @@ def test_a_terminal_sees_bytes_tokens_and_time_left_while_a_build_works(
     screen = io.StringIO()
     monkeypatch.setattr(console_module, "console", Console(file=screen, force_terminal=True, width=120))
     monkeypatch.setattr(build_module, "_CHUNK_RECORDS", 1)  # so that there are two measurements of the speed at least
-    build([inputs], tokenizer, tmp_path / "set", row_len=512)
+    build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(row_len=512))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).strip().splitlines()[-1]
     size = r"[\d.]+ ?(bytes|[kMG]B)"
     columns = rf"build +━+ +[\d.]+/{size} +[\d.]+ ?(bytes|[kMG]B)/s +\d+:\d\d:\d\d +\d+:\d\d:\d\d +[\d.]+ Mtok/s"
@@ -331,7 +333,7 @@ def test_wrong_arguments_are_refused_before_any_work(
     inputs: Path, tokenizer: Path, tmp_path: Path, arguments: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build([inputs], tokenizer, tmp_path / "set", **arguments)
+        build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(**arguments))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -339,12 +341,12 @@ def test_what_is_there_is_replaced_only_when_told(inputs: Path, tokenizer: Path,
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").write_text("x")
     with pytest.raises(UserError, match="already holds something else"):
-        build([inputs], tokenizer, tmp_path / "set", overwrite=True)
+        build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(overwrite=True))
     (tmp_path / "set" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="pass --overwrite"):
-        build([inputs], tokenizer, tmp_path / "set")
+        build_shards([inputs], tokenizer, tmp_path / "set")
     assert (tmp_path / "set" / "mine").exists()
-    build([inputs], tokenizer, tmp_path / "set", overwrite=True)
+    build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(overwrite=True))
     assert verify(tmp_path / "set")["problems"] == []
     assert not (tmp_path / "set" / "mine").exists()
 
@@ -357,11 +359,12 @@ def test_an_interrupted_build_leaves_no_process_and_no_output(tokenizer: Path, t
     script = f"""
 import signal
 from pathlib import Path
-from data_tools.build import build
+from data_tools.build import build_shards
+from data_tools.options import BuildOptions
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
     here = Path({str(tmp_path)!r})
-    build([here / "in"], Path({str(tokenizer)!r}), here / "set", workers=2)
+    build_shards([here / "in"], Path({str(tokenizer)!r}), here / "set", BuildOptions(workers=2))
 """
     (tmp_path / "script.py").write_text(script)
     process = subprocess.Popen(

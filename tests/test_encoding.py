@@ -12,8 +12,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_tools import encoding
-from data_tools.build import build
+from data_tools.build import build_shards
 from data_tools.encoding import Encoder
+from data_tools.options import BuildOptions
 from data_tools.tokenizers import load_tokenizer
 from fusiontree.data.format import Manifest, tokenizer_fingerprint
 from fusiontree.data.tokenizer import GOLDEN_TEXTS
@@ -97,7 +98,7 @@ def test_torture_gets_the_references_ids(folder: Path) -> None:
 
 def test_the_ids_of_either_library_make_the_same_shards(folder: Path, corpus: Path, tmp_path: Path) -> None:
     for library in ("gigatoken", "tokenizers"):
-        figures = build([corpus], folder, tmp_path / library, row_len=512, encoder=library)
+        figures = build_shards([corpus], folder, tmp_path / library, BuildOptions(row_len=512, encoder=library))
         assert figures["encoder"] == library
     manifests = [Manifest.load(tmp_path / library) for library in ("gigatoken", "tokenizers")]
     assert manifests[0] == manifests[1]
@@ -189,7 +190,7 @@ def test_an_uncertain_end_of_document_token_is_one_line_with_candidates(copy: Pa
 
 
 def test_the_copy_in_the_dataset_names_the_token_that_was_given(copy: Path, corpus: Path, tmp_path: Path) -> None:
-    build([corpus], copy, tmp_path / "set", row_len=512, eos="<|end|>")
+    build_shards([corpus], copy, tmp_path / "set", BuildOptions(row_len=512, eos="<|end|>"))
     assert load_tokenizer(tmp_path / "set" / "tokenizer")[1] == load_tokenizer(copy, "<|end|>")[1]
     config = json.loads((tmp_path / "set" / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["eos_token"] == "<|end|>"
@@ -203,7 +204,7 @@ def test_the_copy_in_the_dataset_names_the_padding_that_only_another_file_named(
     pad = {"pad_token": config.pop("pad_token")}
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     (bare / "special_tokens_map.json").write_text(json.dumps(pad))
-    build([corpus], bare, tmp_path / "set", row_len=512)
+    build_shards([corpus], bare, tmp_path / "set", BuildOptions(row_len=512))
     assert Manifest.load(tmp_path / "set").tokenizer == load_tokenizer(tmp_path / "set" / "tokenizer")[1]
 
 

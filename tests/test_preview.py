@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import cli, counting_dataset
 
-from data_tools.build import build
+from data_tools.build import build_shards
+from data_tools.options import BuildOptions
 from fusiontree.cli import main
 from fusiontree.data.preview import documents_at, preview_run
 from fusiontree.data.sources import Sources
@@ -139,7 +140,7 @@ def test_rows_without_a_document_are_said_to_be_padding(tmp_path: Path, tokenize
     (tmp_path / "in").mkdir()
     for name in "ab":
         (tmp_path / "in" / name).write_text("tree gate")
-    build([tmp_path / "in"], tokenizer_folder, tmp_path / "set", row_len=512, holdout=0)
+    build_shards([tmp_path / "in"], tokenizer_folder, tmp_path / "set", BuildOptions(row_len=512, holdout=0))
     words = ["tiny", f"data.path={tmp_path / 'set'}", "data.seq_len=128", "batch.tokens=512", "model.vocab_size=512"]
     shown = cli("data", "at", *words, "--step", 0).stdout.splitlines()
     assert len([line for line in shown if line.startswith("batch ")]) == 4

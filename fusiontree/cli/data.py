@@ -2,55 +2,48 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
 
+if TYPE_CHECKING:
+    from data_tools.options import InputOptions
+
 
 def _data_tokenizer(args: argparse.Namespace) -> int:
     from data_tools.tokenizers import train_tokenizer
 
-    figures = train_tokenizer(
-        args.input,
-        args.vocab_size,
-        args.output,
-        include=tuple(args.include),
-        exclude=tuple(args.exclude),
-        overwrite=args.overwrite,
-        reading=_reading(args),
-    )
+    figures = train_tokenizer(args.input, args.vocab_size, args.output, _input_options(args), args.overwrite)
     return show(figures, args.json)
 
 
-def _reading(args: argparse.Namespace) -> Any:
-    from data_tools.readers import Reading
+def _input_options(args: argparse.Namespace) -> "InputOptions":
+    from data_tools.options import InputOptions
 
     separator = args.doc_separator and args.doc_separator.replace("\\n", "\n").replace("\\t", "\t")
-    return Reading(args.text_key, separator, args.min_chars, args.max_chars)
+    return InputOptions(
+        tuple(args.include), tuple(args.exclude), args.text_key, separator, args.min_chars, args.max_chars
+    )
 
 
 def _data_build(args: argparse.Namespace) -> int:
-    from data_tools.build import build
+    from data_tools.build import build_shards
+    from data_tools.options import BuildOptions
 
-    figures = build(
-        args.input,
-        args.tokenizer,
-        args.output,
+    options = BuildOptions(
+        row_len=args.row_len,
         holdout=args.holdout,
         holdout_from=args.holdout_from,
-        workers=args.workers,
-        row_len=args.row_len,
-        include=tuple(args.include),
-        exclude=tuple(args.exclude),
-        overwrite=args.overwrite,
-        reading=_reading(args),
         dedup=args.dedup,
         eos=args.eos,
         encoder=args.encoder,
+        input=_input_options(args),
+        workers=args.workers,
+        overwrite=args.overwrite,
     )
-    return show(figures, args.json)
+    return show(build_shards(args.input, args.tokenizer, args.output, options), args.json)
 
 
 def _data_verify(args: argparse.Namespace) -> int:

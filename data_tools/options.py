@@ -1,0 +1,61 @@
+"""Options of tokenizer training and of the dataset builder, checked when they are created."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fusiontree.data.packing import check_row_len
+from fusiontree.errors import UserError
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Selection of input files and extraction of documents from them.
+
+    Raises:
+        UserError: the separator is empty, or the length limits exclude every document.
+    """
+
+    include: Sequence[str] = ()  # glob patterns; if any are given, a file must match one of them
+    exclude: Sequence[str] = ()  # glob patterns; a file must match none of them
+    text_key: str = "text"  # key (JSON) or column (Parquet) that contains the text
+    separator: str | None = None  # separates documents in plain text; None: one document per file
+    min_chars: int = 0  # shorter documents are dropped, in characters
+    max_chars: int | None = None  # longer documents are dropped, in characters; None: no limit
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise UserError("--doc-separator is empty; give the text between two documents, or omit the option")
+        if self.min_chars < 0 or (self.max_chars is not None and self.max_chars < max(1, self.min_chars)):
+            raise UserError(
+                f"--min-chars {self.min_chars} and --max-chars {self.max_chars} exclude every document; "
+                "give 0 <= min <= max and 1 <= max"
+            )
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of `data_tools.build.build_shards`.
+
+    Raises:
+        UserError: `holdout`, `workers` or `row_len` is out of range.
+    """
+
+    row_len: int = 32768  # tokens per packed row
+    holdout: float = 0.02  # fraction of the documents in the validation split: 0 <= holdout < 1
+    # spread: hold out documents at even distances; end: hold out the last fraction of the files, which keeps
+    # neighboring documents in the same split
+    holdout_from: Literal["spread", "end"] = "spread"
+    dedup: bool = False  # drop a document whose text occurred earlier in the inputs
+    eos: str | None = None  # end-of-document token, see `load_tokenizer`
+    encoder: str = "auto"  # encoding library, see `Encoder`
+    input: InputOptions = field(default_factory=InputOptions)
+    workers: int = 1  # tokenizing processes
+    overwrite: bool = False  # replace an existing dataset, and restart an interrupted build instead of refusing
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"holdout {self.holdout} is out of range; give a fraction with 0 <= holdout < 1")
+        if self.workers < 1:
+            raise UserError(f"workers {self.workers} is too few; give at least 1")
+        check_row_len(self.row_len)
