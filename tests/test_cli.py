@@ -1,5 +1,6 @@
 """The command line: what it calls, what it prints, and how it ends."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -113,7 +114,7 @@ def test_another_rank_than_the_first_names_itself(stand_in, monkeypatch, capsys)
 
 def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch, tmp_path, capsys):
     stand_in("fusiontree.training.trainer", "train", UserError("wrong input"))
-    monkeypatch.setattr("launcher.local.join_launcher", lambda: None)
+    monkeypatch.setattr("launcher.join.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", "tiny"]) == 2
@@ -124,7 +125,7 @@ def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch,
 
 def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, monkeypatch, tmp_path):
     stand_in("fusiontree.training.trainer", "train", KeyError("ours"))
-    monkeypatch.setattr("launcher.local.join_launcher", lambda: None)
+    monkeypatch.setattr("launcher.join.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
     with pytest.raises(KeyError):
         cli.main(["train", "tiny"])
@@ -257,7 +258,7 @@ def test_eval_shows_a_table_of_what_it_measured_of_several_things(stand_in, caps
 
 def test_generate_streams_its_text(monkeypatch, capsys):
     def generate_text(folder, prompt, max_new_tokens, sampling, on_text):
-        seen.update(sampling, folder=folder, prompt=prompt, max_new_tokens=max_new_tokens)
+        seen.update(dataclasses.asdict(sampling), folder=folder, prompt=prompt, max_new_tokens=max_new_tokens)
         if on_text:
             on_text("def ")
             on_text("main")
@@ -267,8 +268,6 @@ def test_generate_streams_its_text(monkeypatch, capsys):
     stand = types.ModuleType("fusiontree.inference.generate")
     stand.generate_text = generate_text
     stand.generate_texts = stand.read_prompts = None
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    stand.Sampling = lambda *values: dict(zip(names, values, strict=True))
     monkeypatch.setitem(sys.modules, "fusiontree.inference.generate", stand)
     assert cli.main(["generate", "out", "a prompt", "--top-k", "5", "--max-new-tokens", "7", "--seed", "9"]) == 0
     assert capsys.readouterr().out == "def main\n"

@@ -178,7 +178,7 @@ def test_a_token_that_the_model_does_not_have_is_refused_before_a_word_is_shown(
 INTERRUPTED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
-from fusiontree import {module} as place
+import fusiontree.{module} as place
 from fusiontree.cli import main
 before = place.{name}
 def interrupted(*arguments, **options):
@@ -190,7 +190,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None:
-    code = INTERRUPTED.format(module="export", name="prove")
+    code = INTERRUPTED.format(module="export.exporter", name="prove")
     command = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -200,7 +200,7 @@ def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None
 
 
 def test_an_interrupted_generation_ends_with_one_line(exported: Path) -> None:
-    code = INTERRUPTED.format(module="generate", name="draw")
+    code = INTERRUPTED.format(module="inference.generate", name="draw")
     command = [sys.executable, "-c", code, "generate", str(exported), "tree", "--max-new-tokens", "9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

@@ -12,8 +12,8 @@ from fusiontree.run import lease
 from fusiontree.run.records import read_metrics
 from fusiontree.training.metrics import Metrics
 
-WHO = "from fusiontree import lease; print(lease.ME)"
-TAKE = "import sys; from pathlib import Path; from fusiontree import lease; lease.take(Path(sys.argv[1]))"
+WHO = "from fusiontree.run import lease; print(lease.ME)"
+TAKE = "import sys; from pathlib import Path; from fusiontree.run import lease; lease.take(Path(sys.argv[1]))"
 
 
 def in_a_new_process(code: str, *arguments: object) -> str:
