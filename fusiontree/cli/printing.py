@@ -1,85 +1,93 @@
-"""A command's figures, for a person or as JSON."""
+"""Printing of a command's figures, as text or as JSON."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_NAMED = 10  # inputs left out that are named, unless --json is given
-_UNITS = {"seconds": "s", "loss": "nats per token", "tokens_per_s": "tokens/s"}  # by the end of a figure's key
+_MAX_SKIPPED = 10  # skipped inputs listed without --json
+_UNITS = {"seconds": "s", "loss": "nats per token", "tokens_per_s": "tokens/s"}  # by the suffix of a figure's key
+_UNLIMITED = 100_000  # columns of an output that is not a terminal: rich would wrap at 80
 
 
 def show(figures: dict[str, Any], as_json: bool) -> int:
-    """Print a command's figures, as JSON or as aligned lines; returns 0."""
+    """Print figures as JSON or as aligned lines, and return 0."""
     if as_json:
         print(json.dumps(figures, indent=2, default=str))
         return 0
-    _show_lines(_lines(figures))
+    _print_lines(_lines(figures))
     return 0
 
 
-def _show_lines(lines: Sequence[tuple[str, str]]) -> None:
+def show_tables(figures: dict[str, dict[str, Any]], as_json: bool) -> int:
+    """Print groups of figures like `show`, but each mapping or list of records as a table; return 0."""
+    if as_json:
+        return show(figures, as_json)
+    for name, group in figures.items():
+        tables = {key: rows for key, value in group.items() if (rows := _table_rows(value))}
+        print(name)
+        _print_lines(_lines({key: value for key, value in group.items() if key not in tables}, "  "))
+        for key, rows in tables.items():
+            print()
+            _print_table(_label(key), rows)
+        print()
+    return 0
+
+
+def _print_lines(lines: Sequence[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in lines), default=0)
     for label, value in lines:
         print(f"{label:<{width}}  {value}".rstrip())
 
 
-def show_tables(figures: dict[str, dict[str, Any]], as_json: bool) -> int:
-    """Like `show`, but what a group of `figures` has of several things stands as a table, a line of each."""
-    if as_json:
-        return show(figures, as_json)
-    for name, group in figures.items():
-        tables = {key: rows for key, value in group.items() if (rows := _rows(value))}
-        print(name)
-        _show_lines(_lines({key: value for key, value in group.items() if key not in tables}, "  "))
-        for key, rows in tables.items():
-            print()
-            _show_table(_label(key), rows)
-        print()
-    return 0
+def _print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    table.add_column(title)
+    for key in keys:
+        table.add_column(_label(key) + " (s)" * key.endswith("_seconds"), justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(_text(key, row.get(key), unit=False) for key in keys))
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    Console(width=width, markup=False, emoji=False, highlight=False).print(Padding.indent(table, 2))
 
 
-def _rows(value: Any) -> dict[str, dict[str, Any]]:
-    """The lines of a table by name, where `value` is one: mappings, by name or in a list; no line elsewhere."""
+def _table_rows(value: Any) -> dict[str, dict[str, Any]]:
+    """Return the rows of a table by name, from a mapping or list of mappings; nothing for any other value."""
     if isinstance(value, list):
         value = {str(number): row for number, row in enumerate(value, 1)}
     if not isinstance(value, dict) or not all(isinstance(row, dict) for row in value.values()):
         return {}
-    return {name: dict(_columns(row)) for name, row in value.items()}
+    return {name: dict(_cells(row)) for name, row in value.items()}
 
 
-def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The cells of a line; those of a mapping inside it are named by both keys."""
+def _cells(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (column, value) of a row; a nested mapping's columns are named by both keys."""
     for key, value in row.items():
         if isinstance(value, dict):
-            yield from ((f"{key}_{inner}", cell) for inner, cell in _columns(value))
+            yield from ((f"{key}_{inner}", cell) for inner, cell in _cells(value))
         else:
             yield key, value
 
 
-def _show_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    lines = [[title, *(_label(key) + " (s)" * key.endswith("_seconds") for key in keys)]]
-    lines += [[name, *(_text(key, row.get(key), unit=False) for key in keys)] for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for name, *cells in lines:
-        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join(["  " + name.ljust(widths[0]), *numbers]))
-
-
 def _skipped(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many inputs were left out and the names of some, with the reason: empty files, which are common, last."""
+    """Return the number of skipped inputs and the first of them with reasons; empty files come last."""
     if not entries:
         return ["none"]
     names = [_skipped_entry(entry) for entry in sorted(entries, key=lambda e: e["reason"] == "empty")]
-    rest = [f"and {len(names) - _NAMED} more; --json names all"] if len(names) > _NAMED else []
+    more = [f"and {len(names) - _MAX_SKIPPED} more; --json lists all"] if len(names) > _MAX_SKIPPED else []
     files = sum("places" not in entry for entry in entries)
     documents = sum(entry.get("count", 0) for entry in entries)
     counts = [f"{files:,} files"] * bool(files) + [f"{documents:,} documents"] * bool(documents)
-    return [" and ".join(counts), *names[:_NAMED], *rest]
+    return [" and ".join(counts), *names[:_MAX_SKIPPED], *more]
 
 
 def _skipped_entry(entry: Mapping[str, Any]) -> str:
-    """A file, or some of the documents in it, and why it was left out."""
+    """Format a skipped file, or skipped documents of a file, with the reason."""
     places = entry.get("places", [])
     more = f" and {entry['count'] - len(places)} more" if places and entry["count"] > len(places) else ""
     where = f" ({', '.join(places)}{more})" if places else ""
@@ -87,7 +95,7 @@ def _skipped_entry(entry: Mapping[str, Any]) -> str:
 
 
 def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
-    """Label and text of each figure; what is nested stands indented below its name."""
+    """Return (label, text) of each figure; nested figures are indented below their group's label."""
     lines: list[tuple[str, str]] = []
     for key, value in figures.items():
         label = indent + _label(str(key))
@@ -102,12 +110,12 @@ def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
 
 
 def _label(key: str) -> str:
-    """A figure's name without its unit, which stands beside the number."""
+    """Return a figure's name without its unit, which is printed after the number."""
     return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
 
 
 def _text(key: str, value: Any, unit: bool = True) -> str:
-    """A figure with its unit, which the end of its key names; of bytes always, of others where `unit`."""
+    """Format a figure with the unit of its key's suffix; without `unit`, only byte counts get one."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
