@@ -1,4 +1,4 @@
-"""A configuration is right as a whole, or it is one line that says what, where and what to do."""
+"""Configuration: loading, merging, validation, and error messages of one line."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from fusiontree.errors import UserError
 from fusiontree.run.data import dataset_manifest
 
 
-def refusal(source, *overrides) -> str:
+def error_of(source, *overrides) -> str:
     with pytest.raises(UserError) as caught:
         load_config(str(source), overrides)
     message = str(caught.value)
@@ -29,7 +29,7 @@ def write(tmp_path):
     return write
 
 
-def test_a_file_builds_on_a_preset_and_overrides_win(write):
+def test_a_file_extends_a_preset_and_overrides_win(write):
     path = write("base: tiny\nname: mine\nmodel: {num_layers: 2}\noptimizer:\n  lr: 1e-4\n")
     config = load_config(str(path), ["model.mlp_size=128", "data.path=some/where", "model.mlp_size=256"])
     assert (config.name, config.model.num_layers, config.model.hidden_size) == ("mine", 2, 256)
@@ -39,26 +39,26 @@ def test_a_file_builds_on_a_preset_and_overrides_win(write):
     assert str(config.run_dir) == "runs/mine"
 
 
-def test_a_base_is_found_beside_the_file_that_names_it(write, tmp_path):
+def test_a_base_path_is_relative_to_the_file(write, tmp_path):
     (tmp_path / "deep").mkdir()
     write("base: tiny\nseed: 5\nname: parent\n", "deep/parent.yaml")
     child = write("base: deep/parent.yaml\nname: child\n")
     assert (load_config(str(child)).seed, load_config(str(child)).name) == (5, "child")
 
 
-def test_bases_that_lead_back_are_refused(write):
+def test_a_circular_base_is_rejected(write):
     write("base: a.yaml\n", "b.yaml")
-    assert "leads back to itself" in refusal(write("base: b.yaml\n", "a.yaml"))
+    assert "`base` is circular" in error_of(write("base: b.yaml\n", "a.yaml"))
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-4", 1e-4), ("1E3", 1000.0), ("2.5e+1", 25.0), (".5", 0.5), ("3", 3.0), ("5.", 5.0)]
 )
-def test_numbers_are_those_of_yaml_1_2(text, value):
+def test_numbers_follow_yaml_1_2(text, value):
     assert load_config("tiny", [f"optimizer.lr={text}"]).optimizer.lr == value
 
 
-def test_words_that_yaml_1_1_made_booleans_stay_words():
+def test_yaml_1_1_booleans_and_dates_stay_strings():
     assert load_config("tiny", ["name=no"]).name == "no"
     assert load_config("tiny", ["name=2026-01-02"]).name == "2026-01-02"
     assert load_config("tiny", ["logging.wandb=true"]).logging.wandb is True
@@ -75,17 +75,17 @@ def test_words_that_yaml_1_1_made_booleans_stay_words():
         ("optimizer.learning_rate.x=3", None),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest_one(override, suggestion):
+def test_an_unknown_key_is_rejected_with_a_suggestion(override, suggestion):
     key = override.partition("=")[0]
-    message = refusal("tiny", override)
+    message = error_of("tiny", override)
     assert message.startswith(f"override '{override}': unknown key '{key}'; ")
     if suggestion:
         assert message.endswith(f"did you mean '{suggestion}'?")
 
 
-def test_unknown_keys_in_a_file_name_the_file(write):
+def test_an_unknown_key_in_a_file_names_the_file(write):
     path = write("base: tiny\nmodle:\n  hiden_size: 3\n")
-    assert refusal(path) == f"{path}: unknown key 'modle.hiden_size'; did you mean 'model.hidden_size'?"
+    assert error_of(path) == f"{path}: unknown key 'modle.hiden_size'; did you mean 'model.hidden_size'?"
 
 
 @pytest.mark.parametrize(
@@ -99,41 +99,41 @@ def test_unknown_keys_in_a_file_name_the_file(write):
         ("precision=fp8", "override 'precision=fp8': precision is 'fp8'; it must be 'bf16' or 'fp32'"),
         ("data.path=[1]", "override 'data.path=[1]': data.path is [1]; it must be a single value"),
         ("seed={}", "override 'seed={}': seed is {}; it must be a single value"),
-        ("name=../x", "override 'name=../x': name is '../x'; use letters, digits, '_', '-' and, not first, '.'"),
+        ("name=../x", "override 'name=../x': name is '../x'; use letters, digits, '_', '-' and, except first, '.'"),
         ("name", "override 'name' is not of the form key=value, e.g. optimizer.lr=3e-4"),
         ("batch=3", "override 'batch=3': 'batch' is a section, not a value; its keys are tokens, micro_rows"),
         ("model.num_heads=3", "num_heads 3 is not a multiple of num_kv_heads 2; change one of them"),
     ],
 )
-def test_wrong_values_say_what_where_and_what_to_do(override, message):
-    assert refusal("tiny", override).endswith(message)
+def test_an_invalid_value_names_its_key_origin_and_remedy(override, message):
+    assert error_of("tiny", override).endswith(message)
 
 
-def test_several_mistakes_are_one_line_that_counts_them():
-    assert refusal("tiny", "seed=x", "precision=fp8").endswith("(and 1 more to mend)")
+def test_several_errors_are_counted_in_one_line():
+    assert error_of("tiny", "seed=x", "precision=fp8").endswith("(1 more error)")
 
 
-def test_yaml_mistakes_name_file_and_line(write):
+def test_yaml_errors_name_file_and_line(write):
     path = write("base: tiny\nmodel: [1\n")
-    assert refusal(path).startswith(f"{path}, line 3: not valid YAML: ")
+    assert error_of(path).startswith(f"{path}, line 3: not valid YAML: ")
     path = write("base: tiny\nseed: 1\nseed: 2\n")
-    assert refusal(path) == f"{path}, line 3: not valid YAML: key 'seed' is given twice"
-    assert refusal(write("just words\n")).endswith("a configuration is `key: value` lines")
+    assert error_of(path) == f"{path}, line 3: not valid YAML: key 'seed' is given twice"
+    assert error_of(write("just words\n")).endswith("a configuration is `key: value` lines")
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path, write):
-    assert refusal("tinny").endswith("did you mean the preset 'tiny'?")
-    assert refusal(tmp_path) == f"configuration {tmp_path} is a folder; name a YAML file or a preset"
+def test_unreadable_files_are_named(tmp_path, write):
+    assert error_of("tinny").endswith("did you mean the preset 'tiny'?")
+    assert error_of(tmp_path) == f"configuration {tmp_path} is a folder; name a YAML file or a preset"
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    assert "is not UTF-8 text" in refusal(tmp_path / "latin.yaml")
+    assert "is not UTF-8 text" in error_of(tmp_path / "latin.yaml")
     path = write("base: nowhere.yaml\n")
-    assert refusal(path).startswith(f"{path}: base {tmp_path / 'nowhere.yaml'} is neither a file nor a preset")
+    assert error_of(path).startswith(f"{path}: base {tmp_path / 'nowhere.yaml'} is neither a file nor a preset")
 
 
-def test_what_is_missing_is_named(write):
+def test_missing_keys_are_named(write):
     path = write("base: tiny\nmodel:\n  vocab_size: null\n")
-    assert "model.vocab_size is None" in refusal(path)
-    assert refusal(write("name: x\n")).startswith(f"{path}: model is missing; give it, or start from a preset")
+    assert "model.vocab_size is None" in error_of(path)
+    assert error_of(write("name: x\n")).startswith(f"{path}: model is missing; set it, or extend a preset")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_what_is_missing_is_named(write):
         ),
     ],
 )
-def test_values_that_disagree_are_both_named(overrides, both):
-    message = refusal("tiny", *overrides)
+def test_conflicting_values_are_both_named(overrides, both):
+    message = error_of("tiny", *overrides)
     assert all(part in message for part in both), message
 
 
@@ -159,7 +159,7 @@ MIXED = [
 ]
 
 
-def test_tables_merge_entry_by_entry_and_null_takes_one_out(write):
+def test_tables_merge_by_entry_and_null_removes_one(write):
     base = write(
         "base: tiny\ndata:\n  sources: {web: {path: a}, code: {path: b, weight: 2}}\n"
         "  weights: {20: {web: 0}, 60: {web: 3}}\n  curriculum: {0: 256, 40: 1024}\n",
@@ -202,17 +202,17 @@ def test_tables_merge_entry_by_entry_and_null_takes_one_out(write):
         (["data.curriculum={0: {a: 4}}"], ["data.curriculum.0.a is 4", "give data.curriculum.STEP"]),
     ],
 )
-def test_tables_that_make_no_sense_are_refused_by_name(overrides, words):
-    message = refusal("tiny", *overrides)
+def test_invalid_tables_are_rejected(overrides, words):
+    message = error_of("tiny", *overrides)
     assert all(word in message for word in words), message
 
 
-def test_limits_of_the_cross_checks_are_allowed():
+def test_cross_checks_accept_their_limits():
     assert load_config("tiny", ["schedule.warmup_steps=99"]).schedule.warmup_steps == 99
     assert load_config("tiny", ["model.srte=learned", "model.max_positions=1024"]).model.max_positions == 1024
 
 
-def test_a_configuration_cannot_be_changed():
+def test_a_configuration_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load_config("tiny").seed = 3
 
@@ -221,14 +221,14 @@ BATCH = ["batch.tokens=8192", "batch.micro_rows=2"]
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1)])
-def test_accumulation_fills_the_batch(ranks, steps):
+def test_accumulation_steps(ranks, steps):
     assert load_config("tiny", BATCH).accumulation_steps(ranks) == steps
 
 
 @pytest.mark.parametrize(
     ("ranks", "batches", "counts"), [(3, "6144 or 12288", "2 or 4"), (8, "16384", "4"), (5, "10240", "4")]
 )
-def test_a_batch_that_does_not_divide_names_what_would(ranks, batches, counts):
+def test_an_indivisible_batch_suggests_batches_and_rank_counts(ranks, batches, counts):
     with pytest.raises(UserError) as caught:
         load_config("tiny", BATCH).accumulation_steps(ranks)
     assert f"nearest batch.tokens for {ranks} ranks: {batches};" in str(caught.value)
@@ -239,18 +239,18 @@ def test_a_batch_that_does_not_divide_names_what_would(ranks, batches, counts):
     "overrides", [[], ["name='1e4'"], ["name=no", "data.path=a b/ü", "optimizer.eps=1e-20"], MIXED]
 )
 @pytest.mark.parametrize("preset", preset_names())
-def test_yaml_reads_back_as_the_same_configuration(preset, overrides, write):
+def test_yaml_round_trip(preset, overrides, write):
     config = load_config(preset, overrides)
     assert load_config(str(write(to_yaml(config)))) == config
 
 
-def test_every_key_is_written():
+def test_yaml_contains_every_key():
     text = to_yaml(load_config("tiny"))
     assert all(f"{key.rpartition('.')[2]}:" in text for key in KEYS)
     assert len(KEYS) == len(set(KEYS))
 
 
-def test_differences_name_what_may_not_change_on_resume():
+def test_differences_name_keys_that_block_a_resume():
     old = load_config("tiny")
     new = load_config("tiny", ["optimizer.lr=1e-4", "schedule.steps=300", "model.window=64", "seed=1"])
     assert config_differences(old, new) == ["seed", "model.window", "optimizer.lr", "schedule.steps"]
@@ -270,7 +270,7 @@ def test_differences_name_entries_of_tables():
     ]
 
 
-def test_differences_leave_free_what_moves_neither_data_nor_mathematics():
+def test_differences_ignore_keys_free_on_resume():
     free = [
         *(
             "name=other",
@@ -291,7 +291,7 @@ def test_differences_leave_free_what_moves_neither_data_nor_mathematics():
 @pytest.mark.parametrize(
     ("name", "stage"), [("zero0", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)]
 )
-def test_the_shipped_deepspeed_settings_hold_only_deepspeeds_own(name, stage):
+def test_shipped_deepspeed_settings_contain_only_zero_optimization(name, stage):
     settings = deepspeed_json(load_config("tiny", [f"deepspeed={name}"]))
     assert settings["zero_optimization"]["stage"] == stage
     assert set(settings) == {"zero_optimization"}
@@ -308,20 +308,20 @@ def test_the_shipped_deepspeed_settings_hold_only_deepspeeds_own(name, stage):
         ({"tensorboard": {"enabled": True}}, "logging.tensorboard"),
         ({"csv_monitor": {"enabled": True}}, "logging.*"),
         ({"comet": {"enabled": True}}, "logging.*"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer.*"),  # for which DeepSpeed would compile one of its own
-        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing"),  # without effect there
+        ({"optimizer": {"type": "AdamW"}}, "optimizer.*"),  # DeepSpeed would compile its own
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing"),  # no effect there
     ],
 )
-def test_deepspeed_settings_with_an_owner_are_refused(settings, owner, write):
+def test_deepspeed_settings_owned_by_the_configuration_are_rejected(settings, owner, write):
     path = write(json.dumps(settings), "ds.json")
-    with pytest.raises(UserError, match=f"sets '{next(iter(settings))}'; remove it there and set {owner}"):
+    with pytest.raises(UserError, match=f"sets '{next(iter(settings))}'; remove it and set {owner}"):
         deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
 
 
 @pytest.mark.parametrize("key", ["sequence_parallel_size", "tensor_parallel", "checkpoint"])
-def test_deepspeed_settings_that_would_train_something_else_are_refused(key, write):
+def test_unsupported_deepspeed_settings_are_rejected(key, write):
     path = write(json.dumps({key: 2}), "ds.json")
-    with pytest.raises(UserError, match=f"sets '{key}'; remove it there: "):
+    with pytest.raises(UserError, match=f"sets '{key}'; remove it: "):
         deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
 
 
@@ -337,11 +337,11 @@ def test_deepspeed_settings_that_would_train_something_else_are_refused(key, wri
         ({"stage": 2, "offload_optimizer": None}, "zero_optimization.offload_optimizer is None; it must be an object"),
         (
             {"stage": 2, "cpu_offload": True},
-            'zero_optimization.cpu_offload is a name that DeepSpeed has given up; take offload_optimizer: {"device"',
+            'zero_optimization.cpu_offload is deprecated in DeepSpeed; use offload_optimizer: {"device"',
         ),
     ],
 )
-def test_deepspeed_settings_of_another_shape_are_refused_in_one_line(zero, words, write):
+def test_malformed_zero_optimization_is_rejected_in_one_line(zero, words, write):
     path = write(json.dumps({"zero_optimization": zero}), "ds.json")
     with pytest.raises(UserError) as caught:
         deepspeed_json(load_config("tiny", [f"deepspeed={path}", "optimizer.kind=muon", "optimizer.grad_clip=0"]))
@@ -349,32 +349,32 @@ def test_deepspeed_settings_of_another_shape_are_refused_in_one_line(zero, words
     assert "\n" not in str(caught.value)
 
 
-def test_states_on_nvme_need_a_folder_of_the_configuration(write):
-    with pytest.raises(UserError, match=r"deepspeed zero3_nvme keeps states on NVMe; set nvme_path=DIR"):
+def test_nvme_offload_needs_the_configurations_nvme_path(write):
+    with pytest.raises(UserError, match=r"deepspeed zero3_nvme offloads to NVMe; set nvme_path=DIR"):
         deepspeed_json(load_config("tiny", ["deepspeed=zero3_nvme"]))
     zero = deepspeed_json(load_config("tiny", ["deepspeed=zero3_nvme", "nvme_path=/fast"]))["zero_optimization"]
     assert [zero[part]["nvme_path"] for part in ("offload_param", "offload_optimizer")] == ["/fast", "/fast"]
     own = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/mine"}}}
     path = write(json.dumps(own), "ds.json")
-    with pytest.raises(UserError, match=r"sets 'nvme_path'; set nvme_path in the configuration"):
+    with pytest.raises(UserError, match=r"sets 'nvme_path'; remove it and set the run's nvme_path"):
         deepspeed_json(load_config("tiny", [f"deepspeed={path}"]))
 
 
-def test_muon_goes_with_what_deepspeed_can_do_of_it(write):
+def test_muon_is_limited_to_supported_deepspeed_settings(write):
     muon = ["optimizer.kind=muon", "optimizer.grad_clip=0", "nvme_path=/fast"]
     for name in ("zero1", "zero2", "zero3", "zero3_offload"):
         deepspeed_json(load_config("tiny", [*muon, f"deepspeed={name}"]))
     path = write(json.dumps({"zero_optimization": {"stage": 2, "reduce_scatter": True}}), "ds.json")
     for name, words in (
         ("zero0", "muon needs ZeRO stage 1 to 3"),
-        ("zero3_nvme", "muon cannot keep its states on NVMe"),
-        (path, "sets 'reduce_scatter', and Muon needs whole gradients"),
+        ("zero3_nvme", "muon cannot offload to NVMe"),
+        (path, "sets 'reduce_scatter', but Muon needs complete gradients"),
     ):
         with pytest.raises(UserError, match=words):
             deepspeed_json(load_config("tiny", [*muon, f"deepspeed={name}"]))
 
 
-def test_deepspeed_settings_that_are_not_there_or_not_json(write):
+def test_missing_or_malformed_deepspeed_json(write):
     with pytest.raises(UserError, match="neither one of zero0, .*, zero3_nvme, zero3_offload nor a JSON"):
         deepspeed_json(load_config("tiny", ["deepspeed=zero9"]))
     for text in ("{", "[" * 100_000):
@@ -382,7 +382,7 @@ def test_deepspeed_settings_that_are_not_there_or_not_json(write):
             deepspeed_json(load_config("tiny", [f"deepspeed={write(text, 'ds.json')}"]))
 
 
-def test_a_manifest_nested_without_end_is_none(tmp_path):
+def test_a_deeply_nested_manifest_is_rejected(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="not a dataset's manifest"):
         manifest_of(tmp_path)
@@ -392,7 +392,7 @@ def manifest_of(folder) -> dict:
     return dataset_manifest(load_config("tiny", [] if folder is None else [f"data.path={folder}"]))
 
 
-def test_the_dataset_must_be_there_and_fit_the_model(tmp_path, write):
+def test_the_dataset_must_exist_and_fit_the_model(tmp_path, write):
     with pytest.raises(UserError, match=r"data.path is missing; add data.path=DIR"):
         manifest_of(None)
     with pytest.raises(UserError, match=r"no manifest.json there"):
@@ -407,12 +407,12 @@ def test_the_dataset_must_be_there_and_fit_the_model(tmp_path, write):
     assert manifest_of(tmp_path) == {"tokenizer": {"vocab_size": 8192}}
 
 
-def test_reading_a_configuration_needs_no_torch():
+def test_config_does_not_import_torch():
     code = "import sys; from fusiontree.config import load_config; load_config('tiny'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-def test_sections_keep_their_names():
+def test_section_names():
     assert list(RunConfig.model_fields) == [
         *("name", "output", "seed", "init_from", "model", "data", "batch", "optimizer", "schedule", "losses"),
         *("distill", "precision", "activation_checkpointing", "deepspeed", "nvme_path", "checkpoint", "validation"),

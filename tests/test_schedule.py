@@ -97,7 +97,7 @@ def test_the_steps_that_a_refusal_names_are_the_fewest_that_fit(kind: str, decay
 def test_a_length_given_twice_in_one_file_is_refused(tmp_path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("base: tiny\nschedule: {steps: 30, tokens: 1000000}\n")
-    with pytest.raises(UserError, match=r"schedule.steps 30 and schedule.tokens 1000000 are both given; take one out"):
+    with pytest.raises(UserError, match=r"schedule.steps 30 and schedule.tokens 1000000 are both given; remove one"):
         load_config(str(path))
 
 

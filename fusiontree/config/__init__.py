@@ -1,6 +1,6 @@
-"""A run's whole configuration: YAML in, one frozen and fully checked object out. Free of torch.
+"""A run's configuration: YAML in, one frozen and validated object out. Free of torch.
 
-Every mistake a user can make here ends in one UserError line that says what, where and what to do.
+Every user error raises a UserError of one line: what is wrong, where, and the remedy.
 """
 
 from fusiontree.config.deepspeed import deepspeed_json

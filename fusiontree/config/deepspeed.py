@@ -1,4 +1,4 @@
-"""DeepSpeed's own settings, which a run's configuration points at."""
+"""DeepSpeed's JSON settings: loading and validation."""
 
 import importlib.resources
 from importlib.resources.abc import Traversable
@@ -10,7 +10,7 @@ from fusiontree.config.run import RunConfig
 from fusiontree.errors import UserError
 from fusiontree.files import parse_json
 
-# settings with an owner in the run's configuration: a second value in the JSON could only contradict it
+# settings that the run's configuration owns: a second value in the JSON could contradict it
 _OWNED = {
     "train_batch_size": "batch.tokens",
     "train_micro_batch_size_per_gpu": "batch.micro_rows",
@@ -36,14 +36,15 @@ _OWNED = {
     "progressive_layer_drop": "model.branch_drop",
 }
 
-# settings that would train something else than the configuration describes, or not the whole of it
+# settings that would silently train a different model, and why
 _UNFIT = {
-    "sequence_parallel_size": "a scan has to see its whole row, and would be handed a part of it without a word",
-    "tensor_parallel": "the blocks are not written for it",
-    "checkpoint": "checkpoints are this project's own, and go on at any number of ranks and any stage",
+    "sequence_parallel_size": "the scan needs complete rows, and DeepSpeed would split them among ranks",
+    "tensor_parallel": "the model does not support tensor parallelism",
+    "checkpoint": "FusionTree writes its own checkpoints, which resume at any number of ranks and any ZeRO stage",
 }
 
-# names in zero_optimization that DeepSpeed would turn into these only after all that is decided by them
+# deprecated keys of zero_optimization and their replacements: DeepSpeed would translate them only after the checks and
+# the memory estimate below have read the new ones
 _REPLACED = {
     "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
     "cpu_offload_param": 'offload_param: {"device": "cpu"}',
@@ -53,10 +54,11 @@ _OFFLOADED = ("offload_param", "offload_optimizer")
 
 
 def deepspeed_json(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's own settings, from ds_configs/ by name or from a file by path.
+    """Load DeepSpeed's settings, from ds_configs/ by name or from a file by path.
 
     Raises:
-        UserError: missing, not JSON, or it sets what the run's configuration owns or the model cannot follow.
+        UserError: the file is missing or not JSON, or it sets a key that the run's configuration owns or that the
+            model does not support.
     """
     folder = importlib.resources.files("ds_configs")
     names = sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
@@ -68,13 +70,13 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"deepspeed {config.deepspeed}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"deepspeed {config.deepspeed}: holds {short(settings)}; DeepSpeed's settings are an object")
+        raise UserError(f"deepspeed {config.deepspeed}: is {short(settings)}; it must be a JSON object")
     for key, owner in _OWNED.items():
         if key in settings:
-            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there and set {owner} instead")
+            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it and set {owner} instead")
     for key, reason in _UNFIT.items():
         if key in settings:
-            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it there: {reason}")
+            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it: {reason}")
     zero = settings.get("zero_optimization", {})
     _check_zero(f"deepspeed {config.deepspeed}: zero_optimization", zero)
     _place_on_nvme(config, zero)
@@ -84,7 +86,7 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_zero(where: str, zero: Any) -> None:
-    """Raise UserError unless `zero` has the shape that what follows counts on."""
+    """Check the types of zero_optimization's entries."""
     if not isinstance(zero, dict):
         raise UserError(f'{where} is {short(zero)}; it must be an object, e.g. {{"stage": 2}}')
     stage = zero.get("stage", 0)
@@ -92,29 +94,29 @@ def _check_zero(where: str, zero: Any) -> None:
         raise UserError(f"{where}.stage is {short(stage)}; it must be 0, 1, 2 or 3")
     for old, new in _REPLACED.items():
         if old in zero:
-            raise UserError(f"{where}.{old} is a name that DeepSpeed has given up; take {new}")
+            raise UserError(f"{where}.{old} is deprecated in DeepSpeed; use {new}")
     for part in _OFFLOADED:
         if not isinstance(zero.get(part, {}), dict):
             raise UserError(f'{where}.{part} is {short(zero[part])}; it must be an object, e.g. {{"device": "cpu"}}')
 
 
 def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
-    """Give what is offloaded to NVMe the folder of the run's configuration."""
+    """Set the configuration's nvme_path on each part that is offloaded to NVMe."""
     for part in (zero[key] for key in _OFFLOADED if key in zero):
         if "nvme_path" in part:
-            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; set nvme_path in the configuration")
+            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; remove it and set the run's nvme_path")
         if part.get("device") == "nvme":
             if config.nvme_path is None:
-                raise UserError(f"deepspeed {config.deepspeed} keeps states on NVMe; set nvme_path=DIR on a local disk")
+                raise UserError(f"deepspeed {config.deepspeed} offloads to NVMe; set nvme_path=DIR on a local disk")
             part["nvme_path"] = str(config.nvme_path)
 
 
 def _check_muon(config: RunConfig, zero: dict[str, Any]) -> None:
     if not zero.get("stage"):
-        raise UserError(f"optimizer.kind muon needs ZeRO stage 1 to 3, and deepspeed {config.deepspeed} is stage 0")
+        raise UserError(f"optimizer.kind muon needs ZeRO stage 1 to 3, but deepspeed {config.deepspeed} is stage 0")
     if zero.get("offload_optimizer", {}).get("device") == "nvme":
-        raise UserError(f"optimizer.kind muon cannot keep its states on NVMe (deepspeed {config.deepspeed}); take cpu")
+        raise UserError(f"optimizer.kind muon cannot offload to NVMe (deepspeed {config.deepspeed}); offload to cpu")
     if zero.get("reduce_scatter"):
         raise UserError(
-            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', and Muon needs whole gradients; remove it"
+            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', but Muon needs complete gradients; remove it"
         )

@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a checked configuration, or to one line that says what is wrong with them."""
+"""Reading of a configuration from YAML files and overrides, with errors of one line."""
 
 import difflib
 import importlib.resources
@@ -18,15 +18,15 @@ from fusiontree.errors import UserError
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration and check all of it.
+    """Load and validate a configuration.
 
     Args:
-        source: a preset's name (`tiny`) or a YAML file's path. A file may start from another: ``base: 1b`` (a preset,
-            or a path relative to the file), whose values its own replace, key by key.
+        source: a preset's name (`tiny`) or a YAML file's path. A file may extend another: ``base: 1b`` (a preset, or a
+            path relative to the file); its own values override the base's, key by key.
         overrides: ``key=value`` with a dotted key and a YAML value; later ones win.
 
     Raises:
-        UserError: any mistake, in one line.
+        UserError: the configuration is invalid; the message is one line.
     """
     layers = [*_file_layers(source, ()), *[(f"override '{text}'", _parse_override(text)) for text in overrides]]
     values: dict[str, Any] = {}
@@ -37,25 +37,25 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
             other = LENGTHS.get(key)
             if other is not None and value is not None:
                 _require_one_length(where, key, given)
-                values[other] = None  # a length given in a later layer replaces one given in another unit
+                values[other] = None  # a later layer's length overrides one in the other unit
             _put(values, key, value)
             origins[key] = where
     _lengths_to_steps(values, origins)
     try:
-        # through JSON, where pydantic's strict mode takes a string for a path and a mapping for a dataclass
+        # from JSON, because pydantic's strict mode then accepts a string as a path and a mapping as a dataclass
         return RunConfig.model_validate_json(json.dumps(_nested(values)))
     except ValidationError as error:
-        whole = " ".join([source, *overrides])
-        raise UserError(_one_line(error.errors(), origins, whole)) from None
+        command = " ".join([source, *overrides])
+        raise UserError(_format_errors(error.errors(), origins, command)) from None
 
 
 def _lengths_to_steps(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Turn the schedule's lengths in tokens into steps."""
+    """Convert the schedule's lengths in tokens to steps, rounding up."""
     batch = values.get("batch.tokens")
     for name in (name for name in LENGTHS if name.endswith("tokens") and values.get(name) is not None):
         if type(values[name]) is not int:
             raise UserError(f"{origins[name]}: {name} is {short(values[name])}; it must be a number of tokens")
-        if type(batch) is int and batch > 0:  # else that is told with the rest
+        if type(batch) is int and batch > 0:  # an invalid batch is reported by the validation
             values[LENGTHS[name]], values[name] = -(-values[name] // batch), None
             origins[LENGTHS[name]] = origins[name]
     for name in ("schedule.steps", "schedule.warmup_steps"):
@@ -66,11 +66,11 @@ def _lengths_to_steps(values: dict[str, Any], origins: dict[str, str]) -> None:
 def _require_one_length(where: str, key: str, given: Mapping[str, Any]) -> None:
     other = LENGTHS[key]
     if given.get(other) is not None:
-        raise UserError(f"{where}: {key} {given[key]} and {other} {given[other]} are both given; take one out")
+        raise UserError(f"{where}: {key} {given[key]} and {other} {given[other]} are both given; remove one")
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a leaf; in a table, null takes an entry out with all below it."""
+    """Set a value; null in a table removes the entry and everything below it."""
     if value is not None or table_of(key) is None:
         values[key] = value
         return
@@ -79,7 +79,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
+    """Return the names of the presets in the package."""
     return sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml"))
 
 
@@ -88,9 +88,9 @@ def _presets() -> Traversable:
 
 
 def _file_layers(source: str, seen: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The trees of `source` and of all it starts from, the farthest first, each with its name for messages."""
+    """Return (name, tree) of `source` and its bases, the root base first; the name is for messages."""
     if source in seen:
-        raise UserError(f"{source}: `base` leads back to itself ({' -> '.join([*seen, source])}); remove one")
+        raise UserError(f"{source}: `base` is circular ({' -> '.join([*seen, source])}); remove one")
     tree = _parse(_read(source, seen), source)
     base = tree.pop("base", None)
     if base is None:
@@ -126,7 +126,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: holds {type(tree).__name__} {short(tree)}; a configuration is `key: value` lines")
+        raise UserError(f"{where}: is {type(tree).__name__} {short(tree)}; a configuration is `key: value` lines")
     return tree
 
 
@@ -148,20 +148,20 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _one_line(errors: list[ErrorDetails], origins: Mapping[str, str], whole: str) -> str:
-    """The first of pydantic's errors in one line, and how many follow."""
+def _format_errors(errors: list[ErrorDetails], origins: Mapping[str, str], command: str) -> str:
+    """Format the first of pydantic's errors in one line, with the number of the others."""
     error = errors[0]
     key = ".".join(part for part in map(str, error["loc"]) if part)
-    where = origins.get(key, whole)
+    where = origins.get(key, command)
     if error["type"] == "missing":
-        message = f"{where}: {key} is missing; give it, or start from a preset with `base: tiny`"
+        message = f"{where}: {key} is missing; set it, or extend a preset with `base: tiny`"
     elif error["type"] == "value_error":
         message = f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
     elif error["type"] == "extra_forbidden":
         message = f"{where}: unknown key '{key}'; {hint(key)}"
     elif error["type"] == "string_pattern_mismatch":
-        message = f"{where}: {key} is {short(error['input'])}; use letters, digits, '_', '-' and, not first, '.'"
+        message = f"{where}: {key} is {short(error['input'])}; use letters, digits, '_', '-' and, except first, '.'"
     else:
         message = f"{where}: {key} is {short(error['input'])}; {error['msg'].replace('Input should', 'it must', 1)}"
-    rest = len(errors) - 1
-    return message + (f" (and {rest} more to mend)" if rest else "")
+    more = len(errors) - 1
+    return message + (f" ({more} more error{'s' * (more > 1)})" if more else "")

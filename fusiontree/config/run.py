@@ -1,4 +1,4 @@
-"""Everything that decides a run, and what its values must have in common."""
+"""The complete configuration of a run and the checks across its sections."""
 
 from pathlib import Path
 from typing import Literal
@@ -26,17 +26,17 @@ from fusiontree.model.config import ModelConfig
 
 
 class RunConfig(Section):
-    """Everything that decides a run.
+    """The complete configuration of a run.
 
     Raises:
-        pydantic.ValidationError: a value is of the wrong kind or two values disagree. `load_config` turns it into one
-            UserError line.
+        pydantic.ValidationError: a value has the wrong type or two values conflict; `load_config` converts it to a
+            UserError.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
     output: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
-    init_from: Path | None = None  # folder made by `fusiontree export`, whose weights the run starts from
+    init_from: Path | None = None  # folder made by `fusiontree export`, for the initial weights
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -47,7 +47,7 @@ class RunConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
-    nvme_path: Path | None = None  # folder on a local disk, where zero3_nvme keeps weights and moments
+    nvme_path: Path | None = None  # folder on a local disk for the weights and moments of zero3_nvme
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -60,19 +60,19 @@ class RunConfig(Section):
         require(
             self.batch.tokens % row_tokens == 0,
             f"batch.tokens {self.batch.tokens} is not a multiple of data.seq_len {self.data.seq_len} x "
-            f"batch.micro_rows {self.batch.micro_rows} = {row_tokens}; nearest batch.tokens that are: "
+            f"batch.micro_rows {self.batch.micro_rows} = {row_tokens}; nearest multiples: "
             f"{_either(_multiples_around(self.batch.tokens, row_tokens))}",
         )
         for table in ("curriculum", "weights"):
             last = max(getattr(self.data, table) or {0: None})
             require(
                 last < schedule.steps,
-                f"data.{table}.{last} is not below schedule.steps {schedule.steps}: the run would end before it; take "
-                "it out (null) or raise steps",
+                f"data.{table}.{last} is not below schedule.steps {schedule.steps}: the run would end before it; "
+                "remove it (null) or raise steps",
             )
         require(
             self.model.fusion != "sum" or not self.losses.shapes_gates,
-            "losses.gate_balance and gate_entropy shape a gate, and model.fusion sum has none; set both to 0",
+            "losses.gate_balance and gate_entropy need a gate, but model.fusion sum has none; set both to 0",
         )
         require(
             self.model.srte != "learned" or self.model.max_positions >= self.data.seq_len,
@@ -83,14 +83,14 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        """The folder of this run: configuration, metrics, checkpoints and logs."""
+        """The run's folder: configuration, metrics, checkpoints and logs."""
         return self.output / self.name
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Forward passes that each of `world_size` ranks makes per optimizer step.
+        """Return the forward passes per optimizer step of each of `world_size` ranks.
 
         Raises:
-            UserError: the batch does not divide; the message names the nearest batches and rank counts that do.
+            UserError: the batch is not divisible; the message gives the nearest batches and rank counts that work.
         """
         per_rank = self.data.seq_len * self.batch.micro_rows
         if self.batch.tokens % (per_rank * world_size) == 0:
@@ -107,7 +107,7 @@ class RunConfig(Section):
 
 
 def _multiples_around(value: int, unit: int) -> list[int]:
-    """The multiples of `unit` next to `value`, from below and from above, 0 excepted."""
+    """Return the multiples of `unit` next below and above `value`, without 0."""
     below = value // unit * unit
     return [below, below + unit] if below else [unit]
 

@@ -1,4 +1,4 @@
-"""The configuration's YAML: 1.2's scalars, whatever the library holds to."""
+"""The configuration as YAML, with YAML 1.2's scalars (PyYAML implements 1.1)."""
 
 import re
 from typing import Any
@@ -10,7 +10,15 @@ from fusiontree.errors import UserError
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """What `text` stands for; it is called `where` in the one UserError line about what is no YAML."""
+    """Parse YAML.
+
+    Args:
+        text: the YAML.
+        where: its origin, for messages.
+
+    Raises:
+        UserError: `text` is not valid YAML.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -21,12 +29,12 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML; `load_config` reads it back as the same object."""
+    """Return the configuration as YAML; `load_config` reads it back to an equal object."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: ``1e-4`` is a number, ``no`` a string; a key given twice is an error."""
+    """Loader of YAML 1.2's scalars (``1e-4`` is a number, ``no`` a string) that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -39,10 +47,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would not read back as the same string."""
+    """Dumper that quotes every string which YAML 1.1 or 1.2 would read as another type."""
 
 
-_Loader.yaml_implicit_resolvers = {}  # in place of YAML 1.1's
+_Loader.yaml_implicit_resolvers = {}  # replaces YAML 1.1's
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 for _tag, _pattern, _first in (
     ("null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
