@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fusiontree.config import RunConfig, config_differences, deepspeed_json, is_among, load_config, to_yaml
+from fusiontree.config import RunConfig, deepspeed_json, load_config, to_yaml
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
-from fusiontree.run.data import dataset_manifest
+from fusiontree.run.changes import check_changes
+from fusiontree.run.data import check_data
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LOGS
 
 FIRST_PORT, PORTS = 20_000, 10_000  # of a rendezvous: below the range from which systems give ports to clients
@@ -223,11 +224,8 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
     """
     run = config.run_dir.absolute()
     refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
-    before = load_config(str(run / CONFIG_FILE)) if (run / CHECKPOINTS).is_dir() else config
-    differing = [key for key in config_differences(before, config) if not is_among(key, allow_changed)]
-    if differing:
-        keys = ", ".join(differing)
-        raise UserError(f"{config.run_dir} was trained with other values of {keys}; restore them or set another name")
+    if (run / CHECKPOINTS).is_dir():
+        check_changes(load_config(str(run / CONFIG_FILE)), config, allow_changed)
     (run / LOGS).mkdir(parents=True, exist_ok=True)
     write_atomic(run / CONFIG_FILE, to_yaml(config))
     return run
@@ -237,7 +235,7 @@ def _check(config: RunConfig, ranks: int) -> None:
     """Raise UserError if `config` cannot run on `ranks` ranks, as far as it can be told here."""
     config.accumulation_steps(ranks)
     deepspeed_json(config)
-    dataset_manifest(config)
+    check_data(config)
 
 
 def _program(config: RunConfig, arguments: Sequence[str]) -> tuple[str, ...]:

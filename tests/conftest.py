@@ -92,6 +92,12 @@ def write_split(
     return writer.finish()
 
 
+def write_manifest(folder: Path, vocab_size: int, fingerprint: str = "f") -> None:
+    """Write the manifest of a dataset without shards: all that a check before launch reads."""
+    splits: dict[str, list[ShardInfo]] = {"train": [], "validation": []}
+    Manifest(1024, "uint16", "s", TokenizerInfo(fingerprint, vocab_size, 0, 1), splits).save(folder)
+
+
 def counting_dataset(folder: Path, rows: int, first: int, row_len: int = 32, tokenizer: str = "f") -> Dataset:
     """`rows` rows of two documents; every token tells its place: first + row_len * row + position."""
     folder.mkdir()
@@ -272,7 +278,7 @@ def write_run(
     fingerprint = tokenizer_fingerprint(tokenizer)
     facts = {"step": 1, "tokens": 4096, "zero_stage": stage, "eos_id": 0, "pad_id": 1}
     facts |= {"tokenizer_fingerprint": fingerprint, "data_fingerprint": "", "world_size": ranks, "rows_consumed": 32}
-    facts["wandb_id"] = None
+    facts |= {"wandb_id": None, "left_out": [], "bad_rows": [], "health": {"skipped": 0, "bad": [], "losses": []}}
     (folder / STATE_FILE).write_text(json.dumps(facts))
     save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / GATES_FILE)
     seal(folder)

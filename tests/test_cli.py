@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import write_manifest
 
 from data_tools.options import BuildOptions, InputOptions
 from fusiontree import cli
@@ -302,7 +303,7 @@ def test_doctor_reports_this_machine(capsys):
 
 
 def test_doctor_refuses_a_run_that_cannot_be(tmp_path, capsys):
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 9000}}))
+    write_manifest(tmp_path, 9000)
     argv = ["doctor", "tiny", "--json", "--ranks", "3", f"data.path={tmp_path}", "kernels.scan=warp"]
     assert cli.main([*argv, "deepspeed=zero9"]) == 1
     problems = "\n".join(json.loads(capsys.readouterr().out)["problems"])
@@ -319,7 +320,7 @@ def test_doctor_refuses_counts_below_one(count, capsys):
 
 
 def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypatch):
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
+    write_manifest(tmp_path, 8192)
     monkeypatch.setattr("fusiontree.doctor.diagnose._memory", lambda: 2**30)
     assert cli.main(["doctor", "tiny", "--json", f"data.path={tmp_path}"]) == 0
     capsys.readouterr()
@@ -355,7 +356,7 @@ def test_doctor_shows_what_a_broken_package_raised(monkeypatch):
 
 
 def test_a_reader_that_leaves_gets_no_traceback(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
+    write_manifest(tmp_path, 8192)
     reading, writing = os.pipe()
     os.close(reading)
     argv = [sys.executable, "-m", "fusiontree", "launch", "tiny", "--local", "1", "--dry-run", f"data.path={tmp_path}"]

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import write_manifest
 
 from fusiontree.config import KEYS, RunConfig, config_differences, deepspeed_json, load_config, preset_names, to_yaml
 from fusiontree.errors import UserError
-from fusiontree.run.data import dataset_manifest
+from fusiontree.run.data import check_data
 
 
 def error_of(source, *overrides) -> str:
@@ -385,26 +386,26 @@ def test_missing_or_malformed_deepspeed_json(write):
 def test_a_deeply_nested_manifest_is_rejected(tmp_path):
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="not a dataset's manifest"):
-        manifest_of(tmp_path)
+        check_folder(tmp_path)
 
 
-def manifest_of(folder) -> dict:
-    return dataset_manifest(load_config("tiny", [] if folder is None else [f"data.path={folder}"]))
+def check_folder(folder) -> None:
+    check_data(load_config("tiny", [] if folder is None else [f"data.path={folder}"]))
 
 
 def test_the_dataset_must_exist_and_fit_the_model(tmp_path, write):
     with pytest.raises(UserError, match=r"data.path is missing; add data.path=DIR"):
-        manifest_of(None)
+        check_folder(None)
     with pytest.raises(UserError, match=r"no manifest.json there"):
-        manifest_of(tmp_path)
+        check_folder(tmp_path)
     write("[]", "manifest.json")
     with pytest.raises(UserError, match="not a dataset's manifest"):
-        manifest_of(tmp_path)
-    write(json.dumps({"tokenizer": {"vocab_size": 8193}}), "manifest.json")
+        check_folder(tmp_path)
+    write_manifest(tmp_path, 8193)
     with pytest.raises(UserError, match=r"8193 tokens, more than model.vocab_size 8192"):
-        manifest_of(tmp_path)
-    write(json.dumps({"tokenizer": {"vocab_size": 8192}}), "manifest.json")
-    assert manifest_of(tmp_path) == {"tokenizer": {"vocab_size": 8192}}
+        check_folder(tmp_path)
+    write_manifest(tmp_path, 8192)
+    check_folder(tmp_path)
 
 
 def test_config_does_not_import_torch():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_manifest
 
 from fusiontree import cli
 from fusiontree.config import load_config
@@ -101,7 +102,7 @@ def test_a_bad_selection_is_refused(include, exclude, message, hosts_file):
 
 
 def test_a_missing_hostfile_or_program_is_refused_in_one_line(tmp_path, hosts_file, monkeypatch, capsys):
-    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    write_manifest(tmp_path, 8192)
     words = [f"data.path={tmp_path}", f"output={tmp_path}/runs"]
     assert cli.main(["launch", "tiny", "--hostfile", "nowhere", *words]) == 2
     assert capsys.readouterr().err == "fusiontree: error: --hostfile nowhere: no such file\n"
@@ -158,7 +159,7 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
 
 
 def test_deepspeeds_own_environment_file_counts_behind_what_is_asked_for(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    write_manifest(tmp_path, 8192)
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\nOMP_NUM_THREADS=8\nNCCL_DEBUG=INFO\n")
     config = load_config("tiny", [f"data.path={tmp_path}"])
     made = plan_hosts(config, {"node1": (0,)}, [], LaunchOptions({"NCCL_DEBUG": "WARN"}))
@@ -166,7 +167,7 @@ def test_deepspeeds_own_environment_file_counts_behind_what_is_asked_for(tmp_pat
 
 
 def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_path, monkeypatch):
-    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    write_manifest(tmp_path, 8192)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "1234")
     config = load_config("tiny", [f"data.path={tmp_path}"])

@@ -52,14 +52,14 @@ ARROWS = {
     "fusiontree.training": {
         *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.device"),
         *("fusiontree.distributed", "fusiontree.evaluate", "fusiontree.inference", "fusiontree.kernels"),
-        *("fusiontree.model", "fusiontree.run.data", "fusiontree.zero"),
+        *("fusiontree.model", "fusiontree.run", "fusiontree.zero"),
     },
     "fusiontree.bench": {
         *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.device"),
         *("fusiontree.distributed", "fusiontree.inference", "fusiontree.kernels", "fusiontree.model"),
         *("fusiontree.prune", "fusiontree.run.data", "fusiontree.training", "fusiontree.zero"),
     },
-    "launcher": {"fusiontree.config", "fusiontree.doctor.memory", "fusiontree.run.data"},
+    "launcher": {"fusiontree.config", "fusiontree.doctor.memory", "fusiontree.run"},
     "data_tools": {"fusiontree.data"},
 }
 FREE = ("fusiontree.cli", "fusiontree.__main__", "fusiontree")

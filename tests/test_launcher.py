@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_manifest
 
 import launcher.job
 from fusiontree import cli
@@ -164,7 +165,7 @@ def ranks_running(tmp_path) -> list[int]:
 def dataset(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
+    write_manifest(folder, 8192)
     return folder
 
 

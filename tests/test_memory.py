@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
+from conftest import write_manifest
 
 from fusiontree.cli import main
 from fusiontree.config import load_config
@@ -124,7 +125,7 @@ def test_the_memory_that_counts_is_that_of_the_nodes(tmp_path):
 
 def test_the_doctor_says_how_to_reach_nodes_that_it_cannot(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    write_manifest(tmp_path, 8192)
     argv = ["doctor", "tiny", "--json", "--nodes", "2", "--ranks", "2", f"data.path={tmp_path}", f"output={tmp_path}"]
     assert main(argv) == 0
     report = json.loads(capsys.readouterr().out)

@@ -163,7 +163,7 @@ def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_p
     assert any(line.endswith(".txt from 0") for line in shown)
     capped = ["data.sources.a.max_epochs=0.1", "data.sources.b.max_epochs=0.1", "schedule.steps=200"]
     error = cli("data", "plan", *words, *capped, code=2).stderr
-    assert "used up after step" in error
+    assert "the sources are exhausted after step" in error
     assert "max_epochs of a or b" in error
     assert error.count("\n") == 1
     assert "--step is 20; the steps of the run are 0 to 19" in cli("data", "at", *words, "--step", 20, code=2).stderr

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_manifest
 
 from fusiontree import cli
 from fusiontree.config import load_config
@@ -77,7 +78,7 @@ def here(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"tokenizer": {"vocab_size": 8192}}')
+    write_manifest(tmp_path, 8192)
     return load_config("tiny", [f"data.path={tmp_path}", "name=books", "batch.tokens=131072"])
 
 

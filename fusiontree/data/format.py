@@ -158,7 +158,9 @@ class Manifest:
                 split: [_record(ShardInfo, shard) for shard in shards] for split, shards in values["splits"].items()
             }
             manifest = _record(cls, values)
-        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a dataset's manifest ({error!r}); build the dataset again") from None
         if manifest.dtype not in ("uint16", "uint32"):
             raise UserError(f"{path}: dtype {manifest.dtype!r} is neither uint16 nor uint32; build the dataset again")

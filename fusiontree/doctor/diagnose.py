@@ -16,7 +16,7 @@ from typing import Any
 from fusiontree.config import RunConfig, deepspeed_json
 from fusiontree.doctor import memory
 from fusiontree.errors import UserError
-from fusiontree.run.data import dataset_manifest
+from fusiontree.run.data import check_data
 
 # distribution and module; without the first group nothing runs
 _REQUIRED = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "webdataset": "webdataset"}
@@ -58,7 +58,7 @@ def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int | None = None)
         report["run"] = _estimate(config, (nodes or 1) * ranks)
         problems += _problems(
             lambda: deepspeed_json(config),
-            lambda: dataset_manifest(config),
+            lambda: check_data(config),
             lambda: config.accumulation_steps((nodes or 1) * ranks),
             lambda: _check_disk(config),
         )

@@ -21,10 +21,6 @@
 
 from pathlib import Path
 
-MANIFEST_FILE = "manifest.json"
-STATE_FILE = "state.json"
-GATES_FILE = "gates.safetensors"
-
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 LAYERS_FILE = "layers.jsonl"

@@ -74,9 +74,9 @@ class Health:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the run went on whose `to_json` is given."""
-        self.skipped = state.get("skipped", 0)
-        self.bad = [(first, end) for first, end in state.get("bad", [])]
-        self.losses = deque(state.get("losses", []), self.config.spike_window)
+        self.skipped = state["skipped"]
+        self.bad = [(first, end) for first, end in state["bad"]]
+        self.losses = deque(state["losses"], self.config.spike_window)
 
 
 def robust_score(values: "deque[float]", value: float) -> float:

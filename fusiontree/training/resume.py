@@ -1,14 +1,14 @@
 """The run's folder at a start: made, or found with a checkpoint that this run may go on from."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusiontree.checkpoint import store
-from fusiontree.config import RunConfig, config_differences, is_among, is_key, load_config, to_yaml
+from fusiontree.config import RunConfig, load_config, to_yaml
 from fusiontree.console import console
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
@@ -20,10 +20,10 @@ from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.run import incidents, lease
+from fusiontree.run.changes import DATA, TOKENIZER_DATA, check_changes
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER, list_checkpoints, step_of
 from fusiontree.training.init_weights import check_initial
 
-DATA, TOKENIZER_DATA = "data", "tokenizer"  # beside the configuration's keys, what a resume holds to be the same
 _NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
 
 
@@ -85,8 +85,7 @@ def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]
         UserError: that is inside a batch of `config`.
     """
     state, seq_len = store.read_state(path), load_config(str(path / CONFIG_FILE)).data.seq_len
-    # an older version's checkpoint leaves nothing out
-    rows = [state["rows_consumed"], *(row for ends in state.get("left_out", []) for row in ends)]
+    rows = [state["rows_consumed"], *(row for ends in state["left_out"] for row in ends)]
     tokens = [row * seq_len for row in rows]
     if any(place % config.batch.tokens for place in tokens):
         raise UserError(
@@ -122,20 +121,8 @@ def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
 
 def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
     """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
-    for key in allow_changed:
-        if key not in (DATA, TOKENIZER_DATA) and not is_key(key):
-            raise UserError(f"--allow-changed {key}: no such key; give one that a refused resume has named")
     before = load_config(str(path / CONFIG_FILE))
-    differing = list(_differences(before, config, store.read_state(path), data))
-    refused = [key for key in differing if not is_among(key, allow_changed)]
-    if refused:
-        folders = ", ".join(dataset.location for dataset in data.datasets)
-        names = ", ".join(f"data (on other shards than {folders} holds)" if key == DATA else key for key in refused)
-        allowing = " ".join(f"--allow-changed {key}" for key in refused)
-        raise UserError(
-            f"{config.run_dir} was trained with other values of {names}; restore them, set another name, or go on all "
-            f"the same: {allowing}"
-        )
+    differing = check_changes(before, config, allow_changed, _data_changes(store.read_state(path), data))
     impossible = [key for key in differing if key in _NEVER]
     if _shapes(before.model) != _shapes(config.model):
         impossible += [key for key in differing if key.startswith("model.")]
@@ -148,12 +135,10 @@ def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Seq
         incidents.record(config.run_dir, "changed", step_of(path), line, keys=differing)
 
 
-def _differences(before: RunConfig, config: RunConfig, state: dict[str, Any], data: Sources) -> Iterator[str]:
-    yield from config_differences(before, config)
-    if state["data_fingerprint"] != data.fingerprint:
-        yield DATA
-    if state["tokenizer_fingerprint"] != data.datasets[0].manifest.tokenizer_fingerprint:
-        yield TOKENIZER_DATA
+def _data_changes(state: dict[str, Any], data: Sources) -> list[str]:
+    """Return which facts of the data differ from those of a checkpoint with `state`."""
+    fingerprints = {DATA: data.fingerprint, TOKENIZER_DATA: data.datasets[0].manifest.tokenizer_fingerprint}
+    return [fact for fact, fingerprint in fingerprints.items() if state[f"{fact}_fingerprint"] != fingerprint]
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:

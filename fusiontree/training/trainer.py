@@ -24,7 +24,7 @@ from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
 from fusiontree.evaluate.held_out import HeldOutLoss
 from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents
-from fusiontree.run.data import Data, dataset_manifest, open_data, open_stream
+from fusiontree.run.data import Data, open_data, open_stream
 from fusiontree.run.folder import CONFIG_FILE, step_of
 from fusiontree.run.records import summarise
 from fusiontree.training.health import Health, Trouble, Watchdog, format_rows, rows_of_failing_ranks
@@ -56,7 +56,6 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
         RunError: a checkpoint could not be written or read.
         StoppedError: asked to stop by a signal; all is saved.
     """
-    dataset_manifest(config)
     deepspeed_json(config)
     data = open_data(config)
     world = collectives.start()
@@ -329,9 +328,8 @@ class Trainer:
         place, left_out = read_place(self.config, path)
         self.stream.seek(place)
         self._leave_out(left_out)
-        # an older version's checkpoint has neither
-        self.ledger.restore(state.get("bad_rows", []))
-        self.health.restore(state.get("health", {}))
+        self.ledger.restore(state["bad_rows"])
+        self.health.restore(state["health"])
         self.training.gates.restore(store.read_gates(path))
         if self.world.is_main and fresh:
             saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_manifest
 
 from fusiontree.config import LossConfig, config_differences, load_config, to_yaml
 from fusiontree.errors import UserError
-from fusiontree.run.data import dataset_manifest
+from fusiontree.run.data import check_data
 from fusiontree.training.objective import gate_penalty
 
 
@@ -85,8 +86,7 @@ def test_losses_that_make_no_sense_are_refused(overrides: list[str], words: str)
 def student(tmp_path: Path) -> list[str]:
     """Settings of a run on a dataset of tokenizer "abc"; the teacher's folder is beside it."""
     (tmp_path / "data").mkdir()
-    manifest = {"tokenizer": {"vocab_size": 8192, "fingerprint": "abc"}}
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "data", 8192, "abc")
     (tmp_path / "teacher").mkdir()
     return [f"data.path={tmp_path / 'data'}", f"distill.teacher={tmp_path / 'teacher'}"]
 
@@ -97,7 +97,7 @@ def student(tmp_path: Path) -> list[str]:
         (8192, "abc", None),
         (8000, "abc", "has model.vocab_size 8000, this run 8192"),
         (8192, "xyz", "has another tokenizer (xyz) than the data (abc)"),
-        (None, "abc", "is not a folder that `fusiontree export` made"),
+        (None, "abc", "is not an exported folder; name one made by `fusiontree export`"),
     ],
 )
 def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(
@@ -108,9 +108,9 @@ def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(
     (tmp_path / "teacher" / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": fingerprint}))
     config = load_config("tiny", student)
     if words is None:
-        assert dataset_manifest(config) is not None
+        check_data(config)
         return
     with pytest.raises(UserError) as caught:
-        dataset_manifest(config)
+        check_data(config)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
