@@ -375,7 +375,7 @@ def choices() -> list[object]:
     for dtype in DTYPES:
         automatic = kernel_registry.select({}, DEVICE, SHAPE, dtype).names
         found.append(pytest.param({}, dtype, id=f"auto-{str(dtype)[6:]}", marks=GPU))
-        for op in kernel_registry.OPS:
+        for op in kernel_registry.OPERATIONS:
             for name, reason in kernel_registry.available(op, DEVICE, SHAPE, dtype).items():
                 if reason is None and name != automatic[op] and not no_products_in(dtype, op, name):
                     found.append(pytest.param({op: name}, dtype, id=f"{op}-{name}-{str(dtype)[6:]}", marks=GPU))

@@ -28,7 +28,7 @@ from fusiontree.device import device_name, oom_context, peak_flops
 from fusiontree.errors import RunError, UserError
 from fusiontree.inference import speed
 from fusiontree.model import flops
-from fusiontree.model.kernel_registry import OPS
+from fusiontree.model.kernel_registry import OPERATIONS
 
 CPU = torch.device("cpu")
 SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("model.")]
@@ -89,7 +89,7 @@ def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any],
     figures, _ = measured
     assert figures["tokens_per_s"] == pytest.approx(4096 / figures["step"]["median_seconds"])
     assert figures["step"]["min_seconds"] <= figures["step"]["median_seconds"] <= figures["step"]["max_seconds"]
-    assert figures["kernels"] == dict.fromkeys(OPS, "reference")
+    assert figures["kernels"] == dict.fromkeys(OPERATIONS, "reference")
     assert figures["loss"] == pytest.approx(math.log(512), rel=0.05)
     assert (figures["mfu"], figures["mfu_6n"], figures["peak_memory_bytes"]) == (None, None, None)
     assert sum(figures["model_tflop_share"].values()) == pytest.approx(1)
@@ -371,7 +371,7 @@ def test_without_any_kernel_the_stand_in_says_so() -> None:
 
 def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
     figures = operations.bench_kernels("tiny", SHAPE, seq_len=96, repeats=1)["kernels"]
-    assert {entry["op"] for entry in figures} == set(OPS)
+    assert {entry["op"] for entry in figures} == set(OPERATIONS)
     references = [entry for entry in figures if entry["backend"] == "reference"]
     assert len(references) == len({entry["input"] for entry in figures}) == 18
     for entry in references:

@@ -14,7 +14,7 @@ from conftest import NO_ASYNC_IO, cli, has_async_io, metrics, settings
 
 from fusiontree.config import load_config
 from fusiontree.distributed.ports import free_port
-from fusiontree.model.kernel_registry import OPS
+from fusiontree.model.kernel_registry import OPERATIONS
 from fusiontree.run import incidents
 
 pytestmark = [
@@ -30,7 +30,7 @@ SHAPE = {
     "ssm_state_size": 32,
     "chunk_size": 32,
 }
-PLAIN = [f"kernels.{op}=reference" for op in OPS]
+PLAIN = [f"kernels.{op}=reference" for op in OPERATIONS]
 RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
 JOBS = {  # by name: overrides and how far the losses may be from the plain loop's
     "zero0": (PLAIN, 1e-4),
@@ -168,7 +168,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(runs: Path) -> Non
 @pytest.mark.skipif(not has_async_io(), reason=NO_ASYNC_IO)
 def test_states_on_nvme_are_saved_and_taken_up(shards: Path, tmp_path: Path) -> None:
     small = {"model__mlp_size": 6000, "checkpoint__every": 1, "checkpoint__keep_last": 9, "schedule__steps": 6}
-    plain = {"kernels": dict.fromkeys(OPS, "reference"), "deepspeed": "zero3_nvme", "validation__every": 0}
+    plain = {"kernels": dict.fromkeys(OPERATIONS, "reference"), "deepspeed": "zero3_nvme", "validation__every": 0}
 
     def train(name: str, stop_before: int = 0, ends: int = 0) -> None:
         words = ["train", "tiny", *settings(shards, tmp_path, nvme_path=tmp_path / name, **small | plain)]

@@ -169,15 +169,6 @@ def test_pyramid_windows_grow_with_depth() -> None:
 
 
 def test_kernels_are_chosen_by_name_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(kernel_registry.select().names) == {
-        "scan",
-        "convolution",
-        "attention",
-        "prefill",
-        "decode",
-        "loss",
-        "pointwise",
-    }
     with pytest.raises(ValueError, match="kernels.scan 'warp' is unknown; choose auto or one of mamba_ssm, reference"):
         kernel_registry.select({"scan": "warp"})
     monkeypatch.setenv("FUSIONTREE_ATTENTION", "warp")

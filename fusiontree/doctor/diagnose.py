@@ -121,7 +121,7 @@ def _kernels(config: RunConfig | None, device_type: str, problems: list[str]) ->
     requested = {} if config is None else config.kernels.model_dump()
     fit = () if config is None else (config.model, DTYPES[config.precision])
     chosen = {}
-    for op in kernel_registry.OPS:
+    for op in kernel_registry.OPERATIONS:
         try:
             uses = kernel_registry.choose(op, requested.get(op, "auto"), device_type, *fit)
         except ValueError as error:

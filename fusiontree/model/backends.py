@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .documents import Documents
 from .loss import IGNORE
+from .pointwise import Pointwise
 from .split import gradient_place
 
 MAX_OFFSET = 2**31 - 1  # elements that a 32-bit offset reaches
@@ -304,15 +305,31 @@ def loss_liger() -> Callable[..., tuple[Tensor, Tensor]]:
     return linear_cross_entropy
 
 
-_LOADERS = {
-    loader.__name__: loader
-    for loader in (
-        *(scan_mamba_ssm, loss_liger, attention_flash4, attention_flash2, attention_flex),
-        *(prefill_flash4, prefill_flash2),
-    )
-}
+# --- our Triton kernels, and compiled functions ----------------------------------------------------------------------
 
 
-def load_backend(name: str) -> Callable[..., Any]:
-    """The function of back-end `name`; raises what its import raises."""
-    return _LOADERS[name]()
+def convolution_triton() -> Callable[..., Tensor]:
+    """Load this project's Triton convolution."""
+    from .triton_kernels import convolution
+
+    return convolution
+
+
+def decode_triton() -> Callable[..., Tensor]:
+    """Load this project's Triton attention of one new token to the cache."""
+    from .triton_attention import decode_attention
+
+    return decode_attention
+
+
+def pointwise_compile() -> Pointwise:
+    """Compile the pointwise functions; those that our own Triton kernels compute faster are replaced by these."""
+    importlib.import_module("triton")  # torch.compile generates Triton code for a GPU
+    # one process may see prompts of many lengths and models of many shapes; beyond the limit, fullgraph=True raises
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    compiled = Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
+    from .triton_attention import attention_inputs, joined_norm, remember
+    from .triton_kernels import gated_norm, swiglu
+
+    own = (attention_inputs, gated_norm, joined_norm, remember, swiglu)
+    return compiled._replace(**{function.__name__: function for function in own})

@@ -22,7 +22,7 @@ class FusionTreeConfig(PretrainedConfig):
     """`ModelConfig`'s fields as a Hugging Face configuration, and `kernels`: the back-end by operation.
 
     Without `kernels` the best that run on the model's device are taken, as the project's own programs do; a key is one
-    of `kernel_registry.OPS`, e.g. ``{"attention": "reference"}``.
+    of `kernel_registry.OPERATIONS`, e.g. ``{"attention": "reference"}``.
     """
 
     model_type = "fusiontree"

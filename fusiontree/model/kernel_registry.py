@@ -1,15 +1,32 @@
-"""The one place that chooses kernels. A model asks here, once, at construction; nothing else imports a kernel."""
+"""The kernel registry: the back-ends of each operation, and the choice between them.
 
-import importlib
+A model asks `select` for its kernels. The reference kernels need nothing but torch. All other kernels are imported by
+the loaders in `backends.py`, and only when they are chosen or when their availability is checked.
+
+To add a kernel, write its loader in `backends.py` and one `Backend` entry in `Kernels`.
+"""
+
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from . import reference
+from .backends import (
+    attention_flash2,
+    attention_flash4,
+    attention_flex,
+    convolution_triton,
+    decode_triton,
+    loss_liger,
+    pointwise_compile,
+    prefill_flash2,
+    prefill_flash4,
+    scan_mamba_ssm,
+)
 from .config import ModelConfig
 from .loss import linear_cross_entropy
 from .pointwise import Pointwise
@@ -19,68 +36,21 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operation: how to load it and what it needs."""
+    """One implementation of an operation, and its requirements."""
 
-    load: Callable[[], Any]  # imports it; raises where it cannot run
-    install: str = ""  # the package that brings it; empty: it needs nothing but torch
-    interpreted: bool = False  # a Triton kernel of ours, which Triton's interpreter runs on a CPU
-    dtypes: tuple[torch.dtype, ...] = ()  # of the activations; empty: any
-    limits: Callable[[ModelConfig], str | None] = lambda config: None  # why it cannot take a shape
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The chosen function of each operation and, for reports, the names of the choices."""
-
-    scan: Callable[..., Any]
-    convolution: Callable[..., Any]
-    attention: Callable[..., Any]
-    prefill: Callable[..., Any]
-    decode: Callable[..., Any]
-    loss: Callable[..., Any]
-    pointwise: Pointwise
-    names: Mapping[str, str]
-
-
-def _of_backends(name: str) -> Callable[[], Any]:
-    def load() -> Any:
-        from .backends import load_backend
-
-        return load_backend(name)
-
-    return load
-
-
-def _triton_convolution() -> Callable[..., Any]:
-    from .triton_kernels import convolution
-
-    return convolution
-
-
-def _triton_decode() -> Callable[..., Any]:
-    from .triton_attention import decode_attention
-
-    return decode_attention
-
-
-def _compiled() -> Pointwise:
-    importlib.import_module("triton")  # what the compiler writes in for a GPU
-    # prompts of many lengths and models of many shapes may meet in one process; past the limit it would raise
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    compiled = Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
-    from .triton_attention import attention_inputs, joined_norm, remember
-    from .triton_kernels import gated_norm, swiglu
-
-    own = (attention_inputs, gated_norm, joined_norm, remember, swiglu)
-    return compiled._replace(**{function.__name__: function for function in own})
+    load: Callable[[], Any]  # imports and returns the function; raises if that is impossible
+    package: str = ""  # pip requirement, which implies a CUDA device; empty: torch is enough
+    interpreted: bool = False  # one of our Triton kernels, which also run on a CPU in Triton's interpreter
+    dtypes: tuple[torch.dtype, ...] = ()  # supported dtypes of the activations; empty: all
+    limits: Callable[[ModelConfig], str | None] = lambda config: None  # returns why a model's shape is not supported
 
 
 def _scan_limits(config: ModelConfig) -> str | None:
     if not 16 <= config.chunk_size <= 512 or config.chunk_size & (config.chunk_size - 1):
         return f"chunk_size {config.chunk_size} is not a power of two from 16 to 512"
-    for field in ("ssm_head_dim", "ssm_state_size"):
-        if not 8 <= getattr(config, field) <= 256 or getattr(config, field) % 8:
-            return f"{field} {getattr(config, field)} is not a multiple of 8 from 8 to 256"
+    for name in ("ssm_head_dim", "ssm_state_size"):
+        if not 8 <= getattr(config, name) <= 256 or getattr(config, name) % 8:
+            return f"{name} {getattr(config, name)} is not a multiple of 8 from 8 to 256"
     return None
 
 
@@ -98,77 +68,106 @@ def _head_limits(largest: int, step: int = 8, power: bool = False) -> Callable[[
     return limits
 
 
-# For each operation its back-ends, best first as measured (docs/performance.md): `auto` takes the first that can run.
-_BACKENDS: dict[str, dict[str, Backend]] = {
-    "scan": {
-        "mamba_ssm": Backend(_of_backends("scan_mamba_ssm"), "mamba-ssm>=2.3.2", limits=_scan_limits),
-        "reference": Backend(lambda: reference.scan_chunked),
-    },
-    "convolution": {
-        "triton": Backend(_triton_convolution, "triton", interpreted=True, limits=_conv_limits),
-        "reference": Backend(lambda: reference.convolution),
-    },
-    "attention": {
-        # at head sizes between, 4.0.0b36 gives wrong gradients without a word
-        "flash4": Backend(_of_backends("attention_flash4"), "flash-attn-4", dtypes=_HALF, limits=_head_limits(128, 32)),
-        "flash2": Backend(_of_backends("attention_flash2"), "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
-        "flex": Backend(_of_backends("attention_flex"), "triton", limits=_head_limits(256, power=True)),
-        "reference": Backend(lambda: reference.attention),
-    },
-    "prefill": {
-        "flash4": Backend(_of_backends("prefill_flash4"), "flash-attn-4", dtypes=_HALF, limits=_head_limits(128)),
-        "flash2": Backend(_of_backends("prefill_flash2"), "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
-        "reference": Backend(lambda: reference.attention_continued),
-    },
-    "decode": {
-        "triton": Backend(_triton_decode, "triton", interpreted=True, limits=_head_limits(256, power=True)),
-        "reference": Backend(lambda: reference.decode_attention),
-    },
-    "loss": {
-        "liger": Backend(_of_backends("loss_liger"), "liger-kernel"),
-        "reference": Backend(lambda: linear_cross_entropy),
-    },
-    "pointwise": {
-        "compile": Backend(_compiled, "triton"),
-        "reference": Backend(Pointwise),
-    },
-}
-OPS = tuple(_BACKENDS)
+@dataclass(frozen=True)
+class Kernels:
+    """The function chosen for each operation, with the signature and results of its reference.
+
+    Each field but `names` is an operation. Its metadata are the back-ends, fastest first as measured in
+    docs/performance.md: `auto` takes the first that can run.
+    """
+
+    scan: Callable[..., Any] = field(
+        metadata={
+            "mamba_ssm": Backend(scan_mamba_ssm, "mamba-ssm>=2.3.2", limits=_scan_limits),
+            "reference": Backend(lambda: reference.scan_chunked),
+        }
+    )
+    convolution: Callable[..., Any] = field(
+        metadata={
+            "triton": Backend(convolution_triton, "triton", interpreted=True, limits=_conv_limits),
+            "reference": Backend(lambda: reference.convolution),
+        }
+    )
+    attention: Callable[..., Any] = field(
+        metadata={
+            # multiples of 32 only: at other head sizes flash-attn-4 4.0.0b36 returns wrong gradients without an error
+            "flash4": Backend(attention_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128, 32)),
+            "flash2": Backend(attention_flash2, "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
+            "flex": Backend(attention_flex, "triton", limits=_head_limits(256, power=True)),
+            "reference": Backend(lambda: reference.attention),
+        }
+    )
+    prefill: Callable[..., Any] = field(
+        metadata={
+            "flash4": Backend(prefill_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128)),
+            "flash2": Backend(prefill_flash2, "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
+            "reference": Backend(lambda: reference.attention_continued),
+        }
+    )
+    decode: Callable[..., Any] = field(
+        metadata={
+            "triton": Backend(decode_triton, "triton", interpreted=True, limits=_head_limits(256, power=True)),
+            "reference": Backend(lambda: reference.decode_attention),
+        }
+    )
+    loss: Callable[..., Any] = field(
+        metadata={
+            "liger": Backend(loss_liger, "liger-kernel"),
+            "reference": Backend(lambda: linear_cross_entropy),
+        }
+    )
+    pointwise: Pointwise = field(
+        metadata={
+            "compile": Backend(pointwise_compile, "triton"),
+            "reference": Backend(Pointwise),
+        }
+    )
+    names: Mapping[str, str]  # the chosen back-end by operation, for reports
+
+
+BACKENDS: dict[str, Mapping[str, Backend]] = {f.name: f.metadata for f in fields(Kernels) if f.metadata}
+OPERATIONS = tuple(BACKENDS)  # the keys of the configuration's `kernels` section
 
 
 def available(
     op: str, device_type: str, config: ModelConfig | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, str | None]:
-    """Back-ends of `op`, best first: None where one can run, else why not.
+    """Check every back-end of an operation.
 
     Args:
-        device_type: "cpu" or "cuda". config: the model's shape, where it is known. dtype: of its activations, likewise.
+        op: one of `OPERATIONS`.
+        device_type: "cpu" or "cuda".
+        config: the model's shape; None skips the check of the shape.
+        dtype: of the activations; None skips the check of the dtype.
+
+    Returns:
+        By back-end, fastest first: None if it can run, else the reason why it cannot.
     """
-    return {name: _obstacle(op, name, device_type, config, dtype) for name in _BACKENDS[op]}
+    return {name: _obstacle(op, name, device_type, config, dtype) for name in BACKENDS[op]}
 
 
 def _obstacle(
     op: str, name: str, device_type: str, config: ModelConfig | None, dtype: torch.dtype | None
 ) -> str | None:
-    backend = _BACKENDS[op][name]
+    backend = BACKENDS[op][name]
     interpreting = backend.interpreted and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend.install and device_type != "cuda" and not interpreting:
+    if backend.package and device_type != "cuda" and not interpreting:
         return "needs a CUDA device"
     if dtype is not None and backend.dtypes and dtype not in backend.dtypes:
-        return f"takes {' or '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {str(dtype)[6:]}"
+        return f"supports {' or '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {str(dtype)[6:]}"
     limit = None if config is None else backend.limits(config)
-    return limit or _import_failure(op, name)
+    return limit or _import_error(op, name)
 
 
 @lru_cache
-def _import_failure(op: str, name: str) -> str | None:
-    """Why a back-end cannot be imported, with the package to install; None if it can."""
-    backend = _BACKENDS[op][name]
+def _import_error(op: str, name: str) -> str | None:
+    """Return why a back-end cannot be imported, with the package to install; None if it can."""
+    backend = BACKENDS[op][name]
     try:
         backend.load()
     except Exception as error:  # compiled packages raise anything: RuntimeError for a missing library, OSError, ...
         reason = " ".join(str(error).split())
-        return f"{type(error).__name__}: {reason}; pip install '{backend.install}'"
+        return f"{type(error).__name__}: {reason}; pip install '{backend.package}'"
     return None
 
 
@@ -178,26 +177,28 @@ def select(
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Kernels:
-    """Choose a back-end for every operation.
+    """Choose and load a back-end for every operation.
 
     Args:
-        requested: back-end by operation; `auto` or absent takes the best that can run. The environment's
-            ``FUSIONTREE_SCAN`` and its like win over it.
-        device_type, config, dtype: where the model will run, its shape and its activations, as in `available`.
+        requested: back-end by operation; `auto`, or a missing key, takes the fastest that can run. The environment
+            variable of an operation, such as ``FUSIONTREE_SCAN``, has precedence.
+        device_type: "cpu" or "cuda".
+        config: the model's shape, as in `available`.
+        dtype: of the activations, as in `available`.
 
     Raises:
-        ValueError: one asked for by name is unknown or cannot run here.
+        ValueError: a requested back-end is unknown or cannot run here.
     """
-    return _load({op: choose(op, (requested or {}).get(op, "auto"), device_type, config, dtype) for op in OPS})
+    return _load({op: choose(op, (requested or {}).get(op, "auto"), device_type, config, dtype) for op in OPERATIONS})
 
 
 def reference_kernels() -> Kernels:
-    """The reference of every operation, on any device, whatever the environment says."""
-    return _load(dict.fromkeys(OPS, "reference"))
+    """Return the reference of every operation, which runs on any device. The environment has no effect."""
+    return _load(dict.fromkeys(OPERATIONS, "reference"))
 
 
 def _load(names: Mapping[str, str]) -> Kernels:
-    return Kernels(**{op: _BACKENDS[op][name].load() for op, name in names.items()}, names=names)
+    return Kernels(**{op: BACKENDS[op][name].load() for op, name in names.items()}, names=names)
 
 
 def choose(
@@ -207,11 +208,11 @@ def choose(
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The name of the back-end of `op` that `select` takes; arguments and errors as there."""
+    """Return the name of the back-end that `select` takes for one operation; arguments and errors as there."""
     requested = os.environ.get(f"FUSIONTREE_{op.upper()}", requested)
     reasons = available(op, device_type, config, dtype)
-    if requested == "auto" and device_type != "cuda":  # the interpreter is for tests: only by name
-        return next(name for name in reasons if not _BACKENDS[op][name].install)
+    if requested == "auto" and device_type != "cuda":  # skips interpreted kernels: the interpreter is for tests
+        return next(name for name in reasons if not BACKENDS[op][name].package)
     if requested == "auto":
         return next(name for name, reason in reasons.items() if reason is None)
     if requested not in reasons:

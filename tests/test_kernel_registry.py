@@ -3,20 +3,43 @@
 import dataclasses
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import SMALL, documents_of
 
+from fusiontree.config.sections import KernelsConfig
 from fusiontree.model import backends, kernel_registry, reference
 from fusiontree.model.config import ModelConfig
 
+PACKAGES = ("mamba_ssm", "flash_attn", "liger_kernel")  # of other projects' kernels; torch itself may import triton
 GPU_SHAPE = dataclasses.replace(SMALL, head_dim=32, ssm_head_dim=8, ssm_state_size=16)
 
 
 def needs_absent(module: str) -> pytest.MarkDecorator:
     """What an absent package brings can only be tested where it is absent."""
     return pytest.mark.skipif(importlib.util.find_spec(module) is not None, reason=f"{module} is installed here")
+
+
+def test_the_configuration_has_a_key_for_each_operation() -> None:
+    assert tuple(KernelsConfig.model_fields) == kernel_registry.OPERATIONS
+    assert set(kernel_registry.select().names) == set(kernel_registry.OPERATIONS)
+    assert all("reference" in named for named in kernel_registry.BACKENDS.values())
+
+
+def test_kernels_are_imported_only_when_chosen_or_checked() -> None:
+    code = (
+        "import sys, fusiontree.model.lm; from fusiontree.model import kernel_registry as registry\n"
+        "registry.select(), registry.reference_kernels(), [registry.available(op, 'cpu') for op in registry.BACKENDS]\n"
+        "own = [name for name in sys.modules if name.startswith('fusiontree.model.triton')]\n"
+        f"print(own, [name for name in {PACKAGES} if name in sys.modules])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (result.stdout, result.returncode) == ("[] []\n", 0), result.stderr
 
 
 @pytest.mark.parametrize(
@@ -58,7 +81,7 @@ def test_a_shape_that_a_kernel_cannot_take_is_refused_by_field(op: str, name: st
 
 
 def test_a_precision_that_a_kernel_cannot_take_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes bfloat16 or float16, not float32"):
+    with pytest.raises(ValueError, match="supports bfloat16 or float16, not float32"):
         kernel_registry.select({"attention": "flash4"}, "cuda", GPU_SHAPE, torch.float32)
 
 
@@ -167,7 +190,7 @@ def test_attention_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.Mo
 def test_every_limit_names_a_field_of_the_model() -> None:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     impossible = dataclasses.replace(SMALL, head_dim=6, chunk_size=5, conv_kernel=9, ssm_state_size=3)
-    for backends_of_op in kernel_registry._BACKENDS.values():
+    for backends_of_op in kernel_registry.BACKENDS.values():
         for backend in backends_of_op.values():
             reason = backend.limits(impossible)
             assert reason is None or reason.split()[0] in fields
