@@ -23,10 +23,10 @@ ARROWS = {
     "fusiontree.kernels": {"fusiontree.model"},
     "fusiontree.config": {"fusiontree.model.config"},
     "fusiontree.device": set(),
-    "fusiontree.distributed": {"fusiontree.device"},
+    "fusiontree.zero": set(),
+    "fusiontree.distributed": {"fusiontree.device", "fusiontree.zero"},
     "fusiontree.data": set(),
     "fusiontree.run": {"fusiontree.config", "fusiontree.data"},
-    "fusiontree.zero": {"fusiontree.distributed"},
     "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.zero"},
     "fusiontree.inference": {
         *("fusiontree.checkpoint.tensor_files", "fusiontree.device", "fusiontree.kernels", "fusiontree.model"),

@@ -30,6 +30,7 @@ from fusiontree.run.data import make_recipe, open_data
 from fusiontree.training.engine_setup import build_model, engine_settings
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.trainer import Trainer
+from fusiontree.zero.setup import initialize
 
 BLOCK = 5  # updates of the one, then as many of the other
 SYNTHETIC_ROWS = 256
@@ -164,13 +165,11 @@ class BareLoop:
     """The least that trains: the same model and optimizer under DeepSpeed, which clips by itself; nothing around it."""
 
     def __init__(self, config: RunConfig, world: World):
-        import deepspeed
-
         settings = engine_settings(config, world) | {"gradient_clipping": config.optimizer.grad_clip}
         settings["zero_optimization"].pop("compute_grad_norm", None)  # the run's own clipping needs none
         model = build_model(config, world, settings)
         optimizer = build_optimizer(model, config.optimizer)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.engine = initialize(model, optimizer, settings)
         self.device = world.device
 
     def update(self, batches: list[Batch]) -> torch.Tensor:

@@ -47,9 +47,6 @@ class Saver:
         """`timeout_seconds`: how long a rank's thread waits for the others, which may still write or verify."""
         self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
         self.waited = 0.0  # seconds for which training has stood still to take copies
-        # DeepSpeed would copy scripts of its own and files on NVMe beside the checkpoints, in the middle of the step
-        engine._copy_recovery_script = lambda folder: None
-        engine.zero_nvme_offload_optimizer = lambda: False
         self._group = collectives.side_group(timeout_seconds)
         self._start = collectives.from_main(lease.ME, self._group)
         self._seconds: float | None = None  # of the newest checkpoint, until `figures` has told
@@ -145,9 +142,6 @@ def _attempt(write: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-
-
-# --- the copy --------------------------------------------------------------------------------------------------------
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

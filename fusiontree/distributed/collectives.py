@@ -13,6 +13,7 @@ from torch import Tensor
 from fusiontree.device import accelerator
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import RunError, UserError
+from fusiontree.zero.setup import disable_shared_memory_comm
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ def start() -> World:
         os.environ["MASTER_PORT"] = str(free_port())
 
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
-    # its shared-memory all-reduce needs a compiler, leaks /dev/shm, and training never calls it
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_comm()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -1,6 +1,6 @@
 """The norm of the whole gradient: what it clips, and what is not updated where it is not finite."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.config import OptimizerConfig
 from fusiontree.distributed import collectives
+from fusiontree.zero.engine import base_optimizer, gradient_shards, overflowed, skip_step
 
 
 def is_fused(config: OptimizerConfig, zero: Mapping[str, Any]) -> bool:
@@ -22,7 +23,7 @@ class FusedClipping:
         """`limit`: greatest norm of the whole gradient; 0 never clips."""
         self.engine, self.limit = engine, limit
         self.partitioned = engine.zero_optimization_stage() > 0
-        self.adam: Any = engine.optimizer.optimizer if self.partitioned else engine.optimizer
+        self.adam: Any = base_optimizer(engine)
 
     def prepare(self) -> Tensor:
         """Tell the optimizer what to divide by and whether to do anything; all ranks, after the last backward pass.
@@ -30,7 +31,7 @@ class FusedClipping:
         Returns:
             fp32 (), 1 where the gradient is not finite: the step then leaves weights and moments as they are.
         """
-        self.norm = torch.nn.utils.get_total_norm(list(self._gradients()))
+        self.norm = torch.nn.utils.get_total_norm(list(gradient_shards(self.engine)))
         if self.partitioned:
             self.norm = collectives.sum_over_ranks(self.norm.square()).sqrt()
         self.adam.grad_scale = (self.norm / self.limit).clamp(min=1.0) if self.limit else torch.ones_like(self.norm)
@@ -44,15 +45,6 @@ class FusedClipping:
     def outcome(self, broken: bool) -> tuple[Tensor, bool]:
         """The norm before clipping, fp32 (), and whether the step was left out, which is what `prepare` gave."""
         return self.norm, broken
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """This rank's part of the mean gradient at ZeRO 1 and 2, all of it without ZeRO."""
-        if self.partitioned:
-            for group in self.engine.optimizer.averaged_gradients.values():
-                yield from group
-            return
-        for group in self.adam.param_groups:
-            yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
 
 
 class EngineClipping:
@@ -76,11 +68,10 @@ class EngineClipping:
         if self.norm is None or not self.broken.item():
             self.engine.step()
             return
-        self.engine.zero_grad()
-        self.engine.micro_steps += 1  # by which the engine knows where an update ends
+        skip_step(self.engine)
 
     def outcome(self, broken: bool) -> tuple[Tensor | float, bool]:
         """As in `FusedClipping`, after `step`."""
         if self.norm is not None:
             return self.norm, broken
-        return self.engine.get_global_grad_norm(), self.engine.optimizer.overflow
+        return self.engine.get_global_grad_norm(), overflowed(self.engine)

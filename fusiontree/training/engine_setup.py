@@ -7,13 +7,13 @@ import torch
 
 from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed.collectives import World
-from fusiontree.errors import UserError
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM, materialize
 from fusiontree.model.recompute import Recompute
 from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
 from fusiontree.training.init_weights import run_initializer
 from fusiontree.training.optimizer import build_optimizer
+from fusiontree.zero import setup
 
 
 def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tuple[Any, FusedClipping | EngineClipping]:
@@ -22,13 +22,11 @@ def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tup
     Weights are fp32 and are the master weights, activations follow `precision`. With `resuming` they are zeros, for a
     checkpoint is loaded next.
     """
-    import deepspeed  # now that `collectives.start` has told it what computes here
-
     settings = engine_settings(config, world)
-    _require_async_io(settings["zero_optimization"])
+    setup.require_async_io(settings["zero_optimization"])
     model = build_model(config, world, settings, resuming)
     optimizer = build_optimizer(model, config.optimizer)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine = setup.initialize(model, optimizer, settings)
     fused = is_fused(config.optimizer, settings["zero_optimization"])
     return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
 
@@ -55,39 +53,20 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
     return settings
 
 
-def _require_async_io(zero: dict[str, Any]) -> None:
-    """Raise UserError if states are to be kept on NVMe and DeepSpeed cannot build what reads and writes them."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    parts = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
-    if any(part.get("device") == "nvme" for part in parts) and not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds, for some minutes, from libaio-dev, g++ "
-            "and ninja; install them, or take deepspeed=zero3_offload"
-        )
-
-
 def build_model(config: RunConfig, world: World, settings: dict[str, Any], resuming: bool = False) -> HybridLM:
     """The model with its first weights (`initial_weights`), the same whatever the ranks and the ZeRO stage.
 
     At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
     """
-    import deepspeed
-
     dtype = DTYPES[config.precision]
     kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
     with torch.device("meta"):
         model = HybridLM(config.model, kernels, dtype, _recompute(config.activation_checkpointing))
-    first: Any = None
-    for module in materialize(model, run_initializer(config, world.device, resuming), world.device):
-        if settings["zero_optimization"].get("stage", 0) < 3:
-            continue
-        own = list(module.parameters(recurse=False))
-        if first is None:
-            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
-            first = own[0]
-        else:
-            first.convert_to_zero_parameters(param_list=own)
+    modules = materialize(model, run_initializer(config, world.device, resuming), world.device)
+    if settings["zero_optimization"].get("stage", 0) == 3:
+        setup.partition_parameters(modules, settings)
+    else:
+        list(modules)  # materializes all of them
     return model
 
 

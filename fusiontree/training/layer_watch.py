@@ -15,7 +15,7 @@ from fusiontree.data.batch import IGNORE
 from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
 from fusiontree.training.metrics import BINS, LayerFigures
-from fusiontree.zero.engine import own_gradients
+from fusiontree.zero.engine import named_gradient_shards
 
 _BRANCHES = ("mamba", "attention")
 
@@ -60,7 +60,7 @@ class LayerWatch:
     def meet_gradients(self) -> None:
         """Take in the gradient; called behind the last backward pass of the update and before the optimizer's step."""
         layers = len(self._gradients) - 1
-        for name, gradient in own_gradients(self.engine, self.world):
+        for name, gradient in named_gradient_shards(self.engine):
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else layers
             self._gradients[layer] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
 

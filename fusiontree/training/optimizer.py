@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.config import OptimizerConfig
+from fusiontree.zero.setup import full_shape, muon_class
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -15,14 +16,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, **adam)
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # torch's own would meet flat shards
-
     if not torch.cuda.is_available():
         torch.compiler.set_stance("force_eager")  # it compiles what it is made of, for minutes on a CPU
     for group in groups:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=adam)
+    return muon_class()(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=adam)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -36,7 +35,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     decayed: list[Tensor] = []
     spared: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # of the whole, where ZeRO-3 has cut it up
+        shape = full_shape(parameter)
         if config.kind == "muon" and is_block_matrix(name):
             muon.setdefault(shape, []).append(parameter)
         else:

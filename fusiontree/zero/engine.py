@@ -1,4 +1,23 @@
-"""Access to DeepSpeed's optimizer state: which rank holds which part of which parameter."""
+"""Access to a live DeepSpeed engine: partitions of weights and optimizer states, gradient shards, skipped updates.
+
+How ZeRO cuts parameters, with three ranks and a group of parameters p0, p1 and p2:
+
+Stages 1 and 2 concatenate the flattened parameters of a group, pad the result, and cut it into one equal partition per
+rank. A cut may fall inside a parameter, and a rank may have no part of one::
+
+    parameters   |      p0      |  p1  |         p2        |pad|
+    partitions   |     rank 0     |     rank 1     |   rank 2  |
+
+Stage 3 cuts each parameter into one equal partition per rank and pads the last. A rank concatenates its partitions::
+
+    p0           | rank 0 | rank 1 |rank 2 pad|
+    p1           | rank 0 | rank 1 |rank 2 pad|
+    rank 1       | p0, part 1 | p1, part 1 | p2, part 1 |
+
+The optimizer steps these flat fp32 tensors, one per group and rank, and keeps its moments in the same shape. At stage 3
+DeepSpeed splits large groups into sub-groups with a flat tensor each. Without ZeRO it steps the parameters themselves.
+A `Slot` is the overlap of one parameter with one flat tensor of this rank.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,77 +25,152 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fusiontree.distributed.collectives import World
-
 
 class Slot(NamedTuple):
-    """A part of a flattened parameter in an engine."""
+    """The part of one flattened parameter that is in one flat tensor of this rank's optimizer."""
 
-    name: str
-    first: int  # element of the parameter that it begins with
-    length: int
-    flat: Tensor  # what the optimizer steps; the slot is a stretch of it
-    start: int  # element of `flat` that it begins with
-
-
-def keeps_states_on_nvme(engine: Any) -> bool:
-    """Whether the optimizer's states lie on NVMe between its steps; `in_memory` brings them."""
-    return getattr(engine.optimizer, "swap_optimizer", False)
+    name: str  # of the parameter
+    first: int  # index of the part's first element in the parameter
+    length: int  # elements; at stage 3 they may include padding
+    flat: Tensor  # fp32, as the optimizer steps it
+    start: int  # index of the part's first element in `flat`
 
 
-@contextlib.contextmanager
-def in_memory(engine: Any, number: int) -> Iterator[None]:
-    """While the block runs, what the optimizer holds of its group `number` is in memory, wherever it lies."""
-    zero = engine.optimizer
-    if not keeps_states_on_nvme(engine) or not zero._swappable_optimizer_subgroup(number):
-        yield
-        return
-    zero._optimizer_states_and_gradient_swap_in(number)
-    yield
-    zero._optimizer_states_and_gradient_swap_out(number)
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def base_optimizer(engine: Any) -> Any:
+    """Return the torch optimizer that ZeRO wraps; without ZeRO, the engine's optimizer itself."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def overflowed(engine: Any) -> bool:
+    """Return whether ZeRO skipped the last step because a gradient was not finite."""
+    return engine.optimizer.overflow
+
+
+def skip_step(engine: Any) -> None:
+    """Drop the accumulated gradient in place of the last `engine.step()` of an update."""
+    engine.zero_grad()
+    engine.micro_steps += 1  # the engine derives the boundaries of gradient accumulation from it
+
+
+# --- partitions ------------------------------------------------------------------------------------------------------
 
 
 def optimizer_groups(engine: Any) -> list[list[Tensor]]:
-    """The parameters by group of the optimizer, or by part of one, in order."""
+    """Return the parameters by optimizer group, at stage 3 by sub-group, in the optimizer's order."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         return zero.fp16_groups
     return zero.bit16_groups if stage > 0 else [group["params"] for group in zero.param_groups]
 
 
+def parameter_name(engine: Any, parameter: Tensor) -> str:
+    """Return the name of `parameter` in the model."""
+    return engine.param_names[parameter]
+
+
 def slots(engine: Any, number: int, group: list[Tensor]) -> Iterator[Slot]:
-    """What this rank's optimizer holds of the parameters of a group."""
+    """Yield the slots of this rank for the parameters `group`, which is `optimizer_groups(engine)[number]`."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     for parameter in group:
-        name = engine.param_names[parameter]
+        name = parameter_name(engine, parameter)
         if stage == 0:
             yield Slot(name, 0, parameter.numel(), parameter, 0)
         elif stage == 3:
+            # `length` is the same on every rank: ceil(numel / ranks), padding included
             _, start, length = zero.grad_position[zero.get_param_id(parameter)]
             yield Slot(name, engine.global_rank * length, length, zero.fp32_partitioned_groups_flat[number], start)
-        elif (place := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-            here, there = place.lp_fragment_address, place.hp_fragment_address
-            yield Slot(name, here.start, here.numel, zero.single_partition_of_fp32_groups[number], there.start)
+        elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            # "lp" is the model's parameter, "hp" the fp32 partition; None where they do not overlap on this rank
+            lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Slot(name, lp.start, lp.numel, zero.single_partition_of_fp32_groups[number], hp.start)
+
+
+@contextlib.contextmanager
+def partitioned(engine: Any) -> Iterator[None]:
+    """Partition all parameters of ZeRO stage 3 while the block runs, then gather the persistent ones again."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()
+
+
+def copy_group_to_model(engine: Any, number: int) -> None:
+    """Copy the fp32 weights of sub-group `number` of stage 3 to the model's partitions; other stages: do nothing."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer._reassign_or_swap_out_partitioned_parameters(number)
 
 
 def copy_to_model(engine: Any) -> None:
-    """Bring the optimizer's fp32 weights to the model's parameters, as DeepSpeed does behind a step or a load."""
+    """Copy the optimizer's fp32 weights to the model's parameters, as DeepSpeed does after a step or a load."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
         zero.update_lp_params()
+    # parameters too small to partition are gathered on every rank: their own copies would keep the old values
     if stage == 3 and zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
 
 
-def own_gradients(engine: Any, world: World) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the mean gradient, by parameter's name: the parts of all ranks are the whole, each once."""
+# --- states on NVMe --------------------------------------------------------------------------------------------------
+
+
+def keeps_states_on_nvme(engine: Any) -> bool:
+    """Return whether optimizer states are on NVMe between steps; `in_memory` loads them."""
+    return engine.zero_optimization_stage() == 3 and engine.optimizer.swap_optimizer
+
+
+@contextlib.contextmanager
+def in_memory(engine: Any, number: int) -> Iterator[None]:
+    """Keep the optimizer states of group `number` in memory while the block runs; write them back to NVMe after it."""
+    # DeepSpeed keeps small sub-groups in memory even where it offloads to NVMe
+    if not keeps_states_on_nvme(engine) or not engine.optimizer._swappable_optimizer_subgroup(number):
+        yield
+        return
+    engine.optimizer._optimizer_states_and_gradient_swap_in(number)
+    yield
+    engine.optimizer._optimizer_states_and_gradient_swap_out(number)
+
+
+def flat_states(engine: Any) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Yield number, flat fp32 weights and optimizer states of each sub-group of stage 3, in memory while yielded."""
+    for number, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+        with in_memory(engine, number):
+            yield number, flat, base_optimizer(engine).state[flat]
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradient_shards(engine: Any) -> Iterator[Tensor]:
+    """Yield this rank's shard of the mean gradient at stages 1 and 2, the full gradient without ZeRO.
+
+    Valid from the last backward pass of an update to its step.
+    """
+    if engine.zero_optimization_stage() > 0:
+        for shards in engine.optimizer.averaged_gradients.values():
+            yield from shards
+        return
+    for group in engine.optimizer.param_groups:
+        yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
+
+
+def named_gradient_shards(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameter names and this rank's shards of the mean gradient, at any stage.
+
+    The shards of all ranks contain each element of the gradient exactly once. Without ZeRO every rank has the full
+    gradient, so that rank 0 alone yields it.
+    """
     from deepspeed.utils import safe_get_local_grad
 
     stage = engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
         if stage == 3:
             yield name, safe_get_local_grad(parameter)
-        elif stage > 0 and parameter._hp_mapping is not None:  # else other ranks own all of it
+        elif stage > 0 and parameter._hp_mapping is not None:
             yield name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        elif stage == 0 and world.is_main and parameter.grad is not None:  # none where the update is skipped
+        elif stage == 0 and engine.global_rank == 0 and parameter.grad is not None:  # None if the update is skipped
             yield name, parameter.grad

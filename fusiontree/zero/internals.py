@@ -1,0 +1,81 @@
+"""The undocumented attributes of DeepSpeed that this package uses, and the check that the engine has them.
+
+DeepSpeed may rename any of them in a release. The check turns that into one line at the start of a run, where an
+AttributeError would otherwise end the first save or resume. `tests/test_zero_internals.py` holds the lists to the code.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from fusiontree.errors import UserError
+
+SUPPORTED = "deepspeed>=0.19.8,<0.20"  # equals the requirement in pyproject.toml
+
+OPS = ("__compatible_ops__",)  # of the module deepspeed.ops
+ENGINE = (
+    *("checkpoint_engine", "global_rank", "micro_steps", "param_names"),
+    *("_copy_recovery_script", "zero_nvme_offload_optimizer"),
+)
+# of the engine's optimizer; without ZeRO that is torch's own
+OPTIMIZER_STAGE_1_2 = (
+    *("averaged_gradients", "bit16_groups", "optimizer", "overflow", "single_partition_of_fp32_groups"),
+    "update_lp_params",
+)
+OPTIMIZER_STAGE_3 = (
+    *("checkpoint_event_epilogue", "checkpoint_event_prologue", "fp16_groups", "fp32_partitioned_groups_flat"),
+    *("get_param_id", "grad_position", "optimizer", "overflow", "persistent_parameters", "swap_optimizer"),
+    "_reassign_or_swap_out_partitioned_parameters",
+)
+OPTIMIZER_NVME = (
+    *("_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out"),
+    "_swappable_optimizer_subgroup",
+)
+PARAMETER_STAGE_1_2 = ("_hp_mapping", "_index_in_param_group")
+FRAGMENT = ("get_lp_grad_fragment", "hp_fragment_address", "lp_fragment_address")  # of a parameter's _hp_mapping
+ADDRESS = ("numel", "start")  # of a fragment's addresses
+PARAMETER_STAGE_3 = ("convert_to_zero_parameters", "ds_shape", "partition")
+
+
+def check_engine(engine: Any) -> None:
+    """Check that `engine` has every undocumented attribute that its ZeRO stage and offload make this package use.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for owner, names in _used_attributes(engine):
+        require(owner, names)
+
+
+def require(owner: Any, names: tuple[str, ...]) -> None:
+    """Raise UserError if `owner`, an object of DeepSpeed, lacks one of the attributes `names`."""
+    for name in names:
+        if not hasattr(owner, name):
+            where = getattr(owner, "__name__", type(owner).__name__)
+            raise UserError(
+                f"DeepSpeed {version('deepspeed')} has no {where}.{name}, which FusionTree uses; install '{SUPPORTED}'"
+            )
+
+
+def _used_attributes(engine: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield each object of DeepSpeed that is accessed for `engine`, with the attributes used."""
+    yield engine, ENGINE
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    parameters = list(engine.module.parameters())
+    if stage in (1, 2):
+        yield optimizer, OPTIMIZER_STAGE_1_2
+        for parameter in parameters:
+            yield parameter, PARAMETER_STAGE_1_2[:1]
+        # a parameter has no fragment on ranks whose partition does not overlap it
+        mapped = next((parameter for parameter in parameters if parameter._hp_mapping is not None), None)
+        if mapped is not None:
+            fragment = mapped._hp_mapping
+            yield mapped, PARAMETER_STAGE_1_2
+            yield fragment, FRAGMENT
+            yield fragment.lp_fragment_address, ADDRESS
+            yield fragment.hp_fragment_address, ADDRESS
+    if stage == 3:
+        yield optimizer, OPTIMIZER_STAGE_3
+        yield parameters[0], PARAMETER_STAGE_3
+        if optimizer.swap_optimizer:
+            yield optimizer, OPTIMIZER_NVME

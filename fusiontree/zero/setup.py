@@ -1,0 +1,82 @@
+"""Setup of DeepSpeed: the engine, parameters partitioned at creation, and its compiled operations."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusiontree.errors import UserError
+from fusiontree.zero import internals
+
+
+def initialize(model: nn.Module, optimizer: Any, settings: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine for `model`, checked for the attributes that `fusiontree.zero` uses.
+
+    Raises:
+        UserError: this version of DeepSpeed lacks one of them.
+    """
+    import deepspeed  # not before `collectives.start`, which selects DeepSpeed's accelerator
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    internals.check_engine(engine)
+    return engine
+
+
+def partition_parameters(modules: Iterable[nn.Module], settings: dict[str, Any]) -> None:
+    """Partition the parameters of each of `modules` as soon as it is materialized, for ZeRO stage 3.
+
+    No rank then ever holds more than one unpartitioned module. `zero.Init` sets up partitioning on its first module;
+    the method that it adds to parameters partitions the others.
+    """
+    import deepspeed
+
+    first: Any = None
+    for module in modules:
+        own = list(module.parameters(recurse=False))
+        if first is None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            first = own[0]
+            internals.require(first, internals.PARAMETER_STAGE_3)
+        else:
+            first.convert_to_zero_parameters(param_list=own)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of the unpartitioned parameter; at ZeRO stage 3 `parameter.shape` itself is empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def muon_class() -> Any:
+    """Return DeepSpeed's Muon. Torch's own cannot be used: ZeRO would pass it flat partitions, not matrices."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam
+
+
+def disable_shared_memory_comm() -> None:
+    """Keep DeepSpeed from building its shared-memory all-reduce for CPUs; call before `deepspeed.init_distributed`.
+
+    It needs a compiler and leaks files in /dev/shm, and training never calls it.
+    """
+    from deepspeed import ops
+
+    internals.require(ops, internals.OPS)
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def require_async_io(zero: dict[str, Any]) -> None:
+    """Check that DeepSpeed can build its asynchronous I/O if `zero` (``zero_optimization``) offloads to NVMe.
+
+    Raises:
+        UserError: it cannot.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    offloads = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    if any(offload.get("device") == "nvme" for offload in offloads) and not AsyncIOBuilder().is_compatible(
+        verbose=False
+    ):
+        raise UserError(
+            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds, for some minutes, from libaio-dev, g++ "
+            "and ninja; install them, or take deepspeed=zero3_offload"
+        )
