@@ -1,7 +1,6 @@
 """Shapes and models that many tests share."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from data_tools.build import build_shards
 from data_tools.options import BuildOptions
 from data_tools.tokenizers import train_tokenizer
+from fusiontree.checkpoint import store
 from fusiontree.config import load_config, to_yaml
 from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo, tokenizer_fingerprint
 from fusiontree.data.packing import PackedRow, Span
@@ -29,7 +29,7 @@ from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.kernel_registry import Kernels
 from fusiontree.model.lm import HybridLM
-from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_FILE
+from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, STATE_FILE
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, which share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may ask a hub
@@ -281,7 +281,7 @@ def write_run(
     facts |= {"wandb_id": None, "left_out": [], "bad_rows": [], "health": {"skipped": 0, "bad": [], "losses": []}}
     (folder / STATE_FILE).write_text(json.dumps(facts))
     save_file({"mean": torch.full((config.num_layers, config.hidden_size), 0.5)}, folder / GATES_FILE)
-    seal(folder)
+    store.write_manifest(folder)
     shutil.copytree(tokenizer, run / "tokenizer")
     return folder
 
@@ -304,12 +304,3 @@ class Hostile:
 
     def __reduce__(self) -> tuple:
         return os.makedirs, (str(self.mark), 0o777, True)
-
-
-def seal(folder: Path) -> None:
-    hashes = {}
-    for path in folder.iterdir():
-        if path.name != MANIFEST_FILE:
-            with open(path, "rb") as stream:
-                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    (folder / MANIFEST_FILE).write_text(json.dumps({"sha256": hashes}))

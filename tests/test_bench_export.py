@@ -14,7 +14,7 @@ from conftest import MICRO, cli, settings
 
 from fusiontree.bench import export as bench
 from fusiontree.checkpoint import store
-from fusiontree.checkpoint.tensor_files import from_safetensors
+from fusiontree.checkpoint.tensor_files import from_safetensors, locate_weights
 from fusiontree.config import RunConfig, load_config
 from fusiontree.errors import RunError, UserError
 from fusiontree.model.lm import HybridLM, materialize, seeded_init
@@ -87,8 +87,8 @@ def test_the_figures_are_those_of_the_files(dtype: str, stage: int, tmp_path: Pa
     assert figures["parameters"] == values
     assert (figures["zero_stage"], figures["ranks"], figures["dtype"]) == (stage, 2, dtype)
     assert figures["largest_tensor_bytes"] == 4 * max(value.numel() for value in weights.values())
-    stored = store.read_weights(run / "checkpoints" / "step-1").located
-    assert len({piece.path for located in stored.values() for piece in located.pieces}) == (2 if stage == 3 else 1)
+    stored = locate_weights(run / "checkpoints" / "step-1", stage)
+    assert len({extent.path for tensor in stored.values() for extent in tensor.extents}) == (2 if stage == 3 else 1)
     assert figures["checkpoint_bytes"] == sum(
         path.stat().st_size for path in (run / "checkpoints" / "step-1").iterdir()
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, build, cli, seal, write_run
+from conftest import SMALL, build, cli, write_run
 from safetensors.torch import load_file, save_file
 
 from fusiontree.bench.prune import bench_prune, half_pruned
@@ -170,7 +170,7 @@ def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     found = write_run(run, config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
     gates = torch.tensor([0.9, 0.5, 0.3])[:, None].expand(-1, config.hidden_size).contiguous()
     save_file({"mean": gates}, found / GATES_FILE)
-    seal(found)
+    store.write_manifest(found)
     return run
 
 

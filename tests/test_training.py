@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import Hostile, cli, metrics, seal, settings
+from conftest import Hostile, cli, metrics, settings
 
 from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, load_config
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_could_run_code_is_refused_in_one_line_unless_trusted(
     shutil.copytree(two_ranks, copy)
     victim = next((copy / "checkpoints" / "step-8").glob("zero_pp_rank_1*"))
     torch.save({**torch.load(victim, weights_only=False), "more": Hostile(mark)}, victim)
-    seal(victim.parent)
+    store.write_manifest(victim.parent)
     words = ["tiny", *settings(shards, tmp_path, name="two")]
     said = cli("launch", "--local", 2, *words, code=2).stderr
     (line,) = [line for line in said.splitlines() if "--trust-checkpoint" in line]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Hostile, build, cli, seal, write_layout, write_run
+from conftest import SMALL, Hostile, build, cli, write_layout, write_run
 from safetensors.torch import load_file, save_file
 
-from fusiontree.checkpoint import tensor_files
+from fusiontree.checkpoint import store, tensor_files
 from fusiontree.errors import RunError
 from fusiontree.model.lm import HybridLM
 
@@ -39,7 +39,7 @@ def test_a_pickle_that_runs_code_is_refused_in_one_line_unless_trusted(tokenizer
     mark, state = tmp_path / "mark", build().state_dict()
     folder = write_run(tmp_path / "run", SMALL, state, tokenizer_folder, 0, 1)
     torch.save({"module": state, "more": Hostile(mark)}, folder / "mp_rank_00_model_states.pt")
-    seal(folder)
+    store.write_manifest(folder)
     done = cli("export", tmp_path / "run", tmp_path / "out", code=2)
     assert "holds more than tensors (os.makedirs)" in done.stderr
     assert "--trust-checkpoint" in done.stderr

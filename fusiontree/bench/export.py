@@ -16,17 +16,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusiontree.checkpoint import store
-from fusiontree.checkpoint.tensor_files import Located, from_checkpoint
+from fusiontree.checkpoint.tensor_files import StoredTensor, locate_weights
 from fusiontree.config import RunConfig, deepspeed_json, load_config, to_yaml
 from fusiontree.console import progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.device import describe_machine
 from fusiontree.errors import RunError, UserError
-from fusiontree.files import refuse_below_a_file, write_atomic
+from fusiontree.files import refuse_below_a_file
 from fusiontree.kernels import DTYPES
 from fusiontree.model.lm import HybridLM, materialize, seeded_init
-from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_FILE, TOKENIZER, checkpoint_path
+from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, STATE_FILE, TOKENIZER, checkpoint_path
 from fusiontree.training.optimizer import parameter_groups
 from fusiontree.zero import layout
 
@@ -117,8 +117,7 @@ def write_checkpoint(run: Path, config: RunConfig, stage: int, ranks: int) -> Pa
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     gates = torch.full((config.model.num_layers, config.model.hidden_size), 0.5)
     save_file({"mean": gates}, folder / GATES_FILE)
-    hashes = {path.name: store.sha256(path) for path in sorted(folder.iterdir())}
-    write_atomic(folder / MANIFEST_FILE, json.dumps({"sha256": hashes}))
+    store.write_manifest(folder)
     return folder
 
 
@@ -134,7 +133,7 @@ def _write_weights(folder: Path, model: HybridLM, config: RunConfig, stage: int,
     for name, content in contents:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, folder / name)
-    located = from_checkpoint(folder, stage).located
+    located = locate_weights(folder, stage)
     paths = {module: path for path, module in model.named_modules()}
     with progress_bar() as bar:
         task = bar.add_task("checkpoint", total=len(located), note="")
@@ -145,10 +144,10 @@ def _write_weights(folder: Path, model: HybridLM, config: RunConfig, stage: int,
             module.to_empty(device="meta", recurse=False)
 
 
-def _fill(place: Located, value: Tensor) -> None:
+def _fill(place: StoredTensor, value: Tensor) -> None:
     raw: Any = value.reshape(-1).view(torch.uint8).numpy()
     done = 0
-    for path, offset, count in place.pieces:
+    for path, offset, count in place.extents:
         end = done + count * value.dtype.itemsize
         with open(path, "r+b") as stream:
             stream.seek(offset)

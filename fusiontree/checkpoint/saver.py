@@ -27,7 +27,7 @@ from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError
 from fusiontree.files import write_atomic
 from fusiontree.run import incidents, lease
-from fusiontree.run.folder import GATES_FILE, MANIFEST_FILE, STATE_FILE, checkpoint_path, list_checkpoints, step_of
+from fusiontree.run.folder import GATES_FILE, STATE_FILE, checkpoint_path, list_checkpoints, step_of
 from fusiontree.zero.snapshot import snapshot
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _seal(
     for name, content in rest.items():
         write_atomic(partial / name, content)
     hashes = {**hashes, **{name: hashlib.sha256(content).hexdigest() for name, content in rest.items()}}
-    write_atomic(partial / MANIFEST_FILE, json.dumps({"sha256": dict(sorted(hashes.items()))}, indent=1))
+    store.write_manifest(partial, hashes)
     if problems := store.verify(partial):
         raise OSError(f"read back, {problems[0]}")
     store.put_in_place(partial, final)

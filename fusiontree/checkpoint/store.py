@@ -6,8 +6,10 @@ agrees. ``checkpoints/latest`` names the newest. `fusiontree.checkpoint.saver` w
 """
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +193,19 @@ def read_weights(checkpoint: Path, trust: bool = False) -> TensorFiles:
     return from_checkpoint(checkpoint, read_state(checkpoint)["zero_stage"], trust)
 
 
+def write_manifest(checkpoint: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """Write the manifest, the last file of a checkpoint.
+
+    Args:
+        checkpoint: its folder, complete but for the manifest.
+        hashes: sha256 of each of the other files by name; None: compute them.
+    """
+    if hashes is None:
+        hashes = {path.name: sha256(path) for path in checkpoint.iterdir() if path.name != MANIFEST_FILE}
+    write_atomic(checkpoint / MANIFEST_FILE, json.dumps({"sha256": dict(sorted(hashes.items()))}, indent=1))
+
+
 def sha256(path: Path) -> str:
-    """What the manifest says of a file, in hexadecimal digits."""
+    """Return the sha256 of a file in hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

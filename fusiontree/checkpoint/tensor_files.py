@@ -1,6 +1,6 @@
-"""Weights that stay in their files until asked for, tensor by tensor.
+"""Weights read from files on demand, one tensor at a time.
 
-So a model leaves a checkpoint on a machine that could not hold it: what is in memory is the tensor at hand.
+A model can be larger than the memory of the machine that exports it: only the tensor in use is in memory.
 """
 
 import json
@@ -10,167 +10,186 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fusiontree.errors import RunError
 from fusiontree.files import parse_json
 from fusiontree.zero import layout
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_HEADER_ALIGNMENT = 8  # bytes, as the format's own writer pads its header
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors, that we write or read
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_BLOCK = 2**26  # bytes written at a time
-
-
-class Piece(NamedTuple):
-    """Values that lie together in a file."""
-
-    path: Path
-    offset: int  # bytes from the file's start
-    values: int
-
-
-class Located(NamedTuple):
-    """Where a tensor lies."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: Sequence[Piece]
+_HEADER_ALIGNMENT = 8  # bytes; the safetensors library pads its header to the same multiple
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in a safetensors header
+_BLOCK = 2**26  # bytes per write
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensors by name, each read when it is asked for and kept by nobody here."""
+    """Tensors by name; each access reads the tensor from its file again, and nothing is cached."""
 
-    def __init__(self, located: Mapping[str, Located]):
-        self.located = located
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]):
+        self.shapes, self._read = shapes, read
 
     def misfit(self, model: nn.Module, prefix: str = "") -> str | None:
-        """Name of the first parameter of `model`, behind `prefix`, that is not here in its shape; None: all are."""
+        """Return the first parameter of `model`, with `prefix`, that is missing here or has another shape; or None."""
         for name, parameter in model.named_parameters(prefix.rstrip(".")):
-            located = self.located.get(name)
-            if located is None or located.shape != tuple(parameter.shape):
+            if self.shapes.get(name) != tuple(parameter.shape):
                 return name
         return None
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, pieces = self.located[name]
-        buffer = torch.empty(sum(piece.values for piece in pieces), dtype=dtype)
-        raw: Any = memoryview(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        done = 0
-        for path, offset, count in pieces:
-            end = done + count * dtype.itemsize
-            with open(path, "rb", buffering=0) as stream:
-                stream.seek(offset)
-                while done < end:
-                    read = stream.readinto(raw[done:end])
-                    if not read:
-                        raise RunError(f"{path} ends inside the tensor {name}; restore the file")
-                    done += read
-        return buffer.view(shape)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.located)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self.located)
+        return len(self.shapes)
 
 
 # --- DeepSpeed's checkpoints -----------------------------------------------------------------------------------------
 
 
+class Extent(NamedTuple):
+    """A contiguous range of values in a file."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    values: int
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in the files of a checkpoint; at ZeRO stage 3 with one extent or more per rank."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    extents: Sequence[Extent]  # in the order of the flattened tensor
+
+
 def from_checkpoint(folder: Path, zero_stage: int, trust: bool = False) -> TensorFiles:
-    """The model's fp32 weights in DeepSpeed's files under `folder`, written at `zero_stage` by any number of ranks.
+    """Return the model's fp32 weights in DeepSpeed's files; see `locate_weights` for arguments and errors."""
+    stored = locate_weights(folder, zero_stage, trust)
+    return TensorFiles({name: tensor.shape for name, tensor in stored.items()}, lambda name: _read(name, stored[name]))
+
+
+def locate_weights(folder: Path, zero_stage: int, trust: bool = False) -> dict[str, StoredTensor]:
+    """Locate the model's fp32 weights in DeepSpeed's files in `folder`.
 
     Args:
-        trust: unpickle whatever the files hold, which may run any code.
+        folder: the checkpoint's.
+        zero_stage: that the checkpoint was saved at, on any number of ranks.
+        trust: unpickle arbitrary objects in the files, which can run any code.
 
     Raises:
-        UserError: the files hold more than tensors and DeepSpeed's own few objects, and are not trusted.
-        RunError: files of a rank are missing, or hold something else than DeepSpeed writes.
+        UserError: the files contain more than tensors and DeepSpeed's own plain objects, and are not trusted.
+        RunError: files of a rank are missing, or the contents are not DeepSpeed's.
     """
     read = layout.opener(values=False, trust=trust)
     try:
-        return TensorFiles(_of_stage_3(folder, read) if zero_stage == 3 else _of_whole_weights(folder, read))
+        return _locate_stage_3(folder, read) if zero_stage == 3 else _locate_unpartitioned(folder, read)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise RunError(f"{folder} is no checkpoint of DeepSpeed at ZeRO stage {zero_stage} ({error!r})") from None
 
 
-def _of_whole_weights(folder: Path, read: layout.Open) -> dict[str, Located]:
+def _locate_unpartitioned(folder: Path, read: layout.Open) -> dict[str, StoredTensor]:
     path, weights = layout.whole_weights(folder, read)
     return {
-        name: Located(value.dtype, tuple(value.shape), [_piece(path, value, 0, value.numel())])
+        name: StoredTensor(value.dtype, tuple(value.shape), [_extent(path, value, 0, value.numel())])
         for name, value in weights.items()
     }
 
 
-def _of_stage_3(folder: Path, read: layout.Open) -> dict[str, Located]:
-    pieces: dict[str, list[Piece]] = {}
+def _locate_stage_3(folder: Path, read: layout.Open) -> dict[str, StoredTensor]:
+    extents: dict[str, list[Extent]] = {}
     for part in layout.parts(folder, 3, read):
-        pieces.setdefault(part.name, []).append(_piece(part.path, part.flat, part.start, part.length))
+        extents.setdefault(part.name, []).append(_extent(part.path, part.flat, part.start, part.length))
     shapes = layout.shapes(folder, read)
-    return {name: Located(torch.float32, shape, pieces[name]) for name, shape in shapes.items()}
+    return {name: StoredTensor(torch.float32, shape, extents[name]) for name, shape in shapes.items()}
 
 
-def _piece(path: Path, value: Tensor, start: int, length: int) -> Piece:
-    """Where `length` elements of `value` from `start` on lie."""
+def _extent(path: Path, value: Tensor, start: int, length: int) -> Extent:
+    """Return where `length` elements of `value`, from `start`, are in the file `path`."""
     if not value.is_contiguous():
-        raise RunError(f"{path} holds a tensor whose values do not lie together; it is none of this project's")
-    stored: Any = value.untyped_storage()._checkpoint_offset
-    return Piece(path, stored + (int(value.storage_offset()) + start) * value.dtype.itemsize, length)
+        raise RunError(f"{path} contains a tensor that is not contiguous; FusionTree saves none, so use its own files")
+    stored: Any = value.untyped_storage()._checkpoint_offset  # set by torch.load in FakeTensorMode
+    return Extent(path, stored + (int(value.storage_offset()) + start) * value.dtype.itemsize, length)
+
+
+def _read(name: str, stored: StoredTensor) -> Tensor:
+    """Read a tensor; `name` is for the error."""
+    dtype, shape, extents = stored
+    buffer = torch.empty(sum(extent.values for extent in extents), dtype=dtype)
+    raw: Any = memoryview(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    for path, offset, count in extents:
+        end = done + count * dtype.itemsize
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(offset)
+            while done < end:
+                read = stream.readinto(raw[done:end])
+                if not read:
+                    raise RunError(f"{path} ends inside the tensor {name}; restore the file")
+                done += read
+    return buffer.view(shape)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 
 def from_safetensors(folder: Path) -> TensorFiles:
-    """The tensors of all safetensors files in `folder`.
+    """Return the tensors of all safetensors files in `folder`.
+
+    A tensor is a private mapping of its file, in memory only as far as it is used: copy it to keep it for long.
 
     Raises:
-        RunError: a file is damaged, or the index names one outside the folder or a tensor that its file does not hold.
+        RunError: a file is damaged, or the index names one outside the folder or a tensor that its file does not have.
     """
     index = folder / INDEX
-    located: dict[str, Located] = {}
-    if not index.is_file():
-        return TensorFiles(_located_in(folder / "model.safetensors"))
+    indexed = _indexed_files(index) if index.is_file() else None
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in [folder / WEIGHTS] if indexed is None else sorted(set(indexed.values())):
+        found = _shapes(path)
+        files |= dict.fromkeys(found, path)
+        shapes |= found
+    if indexed is not None and indexed.keys() != files.keys():
+        raise RunError(f"{index} and the files it names disagree; export the model again")
+
+    def read(name: str) -> Tensor:
+        # opened for each tensor: an open file keeps the pages of all tensors that were read resident
+        with _opened(files[name]) as file:
+            return file.get_tensor(name)
+
+    return TensorFiles(shapes, read)
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    """Return the file of each tensor that `index` names."""
     try:
-        places = {name: str(file) for name, file in parse_json(index.read_text())["weight_map"].items()}
+        names = {name: str(file) for name, file in parse_json(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{index} is damaged ({error!r}); export the model again") from None
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise RunError(f"{index} names {name}, which leaves its folder; use an export that does not")
-        located |= _located_in(folder / name)
-    if set(located) != set(places):
-        raise RunError(f"{index} and the files it names disagree; export the model again")
-    return TensorFiles(located)
+    for file in sorted(set(names.values())):
+        if Path(file).name != file:
+            raise RunError(f"{index} names {file}, which leaves its folder; use an export that does not")
+    return {name: index.parent / file for name, file in names.items()}
 
 
-def _located_in(path: Path) -> dict[str, Located]:
-    total = path.stat().st_size
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def _opened(path: Path) -> Any:
+    """Return `path` open for reading; the library checks its header against its size."""
     try:
-        with open(path, "rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = parse_json(stream.read(min(size, total)))
-        header.pop("__metadata__", None)
-        located = {
-            name: Located(
-                _DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                [Piece(path, 8 + size + entry["data_offsets"][0], prod(entry["shape"]))],
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise RunError(f"{path} is damaged ({error!r}); export the model again") from None
-    for name, (dtype, _, (piece,)) in located.items():
-        if piece.offset + piece.values * dtype.itemsize > total:
-            raise RunError(f"{path} ends inside the tensor {name}; export the model again")
-    return located
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise RunError(f"{path} is damaged ({error}); export the model again") from None
 
 
 class Spec(NamedTuple):
-    """A tensor that is to be written."""
+    """Shape and dtype of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -184,36 +203,36 @@ class Spec(NamedTuple):
 def write_safetensors(
     folder: Path, read: Callable[[str], Tensor], specs: Mapping[str, Spec], max_shard_bytes: int
 ) -> Iterator[str]:
-    """Write the tensors of `specs` into files of at most `max_shard_bytes` each, or one tensor.
+    """Write the tensors of `specs` into files of at most `max_shard_bytes` each; a larger tensor has its own file.
 
-    The library's own writer holds a whole file's tensors, twice; here it is the tensor at hand.
+    The writers of safetensors and huggingface_hub need all tensors of a file in memory; this one needs one tensor.
 
     Args:
-        read: gives a tensor by its name, in any dtype. specs: by name, in the order of the files.
+        folder: for the files.
+        read: returns a tensor by its name, in any dtype.
+        specs: by name, in the order of the files.
+        max_shard_bytes: of the tensors in a file, without its header.
 
     Yields:
-        The name of each tensor that has been written.
+        The name of each tensor after it is written.
     """
-    shards: list[list[str]] = []
-    room = 0
-    for name, spec in specs.items():
-        if not shards or spec.size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= spec.size
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards, strict=True):
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan: Any = split_state_dict_into_shards_factory(
+        dict(specs),
+        get_storage_size=lambda spec: spec.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
         yield from _write_shard(folder / file, read, {name: specs[name] for name in names})
-    if len(shards) > 1:
-        total = {"total_size": sum(spec.size for spec in specs.values())}
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": places}, indent=1))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def _write_shard(path: Path, read: Callable[[str], Tensor], specs: Mapping[str, Spec]) -> Iterator[str]:
+    """Write one safetensors file: the header's length (8 bytes), the header, then the tensors in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():

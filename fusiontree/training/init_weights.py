@@ -73,7 +73,7 @@ def _exported(folder: Path) -> Initializer:
 
     def give(name: str, module: nn.Module) -> None:
         for own, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, own, nn.Parameter(weights[f"{PREFIX}{name}.{own}"].to(parameter.dtype)))
+            setattr(module, own, nn.Parameter(weights[f"{PREFIX}{name}.{own}"].to(parameter.dtype, copy=True)))
 
     return give
 
