@@ -153,7 +153,7 @@ def test_an_unknown_kernel(shards: Path, tmp_path: Path) -> None:
 def test_checkpoints_that_are_missing_or_damaged(run: Path, tmp_path: Path) -> None:
     assert "no run or checkpoint at" in said("export", tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint" in said("export", tmp_path / "empty", tmp_path / "out")
+    assert "has no checkpoint" in said("export", tmp_path / "empty", tmp_path / "out")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for states in (copy / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):

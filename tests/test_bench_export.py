@@ -60,9 +60,9 @@ def test_its_files_are_laid_out_as_those_of_a_run(stage: int, shards: Path, tmp_
     real = tmp_path / "run" / "checkpoints" / "step-1"
     made = bench.write_checkpoint(tmp_path / "made", load_config(str(real / "config.yaml")), stage, 1)
     assert {path.name for path in made.iterdir()} == {path.name for path in real.iterdir()}
-    read = layout.opener(values=False)
+    read = layout.reader(values=False)
     if stage == 0:
-        shapes = [{name: value.shape for name, value in layout.whole_weights(f, read)[1].items()} for f in (made, real)]
+        shapes = [{name: value.shape for name, value in layout.full_weights(f, read)[1].items()} for f in (made, real)]
         assert shapes[0] == shapes[1]
         return
     assert [*layout.shapes(made, read).items()] == [*layout.shapes(real, read).items()]

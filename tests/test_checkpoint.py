@@ -55,7 +55,7 @@ def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str,
     assert words in store.verify(newest)[0]
     found, lines = store.newest(tmp_path)
     assert found == tmp_path / "step-1"
-    assert "step-2 is damaged and passed over" in lines[newest]
+    assert "step-2 is damaged and skipped" in lines[newest]
 
 
 def test_when_none_verifies_the_run_stops(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run or checkpoint at"):
         store.resolve(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         store.resolve(tmp_path / "empty")
     (path / "weights.pt").unlink()
     with pytest.raises(RunError, match="does not verify"):

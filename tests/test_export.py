@@ -310,7 +310,7 @@ def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run:
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     (newest / GATES_FILE).write_bytes(b"")
     said = cli("export", tmp_path / "run", tmp_path / "out").stderr
-    assert f"checkpoint {newest} is damaged and passed over: gates.safetensors" in " ".join(said.split())
+    assert f"checkpoint {newest} is damaged and skipped: gates.safetensors" in " ".join(said.split())
 
 
 def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(exported: Path, run: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_rollback_passes_over_a_damaged_checkpoint_and_says_so(shards: Path, t
     changes = {**SMALLER, "deepspeed": "zero0", "checkpoint__every": 2, "health__max_bad_steps": 2}
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     said = ranks.run(words, tmp_path, setup=partial(poison_and_damage, 0, (5, 6)))
-    assert "step-6 is damaged and passed over: gates.safetensors does not match" in said
+    assert "step-6 is damaged and skipped: gates.safetensors does not match" in said
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")][:4] == [
         *(("skipped_update", 6), ("skipped_update", 7), ("fallback", 6), ("rollback", 7))
     ]

@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: P
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     said = ranks.run(["train", "tiny", *settings(shards, tmp_path, name="two")], tmp_path, 2)
-    assert "step-8 is damaged and passed over" in said
+    assert "step-8 is damaged and skipped" in said
     assert [(line["kind"], line["step"]) for line in incidents.read(copy)] == [("fallback", 8), ("resume", 4)]
     assert metrics(copy) == metrics(two_ranks)
 
@@ -320,7 +320,7 @@ def test_a_checkpoint_that_could_run_code_is_refused_in_one_line_unless_trusted(
     words = ["tiny", *settings(shards, tmp_path, name="two")]
     said = cli("launch", "--local", 2, *words, code=2).stderr
     (line,) = [line for line in said.splitlines() if "--trust-checkpoint" in line]
-    assert f"{victim} holds more than tensors (os.makedirs)" in line
+    assert f"{victim} contains more than tensors (os.makedirs)" in line
     assert not mark.exists()
     cli("launch", "--local", 2, "--trust-checkpoint", *words)  # loaded by DeepSpeed
     mark.rmdir()

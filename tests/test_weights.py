@@ -41,7 +41,7 @@ def test_a_pickle_that_runs_code_is_refused_in_one_line_unless_trusted(tokenizer
     torch.save({"module": state, "more": Hostile(mark)}, folder / "mp_rank_00_model_states.pt")
     store.write_manifest(folder)
     done = cli("export", tmp_path / "run", tmp_path / "out", code=2)
-    assert "holds more than tensors (os.makedirs)" in done.stderr
+    assert "contains more than tensors (os.makedirs)" in done.stderr
     assert "--trust-checkpoint" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not mark.exists()

@@ -129,7 +129,7 @@ def _write_weights(folder: Path, model: HybridLM, config: RunConfig, stage: int,
         for group in parameter_groups(model, config.optimizer)
     ]
     with FakeTensorMode():
-        contents = list(layout.files(groups, stage, ranks))
+        contents = list(layout.checkpoint_files(groups, stage, ranks))
     for name, content in contents:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(content, folder / name)

@@ -1,7 +1,7 @@
-"""Saving while training goes on: a copy of everything at once, and a thread that writes it behind.
+"""Asynchronous checkpoints: training waits for a copy to host memory, and a thread writes it to disk.
 
-All files are hashed as they are written, read back and compared; only then does the folder get its name, `latest`
-names it, and older checkpoints go. The ranks' threads talk over a process group of their own.
+Files are hashed while they are written, then read back and compared. Only then is the folder renamed to its final name,
+`latest` updated and the retention applied. The threads of all ranks coordinate over a process group of their own.
 """
 
 import hashlib
@@ -34,33 +34,41 @@ log = logging.getLogger(__name__)
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay."""
+    """The checkpoints to keep."""
 
-    keep_last: int  # so many, the newest
-    keep_every: int = 0  # and for ever those of a step that is a multiple of this; 0: none
+    keep_last: int  # number of newest ones
+    keep_every: int = 0  # keep those whose step is a multiple of this forever; 0: none
 
 
 class Saver:
-    """Writes the checkpoints of a run; all ranks make one and call it together."""
+    """The writer of a run's checkpoints; every rank has one, and all calls are collective."""
 
     def __init__(self, engine: Any, world: World, run_dir: Path, retention: Retention, timeout_seconds: float):
-        """`timeout_seconds`: how long a rank's thread waits for the others, which may still write or verify."""
-        self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
-        self.waited = 0.0  # seconds for which training has stood still to take copies
-        self._group = collectives.side_group(timeout_seconds)
-        self._start = collectives.from_main(lease.ME, self._group)
-        self._seconds: float | None = None  # of the newest checkpoint, until `figures` has told
-        self._thread: threading.Thread | None = None
-        self._failure: str | None = None  # of the last save, when its thread has ended
-        self._error: Exception | None = None  # that a thread met and did not expect
-
-    def save(self, state: Mapping[str, Any], texts: Mapping[str, str], gates: Tensor) -> None:
-        """Write a checkpoint of the engine as it is now, behind; the one before is waited for.
-
-        That it could not be written is said, recorded and, if no other save follows, raised by `finish`.
+        """Create the threads' process group.
 
         Args:
-            state: what a resume needs to know, as JSON; its step names the checkpoint.
+            engine: DeepSpeed's.
+            world: the ranks.
+            run_dir: the run's folder.
+            retention: the checkpoints to keep.
+            timeout_seconds: how long a rank's thread waits for the others, which may still write or verify.
+        """
+        self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
+        self.waited = 0.0  # seconds in which training waited for copies
+        self._group = collectives.side_group(timeout_seconds)
+        self._start = collectives.from_main(lease.ME, self._group)
+        self._seconds: float | None = None  # of the newest checkpoint, until `figures` returns it
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None  # of the last save, set when its thread ends
+        self._error: Exception | None = None  # unexpected, in a thread
+
+    def save(self, state: Mapping[str, Any], texts: Mapping[str, str], gates: Tensor) -> None:
+        """Start to write a checkpoint of the engine's present state, after the previous one is written.
+
+        A save that fails is printed and recorded. If no other save follows, `finish` raises it.
+
+        Args:
+            state: counters and fingerprints for a resume, as JSON; its `step` names the checkpoint.
             texts: further files by name.
             gates: running mean of the gates, fp32 [layers, H].
         """
@@ -77,12 +85,12 @@ class Saver:
         self.waited += time.perf_counter() - since
 
     def figures(self) -> dict[str, float]:
-        """How long the newest checkpoint took from its copy to its name, in seconds; told once."""
+        """Return once the seconds from the copy of the newest checkpoint to its final name."""
         seconds, self._seconds = self._seconds, None
         return {} if seconds is None else {"save_seconds": seconds}
 
     def finish(self) -> None:
-        """Wait until all is written.
+        """Wait until the last checkpoint is written.
 
         Raises:
             RunError: the last checkpoint could not be written.
@@ -92,7 +100,7 @@ class Saver:
             raise RunError(f"{self._failure}; free disk space and start again")
 
     def wait(self) -> None:
-        """Wait until nothing is being written, whether it could be or not."""
+        """Wait until the current save ends, successfully or not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -102,7 +110,7 @@ class Saver:
     def _work(self, final: Path, step: int, own: dict[str, Any], rest: Mapping[str, bytes], since: float) -> None:
         try:
             error = self._write(final, own, rest)
-        except Exception as lost:  # the training thread's to raise
+        except Exception as lost:  # raised by `wait`, in the training thread
             self._error = lost
             return
         if error is None:
@@ -111,33 +119,33 @@ class Saver:
         if error is not None and not isinstance(error, OSError):
             self._error = RunError(f"{self._failure}; see the logs in the run's folder")
         elif self._failure is not None and self.world.is_main:
-            console.print(f"{self._failure}; training goes on and tries again at the next")
+            console.print(f"{self._failure}; training continues, the next save tries again")
             incidents.record(self.run_dir, "save_failed", step, self._failure)
 
     def _write(self, final: Path, own: dict[str, Any], rest: Mapping[str, bytes]) -> Exception | None:
-        """Write this rank's files and, on the main rank, seal them; what went wrong on any rank, on every rank."""
+        """Write this rank's files and, on the main rank, seal them; return the error of any rank on every rank."""
         partial = store.partial_of(final, self._start)
         hashes, error = _attempt(lambda: _write_files(partial, own))
-        of_all = collectives.gather((hashes, error), self._group)
-        error = next((error for _, error in of_all if error is not None), None)
+        gathered = collectives.gather((hashes, error), self._group)
+        error = next((error for _, error in gathered if error is not None), None)
         if self.world.is_main:
             if error is None:
-                known = {name: sha256 for hashes, _ in of_all for name, sha256 in hashes.items()}
-                _, error = _attempt(lambda: _seal(partial, final, known, rest, self.retention))
+                all_hashes = {name: sha256 for hashes, _ in gathered for name, sha256 in hashes.items()}
+                _, error = _attempt(lambda: _seal(partial, final, all_hashes, rest, self.retention))
             if error is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         return collectives.from_main(error, self._group)
 
 
 def _attempt(write: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What `write` returns, or why it does not: the other ranks must be told before anything is raised."""
+    """Return the result of `write`, or its error: the other ranks must have it before any rank raises."""
     try:
         return write(), None
     except OSError as error:
         return None, error
     except Exception as error:
         log.exception("writing a checkpoint")
-        return None, RuntimeError(_reason(error))  # which pickles, whatever it was
+        return None, RuntimeError(_reason(error))  # `error` itself may not pickle, and `gather` pickles it
 
 
 def _reason(error: Exception) -> str:
@@ -148,11 +156,11 @@ def _reason(error: Exception) -> str:
 
 
 class _Hashing(RawIOBase):
-    """Hashes what is written to a file through it."""
+    """A stream that hashes the data written through it."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.hash = stream, hashlib.sha256()
-        self.error: OSError | None = None  # that torch answers with one of its own
+        self.error: OSError | None = None  # `torch.save` raises a RuntimeError in its place
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
@@ -164,7 +172,7 @@ class _Hashing(RawIOBase):
 
 
 def _write_files(folder: Path, files: dict[str, Any]) -> dict[str, str]:
-    """Write `files`, emptying it, and make them durable; the sha256 of each."""
+    """Write and sync `files`, removing each from the dict to free its memory; return the sha256 by name."""
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for name in list(files):
@@ -183,25 +191,25 @@ def _write_files(folder: Path, files: dict[str, Any]) -> dict[str, str]:
 def _seal(
     partial: Path, final: Path, hashes: Mapping[str, str], rest: Mapping[str, bytes], retention: Retention
 ) -> None:
-    """Add `rest` and the manifest; when all of it reads back as it was written, put it in place."""
+    """Add `rest` and the manifest, verify all files by reading them back, and put the checkpoint in place."""
     for name, content in rest.items():
         write_atomic(partial / name, content)
     hashes = {**hashes, **{name: hashlib.sha256(content).hexdigest() for name, content in rest.items()}}
     store.write_manifest(partial, hashes)
     if problems := store.verify(partial):
-        raise OSError(f"read back, {problems[0]}")
+        raise OSError(f"read back, {problems[0]}")  # training continues, as after a full disk
     store.put_in_place(partial, final)
     _retain(final, retention)
 
 
 def _retain(newest: Path, retention: Retention) -> None:
-    """Remove the checkpoints that are too old, and those of later steps: damaged ones that training fell back from."""
+    """Remove old checkpoints, and those of later steps than `newest`: damaged ones that the run skipped."""
     found = list_checkpoints(newest.parent)
-    place = found.index(newest)
-    old = found[: max(0, place + 1 - retention.keep_last)]
-    for path in [*(path for path in old if not _stays(path, retention.keep_every)), *found[place + 1 :]]:
+    index = found.index(newest)
+    old = found[: max(0, index + 1 - retention.keep_last)]
+    for path in [*(path for path in old if not _is_kept(path, retention.keep_every)), *found[index + 1 :]]:
         shutil.rmtree(path)
 
 
-def _stays(path: Path, every: int) -> bool:
+def _is_kept(path: Path, every: int) -> bool:
     return every > 0 and step_of(path) % every == 0

@@ -1,8 +1,8 @@
-"""Checkpoints: where they lie, whether they are whole, what is in them.
+"""The checkpoints of a run: placement, verification, contents.
 
-``checkpoints/step-N/`` holds DeepSpeed's files, ``state.json`` (what a resume needs to know), ``config.yaml``,
-``gates.safetensors`` and ``manifest.json`` (sha256 of all others, written last); it is read only when every hash
-agrees. ``checkpoints/latest`` names the newest. `fusiontree.checkpoint.saver` writes them.
+``checkpoints/step-N/`` contains DeepSpeed's files, ``state.json`` (counters and fingerprints for a resume),
+``config.yaml``, ``gates.safetensors`` and ``manifest.json`` (sha256 of all others, written last). A checkpoint is read
+only if every hash matches. ``checkpoints/latest`` names the newest. `fusiontree.checkpoint.saver` writes them.
 """
 
 import hashlib
@@ -35,26 +35,26 @@ from fusiontree.run.folder import (
 from fusiontree.zero import layout, reshard
 from fusiontree.zero.engine import keeps_states_on_nvme
 
-_STATE_KEYS = (  # without which no checkpoint is read; later versions have added others
+_STATE_KEYS = (  # required; `save` may add others
     *("step", "tokens", "rows_consumed", "world_size", "zero_stage", "data_fingerprint", "tokenizer_fingerprint"),
     *("eos_id", "pad_id", "wandb_id"),
 )
 
 
 def partial_of(final: Path, start: str) -> Path:
-    """Where a checkpoint of the start of the run marked `start` grows until it is whole."""
+    """Return the folder for the incomplete checkpoint `final`, of the attempt `start` at the run."""
     return final.with_name(f".{final.name}.{start}.partial")
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, in place of one that is there, and make `latest` name it.
+    """Rename a complete checkpoint to its final name, replacing an existing one, and update `latest`.
 
     Raises:
-        RunError: another start of the run holds it now; cut off from it, this one must not put its own in the way.
+        RunError: another attempt at the run has the lease, so that this one is stale and must not write.
     """
     lease.check(run_of(final))
     old = final.with_name(f".{final.name}.old")
-    if final.exists():  # training has come to its step again
+    if final.exists():  # training has rolled back and reached this step again
         os.replace(final, old)
     os.replace(partial, final)
     fsync_folder(final.parent)
@@ -63,7 +63,7 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what saves that never ended have left under `folder`; put back what no whole checkpoint replaced."""
+    """Remove the leftovers of interrupted saves in `folder`; restore a replaced checkpoint if its successor is bad."""
     for old in folder.glob(".step-*.old"):
         final = folder / old.name[1:].removesuffix(".old")
         if final.exists() and not verify(final):
@@ -78,11 +78,18 @@ def tidy(folder: Path) -> None:
 
 
 def load(engine: Any, world: World, checkpoint: Path, fresh: bool, trust: bool) -> None:
-    """Give `engine` the weights and the optimizer state of `checkpoint`; all ranks call it together.
+    """Load weights and optimizer states of `checkpoint` into `engine`; a collective call.
 
-    DeepSpeed itself loads what was saved on as many ranks at the same ZeRO stage, into a `fresh` engine, one that has
-    not trained; otherwise, and to NVMe, the pieces are copied one by one. DeepSpeed unpickles whatever it finds: a
-    checkpoint that was there before the run is for `refuse_code` first.
+    DeepSpeed's own loader serves a new engine with the checkpoint's number of ranks and ZeRO stage. In all other cases,
+    and with states on NVMe, `reshard.load` copies the parts. DeepSpeed unpickles any object: call `refuse_code` first
+    for a checkpoint that this process has not written.
+
+    Args:
+        engine: DeepSpeed's.
+        world: the ranks.
+        checkpoint: its folder.
+        fresh: whether the engine has made no update yet.
+        trust: unpickle arbitrary objects in the files, which can run any code.
     """
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
@@ -95,27 +102,27 @@ def load(engine: Any, world: World, checkpoint: Path, fresh: bool, trust: bool) 
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Raise UserError if a file of `checkpoint` holds more than tensors and DeepSpeed's own few objects.
+    """Raise UserError if a file of `checkpoint` contains more than tensors and DeepSpeed's own plain objects.
 
-    What tensors hold is not read, only where it lies.
+    The values of tensors are not read.
     """
-    read = layout.opener(values=False)
+    read = layout.reader(values=False)
     for path in sorted(checkpoint.glob("*.pt")):
         read(path)
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint under `folder` that verifies, and for each newer one, which does not, a line.
+    """Return the newest checkpoint in `folder` that verifies, and a line on each newer one, which is damaged.
 
     Raises:
-        RunError: there are checkpoints and none verifies.
+        RunError: there are checkpoints, but none verifies.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
         problems = verify(checkpoint)
         if not problems:
             return checkpoint, damaged
-        damaged[checkpoint] = f"checkpoint {checkpoint} is damaged and passed over: {problems[0]}"
+        damaged[checkpoint] = f"checkpoint {checkpoint} is damaged and skipped: {problems[0]}"
     if damaged:
         line, *_ = damaged.values()
         raise RunError(f"no checkpoint under {folder} verifies ({line}); restore one or remove the folder")
@@ -123,10 +130,11 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def resolve(source: Path) -> Path:
-    """The checkpoint that `source`, a run's folder or a checkpoint's, stands for; it is verified.
+    """Return the checkpoint at `source`, or the newest one if it is a run's folder; it is verified.
 
     Raises:
-        UserError: there is none. RunError: it does not verify.
+        UserError: there is none.
+        RunError: it does not verify.
     """
     source = source.resolve()
     if (source / STATE_FILE).exists() or source in list_checkpoints(source.parent):
@@ -139,12 +147,12 @@ def resolve(source: Path) -> Path:
     for line in damaged.values():
         console.print(line, markup=False)
     if found is None:
-        raise UserError(f"{source} holds no checkpoint; train first, or give another folder")
+        raise UserError(f"{source} has no checkpoint; train first, or give another folder")
     return found
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with the files of `checkpoint`, a line each; nothing if it is whole."""
+    """Return a line on each file of `checkpoint` that is missing or damaged; none if it is complete."""
     try:
         files: dict[str, str] = dict(parse_json((checkpoint / MANIFEST_FILE).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -164,10 +172,10 @@ def verify(checkpoint: Path) -> list[str]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as the state.
+    """Return the state that `Saver.save` wrote.
 
     Raises:
-        RunError: it is none.
+        RunError: the file is damaged or lacks keys.
     """
     path = checkpoint / STATE_FILE
     try:
@@ -181,15 +189,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_gates(checkpoint: Path) -> Tensor:
-    """Running mean of the gates, fp32 [layers, H]."""
+    """Return the running mean of the gates, fp32 [layers, H]."""
     return load_file(checkpoint / GATES_FILE)["mean"]
 
 
 def read_weights(checkpoint: Path, trust: bool = False) -> TensorFiles:
-    """The model's weights by name, fp32, each whole and read when asked for, whatever the ZeRO stage and the ranks.
-
-    Args and errors: as of `tensor_files.from_checkpoint`.
-    """
+    """Return the model's full fp32 weights by name, read on access; see `tensor_files.from_checkpoint`."""
     return from_checkpoint(checkpoint, read_state(checkpoint)["zero_stage"], trust)
 
 

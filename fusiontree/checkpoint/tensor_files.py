@@ -84,22 +84,22 @@ def locate_weights(folder: Path, zero_stage: int, trust: bool = False) -> dict[s
         UserError: the files contain more than tensors and DeepSpeed's own plain objects, and are not trusted.
         RunError: files of a rank are missing, or the contents are not DeepSpeed's.
     """
-    read = layout.opener(values=False, trust=trust)
+    read = layout.reader(values=False, trust=trust)
     try:
         return _locate_stage_3(folder, read) if zero_stage == 3 else _locate_unpartitioned(folder, read)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise RunError(f"{folder} is no checkpoint of DeepSpeed at ZeRO stage {zero_stage} ({error!r})") from None
 
 
-def _locate_unpartitioned(folder: Path, read: layout.Open) -> dict[str, StoredTensor]:
-    path, weights = layout.whole_weights(folder, read)
+def _locate_unpartitioned(folder: Path, read: layout.Reader) -> dict[str, StoredTensor]:
+    path, weights = layout.full_weights(folder, read)
     return {
         name: StoredTensor(value.dtype, tuple(value.shape), [_extent(path, value, 0, value.numel())])
         for name, value in weights.items()
     }
 
 
-def _locate_stage_3(folder: Path, read: layout.Open) -> dict[str, StoredTensor]:
+def _locate_stage_3(folder: Path, read: layout.Reader) -> dict[str, StoredTensor]:
     extents: dict[str, list[Extent]] = {}
     for part in layout.parts(folder, 3, read):
         extents.setdefault(part.name, []).append(_extent(part.path, part.flat, part.start, part.length))

@@ -1,8 +1,10 @@
-"""Which of DeepSpeed's files holds which part of which parameter: the one place that knows how ZeRO lays them out.
+"""The layout of DeepSpeed's checkpoint files: which file has which part of which parameter.
 
-Below stage 3 a file has the whole fp32 weights, which are the master weights themselves; without ZeRO the optimizer's
-states stand beside them. Stages 1 and 2 cut each group of parameters into equal stretches, wherever that cuts a
-parameter; stage 3 cuts each parameter. A rank packs what is its own into flat tensors, in a file of its own.
+Below stage 3 ``mp_rank_00_model_states.pt`` has the full fp32 weights, which are also the master weights. Without ZeRO
+it has the optimizer's states too. From stage 1 on, each rank writes its flat fp32 tensors and their moments to
+``zero_pp_rank_N_mp_rank_00_optim_states.pt``. `fusiontree.zero.engine` shows how ZeRO cuts parameters into them.
+
+This module is the only one that knows names and contents of these files.
 """
 
 import contextlib
@@ -20,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusiontree.errors import RunError, UserError
 
-Open = Callable[[Path], dict[str, Any]]  # reads a file, see `opener`
-_WHOLE = "mp_rank_00_model_states.pt"
-_SUB_GROUP = 10**9  # elements of a flat tensor of stage 3 from which on DeepSpeed begins another
-# what DeepSpeed pickles beside tensors; inert stand-ins take their place, so that none of its code runs
+Reader = Callable[[Path], dict[str, Any]]  # reads a file, see `reader`
+_MODEL_STATES = "mp_rank_00_model_states.pt"
+_SUB_GROUP = 10**9  # elements of a flat tensor of stage 3 at which DeepSpeed starts another; its default sub_group_size
+# DeepSpeed pickles objects of these classes with the tensors; inert stand-ins replace them, so none of its code runs
 _PICKLED_BY_DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -33,85 +35,93 @@ _PICKLED_BY_DEEPSPEED = (
 
 
 class Part(NamedTuple):
-    """A stretch of a flattened parameter in a file."""
+    """The part of one flattened parameter that is in one flat tensor of a file."""
 
-    name: str  # the parameter's
-    first: int  # element of the parameter that it begins with
-    length: int
+    name: str  # of the parameter
+    first: int  # index of the part's first element in the parameter
+    length: int  # elements, without padding
     path: Path
-    flat: Tensor  # fp32; the stretch of weights lies in it
-    start: int  # element of `flat` that the stretch begins with
-    kept: Mapping[str, Any]  # by the optimizer's names: moments, each laid out like `flat`, and what it keeps once
+    flat: Tensor  # fp32, the weights
+    start: int  # index of the part's first element in `flat`
+    states: Mapping[str, Any]  # of the optimizer, by its names: moments in the shape of `flat`, and scalars
 
 
-def whole_weights(folder: Path, read: Open) -> tuple[Path, dict[str, Tensor]]:
-    """The fp32 weights of a checkpoint below stage 3 by name, and their file."""
-    return folder / _WHOLE, read(folder / _WHOLE)["module"]
+def full_weights(folder: Path, read: Reader) -> tuple[Path, dict[str, Tensor]]:
+    """Return the file of a checkpoint below stage 3 that has the fp32 weights, and the weights by name."""
+    return folder / _MODEL_STATES, read(folder / _MODEL_STATES)["module"]
 
 
-def shapes(folder: Path, read: Open) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of a checkpoint of stage 3, in the order in which it has flattened them."""
-    groups = read(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+def shapes(folder: Path, read: Reader) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of a stage 3 checkpoint, in the order of its flat tensors."""
+    groups = read(folder / f"zero_pp_rank_0_{_MODEL_STATES}")["param_shapes"]
     return {name: tuple(shape) for group in groups for name, shape in group.items()}
 
 
-def parts(folder: Path, stage: int, read: Open, names: Sequence[str] = ()) -> Iterator[Part]:
-    """The parts of all parameters, those of one in their order.
+def parts(folder: Path, stage: int, read: Reader, names: Sequence[str] = ()) -> Iterator[Part]:
+    """Yield the parts of all parameters; those of one parameter are in order.
 
     Args:
         folder: the checkpoint's.
         stage: ZeRO stage that it was saved at.
-        names: of the parameters in the optimizer's order, which no file of stage 0 tells.
+        read: reads a file.
+        names: of the parameters in the optimizer's order. Needed at stage 0, whose files lack them.
 
     Raises:
         RunError: files of a rank are missing.
     """
     if stage == 0:
-        yield from _whole(folder / _WHOLE, read, names)
+        yield from _parts_stage_0(folder / _MODEL_STATES, read, names)
         return
     sizes = {name: math.prod(shape) for name, shape in shapes(folder, read).items()} if stage == 3 else {}
-    before: Counter[str] = Counter()  # elements of each parameter that lower ranks hold
+    before: Counter[str] = Counter()  # elements of each parameter in the files of lower ranks
     ranks = len(list(folder.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt")))
     for rank in range(ranks):
         path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         states = read(path)["optimizer_state_dict"]
         count = states["partition_count"]
-        of = count if stage == 3 else count[0]  # by group
-        if of != ranks:
-            raise RunError(f"{folder} has the files of {ranks} ranks of {of}; restore them")
-        for part in _partitions(path, states, sizes, ranks, rank) if stage == 3 else _fragments(path, states):
+        saved_ranks = count if stage == 3 else count[0]  # below stage 3 a list with an entry per group
+        if saved_ranks != ranks:
+            raise RunError(f"{folder} has the files of {ranks} ranks of {saved_ranks}; restore them")
+        for part in _parts_stage_3(path, states, sizes, ranks, rank) if stage == 3 else _parts_stage_1_2(path, states):
             yield part._replace(first=before[part.name])
             before[part.name] += part.length
 
 
-def _whole(path: Path, read: Open, names: Sequence[str]) -> Iterator[Part]:
-    states = read(path)
+def _parts_stage_0(path: Path, read: Reader, names: Sequence[str]) -> Iterator[Part]:
+    contents = read(path)
     for index, name in enumerate(names):
-        weights = states["module"][name]
-        yield Part(name, 0, weights.numel(), path, weights, 0, states["optimizer"]["state"].get(index, {}))
+        weights = contents["module"][name]
+        yield Part(name, 0, weights.numel(), path, weights, 0, contents["optimizer"]["state"].get(index, {}))
 
 
-def _fragments(path: Path, states: dict[str, Any]) -> Iterator[Part]:
-    """What a rank holds at stages 1 and 2."""
-    for number, flat in enumerate(states["single_partition_of_fp32_groups"]):
-        kept = states["base_optimizer_state"]["state"].get(number, {})
-        for name, place in states["param_slice_mappings"][number].items():
-            yield Part(name, 0, place.numel, path, flat, place.start, kept)
+def _parts_stage_1_2(path: Path, contents: dict[str, Any]) -> Iterator[Part]:
+    """Yield the parts in a rank's file of stage 1 or 2; `first` is still 0."""
+    for number, flat in enumerate(contents["single_partition_of_fp32_groups"]):
+        states = contents["base_optimizer_state"]["state"].get(number, {})
+        for name, address in contents["param_slice_mappings"][number].items():
+            yield Part(name, 0, address.numel, path, flat, address.start, states)
 
 
-def _partitions(path: Path, states: dict[str, Any], sizes: Mapping[str, int], ranks: int, rank: int) -> Iterator[Part]:
-    """What a rank holds at stage 3: as much of each parameter as any other, the last of it padding where need be."""
-    flats, kept = states["fp32_flat_groups"], states["optimizer_state_dict"]["state"]
-    start = 0
+def _parts_stage_3(
+    path: Path, contents: dict[str, Any], sizes: Mapping[str, int], ranks: int, rank: int
+) -> Iterator[Part]:
+    """Yield the parts in a rank's file of stage 3; `first` is still 0.
+
+    Every rank has ceil(size / ranks) elements of each parameter, in the order of `sizes`. On the last ranks some or all
+    of them are padding. Sub-groups end between parameters, but nothing here relies on it.
+    """
+    flats, states = contents["fp32_flat_groups"], contents["optimizer_state_dict"]["state"]
+    start = 0  # in the concatenation of `flats`
     for name, size in sizes.items():
         share = math.ceil(size / ranks)
-        for number, place, length in _cut(flats, start, min(share, max(0, size - rank * share))):
-            yield Part(name, 0, length, path, flats[number], place, kept.get(number, {}))
+        real = min(share, max(0, size - rank * share))  # without padding
+        for number, first, length in _overlaps(flats, start, real):
+            yield Part(name, 0, length, path, flats[number], first, states.get(number, {}))
         start += share
 
 
-def _cut(flats: Sequence[Tensor], start: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Where `count` elements from `start` on lie of `flats`, taken as one: number, first element and length in each."""
+def _overlaps(flats: Sequence[Tensor], start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield number, first element and length of each overlap of `flats` with a range of their concatenation."""
     for number, flat in enumerate(flats):
         first, end = max(start, 0), min(start + count, flat.numel())
         if first < end:
@@ -119,66 +129,70 @@ def _cut(flats: Sequence[Tensor], start: int, count: int) -> Iterator[tuple[int,
         start -= flat.numel()
 
 
-# --- files of no run -------------------------------------------------------------------------------------------------
+# --- files without a run ---------------------------------------------------------------------------------------------
 
 
-def files(groups: Sequence[Mapping[str, torch.Size]], stage: int, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What DeepSpeed saves of weights alone, without the optimizer's states: names of files and what they hold.
+def checkpoint_files(
+    groups: Sequence[Mapping[str, torch.Size]], stage: int, ranks: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield names and contents of the files that DeepSpeed saves, with weights only, without optimizer states.
 
-    The tensors are not filled; in FakeTensorMode they take no memory.
+    The tensors are not initialized; in FakeTensorMode they take no memory.
 
     Args:
         groups: shapes of the parameters by name, for each of the optimizer's groups.
         stage: of ZeRO.
-        ranks: that stage 3 cuts each parameter among.
+        ranks: number of partitions at stage 3.
     """
     if stage < 3:
-        yield _WHOLE, {"module": {name: torch.empty(shape) for group in groups for name, shape in group.items()}}
+        yield _MODEL_STATES, {"module": {name: torch.empty(shape) for group in groups for name, shape in group.items()}}
         return
-    cut: list[dict[str, torch.Size]] = []
-    flats: list[int] = []  # elements of each on one rank
+    sub_groups: list[dict[str, torch.Size]] = []
+    flats: list[int] = []  # elements per sub-group on one rank
     for group in groups:
         for number, (name, shape) in enumerate(group.items()):
             if number == 0 or flats[-1] >= _SUB_GROUP:
-                cut.append({})
+                sub_groups.append({})
                 flats.append(0)
-            cut[-1][name] = shape
+            sub_groups[-1][name] = shape
             flats[-1] += math.ceil(shape.numel() / ranks)
-    shared = {"buffer_names": [], "param_shapes": cut, "shared_params": {}, "module": {}}
+    shared = {"buffer_names": [], "param_shapes": sub_groups, "shared_params": {}, "module": {}}
     for rank in range(ranks):
-        yield f"zero_pp_rank_{rank}_{_WHOLE}", shared
+        yield f"zero_pp_rank_{rank}_{_MODEL_STATES}", shared
         states = {"zero_stage": stage, "partition_count": ranks, "optimizer_state_dict": {"state": {}}}
         states["fp32_flat_groups"] = [torch.empty(size) for size in flats]
         yield f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", {"optimizer_state_dict": states}
 
 
-# --- reading without running what is read ----------------------------------------------------------------------------
+# --- reading without running pickled code ----------------------------------------------------------------------------
 
 
-def opener(values: bool, trust: bool = False) -> Open:
-    """What reads a file of a checkpoint without running any code in it.
+def reader(values: bool, trust: bool = False) -> Reader:
+    """Return a function that reads a checkpoint file without running any code in it.
 
     Args:
-        values: tensors have theirs, read from the file when they are used; else they know their place in the file only.
-        trust: unpickle whatever the files hold, which may run any code.
+        values: map tensors into memory, so that values are read on use; else tensors know only their place in the file.
+        trust: unpickle arbitrary objects, which can run any code.
 
     Raises:
-        UserError (when reading): a file holds more than tensors and DeepSpeed's own few objects, and is not trusted.
-        RunError (when reading): it is missing, or cannot be read.
+        UserError (when reading): a file contains more than tensors and DeepSpeed's own plain objects, and is not
+            trusted.
+        RunError (when reading): it is missing or unreadable.
     """
 
     def read(path: Path) -> dict[str, Any]:
         inert: Any = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _PICKLED_BY_DEEPSPEED]
-        known = contextlib.nullcontext() if trust else torch.serialization.safe_globals(inert)
-        placeless: Any = contextlib.nullcontext() if values else FakeTensorMode()
+        allowed = contextlib.nullcontext() if trust else torch.serialization.safe_globals(inert)
+        # a fake tensor has no memory, but torch.load notes the offset of its storage in the file
+        fake: Any = contextlib.nullcontext() if values else FakeTensorMode()
         try:
-            with known, placeless:
+            with allowed, fake:
                 return torch.load(path, "cpu", weights_only=not trust, mmap=values)
         except pickle.UnpicklingError as error:
-            what = re.search(r"GLOBAL (\S+)", str(error))
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise UserError(
-                f"{path} holds more than tensors ({what[1] if what else 'pickled objects'}), and unpickling that can "
-                "run any code; if you trust where it comes from, add --trust-checkpoint"
+                f"{path} contains more than tensors ({found[1] if found else 'pickled objects'}), and unpickling that "
+                "can run any code; if you trust its source, add --trust-checkpoint"
             ) from None
         except FileNotFoundError:
             raise RunError(f"{path} is missing; restore the checkpoint or use another one") from None
@@ -189,7 +203,7 @@ def opener(values: bool, trust: bool = False) -> Open:
 
 
 class _Inert:
-    """In place of a pickled object: what it held and nothing of what it did."""
+    """A stand-in for a pickled object: its attributes without its code."""
 
     def __init__(self, *_: Any):
         pass

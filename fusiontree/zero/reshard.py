@@ -37,7 +37,7 @@ def load(engine: Any, checkpoint: Path, stage: int, trust: bool) -> None:
     groups = optimizer_groups(engine)
     names = [parameter_name(engine, parameter) for group in groups for parameter in group]
     parts: dict[str, list[Part]] = {}
-    for part in layout.parts(checkpoint, stage, layout.opener(values=True, trust=trust), names):
+    for part in layout.parts(checkpoint, stage, layout.reader(values=True, trust=trust), names):
         parts.setdefault(part.name, []).append(part)
     optimizer = base_optimizer(engine)
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -53,9 +53,9 @@ def load(engine: Any, checkpoint: Path, stage: int, trust: bool) -> None:
 
 def _fill(slot: Slot, part: Part, state: dict[str, Any], fused: bool) -> None:
     """Copy the overlap of `part` and `slot`, weights and moments, and the optimizer's scalars such as its step."""
-    moments = {name: value for name, value in part.kept.items() if torch.is_tensor(value) and value.dim() > 0}
-    for name in part.kept.keys() - moments.keys():  # scalars; cloned, because the optimizer counts steps in place
-        value = part.kept[name]
+    moments = {name: value for name, value in part.states.items() if torch.is_tensor(value) and value.dim() > 0}
+    for name in part.states.keys() - moments.keys():  # scalars; cloned, because the optimizer counts steps in place
+        value = part.states[name]
         state[name] = value.clone().to(slot.flat.device if fused else "cpu") if torch.is_tensor(value) else value
     first, end = max(slot.first, part.first), min(slot.first + slot.length, part.first + part.length)
     if first >= end:
