@@ -1,4 +1,4 @@
-"""What a person sees while a long command works: one progress bar, on standard error, alike in every command."""
+"""The console on standard error, and the progress bar that all commands share."""
 
 from rich.console import Console
 from rich.progress import (
@@ -16,10 +16,13 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def progress_bar(of_bytes: bool = False) -> Progress:
-    """A rich progress bar with counts, elapsed and remaining time; `of_bytes` shows sizes and MB/s instead of counts.
+    """Return a rich progress bar with counts, elapsed and remaining time.
 
-    A task may carry ``note`` (its last column), e.g. ``bar.add_task("pack", total=n, note="")``. Where standard error
-    is no terminal, nothing is drawn.
+    Each task needs a ``note``, its last column, e.g. ``bar.add_task("pack", total=n, note="")``. Nothing is drawn if
+    standard error is not a terminal.
+
+    Args:
+        of_bytes: show sizes and MB/s in place of counts.
     """
     return Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""What all measurements share: the clock, the memory, the device and what it could do at most."""
+"""The compute device: its name and peak, timing, memory."""
 
 import contextlib
 import math
@@ -13,8 +13,8 @@ import torch
 
 from fusiontree.errors import RunError
 
-# dense bf16 peaks in FLOP/s, from the makers' data sheets (where those state a figure "with sparsity", half of it); the
-# first name found in the device's own counts
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; where a sheet states a figure "with sparsity", half of it.
+# The first key that is part of the device's name applies.
 _PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -32,13 +32,13 @@ _PEAK_FLOPS = {
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The device and the torch that a figure was measured with."""
+    """Return the device and the version of torch, to be stated with measured figures."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"device": name, "torch": torch.__version__}
 
 
 def elapsed(device: torch.device, run: Callable[[], Any]) -> float:
-    """Seconds that `run` takes, until the device has done all it was given."""
+    """Return the seconds that `run` takes, until all work queued on the device is done."""
     _wait(device)
     start = time.perf_counter()
     run()
@@ -52,7 +52,7 @@ def _wait(device: torch.device) -> None:
 
 
 def timing_summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, the 95th of a hundred (the nearest one measured), and both ends."""
+    """Return median, 95th percentile (the nearest measured value), minimum and maximum."""
     return {
         "median_seconds": statistics.median(seconds),
         "p95_seconds": sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
@@ -62,14 +62,14 @@ def timing_summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def reset_memory(device: torch.device) -> None:
-    """Give back what is free and begin a new peak."""
+    """Release cached memory and reset the peak statistics."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_figures(device: torch.device) -> dict[str, int | None]:
-    """Bytes since `reset_memory` at the peak: of tensors, and reserved for them; None on a CPU."""
+    """Return the peaks since `reset_memory` in bytes, of tensors and of memory reserved for them; None on a CPU."""
     if device.type != "cuda":
         return {"peak_memory_bytes": None, "reserved_memory_bytes": None}
     return {
@@ -80,10 +80,10 @@ def memory_figures(device: torch.device) -> dict[str, int | None]:
 
 @contextlib.contextmanager
 def oom_context(what: str) -> Iterator[None]:
-    """Turn a device's lack of memory into one line that says what was tried.
+    """Turn an out-of-memory error into one line that names `what` was tried.
 
     Raises:
-        RunError: there was not enough.
+        RunError: the device is out of memory.
     """
     try:
         yield
@@ -92,8 +92,8 @@ def oom_context(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Make the parameters of a module on `device`, in `dtype` but for those that name another themselves."""
+def default_dtype_and_device(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Create tensors on `device` and in `dtype`, unless they specify their own, while the block runs."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -104,28 +104,28 @@ def made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 
 def accelerator() -> str:
-    """What computes here: ``cuda`` where there is a GPU, unless DS_ACCELERATOR says ``cpu``; else ``cpu``."""
+    """Return ``cuda`` if there is a GPU and DS_ACCELERATOR is not ``cpu``, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 
 
 def device_name(device: torch.device) -> str:
-    """What the device's maker calls it; ``CPU`` for a CPU."""
+    """Return the maker's name of the device; ``CPU`` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: of tensors on a GPU, of everything on a CPU."""
+    """Return the peak memory of this process in bytes: of tensors on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s that the device's maker states; None for an unknown device."""
+    """Return the dense bf16 FLOP/s that the device's maker states; None for an unknown device."""
     return next((peak for known, peak in _PEAK_FLOPS.items() if known in device_name), None)
 
 
-def utilisation(flops_per_s: float, device_name: str) -> dict[str, float]:
-    """What a device does with its time, from the model's own FLOPs per second; MFU only where its peak is known."""
+def utilization(flops_per_s: float, device_name: str) -> dict[str, float]:
+    """Return throughput in TFLOP/s of the model's own operations, and MFU where the device's peak is known."""
     peak = peak_flops(device_name)
     return {"tflop_per_s": flops_per_s / 1e12} | ({} if peak is None else {"mfu": flops_per_s / peak})

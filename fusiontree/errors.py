@@ -1,29 +1,29 @@
-"""The two errors that reach a user as one line: no traceback, an exit code that says whose turn it is."""
+"""Errors that are printed as one line without a traceback, and their exit codes."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message says what, where and what to do; the command exits with 2."""
+    """A mistake in the user's input. The message names what is wrong, where, and the remedy; the exit code is 2."""
 
     exit_code = 2
 
 
 class RunError(RuntimeError):
-    """The run could not go on though the input was right (damage, a full disk); the command exits with 1."""
+    """A failure despite valid input, such as a damaged file or a full disk; the exit code is 1."""
 
     exit_code = 1
 
 
-LOST_PEER = "another rank has ended; its own line says why"  # said by a rank that only suffers from another's end
+LOST_PEER = "another rank has ended; its own line says why"  # the launch ranks it below any other message
 
 
 class StoppedError(RunError):
-    """The run was asked to stop and has saved: started again it goes on from there. Launchers requeue on this code."""
+    """A stop on request, after a save. Launchers requeue a job that exits with this code."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class HungError(RunError):
-    """A step took so long that the watchdog ended the job; every rank's stacks lie in the run's folder."""
+    """A step so long that the watchdog ended the job; the stacks of every rank are in the run's folder."""
 
     exit_code = 76
 
@@ -32,5 +32,5 @@ _BY_CODE = {kind.exit_code: kind for kind in (UserError, RunError, StoppedError,
 
 
 def from_exit_code(code: int | None, message: str) -> UserError | RunError:
-    """The error that a process which ended with `code` and said `message` stands for; None: it was killed."""
+    """Return the error for a process that exited with `code` and `message`; a code of None means it was killed."""
     return _BY_CODE.get(RunError.exit_code if code is None else code, RunError)(message)

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name whole, or not at all."""
+"""Atomic creation of files and folders: they are complete under their final name, or absent."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from fusiontree.errors import UserError
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the entries of `folder` (creations, renames) durable."""
+    """Sync the entries of `folder`: creations and renames."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,7 +22,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` to `path` through a synced temporary file beside it, so that readers see the old or the new."""
+    """Write `content` to a synced temporary file and rename it to `path`: readers see the old content or the new."""
     data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -37,47 +37,47 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says; ValueError where it is none, or nested too deeply to be read."""
+    """Parse JSON; raise ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def refuse_below_a_file(target: Path) -> None:
-    """Raise UserError if a folder that `target` would lie in is a file."""
+def refuse_below_file(target: Path) -> None:
+    """Raise UserError if one of the parent folders of `target` is a file."""
     for parent in target.absolute().parents:
         if parent.exists() and not parent.is_dir():
-            raise UserError(f"output {target} would lie in {parent}, which is a file; name another")
+            raise UserError(f"output {target} would be below {parent}, which is a file; name another")
 
 
 def refuse_existing(target: Path, overwrite: bool, marker: str) -> None:
-    """Refuse an output folder that holds something else.
+    """Refuse an output folder with other contents.
 
     Args:
-        target: the folder that is to be made.
-        overwrite: whether one that holds a file named `marker`, so one of the same kind, may be replaced.
-        marker: as above.
+        target: the folder to create.
+        overwrite: replace an existing folder of the same kind, which has a file named `marker`.
+        marker: see `overwrite`.
 
     Raises:
-        UserError: it may not be made.
+        UserError: `target` cannot be created.
     """
     if target.is_file():
         raise UserError(f"output {target} is a file; name a folder")
-    refuse_below_a_file(target)
+    refuse_below_file(target)
     if target.resolve() == Path.cwd():
         raise UserError(f"output {target} is the current folder; name one inside it")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not (target / marker).is_file():
-        raise UserError(f"output folder {target} already holds something else (no {marker} there); name another")
+        raise UserError(f"output folder {target} contains something else (no {marker} there); name another")
     if not overwrite:
-        raise UserError(f"output folder {target} already holds something; name another or pass --overwrite")
+        raise UserError(f"output folder {target} is not empty; name another or pass --overwrite")
 
 
 @contextlib.contextmanager
 def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name when the block ends well and is removed otherwise.
+    """Yield an empty folder that is renamed to `target` if the block succeeds, and removed if it raises.
 
     Raises:
         UserError: see `resumable_folder`.
@@ -88,17 +88,17 @@ def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence[str]) -> Iterator[Path]:
-    """Like `staged_folder`, but what a block has left behind, even one that was killed, is there again the next time.
+    """Like `staged_folder`, but partial output survives an interruption and is reused by the next call.
 
     Args:
-        target: the folder that is to be made.
+        target: the folder to create.
         overwrite: see `refuse_existing`.
         marker: see `refuse_existing`.
-        state: files that a block keeps to go on from and that end with it; without the first, what an interrupted block
-            leaves is of no use and removed, at the latest by the next.
+        state: files from which a block resumes; they are removed when it succeeds. Partial output without the first of
+            them cannot be resumed, and is removed at the end of the block or by the next call.
 
     Raises:
-        UserError: see `refuse_existing`; or another process is making this folder.
+        UserError: see `refuse_existing`; or another process is creating this folder.
     """
     refuse_existing(target, overwrite, marker)
     target = target.resolve()
@@ -111,19 +111,19 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is making {target}; wait for it, or name another output") from None
-        if not _goes_on(partial, state):
+            raise UserError(f"another process is creating {target}; wait for it, or name another output") from None
+        if not _can_resume(partial, state):
             _empty(partial)
         try:
             yield partial
-            _sync(partial)  # takes long where there are many files, so the state outlives it
+            _sync(partial)  # slow with many files, so the state is removed after it
             for name in state:
                 (partial / name).unlink(missing_ok=True)
             _put_in_place(partial, target)
         finally:
-            if not _goes_on(partial, state):
+            if not _can_resume(partial, state):
                 shutil.rmtree(partial, ignore_errors=True)
-                with contextlib.suppress(OSError):  # something lies there by now
+                with contextlib.suppress(OSError):  # not empty any more
                     for parent in new_parents:
                         parent.rmdir()
     finally:
@@ -131,8 +131,8 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
     fsync_folder(target.parent)
 
 
-def _goes_on(partial: Path, state: Sequence[str]) -> bool:
-    """Whether a block can go on from what lies in `partial`."""
+def _can_resume(partial: Path, state: Sequence[str]) -> bool:
+    """Return whether a block can resume from the contents of `partial`."""
     return bool(state) and (partial / state[0]).exists()
 
 
@@ -142,7 +142,7 @@ def _empty(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the content of all files under `folder` durable."""
+    """Sync the contents of all files in `folder`, at any depth."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as stream:
@@ -150,7 +150,7 @@ def _sync(folder: Path) -> None:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    """Give `partial` the name `target`; what had it goes last, and comes back if that fails."""
+    """Rename `partial` to `target`; an existing target is removed last, and restored if the rename fails."""
     retired = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     try:
         if target.exists():

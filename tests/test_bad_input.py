@@ -93,12 +93,12 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(
         ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output"],
         ["export", run],
     ):
-        assert "already holds something else" in said(*command, tmp_path, "--overwrite")
+        assert "contains something else" in said(*command, tmp_path, "--overwrite")
     foreign = settings(shards, tmp_path.parent, name=tmp_path.name)
-    assert "already holds something else" in said("train", "tiny", *foreign)
+    assert "contains something else" in said("train", "tiny", *foreign)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert "name another or pass --overwrite" in said("export", run, run / "export")
-    assert "already holds something else" in said("export", run, run, "--overwrite")
+    assert "contains something else" in said("export", run, run, "--overwrite")
     assert "lie in each other" in said("train", "tiny", *settings(shards, shards.parent, name=shards.name))
 
 

@@ -267,7 +267,7 @@ def test_two_builds_of_one_folder_are_told_apart(tmp_path: Path, corpus: Path, t
         message = cli(
             *("data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", tmp_path / "set"), code=2
         ).stderr
-    assert message.startswith("fusiontree: error: another process is making ")
+    assert message.startswith("fusiontree: error: another process is creating ")
     assert message.count("\n") == 1
 
 

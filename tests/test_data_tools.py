@@ -340,7 +340,7 @@ def test_wrong_arguments_are_refused_before_any_work(
 def test_what_is_there_is_replaced_only_when_told(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").write_text("x")
-    with pytest.raises(UserError, match="already holds something else"):
+    with pytest.raises(UserError, match="contains something else"):
         build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(overwrite=True))
     (tmp_path / "set" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="pass --overwrite"):

@@ -184,7 +184,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
         (["--tasks", "passkey", "--lengths", "100000000000000"], "it must be at most 16,777,216"),
         (["--tasks", "passkey", "--samples", "0"], "--samples is 0"),
         (["--tasks", "passkey", "--lengths", "20"], "--lengths 20 is too short for passkey"),
-        (["--tasks", "passkey", "--output", str(shards)], "already holds something else"),
+        (["--tasks", "passkey", "--output", str(shards)], "contains something else"),
     ):
         assert main(["eval", str(exported), "--data", str(shards), *options]) == 2
         line = capsys.readouterr().err

@@ -8,7 +8,7 @@ from conftest import SMALL, build, documents_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.config import load_config
-from fusiontree.device import utilisation
+from fusiontree.device import utilization
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.flops import forward_flops, six_n_flops, update_flops, visible_pairs
 
@@ -93,6 +93,6 @@ def test_six_n_counts_every_parameter() -> None:
 @pytest.mark.parametrize(
     ("device", "peak"), [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500)]
 )
-def test_utilisation_is_a_share_of_the_peak_where_that_is_known(device: str, peak: float) -> None:
-    assert utilisation(400e12, device) == {"tflop_per_s": 400, "mfu": pytest.approx(400 / peak)}
-    assert utilisation(2e9, "CPU") == {"tflop_per_s": 0.002}
+def test_utilization_is_a_share_of_the_peak_where_that_is_known(device: str, peak: float) -> None:
+    assert utilization(400e12, device) == {"tflop_per_s": 400, "mfu": pytest.approx(400 / peak)}
+    assert utilization(2e9, "CPU") == {"tflop_per_s": 0.002}

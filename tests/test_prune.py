@@ -261,8 +261,8 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     assert main(["prune", str(run), "--out", str(plan)]) == 0
     assert "is there already" in refused("prune", run, "--out", plan)
     assert "is a folder; name a file" in refused("prune", run, "--out", tmp_path, "--overwrite")
-    assert "would lie in" in refused("prune", run, "--out", plan / "deep" / "plan.json")
-    assert "would lie in" in refused("export", run, plan / "out")
+    assert "would be below" in refused("prune", run, "--out", plan / "deep" / "plan.json")
+    assert "would be below" in refused("export", run, plan / "out")
     assert "hi must be above lo" in refused("prune", run, "--hi", 0.1, "--lo", 0.2)
     nothing = tmp_path / "nothing.json"
     nothing.write_text(json.dumps({"layers": [{"layer": 0, "keep": None}]}))

@@ -8,7 +8,7 @@ import torch
 from fusiontree.bench.train import bench_config
 from fusiontree.config import RunConfig
 from fusiontree.console import progress_bar
-from fusiontree.device import accelerator, describe_machine, made_in, oom_context
+from fusiontree.device import accelerator, default_dtype_and_device, describe_machine, oom_context
 from fusiontree.errors import UserError
 from fusiontree.inference.loading import check_positions
 from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
@@ -66,6 +66,6 @@ def random_model(config: RunConfig, device: torch.device) -> HybridLM:
     torch.manual_seed(config.seed)
     dtype = DTYPES[config.precision]
     kernels = choose_kernels(device.type, config.kernels.model_dump(), config.model, dtype)
-    with made_in(dtype, device):
+    with default_dtype_and_device(dtype, device):
         model = HybridLM(config.model, kernels)
     return model.eval()

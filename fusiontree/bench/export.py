@@ -23,7 +23,7 @@ from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.device import describe_machine
 from fusiontree.errors import RunError, UserError
-from fusiontree.files import refuse_below_a_file
+from fusiontree.files import refuse_below_file
 from fusiontree.kernels import DTYPES
 from fusiontree.model.lm import HybridLM, materialize, seeded_init
 from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, STATE_FILE, TOKENIZER, checkpoint_path
@@ -62,7 +62,7 @@ def bench_export(
         raise UserError(f"--folder {folder} is there and no empty folder; name another")
     _require_room(folder or Path(tempfile.gettempdir()), config, dtype)
     if folder is not None:
-        refuse_below_a_file(folder)
+        refuse_below_file(folder)
         folder.mkdir(parents=True, exist_ok=True)
     made: Any = tempfile.TemporaryDirectory(prefix="fusiontree-export-") if folder is None else nullcontext(folder)
     with made as root:

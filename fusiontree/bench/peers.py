@@ -17,7 +17,7 @@ import torch
 from fusiontree.bench.conv1d import provide_causal_conv1d
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
-from fusiontree.device import made_in
+from fusiontree.device import default_dtype_and_device
 from fusiontree.errors import RunError, UserError
 
 _SMALL = 100_000_000  # parameters below which a configuration is measured beside a small peer
@@ -130,7 +130,7 @@ class Peer:
         if device.type == "cuda" and PEERS[name].fused_scan is not None:
             self.convolution = provide_causal_conv1d()
             _open_mamba_ssm()
-        with made_in(torch.bfloat16, device):
+        with default_dtype_and_device(torch.bfloat16, device):
             self.model = _build(name, config, device)
         self.scan = _scan_of(name, self.model)
         if device.type == "cuda" and self.scan is not None and not self.scan.startswith("mamba_ssm"):

@@ -144,7 +144,7 @@ def _measure_own(config: RunConfig, workload: Workload, world: World, profile: P
             **describe_machine(device),
             "kernels": dict(training.engine.module.kernels.names),
             **_throughput(config.batch.tokens, seconds),
-            **_utilisation(config, flops, statistics.median(seconds), device),
+            **_utilization(config, flops, statistics.median(seconds), device),
             **memory,
             "loss": loss,
         }
@@ -177,7 +177,7 @@ def _throughput(tokens: int, seconds: list[float]) -> dict[str, Any]:
     return {"tokens_per_s": tokens / statistics.median(seconds), "step": timing_summary(seconds)}
 
 
-def _utilisation(
+def _utilization(
     config: RunConfig, flops: list[dict[str, int]], seconds: float, device: torch.device
 ) -> dict[str, Any]:
     """Model FLOPs of the mean step, by part, and the share of the device's peak that they make of the median step."""

@@ -8,7 +8,7 @@ from typing import Any
 from fusiontree.cli.parsing import add_overwrite, add_trust, command
 from fusiontree.cli.printing import show, show_tables
 from fusiontree.errors import UserError
-from fusiontree.files import refuse_below_a_file, write_atomic
+from fusiontree.files import refuse_below_file, write_atomic
 
 EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 
@@ -35,7 +35,7 @@ def _prune(args: argparse.Namespace) -> int:
     from fusiontree.prune.pruner import plan_run
 
     if args.out is not None:
-        refuse_below_a_file(args.out)
+        refuse_below_file(args.out)
         if args.out.is_dir():
             raise UserError(f"plan {args.out} is a folder; name a file")
         if args.out.exists() and not args.overwrite:

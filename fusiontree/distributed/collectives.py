@@ -1,4 +1,4 @@
-"""Ranks and what they do together: start, sum, wait, leave."""
+"""Setup of the ranks of a job, and their collectives."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from fusiontree.zero.setup import disable_shared_memory_comm
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks, and the device it computes on."""
+    """This process's rank, the number of ranks, and its device."""
 
     rank: int
     size: int
@@ -26,14 +26,14 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once: metrics, manifests, the console."""
+        """Whether this is the rank that writes shared output: metrics, manifests, the console."""
         return self.rank == 0
 
 
 def start() -> World:
-    """Join the ranks that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); alone without them.
+    """Initialize the process group from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them, with a single rank.
 
-    NCCL joins CUDA devices, gloo joins CPUs.
+    CUDA devices use NCCL, CPUs use gloo.
     """
     cuda = accelerator() == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", accelerator())
@@ -55,22 +55,22 @@ def start() -> World:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` over all ranks, in place, on the device."""
+    """Sum `value` over all ranks, in place, and return it."""
     dist.all_reduce(value)
     return value
 
 
 def max_over_ranks(value: Tensor) -> Tensor:
-    """The greatest `value` of all ranks, in place, on the device."""
+    """Reduce `value` to its maximum over all ranks, in place, and return it."""
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
 
 
 class HostSum:
-    """The sum of a few figures over all ranks, on its way to the host while the device goes on."""
+    """An asynchronous sum of a few figures over all ranks, copied to the host while the device continues."""
 
     def __init__(self, figures: Tensor):
-        """Start it; all ranks do so together. `figures` is used up."""
+        """Start the reduction of `figures`, in place; a collective call."""
         dist.all_reduce(figures)
         self._figures, self._arrived = figures, None
         if figures.is_cuda:
@@ -80,33 +80,33 @@ class HostSum:
             self._arrived.record()
 
     def read(self) -> list[float]:
-        """The sums; waits for no work that was given to the device after this one."""
+        """Return the sums; work that was queued on the device after the reduction is not waited for."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._figures.tolist()
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until all ranks call this."""
     dist.barrier()
 
 
-def side_group(seconds: float) -> Any:
-    """A group of all ranks for a thread beside training, over the hosts' network; it waits so long for any of them."""
+def background_group(seconds: float) -> Any:
+    """Return a gloo group of all ranks for a background thread, with a timeout in seconds; a collective call."""
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
 
 def set_timeout(seconds: float) -> None:
-    """Let the collectives of all groups that exist give up after so long; a time-out at the start reaches one only."""
+    """Set the timeout of all existing process groups; `init_process_group` would set that of the default group only."""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def on_main(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the main rank, on every rank; or raises there.
+    """Call `make` on the main rank and return its result on every rank.
 
     Raises:
-        UserError, RunError, OSError: `make` did.
+        UserError, RunError, OSError: `make` raised it, on every rank.
     """
     found: Any = None
     if dist.get_rank() == 0:
@@ -121,31 +121,31 @@ def on_main(make: Callable[[], Any]) -> Any:
 
 
 def from_main(value: Any, group: Any = None) -> Any:
-    """The main rank's `value` (anything that pickles), on every rank."""
+    """Broadcast the main rank's `value` (any picklable object) and return it."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """The `value` of every rank (anything that pickles), in their order, on every rank."""
+    """Return the `value` (any picklable object) of every rank, in rank order."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value, group=group)
     return found
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone: a consequence, not the cause."""
+    """Return whether a collective failed because another rank ended, so that the cause is on that rank."""
     gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in gloo)
 
 
-def is_time_out(error: RuntimeError) -> bool:
-    """Whether a collective gave up waiting, as `set_timeout` lets it."""
+def is_timeout(error: RuntimeError) -> bool:
+    """Return whether a collective failed because of the timeout that `set_timeout` sets."""
     return any(sign in str(error) for sign in ("Timed out waiting", "timed out waiting", "Application timeout"))
 
 
 def leave() -> None:
-    """Part in good order: wait for the others, then take the process group down."""
+    """Wait for all ranks, then destroy the process group."""
     dist.barrier()
     dist.destroy_process_group()

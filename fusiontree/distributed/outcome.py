@@ -1,4 +1,4 @@
-"""How a rank tells the launch that started it how it ended."""
+"""Exit reports of ranks, read by the launch that started them."""
 
 import json
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fusiontree.files import write_atomic
 
-LAUNCH_FOLDER = "FUSIONTREE_LAUNCH"  # environment: the folder a rank shares with the launch
+LAUNCH_FOLDER = "FUSIONTREE_LAUNCH"  # environment variable: the folder that ranks share with their launch
 
 
 def report(code: int, message: str | None) -> bool:
-    """Tell the launch how this rank ended; false if none has started it, or if that is gone."""
+    """Report how this rank ended; return false if no launch started it, or if the launch is gone."""
     folder = os.environ.get(LAUNCH_FOLDER)
     if folder is None or not Path(folder).is_dir():
         return False

@@ -1,15 +1,15 @@
-"""What this machine's network has to give."""
+"""Free TCP ports of this machine."""
 
 import itertools
 import socket
 
 
 def free_port(first: int | None = None) -> int:
-    """A TCP port that nothing listens on at this moment.
+    """Return a TCP port that no process is listening on now.
 
     Args:
-        first: take the first free one from here on, on any interface; None: any, on the loopback interface. Jobs that
-            start at one time on one machine look from different places, so that they do not meet.
+        first: return the first free port from this number on, on any interface; None: any port, on the loopback
+            interface. Jobs that start at the same time on one machine pass different numbers to avoid a collision.
     """
     if first is None:
         return _bound("127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""The request to stop: SIGTERM or SIGUSR1, heard at once, answered when the run is at a place to save and leave."""
+"""Stop requests: SIGTERM and SIGUSR1 set a flag that the run reads where it can save and exit."""
 
 import os
 import signal
@@ -6,24 +6,24 @@ import time
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
-REPEAT = 2.0  # seconds after which a further signal means it: a scheduler may send one to a process and its parent
+REPEAT = 2.0  # seconds; a second signal after it kills. Before it, a scheduler may have signalled the parent too
 _requested: tuple[signal.Signals, float] | None = None  # the first signal since `listen`, and when it came
 
 
 def listen() -> None:
-    """Take SIGTERM and SIGUSR1 as requests from here on; a second one ends the process as if nobody listened."""
+    """Handle SIGTERM and SIGUSR1 as stop requests from now on; a second one ends the process by its default action."""
     global _requested
     _requested = None
     for number in STOPS:
-        signal.signal(number, _hear)
+        signal.signal(number, _handle)
 
 
 def requested() -> signal.Signals | None:
-    """The signal that asked this process to stop, if one did."""
+    """Return the signal that requested a stop, or None."""
     return None if _requested is None else _requested[0]
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     global _requested
     if _requested is None:
         _requested = signal.Signals(number), time.monotonic()

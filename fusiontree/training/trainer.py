@@ -17,7 +17,7 @@ from fusiontree.console import console
 from fusiontree.data.batch import Batch
 from fusiontree.data.sources import Ledger
 from fusiontree.data.stream import TrainStream, validation_batches
-from fusiontree.device import device_name, peak_memory, utilisation
+from fusiontree.device import device_name, peak_memory, utilization
 from fusiontree.distributed import collectives, signals
 from fusiontree.distributed.collectives import World
 from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
@@ -75,7 +75,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
     except RuntimeError as error:
         if collectives.is_lost_peer(error):
             raise RunError(LOST_PEER) from None
-        if collectives.is_time_out(error):
+        if collectives.is_timeout(error):
             limit = f"{config.health.timeout_seconds:.0f} s (health.timeout_seconds)"
             raise HungError(f"a rank has waited {limit} for the others; start again to go on") from None
         raise
@@ -260,7 +260,7 @@ class Trainer:
                 "grad_norm": float(update.grad_norm),
                 "gate_mean": gate_mean,
                 "tokens_per_s": self.config.batch.tokens / seconds,
-                **utilisation(flops / lap_seconds / self.world.size, device_name(self.world.device)),
+                **utilization(flops / lap_seconds / self.world.size, device_name(self.world.device)),
                 "memory_gib": memory_bytes / 2**30,
                 **self.saver.figures(),
                 **dict(zip(update.parts, parts, strict=True)),
