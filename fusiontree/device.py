@@ -79,8 +79,8 @@ def memory_figures(device: torch.device) -> dict[str, int | None]:
 
 
 @contextlib.contextmanager
-def oom_context(what: str) -> Iterator[None]:
-    """Turn an out-of-memory error into one line that names `what` was tried.
+def oom_context(work: str) -> Iterator[None]:
+    """Turn an out-of-memory error into one line that names the `work` that was tried.
 
     Raises:
         RunError: the device is out of memory.
@@ -88,7 +88,7 @@ def oom_context(what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunError(f"out of GPU memory with {what}: {str(error).splitlines()[0]}") from None
+        raise RunError(f"out of GPU memory with {work}: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager

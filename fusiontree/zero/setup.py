@@ -25,7 +25,7 @@ def initialize(model: nn.Module, optimizer: Any, settings: dict[str, Any]) -> An
 def partition_parameters(modules: Iterable[nn.Module], settings: dict[str, Any]) -> None:
     """Partition the parameters of each of `modules` as soon as it is materialized, for ZeRO stage 3.
 
-    No rank then ever holds more than one unpartitioned module. `zero.Init` sets up partitioning on its first module;
+    A rank never has more than one unpartitioned module in memory. `zero.Init` sets up partitioning on its first module;
     the method that it adds to parameters partitions the others.
     """
     import deepspeed
