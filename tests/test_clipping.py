@@ -11,11 +11,11 @@ PROGRAM = """
 import json, sys, traceback
 import numpy as np, torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from fusiontree import distributed
+from fusiontree.distributed import collectives
 from fusiontree.config import load_config
 from fusiontree.data.batch import collate
 from fusiontree.model.documents import to_device
-from fusiontree.model.lm import HybridLM, drawn, materialise
+from fusiontree.model.lm import HybridLM, materialize, seeded_init
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.step import TrainingStep
 
@@ -46,7 +46,7 @@ def breakable(model):
 def plain(config):
     with torch.device("meta"):
         model = HybridLM(config.model)
-    list(materialise(model, drawn(config.seed), torch.device("cpu")))
+    list(materialize(model, seeded_init(config.seed), torch.device("cpu")))
     breakable(model)
     optimizer = build_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
@@ -79,7 +79,7 @@ def engine(config, world):
     return norms, model, kept, looks.found
 
 
-world, results = distributed.start(), []
+world, results = collectives.start(), []
 for stage in ("zero0", "zero1", "zero2"):
     config = load_config("tiny", [f"deepspeed={stage}", "batch.tokens=512", *sys.argv[1:]])
     expected_norms, expected = plain(config)
@@ -87,7 +87,7 @@ for stage in ("zero0", "zero1", "zero2"):
     apart = max((a - b).abs().max().item() for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     found = {"stage": stage, "norms": norms, "expected": expected_norms}
     results.append(found | {"kept": kept, "apart": apart, "looks": looks})
-distributed.leave()
+collectives.leave()
 print(json.dumps(results))
 """
 CLIP, RATE = 0.3, 1e-3

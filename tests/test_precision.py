@@ -17,10 +17,10 @@ from fusiontree.model.reference import scan_step
 PROGRAM = """
 import dataclasses, json, sys
 import numpy as np, torch
-from fusiontree import distributed
+from fusiontree.distributed import collectives
 from fusiontree.config import load_config
 from fusiontree.data.batch import collate
-from fusiontree.model.lm import HybridLM, drawn, materialise
+from fusiontree.model.lm import HybridLM, materialize, seeded_init
 from fusiontree.training.step import TrainingStep
 
 
@@ -29,7 +29,7 @@ def whole(parameters):
         return [parameter.detach().clone() for parameter in parameters]
 
 
-world = distributed.start()
+world = collectives.start()
 from deepspeed.runtime.zero import GatheredParameters
 results = []
 for deepspeed in sys.argv[1].split(","):
@@ -37,7 +37,7 @@ for deepspeed in sys.argv[1].split(","):
     config = load_config("tiny", settings)
     with torch.device("meta"):
         plain = HybridLM(config.model)
-    list(materialise(plain, drawn(config.seed), torch.device("cpu")))
+    list(materialize(plain, seeded_init(config.seed), torch.device("cpu")))
     training = TrainingStep(config, world)
     model, used = training.engine.module, set()
     as_drawn = all(map(torch.equal, whole([*model.parameters()]), whole([*plain.parameters()])))
@@ -58,7 +58,7 @@ for deepspeed in sys.argv[1].split(","):
     counts = sorted({float(state["step"]) for state in adam.state.values()})
     figures = {"losses": losses, "as_drawn": as_drawn, "counts": counts}
     results.append({"used": sorted([n, str(d)] for n, d in used), "stored": sorted(stored), **figures})
-distributed.leave()
+collectives.leave()
 print(json.dumps(results))
 """
 
