@@ -1,7 +1,7 @@
 """The undocumented attributes of DeepSpeed that this package uses, and the check that the engine has them.
 
 DeepSpeed may rename any of them in a release. The check turns that into one line at the start of a run, where an
-AttributeError would otherwise end the first save or resume. `tests/test_zero_internals.py` compares the lists with the code.
+AttributeError would otherwise end the first save or resume. `tests/test_zero_internals.py` compares lists and code.
 """
 
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ from fusiontree.errors import RunError, UserError
 Reader = Callable[[Path], dict[str, Any]]  # reads a file, see `reader`
 _MODEL_STATES = "mp_rank_00_model_states.pt"
 _SUB_GROUP = 10**9  # elements of a flat tensor of stage 3 at which DeepSpeed starts another; its default sub_group_size
-# DeepSpeed pickles objects of these classes with the tensors; inert placeholders replace them, so that none of its code runs
+# DeepSpeed pickles objects of these classes with the tensors; placeholders replace them, so none of its code runs
 _PICKLED_BY_DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
