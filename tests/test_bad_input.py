@@ -99,7 +99,7 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert "name another or pass --overwrite" in said("export", run, run / "export")
     assert "contains something else" in said("export", run, run, "--overwrite")
-    assert "lie in each other" in said("train", "tiny", *settings(shards, shards.parent, name=shards.name))
+    assert "must not contain each other" in said("train", "tiny", *settings(shards, shards.parent, name=shards.name))
 
 
 def test_a_corpus_of_one_document_has_nothing_to_hold_out(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -18,7 +18,7 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.evaluate import evaluate
 from fusiontree.export.exporter import export
 from fusiontree.training.engine_setup import build_model
-from fusiontree.training.init_weights import check_initial
+from fusiontree.training.init_weights import check_init_from
 
 SHAPE = {**dataclasses.asdict(SMALL), "vocab_size": 512, "layer_kinds": ("mamba", "hybrid", "attention")}
 KINDS = "[mamba,hybrid,attention]"
@@ -88,29 +88,32 @@ def test_a_run_at_zero3_goes_on_where_the_export_stands_and_outlives_it(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("model.layer_kinds=null", r"set model\.layer_kinds=\[mamba,hybrid,attention\] \(what may differ: rope_base"),
+        (
+            "model.layer_kinds=null",
+            r"set model\.layer_kinds=\[mamba,hybrid,attention\] \(fields that may differ: rope_base",
+        ),
         ("model.mlp_size=64", r"set model\.mlp_size=48"),
         ("model.fusion=token", r"set model\.fusion=channel"),
     ],
 )
 def test_another_shape_is_refused_with_what_to_set(exported: Path, shards: Path, change: str, words: str) -> None:
     manifest = Dataset(shards).manifest
-    check_initial(config_for(exported, "model.max_positions=256", "model.branch_drop=0.1"), manifest)
+    check_init_from(config_for(exported, "model.max_positions=256", "model.branch_drop=0.1"), manifest)
     with pytest.raises(UserError, match=words) as caught:
-        check_initial(config_for(exported, change), manifest)
+        check_init_from(config_for(exported, change), manifest)
     assert "\n" not in str(caught.value)
 
 
 def test_another_tokenizer_and_no_export_are_refused(exported: Path, shards: Path, tmp_path: Path) -> None:
     manifest = Dataset(shards).manifest
     with pytest.raises(UserError, match="is not an exported model"):
-        check_initial(config_for(tmp_path), manifest)
+        check_init_from(config_for(tmp_path), manifest)
     facts = json.loads((exported / "fusiontree.json").read_text())
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     (tmp_path / "fusiontree.json").write_text(json.dumps({**facts, "tokenizer_fingerprint": "other"}))
     with pytest.raises(UserError, match="tokenizer"):
-        check_initial(config_for(tmp_path), manifest)
+        check_init_from(config_for(tmp_path), manifest)
 
 
 def test_a_damaged_export_is_refused_before_there_is_a_run(
@@ -140,5 +143,5 @@ def test_weights_that_are_not_those_of_their_configuration_are_named(exported: P
     (tmp_path / "config.json").write_text(json.dumps(changed))
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     config = config_for(tmp_path, "model.mlp_size=64")
-    with pytest.raises(RunError, match="its weights are not those of its config.json"):
+    with pytest.raises(RunError, match="its weights do not match its config.json"):
         build_model(config, World(0, 1, torch.device("cpu")), {"zero_optimization": {"stage": 1}})

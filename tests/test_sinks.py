@@ -61,7 +61,7 @@ def test_a_tracker_that_cannot_write_is_said_once_and_costs_nothing_else(
             metrics.record({"step": step, "tokens": 8, **UPDATE})
     assert len(read_metrics(tmp_path / "r")) == 2
     said = capsys.readouterr().err
-    assert said.count("TensorBoard: No space left on device; figures go on without it") == 1
+    assert said.count("TensorBoard: No space left on device; no more figures are sent to it") == 1
 
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:

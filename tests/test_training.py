@@ -355,7 +355,7 @@ def test_a_value_that_may_change_when_asked_is_recorded(two_ranks: Path, shards:
     resumed = interrupted_copy(two_ranks, tmp_path)
     words = ["--allow-changed", "optimizer.lr", *settings(shards, tmp_path, name="two", optimizer__lr=1e-3)]
     done = cli("launch", "tiny", "--local", 2, *words)
-    assert "went on with other values of optimizer.lr, as allowed" in done.stderr
+    assert "resuming with other values of optimizer.lr, as allowed" in done.stderr
     assert [line["kind"] for line in incidents.read(resumed)] == ["changed", "resume"]
     schedule = load_config(str(resumed / "config.yaml")).schedule
     expected = [learning_rate(schedule, 3e-3, 3), learning_rate(schedule, 1e-3, 4)]
@@ -366,7 +366,7 @@ def test_a_value_that_may_change_when_asked_is_recorded(two_ranks: Path, shards:
     ("changes", "words"),
     [
         ({"model__mlp_size": 98}, "step-8 do not fit other values of model.mlp_size;"),
-        ({"batch__tokens": 1536}, "stands behind 8192 tokens, inside a batch of batch.tokens 1536;"),
+        ({"batch__tokens": 1536}, "was saved after 8192 tokens, inside a batch of batch.tokens 1536;"),
     ],
 )
 def test_what_cannot_go_on_is_refused_though_allowed(

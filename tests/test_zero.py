@@ -201,7 +201,7 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
         micro_rows = config.batch.micro_rows
         batches = [batch_of(mine[first : first + micro_rows]) for first in range(0, len(mine), micro_rows)]
         update = training.update(batches, step)
-        figures = {"loss": update.own_loss, **update.parts}
+        figures = {"loss": update.loss_share, **update.parts}
         sums = collectives.sum_over_ranks(torch.stack(list(figures.values()))).tolist()
         for name, value in zip(figures, sums, strict=True):
             curve.setdefault(name, []).append(value)

@@ -1,4 +1,8 @@
-"""The norm of the whole gradient: what it clips, and what is not updated where it is not finite."""
+"""Clip by the global gradient norm; skip updates whose norm is not finite.
+
+Both classes have the same three methods, called in this order after an update's last backward pass: `prepare`, `step`,
+`result`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,24 +16,28 @@ from fusiontree.zero.engine import base_optimizer, gradient_shards, overflowed, 
 
 
 def is_fused(config: OptimizerConfig, zero: Mapping[str, Any]) -> bool:
-    """Whether `FusedClipping` serves: torch's fused AdamW, and gradients that ZeRO (`zero`) leaves on the device."""
+    """Return whether `FusedClipping` applies: AdamW, and ZeRO settings (`zero`) that keep gradients on the device."""
     return config.kind == "adamw" and zero.get("stage", 0) <= 2 and "offload_optimizer" not in zero
 
 
 class FusedClipping:
-    """Clips and skips inside the kernel of torch's AdamW: no wait for the device, no pass over the gradients."""
+    """Clipping and skipping in the kernel of torch's fused AdamW.
+
+    The kernel divides gradients by `grad_scale` and does nothing where `found_inf` is 1, the two
+    attributes of `torch.amp.GradScaler`. So the host never waits for the norm, and clipping needs no extra pass.
+    """
 
     def __init__(self, engine: Any, limit: float):
-        """`limit`: greatest norm of the whole gradient; 0 never clips."""
+        """`limit`: greatest global gradient norm; 0 disables clipping."""
         self.engine, self.limit = engine, limit
         self.partitioned = engine.zero_optimization_stage() > 0
         self.adam: Any = base_optimizer(engine)
 
     def prepare(self) -> Tensor:
-        """Tell the optimizer what to divide by and whether to do anything; all ranks, after the last backward pass.
+        """Compute the global norm and set the optimizer's scale and skip flag. Collective.
 
         Returns:
-            fp32 (), 1 where the gradient is not finite: the step then leaves weights and moments as they are.
+            fp32 (), 1 if the gradient is not finite: the step then leaves weights and moments unchanged.
         """
         self.norm = torch.nn.utils.get_total_norm(list(gradient_shards(self.engine)))
         if self.partitioned:
@@ -39,39 +47,43 @@ class FusedClipping:
         return self.adam.found_inf
 
     def step(self) -> None:
-        """The engine's step."""
+        """Run the engine's step."""
         self.engine.step()
 
-    def outcome(self, broken: bool) -> tuple[Tensor, bool]:
-        """The norm before clipping, fp32 (), and whether the step was left out, which is what `prepare` gave."""
-        return self.norm, broken
+    def result(self, nonfinite: bool) -> tuple[Tensor, bool]:
+        """Return the norm before clipping, fp32 (), and whether the step was skipped.
+
+        Args:
+            nonfinite: whether `prepare` returned 1 on some rank.
+        """
+        return self.norm, nonfinite
 
 
 class EngineClipping:
-    """DeepSpeed clips and skips, in its own step: in an fp64 copy of the gradient, and waiting for the device."""
+    """Clipping and skipping by DeepSpeed's own step, which copies the gradient to fp64 and waits for the device."""
 
     def __init__(self, engine: Any):
         self.engine = engine
-        self.norm: Tensor | None = None  # where DeepSpeed tells none
+        self.norm: Tensor | None = None  # computed here at ZeRO 0 only, else by DeepSpeed
 
     def prepare(self) -> Tensor:
-        """As in `FusedClipping`; where only the step itself will tell, 0."""
-        self.broken = torch.zeros((), device=self.engine.device)
+        """Return as `FusedClipping.prepare` at ZeRO 0; elsewhere 0, because only the step finds out."""
+        self.nonfinite = torch.zeros((), device=self.engine.device)
         if self.engine.zero_optimization_stage() == 0:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             self.norm = torch.nn.utils.get_total_norm(gradients)
-            self.broken = (~torch.isfinite(self.norm)).float()
-        return self.broken
+            self.nonfinite = (~torch.isfinite(self.norm)).float()
+        return self.nonfinite
 
     def step(self) -> None:
-        """The engine's step; without ZeRO it would not look whether the gradient is finite."""
-        if self.norm is None or not self.broken.item():
+        """Run the engine's step; skip it at ZeRO 0 for a non-finite gradient, which DeepSpeed does not check there."""
+        if self.norm is None or not self.nonfinite.item():
             self.engine.step()
             return
         skip_step(self.engine)
 
-    def outcome(self, broken: bool) -> tuple[Tensor | float, bool]:
-        """As in `FusedClipping`, after `step`."""
+    def result(self, nonfinite: bool) -> tuple[Tensor | float, bool]:
+        """Return as `FusedClipping.result`."""
         if self.norm is not None:
-            return self.norm, broken
+            return self.norm, nonfinite
         return self.engine.get_global_grad_norm(), overflowed(self.engine)

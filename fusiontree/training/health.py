@@ -1,4 +1,4 @@
-"""Whether training is well: updates that are left out, losses that jump, steps that never end."""
+"""Training health: skipped updates, loss spikes and hung steps."""
 
 import contextlib
 import faulthandler
@@ -23,39 +23,44 @@ from fusiontree.run import incidents
 from fusiontree.run.folder import LOGS
 from fusiontree.training.step import Update
 
-_NAMED = 4  # rows of an update gone wrong that are named on the console; the incident has all
-_FLOOR = 0.005  # of the median loss: the least that counts as its deviation, so that a very even loss has no spikes
-_KNOWN = 5  # steps whose time must be known before one can be too long
-_LAST_WORDS = 3.0  # seconds in which all ranks write their stacks before the first one ends
+_ROWS_SHOWN = 4  # rows of a failing update in the console's message; the incident lists all
+_MIN_DEVIATION = 0.005  # lower bound of the robust deviation, as a share of the median: even losses are no spikes
+_MIN_TIMED_STEPS = 5  # steps to time before one can count as hung
+_STACKS_SECONDS = 3.0  # time for all ranks to write their stacks before the first rank exits
 
 
 class Trouble(NamedTuple):
-    """What is wrong with an update, and what is to be done."""
+    """A failing update and the action to take."""
 
     kind: Literal["skipped_update", "loss_spike"]
     message: str
-    rows: tuple[int, int]  # rows consumed before and behind what is to be stepped past
-    action: Literal["go on", "rollback", "stop"]
+    rows: tuple[int, int]  # rows consumed before and after the updates that a rollback skips
+    action: Literal["continue", "rollback", "stop"]
 
 
 class Health:
-    """Judges every update from figures that all ranks share, so that they decide alike."""
+    """Judge of every update. It uses figures that all ranks share, so all ranks take the same action."""
 
     def __init__(self, config: HealthConfig):
         self.config = config
-        self.skipped = 0  # updates left out so far
-        self.bad: list[tuple[int, int]] = []  # rows consumed before and behind each update of those, in a row
+        self.skipped = 0  # updates skipped so far
+        self.bad: list[tuple[int, int]] = []  # rows consumed before and after each of the latest consecutive skips
         self.losses: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, update: Update, rows: tuple[int, int]) -> Trouble | None:
-        """What is wrong with an update over the rows between the two of `rows`, if anything."""
+        """Return the trouble with an update, or None.
+
+        Args:
+            update: the update.
+            rows: rows consumed before and after it.
+        """
         loss = update.loss
         if update.skipped:
             self.skipped += 1
             self.bad.append(rows)
-            what = f"gradient norm is {float(update.grad_norm)}" if math.isfinite(loss) else f"loss is {loss}"
-            message = f"{what}: the update is left out, {len(self.bad)} in a row"
-            action = self.config.on_bad if len(self.bad) >= self.config.max_bad_steps else "go on"
+            cause = f"gradient norm is {float(update.grad_norm)}" if math.isfinite(loss) else f"loss is {loss}"
+            message = f"{cause}: update skipped, {len(self.bad)} in a row"
+            action = self.config.on_bad if len(self.bad) >= self.config.max_bad_steps else "continue"
             return Trouble("skipped_update", message, (self.bad[0][0], rows[1]), action)
         self.bad.clear()
         score = robust_score(self.losses, loss) if len(self.losses) >= self.config.spike_window / 2 else 0.0
@@ -65,52 +70,64 @@ class Health:
             return None
         message = f"loss {loss:.4f} is {score:.1f} robust deviations above the median {median:.4f}"
         return Trouble(
-            "loss_spike", message, rows, "go on" if self.config.on_spike == "ignore" else self.config.on_spike
+            "loss_spike", message, rows, "continue" if self.config.on_spike == "ignore" else self.config.on_spike
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
+        """Return the state for a checkpoint."""
         return {"skipped": self.skipped, "bad": self.bad, "losses": list(self.losses)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the run went on whose `to_json` is given."""
+        """Restore the state that `to_json` returned."""
         self.skipped = state["skipped"]
         self.bad = [(first, end) for first, end in state["bad"]]
         self.losses = deque(state["losses"], self.config.spike_window)
 
 
 def robust_score(values: "deque[float]", value: float) -> float:
-    """How far `value` lies above the median of `values`, in units of 1.4826 times their median deviation."""
+    """Return the distance of `value` above the median of `values`, in units of 1.4826 median absolute deviations.
+
+    The factor makes the unit one standard deviation if the values are normally distributed.
+    """
     median = statistics.median(values)
     deviation = 1.4826 * statistics.median(abs(v - median) for v in values)
-    return (value - median) / max(deviation, _FLOOR * abs(median))
+    return (value - median) / max(deviation, _MIN_DEVIATION * abs(median))
 
 
 def rows_of_failing_ranks(stream: TrainStream, rows_consumed: int, finite: bool) -> list[dict[str, Any]]:
-    """The rows of the step behind `rows_consumed`: of the ranks whose own loss is not `finite`, or else of all.
+    """Return the rows of the failing ranks in the step after `rows_consumed`; of all ranks if none failed. Collective.
 
-    All ranks call it together. A row is its source, shard, row in the shard and first token there.
+    Args:
+        stream: the training stream.
+        rows_consumed: rows consumed before the step.
+        finite: whether this rank's share of the loss is finite.
+
+    Returns:
+        Source, shard, row in the shard and first token in that row, for each row.
     """
-    own = rows_at(stream, rows_consumed)
-    places = [{key: row[key] for key in ("source", "shard", "row", "first_token")} for row in own]
-    told = collectives.gather((finite, places))
-    of_all = [places for finite, places in told if not finite] or [places for _, places in told]
-    return [place for places in of_all for place in places]
+    keys = ("source", "shard", "row", "first_token")
+    own = [{key: row[key] for key in keys} for row in rows_at(stream, rows_consumed)]
+    by_rank = collectives.gather((finite, own))
+    failing = [rows for finite, rows in by_rank if not finite] or [rows for _, rows in by_rank]
+    return [row for rows in failing for row in rows]
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Some of `rows` for a line on the console."""
-    named = ", ".join(f"{row['shard']} row {row['row']} from token {row['first_token']}" for row in rows[:_NAMED])
-    return named + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
+    """Return the first few of `rows` for a line on the console."""
+    shown = ", ".join(f"{row['shard']} row {row['row']} from token {row['first_token']}" for row in rows[:_ROWS_SHOWN])
+    return shown + (f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else "")
 
 
 class Watchdog:
-    """Ends this rank when a step takes far longer than steps do; each rank has one, so that all write their stacks."""
+    """Thread that ends this rank when a step takes far longer than the median step.
+
+    Every rank runs one, so that every rank writes its stacks.
+    """
 
     def __init__(self, config: HealthConfig, run_dir: Path, world: World):
         self.config, self.run_dir, self.world = config, run_dir, world
-        self._took: deque[float] = deque(maxlen=50)  # seconds of the last steps
-        self._since: tuple[float, int] | None = None  # when the step began that is under way, and its number
+        self._durations: deque[float] = deque(maxlen=50)  # seconds of the last steps
+        self._running: tuple[float, int] | None = None  # start time and number of the running step
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -124,45 +141,45 @@ class Watchdog:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Watch what is done inside: step `number`."""
+        """Time the block as step `number`."""
         began = time.monotonic()
-        self._since = began, number
+        self._running = began, number
         try:
             yield
         finally:
-            self._since = None
-        self._took.append(time.monotonic() - began)
+            self._running = None
+        self._durations.append(time.monotonic() - began)
 
     @property
     def limit(self) -> float:
-        """Seconds that a step may take."""
-        if len(self._took) < _KNOWN:  # the first ones compile; the time-outs of the process groups hold for them
+        """Longest time that a step may take, in seconds."""
+        if len(self._durations) < _MIN_TIMED_STEPS:  # the first steps compile; only collective timeouts limit them
             return math.inf
-        return max(self.config.hang_seconds, self.config.hang_factor * statistics.median(self._took))
+        return max(self.config.hang_seconds, self.config.hang_factor * statistics.median(self._durations))
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.config.hang_seconds / 10)):
-            since = self._since
-            if since is not None and time.monotonic() - since[0] > self.limit:
-                self._end(since[1])
+            running = self._running
+            if running is not None and time.monotonic() - running[0] > self.limit:
+                self._abort(running[1])
 
-    def _end(self, step: int) -> None:
+    def _abort(self, step: int) -> None:
         with open(self._stacks(self.world.rank), "w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
-        median = statistics.median(self._took)
+        median = statistics.median(self._durations)
         message = (
             f"step {step + 1:,} has taken more than {self.limit:.0f} s, the median is {median:.2f} s: the job ends; "
             f"the ranks' stacks: {self._stacks('*')}"
         )
         if not outcome.report(HungError.exit_code, message):
             print(f"fusiontree: error: rank {self.world.rank}: {message}", file=sys.stderr, flush=True)
-        time.sleep(_LAST_WORDS)
+        time.sleep(_STACKS_SECONDS)
         self._record(step, message)
-        os._exit(HungError.exit_code)  # the thread that trains answers no more
+        os._exit(HungError.exit_code)  # an exception would not reach the hung training thread
 
     def _record(self, step: int, message: str) -> None:
-        """The incident, by the lowest rank that answers: some may not."""
-        since = self._stacks(self.world.rank).stat().st_mtime - _LAST_WORDS
+        """Record the incident once: on the lowest rank that wrote its stacks."""
+        since = self._stacks(self.world.rank).stat().st_mtime - _STACKS_SECONDS
         paths = map(self._stacks, range(self.world.size))
         answers = [path.exists() and path.stat().st_mtime > since for path in paths]
         if answers.index(True) == self.world.rank:

@@ -1,4 +1,7 @@
-"""The weights that a run starts from: drawn, or an exported model's (continued pretraining, healing, longer rows)."""
+"""Initial weights of a run: random, or those of an exported model (`init_from`).
+
+Uses of `init_from`: continued pretraining, recovery after pruning, extension to longer rows.
+"""
 
 from dataclasses import fields
 from pathlib import Path
@@ -15,15 +18,16 @@ from fusiontree.inference.loading import PREFIX, read_config, read_facts
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM, Initializer, seeded_init
 
-# fields of the model that its weights have no part in
+# fields of the model that may differ from the exported model's: they have no weights
 MAY_DIFFER = ("rope_base", "window", "window_schedule", "chunk_size", "branch_drop")
 
 
-def check_initial(config: RunConfig, manifest: Manifest) -> None:
-    """Hold the model that `config.init_from` names, if any, to the run's model and its data.
+def check_init_from(config: RunConfig, manifest: Manifest) -> None:
+    """Check the exported model that `config.init_from` names, if any, against the run's model and data.
 
     Raises:
-        UserError: it does not fit. RunError: it is damaged.
+        UserError: its tokenizer or its shape differs.
+        RunError: it is damaged.
     """
     folder = config.init_from
     if folder is None:
@@ -39,8 +43,8 @@ def check_initial(config: RunConfig, manifest: Manifest) -> None:
     if wrong:
         settings = " ".join(f"model.{name}={_yaml(getattr(exported, name))}" for name in wrong)
         raise UserError(
-            f"init_from {folder} is another model than the configuration's; set {settings} "
-            f"(what may differ: {', '.join(may_differ)})"
+            f"init_from {folder} has another model shape than the configuration; set {settings} "
+            f"(fields that may differ: {', '.join(may_differ)})"
         )
     _open_weights(folder)
 
@@ -52,41 +56,41 @@ def _yaml(value: Any) -> str:
 
 
 def run_initializer(config: RunConfig, device: torch.device, resuming: bool) -> Initializer:
-    """What gives a run's model its weights: zeros where it `resuming` from a checkpoint, which holds them all."""
+    """Return the initializer of a run's model: zeros when `resuming`, because a checkpoint replaces all weights."""
     if resuming:
-        return _zeros_on(device)
-    return seeded_init(config.seed) if config.init_from is None else _exported(config.init_from)
+        return _zero_init(device)
+    return seeded_init(config.seed) if config.init_from is None else _exported_init(config.init_from)
 
 
-def _zeros_on(device: torch.device) -> Initializer:
-    def give(_: str, module: nn.Module) -> None:
+def _zero_init(device: torch.device) -> Initializer:
+    def initialize(_: str, module: nn.Module) -> None:
         module.to_empty(device=device, recurse=False)
         for parameter in module.parameters(recurse=False):
             parameter.data.zero_()
 
-    return give
+    return initialize
 
 
-def _exported(folder: Path) -> Initializer:
-    """The weights of an exported folder, each read when its module is made."""
+def _exported_init(folder: Path) -> Initializer:
+    """Return an initializer that reads each module's weights from an exported folder when the module is made."""
     weights = _open_weights(folder)
 
-    def give(name: str, module: nn.Module) -> None:
+    def initialize(name: str, module: nn.Module) -> None:
         for own, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, own, nn.Parameter(weights[f"{PREFIX}{name}.{own}"].to(parameter.dtype, copy=True)))
 
-    return give
+    return initialize
 
 
 def _open_weights(folder: Path) -> TensorFiles:
-    """The weights of an exported folder.
+    """Open the weights of an exported folder.
 
     Raises:
-        RunError: its files are damaged, or not those of its config.json.
+        RunError: a file is damaged, or the weights do not match config.json.
     """
     weights = from_safetensors(folder)
     with torch.device("meta"):
         model = HybridLM(read_config(folder))
     if misfit := weights.misfit(model, PREFIX):
-        raise RunError(f"init_from {folder}: its weights are not those of its config.json ({misfit})")
+        raise RunError(f"init_from {folder}: its weights do not match its config.json ({misfit}); export it again")
     return weights

@@ -1,6 +1,6 @@
-"""What every layer does in one update: its gates, how loud its branches are, how large its gradient is.
+"""Figures of each layer in one update: gates, RMS of each branch's output, gradient norm.
 
-Only the updates that are watched pay for it, and only they wait for the device on its account.
+Only watched updates run the hooks and wait for the device.
 """
 
 from functools import partial
@@ -21,25 +21,27 @@ _BRANCHES = ("mamba", "attention")
 
 
 class LayerWatch:
-    """Watches one update from within; all ranks enter one around it, hand it to the update and ask for the figures."""
+    """Context manager that records one update. Collective: all ranks enter it, update with it and read `figures`."""
 
     def __init__(self, engine: Any, world: World):
         self.engine, self.world = engine, world
         layers = len(engine.module.blocks)
         self._squares = torch.zeros(layers, len(_BRANCHES), device=world.device)  # summed over the real tokens
         self._tokens = torch.zeros(layers, len(_BRANCHES), device=world.device)
-        self._gradients = torch.zeros(layers + 1, device=world.device)  # squares, those of no layer last
-        self._real: Tensor | None = None  # bool [B, L]
+        self._gradients = torch.zeros(
+            layers + 1, device=world.device
+        )  # squared norms; the last is of all other parameters
+        self._real: Tensor | None = None  # bool [B, L]: tokens with a label
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "LayerWatch":
         model = self.engine.module
-        self._handles = [model.register_forward_pre_hook(self._meet_batch, with_kwargs=True)]
+        self._handles = [model.register_forward_pre_hook(self._record_batch, with_kwargs=True)]
         for layer, block in enumerate(model.blocks):
             for branch, name in enumerate(_BRANCHES):
                 module = getattr(block, name)
-                if module is not None:  # pruned away
-                    hook = partial(self._meet_output, layer, branch)
+                if module is not None:  # None: pruned
+                    hook = partial(self._record_output, layer, branch)
                     self._handles.append(module.register_forward_hook(hook))
         return self
 
@@ -47,25 +49,29 @@ class LayerWatch:
         for handle in self._handles:
             handle.remove()
 
-    def _meet_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _record_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._real = kwargs["labels"] != IGNORE
 
-    def _meet_output(self, layer: int, branch: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Add a branch's output, [B, L, H]; one that is computed again for the backward pass counts twice, evenly."""
+    def _record_output(self, layer: int, branch: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Add a branch's output, [B, L, H].
+
+        With recomputation the hook runs twice per batch, which counts each output and its tokens twice: the mean is
+        the same.
+        """
         assert self._real is not None
         norms = torch.linalg.vector_norm(output.detach(), dim=-1, dtype=torch.float32)
         self._squares[layer, branch] += (norms.square() * self._real).sum()
         self._tokens[layer, branch] += self._real.sum()
 
-    def meet_gradients(self) -> None:
-        """Take in the gradient; called behind the last backward pass of the update and before the optimizer's step."""
+    def record_gradients(self) -> None:
+        """Record the gradient norms; call it after the update's last backward pass, before the optimizer's step."""
         layers = len(self._gradients) - 1
         for name, gradient in named_gradient_shards(self.engine):
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else layers
             self._gradients[layer] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
 
     def figures(self, gates: Tensor) -> LayerFigures:
-        """The figures over all ranks; `gates`: this rank's share of the update's mean gates, [layers, H]."""
+        """Return the figures over all ranks; `gates`: this rank's share of the update's mean gates, [layers, H]."""
         parts = (self._squares, self._tokens, self._gradients, gates)
         summed = collectives.sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu().numpy()
         ends = np.cumsum([part.numel() for part in parts])[:-1]
@@ -85,5 +91,5 @@ class LayerWatch:
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """Six digits: more are noise, and make the file twice as long."""
+    """Return `values` with six significant digits: further ones are noise and double the file's size."""
     return [float(f"{value:.6g}") for value in values]

@@ -1,6 +1,6 @@
-"""Where figures go: ``metrics.jsonl``, ``layers.jsonl``, the console's progress line, and trackers (`sinks.py`).
+"""Metrics of a run: ``metrics.jsonl``, ``layers.jsonl``, the console's progress line and trackers (`sinks.py`).
 
-Free of torch, for reports read here what runs have written.
+Free of torch.
 """
 
 import math
@@ -22,27 +22,27 @@ BINS = 20  # of a gate's histogram, from 0 to 1
 
 
 class LayerFigures(NamedTuple):
-    """Figures of one update, by layer, over all ranks and accumulation steps."""
+    """Figures of one update by layer, over all ranks and accumulation steps."""
 
-    gate_mean: list[float]  # over the real tokens and the channels; 1 is all Mamba
+    gate_mean: list[float]  # over real tokens and channels; 1 is all Mamba
     gate_std: list[float]  # of the channels' means
-    gate_histogram: list[list[int]]  # [layers, BINS], channels by their mean
-    mamba_rms: list[float]  # root mean square of the branch's output, over the real tokens and the channels
+    gate_histogram: list[list[int]]  # [layers, BINS]: channels by their mean
+    mamba_rms: list[float]  # root mean square of the branch's output, over real tokens and channels
     attention_rms: list[float]
-    grad_norm: list[float]  # of the layer's part of the whole gradient, before clipping
-    other_grad_norm: list[float]  # [1], of what belongs to no layer: embedding, last norm, head
+    grad_norm: list[float]  # of the layer's parameters, before clipping
+    other_grad_norm: list[float]  # [1]: embedding, last norm and head
 
 
 class Lap:
-    """Updates that are timed together; validation and checkpoints lie between two laps and are no part of tokens/s."""
+    """A group of updates timed together. Validation and checkpoints fall between laps, so tokens/s excludes them."""
 
     def __init__(self, step: int):
-        """Begin, behind `step` updates."""
+        """Start the lap after `step` updates."""
         self.step, self.began = step, time.perf_counter()
-        self.documents: list[int] = []  # lengths in tokens of those that this rank has met
+        self.documents: list[int] = []  # lengths of this rank's documents, in tokens
 
-    def so_far(self, step: int) -> tuple[int, float]:
-        """Updates and seconds since the lap began; `step` updates are done now."""
+    def elapsed(self, step: int) -> tuple[int, float]:
+        """Return updates and seconds since the lap's start; `step`: updates done now."""
         return step - self.step, time.perf_counter() - self.began
 
 
@@ -50,7 +50,7 @@ class Metrics:
     """The main rank's record of a run. Use as a context manager."""
 
     def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
-        """Continue the record behind `step` updates, or begin it (None); lines of lost updates are dropped."""
+        """Continue the record after `step` updates and drop later lines, or start it (None)."""
         self.model, self.folder = config.model, config.run_dir
         self.figures, self.layers = (JsonLines(self.folder / name) for name in (METRICS_FILE, LAYERS_FILE))
         for lines in (self.figures, self.layers):
@@ -66,56 +66,61 @@ class Metrics:
         self.progress.stop()
         self.figures.close()
         self.layers.close()
-        self._track(lambda sink: sink.close())
+        self._for_each_sink(lambda sink: sink.close())
 
     @property
     def wandb_id(self) -> str | None:
-        """The wandb run that a resume continues."""
+        """The id of the wandb run, for a resume."""
         return next((sink.id for sink in self.sinks if isinstance(sink, WandbSink)), None)
 
     def record(self, figures: Mapping[str, float], eta_s: float | None = None) -> None:
-        """Write one line of figures (`step` among them) everywhere; `eta_s`: seconds to the end of the run.
+        """Write one line of figures, with their perplexities, to the file, the trackers and the console.
 
-        Perplexities are added.
+        Args:
+            figures: by name, `step` among them.
+            eta_s: seconds to the end of the run.
 
         Raises:
-            RunError: another start of the run holds it now.
+            RunError: a newer start of the run has taken the lease.
         """
         lease.check(self.folder)
         figures = {**figures, **_perplexities(figures)}
         self.figures.add(figures)
         incidents.flush(self.folder)
         tracked = {name: value for name, value in figures.items() if name != "step"}
-        self._track(lambda sink: sink.log(int(figures["step"]), tracked))
+        self._for_each_sink(lambda sink: sink.log(int(figures["step"]), tracked))
         if "val_loss" in figures:
             console.print(f"step {figures['step']:>6,}  validation loss {figures['val_loss']:.4f}")
         else:
             self.progress.show(figures, eta_s)
 
     def record_layers(self, step: int, figures: LayerFigures, documents: Sequence[int]) -> None:
-        """Write a line of what each layer does, and how the model's FLOPs divide among its parts.
+        """Write one line of layer figures, with the shares of the model's FLOPs by part.
 
-        `documents`: lengths, in tokens, of those that the main rank trained on in this update.
+        Args:
+            step: updates done.
+            figures: the figures.
+            documents: lengths, in tokens, of the main rank's documents in this update.
         """
         flops = update_flops(self.model, documents)
         shares = {part: round(count / sum(flops.values()), 6) for part, count in flops.items() if count}
         self.layers.add({"step": step, **figures._asdict(), "flop_share": shares})
         tracked = _by_layer(figures) | {f"flop_share/{part}": share for part, share in shares.items()}
-        self._track(lambda sink: sink.log(step, tracked))
+        self._for_each_sink(lambda sink: sink.log(step, tracked))
 
-    def _track(self, act: Callable[[Sink], None]) -> None:
-        """Have each tracker do something; one that cannot write, as TensorBoard on a full disk, is done with."""
+    def _for_each_sink(self, act: Callable[[Sink], None]) -> None:
+        """Call `act` for each tracker; drop a tracker that cannot write, such as TensorBoard on a full disk."""
         for sink in [*self.sinks]:
             try:
                 act(sink)
             except OSError as error:
                 self.sinks.remove(sink)
                 name = type(sink).__name__.removesuffix("Sink")
-                console.print(f"{name}: {error.strerror}; figures go on without it", markup=False)
+                console.print(f"{name}: {error.strerror}; no more figures are sent to it", markup=False)
 
 
 def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:
-    """The figures as trackers show them: a name for each layer's."""
+    """Return the figures as trackers show them: one name per layer."""
     values = figures._asdict()
     edges = [i / BINS for i in range(BINS + 1)]
     named: dict[str, float | Histogram] = {}
@@ -128,6 +133,6 @@ def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:
 
 
 def _perplexities(figures: Mapping[str, float]) -> dict[str, float]:
-    """exp(loss), of a token; a loss that no float can hold the exponential of counts as the largest that one can."""
+    """Return exp(loss) for each loss; losses above 700 count as 700, whose exponential a float can still represent."""
     names = {"loss": "perplexity", "val_loss": "val_perplexity"}
-    return {name: math.exp(min(figures[of], 700.0)) for of, name in names.items() if of in figures}
+    return {name: math.exp(min(figures[loss], 700.0)) for loss, name in names.items() if loss in figures}

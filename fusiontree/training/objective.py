@@ -1,4 +1,4 @@
-"""What shapes training beside the cross-entropy: penalties on the gates, and a teacher."""
+"""The training objective: cross-entropy, z-loss, penalties on the gates and distillation."""
 
 from typing import Any
 
@@ -15,15 +15,19 @@ from fusiontree.training.schedule import value_at
 
 
 def gate_penalty(mean: Tensor, losses: LossConfig, step: int) -> tuple[Tensor, Tensor]:
-    """The penalty on the running mean of the gates, (), and its slope there, [layers, H].
+    """Return the penalty on the running mean of the gates, (), and its slope at that mean, [layers, H].
 
     With M the mean by layer and channel, the penalty is ``balance · mean over layers of max(0, |mean(M) − target| −
-    band)`` plus ``entropy · mean of −M ln M − (1 − M) ln(1 − M)``. It is a function of all tokens, which no rank and no
-    accumulation step sees: an update adds the slope times its own mean gates, which are a sum over tokens. So splitting
-    a batch changes nothing, and the means move as if the penalty itself had been differentiated.
+    band)`` plus ``entropy · mean of −M ln M − (1 − M) ln(1 − M)``.
+
+    The penalty depends on all tokens, of which a rank or an accumulation step sees only a part. So an update adds the
+    slope times its own mean gates to the objective: a sum over tokens, unchanged by any split of the batch. It moves
+    the gates like the gradient of the penalty itself.
 
     Args:
         mean: [layers, H]; 1 is all Mamba.
+        losses: the weights, target and band.
+        step: selects the weights.
     """
     balance, entropy = value_at(losses.gate_balance, step), value_at(losses.gate_entropy, step)
     layers = mean.mean(1, keepdim=True)
@@ -36,13 +40,13 @@ def gate_penalty(mean: Tensor, losses: LossConfig, step: int) -> tuple[Tensor, T
 
 
 class Objective:
-    """What an update minimises beside the penalty on the gates: cross-entropy, z-loss, the divergence from a teacher.
+    """The objective without the gate penalty: cross-entropy, z-loss and the divergence from a teacher.
 
-    The teacher is frozen and whole on every rank, in the precision of the run's activations.
+    The teacher is frozen and replicated on every rank, in the precision of the run's activations.
     """
 
     def __init__(self, config: RunConfig, device: torch.device):
-        """Load the teacher, if any; errors as in `load_export`."""
+        """Load the teacher, if there is one; raises as `load_export` does."""
         self.losses, self.distill = config.losses, config.distill
         self.teacher: HybridLM | None = None
         if config.distill.teacher is not None:
@@ -51,17 +55,17 @@ class Objective:
             check_positions(self.teacher.config, config.data.seq_len)
 
     def options(self, input_ids: Tensor, documents: Documents, step: int) -> dict[str, Any]:
-        """What `HybridLM.forward` needs beside the tokens [B, L] for update `step`."""
+        """Return the arguments of `HybridLM.forward` that select the terms of update `step` on tokens [B, L]."""
         options: dict[str, Any] = {"z_loss": self.losses.z_loss}
         if self.teacher is not None and value_at(self.distill.weight, step):
             with torch.no_grad():
                 hidden, _ = self.teacher.hidden(input_ids, documents)
-            heat, top_k = self.distill.temperature, self.distill.top_k
-            options["teacher"] = Teacher(hidden.flatten(0, 1), self.teacher.head_weight, heat, top_k)
+            temperature, top_k = self.distill.temperature, self.distill.top_k
+            options["teacher"] = Teacher(hidden.flatten(0, 1), self.teacher.head_weight, temperature, top_k)
         return options
 
-    def of(self, output: Output, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise, (), and what to report, both summed over the output's tokens."""
+    def combine(self, output: Output, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the objective, (), and its terms by name for the metrics, all summed over the output's tokens."""
         assert output.loss_sum is not None
         assert output.z_sum is not None
         total, parts = output.loss_sum, {"loss": output.loss_sum - output.z_sum}

@@ -1,4 +1,4 @@
-"""The run's folder at a start: made, or found with a checkpoint that this run may go on from."""
+"""Preparation of the run's folder at a start, and checks of the checkpoint to resume from."""
 
 import shutil
 from collections.abc import Sequence
@@ -22,19 +22,27 @@ from fusiontree.model.lm import HybridLM
 from fusiontree.run import incidents, lease
 from fusiontree.run.changes import DATA, TOKENIZER_DATA, check_changes
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER, list_checkpoints, step_of
-from fusiontree.training.init_weights import check_initial
+from fusiontree.training.init_weights import check_init_from
 
-_NEVER = ("optimizer.kind",)  # the optimizer's state would mean nothing
+_FIXED = ("optimizer.kind",)  # never allowed to change: the checkpoint's moments belong to this optimizer
 
 
 def prepare_folder(
     config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str] = (), trust: bool = False
 ) -> Path | None:
-    """Make the run's folder; the checkpoint there to go on from, if any. The main rank does it for all.
+    """Make the run's folder on the main rank and take its lease; return the checkpoint to resume from. Collective.
+
+    Args:
+        config: the run.
+        world: the ranks.
+        data: the run's training data.
+        allow_changed: keys whose values may differ from the checkpoint's, see `check_changes`.
+        trust: accept a checkpoint that can execute code.
 
     Raises:
-        UserError: the folder holds something else, or another run than `config` describes, but for `allow_changed`; or
-            the checkpoint could run code and is not trusted (`trust`).
+        UserError: the folder contains something else, or the checkpoint is of another run, does not fit the
+            configuration, or can execute code and is not trusted.
+        RunError: there are checkpoints and none verifies.
     """
     return collectives.on_main(lambda: _prepare_folder(config, world, data, allow_changed, trust))
 
@@ -45,19 +53,21 @@ def _prepare_folder(
     run = config.run_dir
     for folder in (dataset.folder for dataset in data.datasets):
         if run.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(run.resolve()):
-            raise UserError(f"run folder {run} and dataset {folder} lie in each other; set another output or name")
+            raise UserError(
+                f"run folder {run} and dataset {folder} must not contain each other; set another output or name"
+            )
     refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
     store.tidy(run / CHECKPOINTS)
-    found = last_good(run)
+    found = newest_verified(run)
     if found is not None:
         if not trust:
             store.refuse_code(found)
-        _check_same(config, data, found, allow_changed)
+        _check_resume(config, data, found, allow_changed)
     tokenizers = [dataset.folder / "tokenizer" for dataset in data.datasets]
     for dataset, tokenizer in zip(data.datasets, tokenizers, strict=True):
         dataset.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
     if found is None:
-        check_initial(config, data.datasets[0].manifest)
+        check_init_from(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
     write_atomic(run / CONFIG_FILE, to_yaml(config))
@@ -65,8 +75,11 @@ def _prepare_folder(
     return found
 
 
-def last_good(run: Path) -> Path | None:
-    """The newest checkpoint of `run` that verifies, if there are any; newer ones that do not are said and recorded.
+def newest_verified(run: Path) -> Path | None:
+    """Return the newest checkpoint of `run` that verifies; print and record newer damaged ones.
+
+    Returns:
+        None if the run has no checkpoints.
 
     Raises:
         RunError: there are checkpoints and none verifies.
@@ -78,31 +91,34 @@ def last_good(run: Path) -> Path | None:
     return found
 
 
-def read_place(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]]]:
-    """Where the checkpoint at `path` stands in the data: rows consumed, of `config`'s length, and what is left out.
+def read_position(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, int]]]:
+    """Return the data position of the checkpoint at `path`, in rows of `config`'s length.
+
+    Returns:
+        Rows consumed, and the ranges of rows that rollbacks skip.
 
     Raises:
-        UserError: that is inside a batch of `config`.
+        UserError: a position is not a multiple of `config`'s batch.
     """
     state, seq_len = store.read_state(path), load_config(str(path / CONFIG_FILE)).data.seq_len
     rows = [state["rows_consumed"], *(row for ends in state["left_out"] for row in ends)]
     tokens = [row * seq_len for row in rows]
-    if any(place % config.batch.tokens for place in tokens):
+    if any(position % config.batch.tokens for position in tokens):
         raise UserError(
-            f"{path} stands behind {tokens[0]} tokens, inside a batch of batch.tokens {config.batch.tokens}; take one "
-            "that divides them"
+            f"{path} was saved after {tokens[0]} tokens, inside a batch of batch.tokens {config.batch.tokens}; use a "
+            "batch.tokens that divides them"
         )
-    consumed, *ends = (place // config.data.seq_len for place in tokens)
+    consumed, *ends = (position // config.data.seq_len for position in tokens)
     return consumed, list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
-    """Place `stream` where the run stood last before `step`, as far as checkpoints tell; the steps from there on.
+    """Place `stream` at the newest checkpoint not after `step`; return the number of steps from there to `step`.
 
-    What the run has stepped past after a rollback is passed over.
+    Without such a checkpoint `stream` stays at its beginning. Rows that the run's rollbacks skipped are skipped too.
 
     Raises:
-        UserError: as of `read_place`.
+        UserError: see `read_position`.
     """
     saved = [
         path
@@ -111,32 +127,32 @@ def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
     ]
     if not saved:
         return step
-    stream.skip_ranges(read_place(config, saved[-1])[1])
+    stream.skip_ranges(read_position(config, saved[-1])[1])
     before = [path for path in saved if step_of(path) <= step]
     if not before:
         return step
-    stream.seek(read_place(config, before[-1])[0])
+    stream.seek(read_position(config, before[-1])[0])
     return step - step_of(before[-1])
 
 
-def _check_same(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
-    """Raise UserError if the run of the checkpoint at `path` is not the one that `config` describes."""
+def _check_resume(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
+    """Raise UserError unless `config` can resume from the checkpoint at `path`; print and record allowed changes."""
     before = load_config(str(path / CONFIG_FILE))
     differing = check_changes(before, config, allow_changed, _data_changes(store.read_state(path), data))
-    impossible = [key for key in differing if key in _NEVER]
+    impossible = [key for key in differing if key in _FIXED]
     if _shapes(before.model) != _shapes(config.model):
         impossible += [key for key in differing if key.startswith("model.")]
     if impossible:
         raise UserError(f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore them")
-    read_place(config, path)
+    read_position(config, path)
     if differing:
-        line = f"went on with other values of {', '.join(differing)}, as allowed"
+        line = f"resuming with other values of {', '.join(differing)}, as allowed"
         console.print(line)
         incidents.record(config.run_dir, "changed", step_of(path), line, keys=differing)
 
 
 def _data_changes(state: dict[str, Any], data: Sources) -> list[str]:
-    """Return which facts of the data differ from those of a checkpoint with `state`."""
+    """Return which fingerprints of `data` differ from those in a checkpoint's `state`."""
     fingerprints = {DATA: data.fingerprint, TOKENIZER_DATA: data.datasets[0].manifest.tokenizer_fingerprint}
     return [fact for fact, fingerprint in fingerprints.items() if state[f"{fact}_fingerprint"] != fingerprint]
 

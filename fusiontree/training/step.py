@@ -1,4 +1,4 @@
-"""One optimizer update under DeepSpeed: all that training and its benchmark must do alike."""
+"""One optimizer update under DeepSpeed, shared by training and its benchmark."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,22 +20,22 @@ from fusiontree.training.schedule import learning_rate
 
 
 class Update(NamedTuple):
-    """What an update has come to. A share is this rank's, on the device; the shares of all ranks add up to the mean."""
+    """Result of an update. A share is one rank's summand, on its device: summed over the ranks, it is the mean."""
 
-    loss: float  # mean cross-entropy of the batch, nats per token, the same on every rank
-    own_loss: Tensor  # (), fp32: share of `loss`
-    grad_norm: Tensor | float  # of the whole gradient before clipping, the same on every rank
+    loss: float  # mean cross-entropy of the batch, nats per token; identical on every rank
+    loss_share: Tensor  # (), fp32: share of `loss`
+    grad_norm: Tensor | float  # global gradient norm before clipping; identical on every rank
     gates: Tensor  # [layers, H], fp32: share of the mean gates
-    parts: dict[str, Tensor]  # (), fp32: shares of what else was minimised, by the name that metrics give it
-    skipped: bool  # loss or gradient was not finite, so weights and optimizer are as before; the same on every rank
-    stop: bool  # some rank has been asked to stop
+    parts: dict[str, Tensor]  # (), fp32: shares of the other terms of the objective, by their names in metrics.jsonl
+    skipped: bool  # non-finite loss or gradient: weights and optimizer unchanged; identical on every rank
+    stop: bool  # some rank received a stop signal
 
 
 class TrainingStep:
-    """The model under DeepSpeed, its optimizer and its gate statistics; all ranks make one and call it together."""
+    """The model under DeepSpeed with its optimizer, objective and gate statistics. Collective: all ranks call it."""
 
     def __init__(self, config: RunConfig, world: World, resuming: bool = False):
-        """Begin; one that `resuming` has no weights until a checkpoint is loaded."""
+        """Build the engine; `resuming` leaves the weights zero until a checkpoint is loaded."""
         self.config, self.world = config, world
         self.objective = Objective(config, world.device)
         self.engine, self.clipping = build_engine(config, world, resuming)
@@ -50,13 +50,13 @@ class TrainingStep:
     def update(
         self, batches: Sequence[Batch], step: int, stop: bool = False, watch: LayerWatch | None = None
     ) -> Update:
-        """Make update `step` (from 0) from this rank's share of its batch, unless loss or gradient is not finite.
+        """Run update `step` (from 0) on this rank's share of the batch; skip it if loss or gradient is not finite.
 
         Args:
             batches: one for each accumulation step.
-            step: decides the learning rate, the weights of the losses and the branches that are dropped.
-            stop: whether this rank has been asked to stop; all are told.
-            watch: what looks at this update layer by layer, entered.
+            step: selects the learning rate, the weights of the objective's terms and the dropped branches.
+            stop: whether this rank received a stop signal; shared with all ranks.
+            watch: an entered `LayerWatch` that records this update.
         """
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
@@ -70,34 +70,35 @@ class TrainingStep:
             options = self.objective.options(ids, documents, step)
             output = self.engine(ids, documents, labels=labels, branch_drops=drops, **options)
             share = output.gates * (batch.real_tokens / tokens)
-            total, reported = self.objective.of(output, step)
+            total, reported = self.objective.combine(output, step)
             self._backward(total / tokens + (0.0 if slope is None else (slope * share).sum()))
             gates += share.detach()
             for name, value in reported.items():
                 parts[name] = parts.get(name, 0.0) + value / tokens
             if self.engine.is_gradient_accumulation_boundary():
-                broken = self.clipping.prepare()
-                # on its way to the host while the device makes the step
-                news = [parts["loss"], torch.full_like(broken, stop), broken, own_tokens]
-                told = collectives.HostSum(torch.stack(news))
+                nonfinite = self.clipping.prepare()
+                # One reduction brings all that the host needs. It starts before the optimizer step, so its copy to the
+                # host overlaps that step and `read` does not wait for it.
+                figures = [parts["loss"], torch.full_like(nonfinite, stop), nonfinite, own_tokens]
+                reduced = collectives.HostSum(torch.stack(figures))
                 if watch is not None:
-                    watch.meet_gradients()
+                    watch.record_gradients()
                 self.clipping.step()
             else:
                 self.engine.step()
-        loss, stops, breaks, real = told.read()
-        norm, skipped = self.clipping.outcome(breaks > 0)
-        if real and not skipped:  # a batch of padding alone has no gates
+        loss, stop_votes, nonfinite_ranks, real_tokens = reduced.read()
+        norm, skipped = self.clipping.result(nonfinite_ranks > 0)
+        if real_tokens and not skipped:  # a batch of padding only has no gates
             self.gates.update(gates)
-        return Update(loss, parts.pop("loss"), norm, gates, parts, skipped, stops > 0)
+        return Update(loss, parts.pop("loss"), norm, gates, parts, skipped, stop_votes > 0)
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """The batch's loss by token in nats, fp32 [B, L], 0 where there is no label; without gradient."""
+        """Return each token's loss in nats, fp32 [B, L], 0 where there is no label; without gradient."""
         input_ids, labels, documents = to_device(batch, self.world.device)
         return self.engine(input_ids, documents, labels=labels, by_token=True).token_losses
 
     def _gate_penalty(self, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
-        """This rank's share of the penalty on the gates, and the slope of the whole, if the run has one."""
+        """Return this rank's share of the gate penalty and the penalty's slope, or ({}, None) if the run has none."""
         if not self.config.losses.shapes_gates:
             return {}, None
         mean = collectives.sum_over_ranks(self.gates.share.clone())
@@ -105,8 +106,15 @@ class TrainingStep:
         return {"gate_penalty": penalty / self.world.size}, slope
 
     def _backward(self, objective: Tensor) -> None:
-        """Add the gradient of this rank's share of the objective; where that is not finite, all of it is NaN."""
-        # the engine averages gradients over the ranks: the factor turns that into their sum
+        """Accumulate the gradient of this rank's share of the objective; a non-finite share makes all of it NaN.
+
+        The shares are already divided by the tokens of the whole batch, so gradients must be summed over accumulation
+        steps and ranks. DeepSpeed would average both: `scale_wrt_gas=False` disables its division by the accumulation
+        steps, and the factor `world.size` cancels its division by the ranks.
+
+        The term ``0 * objective`` is 0 for a finite share and NaN otherwise. So a share with a finite gradient, such as
+        ``x + inf``, still yields a non-finite gradient norm, by which every rank skips the update.
+        """
         self.engine.backward(objective * (self.world.size + 0 * objective.detach()), scale_wrt_gas=False)
 
     def _set_learning_rate(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Training: DeepSpeed drives the ranks, this file the loop."""
+"""The training loop: fetch, update, judge, record, validate, save, roll back, stop."""
 
 import contextlib
 import logging
@@ -31,30 +31,31 @@ from fusiontree.training.health import Health, Trouble, Watchdog, format_rows, r
 from fusiontree.training.layer_watch import LayerWatch
 from fusiontree.training.logs import log_to_file
 from fusiontree.training.metrics import Lap, Metrics
-from fusiontree.training.resume import last_good, prepare_folder, read_place
+from fusiontree.training.resume import newest_verified, prepare_folder, read_position
 from fusiontree.training.step import TrainingStep, Update
 
 log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = False) -> dict[str, Any]:
-    """Train to the end of the schedule, from the newest checkpoint of the run's folder if there is one.
+    """Train to the end of the schedule, from the newest checkpoint in the run's folder if there is one.
 
-    Every rank calls it; RANK, WORLD_SIZE and the like come from the launcher.
+    Collective: every rank calls it. The launcher sets RANK, WORLD_SIZE and the other variables of torch.distributed.
 
     Args:
         config: the run.
-        allow_changed: dotted keys, tables of them, or `data` or `tokenizer`, that may differ from the checkpoint's run.
-        trust: unpickle whatever the checkpoint holds, which may run any code.
+        allow_changed: dotted keys, tables of keys, `data` or `tokenizer` that may differ from the checkpoint's.
+        trust: unpickle any object in the checkpoint, which can execute code.
 
     Returns:
         The run's summary: steps, first and last validation loss (nats per token), tokens/s (median), peak memory.
 
     Raises:
-        UserError: the data, the batch or the run's folder do not fit the configuration; or its checkpoint holds more
-            than tensors and is not trusted.
-        RunError: a checkpoint could not be written or read.
-        StoppedError: asked to stop by a signal; all is saved.
+        UserError: the data, the batch or the run's folder does not fit the configuration; or the checkpoint contains
+            more than tensors and `trust` is off.
+        RunError: a checkpoint could not be written or read, a rank was lost, or memory ran out.
+        HungError: a collective timed out.
+        StoppedError: a signal asked to stop; the run is saved.
     """
     deepspeed_json(config)
     data = open_data(config)
@@ -77,7 +78,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
             raise RunError(LOST_PEER) from None
         if collectives.is_timeout(error):
             limit = f"{config.health.timeout_seconds:.0f} s (health.timeout_seconds)"
-            raise HungError(f"a rank has waited {limit} for the others; start again to go on") from None
+            raise HungError(f"a rank has waited {limit} for the others; start again to resume") from None
         raise
     return {
         "run": str(config.run_dir),
@@ -90,7 +91,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
 
 
 class Trainer:
-    """One rank's run: the training step, where the data stands, and the loop that joins them."""
+    """One rank's part of a run: its training step, its data stream and the loop over both."""
 
     def __init__(
         self,
@@ -101,11 +102,20 @@ class Trainer:
         resume_from: Path | None,
         trust: bool = False,
     ):
-        """`trust`: unpickle whatever the checkpoint to go on from holds."""
+        """Build the engine and resume from the checkpoint `resume_from`, if any.
+
+        Args:
+            config: the run.
+            world: the ranks.
+            data: the run's datasets.
+            stream: this rank's batches.
+            resume_from: the checkpoint; None starts the run.
+            trust: unpickle any object in the checkpoint.
+        """
         self.config, self.world, self.data, self.stream, self.resume_from = config, world, data, stream, resume_from
         self.trust = trust
         self.step = 0  # updates done
-        self.tokens = 0  # trained on in them, padding included
+        self.tokens = 0  # tokens in these updates, padding included
         self.ledger = Ledger(config.data.max_bad_rows)
         self.training = TrainingStep(config, world, resuming=resume_from is not None)
         collectives.set_timeout(config.health.timeout_seconds)
@@ -113,26 +123,26 @@ class Trainer:
         self.saver = Saver(self.training.engine, world, config.run_dir, retention, config.health.timeout_seconds)
         self.health = Health(config.health)
         self.watchdog = Watchdog(config.health, config.run_dir, world)
-        self.left_out: list[tuple[int, int]] = []  # stretches of rows consumed that training has stepped past
+        self.skipped_ranges: list[tuple[int, int]] = []  # ranges of rows consumed that rollbacks skip
         self.rollbacks: Counter[Path] = Counter()
         self.wandb_id: str | None = None
-        self.metrics: Metrics | None = None  # the main rank's, while the loop runs
+        self.metrics: Metrics | None = None  # on the main rank, while the loop runs
         self.lap = Lap(0)
-        self.step_seconds: deque[float] = deque(maxlen=20)  # of the last laps, per update
+        self.step_seconds: deque[float] = deque(maxlen=20)  # seconds per update in the last laps
         if resume_from is not None:
-            self._resume(resume_from, fresh=True)
+            self._resume(resume_from, at_start=True)
 
     def run(self) -> None:
-        """Train to the end of the schedule; after trouble, once more from the last good checkpoint."""
+        """Train to the end of the schedule, rolling back to the newest verified checkpoint when `Health` demands it."""
         with self.watchdog:
             while (trouble := self._train()) is not None:
                 self._roll_back(trouble)
         self.saver.finish()
 
     def _train(self) -> Trouble | None:
-        """Fetch, update, judge, record, validate, save, until the schedule ends or trouble asks for a rollback."""
+        """Train until the schedule ends (None) or until trouble asks for a rollback."""
         steps = self.config.schedule.steps
-        with self._recording():
+        with self._open_metrics():
             if self.step == 0:
                 self._validate()
             self.lap = Lap(self.step)
@@ -143,7 +153,7 @@ class Trainer:
                 self.tokens += self.config.batch.tokens
                 trouble = self.health.judge(update, self._last_rows)
                 if trouble is not None:
-                    self._tell(trouble, update)
+                    self._report(trouble, update)
                     if trouble.action == "rollback":
                         return trouble
                 if self._due(self.config.logging.every) and not update.skipped:
@@ -157,11 +167,16 @@ class Trainer:
         return None
 
     def _fetch(self) -> list[Batch]:
+        """Return this rank's batches of the next update.
+
+        Raises:
+            RunError: the sources are exhausted, or have too many bad rows.
+        """
         try:
             batches = next(self.stream)
         except StopIteration:
             raise RunError(
-                f"the sources are used up after step {self.step:,}, for some rows were stepped past; lower "
+                f"the sources are exhausted after step {self.step:,}, because rollbacks skipped some rows; lower "
                 "schedule.steps or raise max_epochs"
             ) from None
         self.ledger.record(batches)
@@ -170,57 +185,68 @@ class Trainer:
 
     @property
     def _last_rows(self) -> tuple[int, int]:
-        """Rows consumed before and behind the last step."""
+        """Rows consumed before and after the last step."""
         return self.stream.rows_consumed - self.stream.recipe.batch_rows, self.stream.rows_consumed
 
-    def _tell(self, trouble: Trouble, update: Update) -> None:
-        """Name the rows of an update that went wrong.
+    def _report(self, trouble: Trouble, update: Update) -> None:
+        """Print and record the trouble with an update and its rows.
 
         Raises:
-            RunError: the run is to stop.
+            RunError: the action is to stop.
         """
-        rows = rows_of_failing_ranks(self.stream, self._last_rows[0], bool(update.own_loss.isfinite()))
+        rows = rows_of_failing_ranks(self.stream, self._last_rows[0], bool(update.loss_share.isfinite()))
         message = f"step {self.step:,}: {trouble.message}; rows: {format_rows(rows)}"
         if self.world.is_main:
             console.print(message, markup=False)
             incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
         if trouble.action == "stop":
             self.saver.wait()
-            raise RunError(f"{message}; look at them, then start again with other values of health.* or optimizer.lr")
+            raise RunError(f"{message}; inspect them, then start again with other values of health.* or optimizer.lr")
 
     def _roll_back(self, trouble: Trouble) -> None:
-        """Go on from the last good checkpoint, past the rows of the trouble."""
+        """Resume from the newest verified checkpoint and skip the rows of the trouble.
+
+        Raises:
+            RunError: there is no checkpoint, or this one has been rolled back to too often.
+        """
         self.saver.wait()
-        path = collectives.on_main(lambda: last_good(self.config.run_dir))
-        hint = "look at the rows, then start again with other values of health.* or optimizer.lr"
+        path = collectives.on_main(lambda: newest_verified(self.config.run_dir))
+        hint = "inspect the rows, then start again with other values of health.* or optimizer.lr"
         if path is None:
-            raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to go back to; {hint}")
+            raise RunError(f"step {self.step:,}: {trouble.message}, and there is no checkpoint to roll back to; {hint}")
         self.rollbacks[path] += 1
-        if self.rollbacks[path] > self.config.health.max_rollbacks:
-            raise RunError(f"step {self.step:,}: {trouble.message}, rolled back to {path} too often; {hint}")
+        limit = self.config.health.max_rollbacks
+        if self.rollbacks[path] > limit:
+            raise RunError(
+                f"step {self.step:,}: {trouble.message}, rolled back to {path} more than {limit} times; {hint}"
+            )
         if self.world.is_main:
-            message = f"rolled back from step {self.step:,} to {step_of(path):,}, past the rows of the trouble"
+            message = f"rolled back from step {self.step:,} to {step_of(path):,}, skipping the failing rows"
             console.print(message)
             incidents.record(self.config.run_dir, "rollback", self.step, message, rows_consumed=trouble.rows)
-        left_out = [*self.left_out, trouble.rows]
-        self._resume(path, fresh=False)
-        self._leave_out(left_out)
-        self.health.bad.clear()  # the checkpoint may have been saved in the midst of them
+        ranges = [*self.skipped_ranges, trouble.rows]
+        self._resume(path, at_start=False)
+        self._skip_ranges(ranges)
+        self.health.bad.clear()  # restored from a checkpoint saved between bad updates, whose rows are skipped now
 
-    def _leave_out(self, ranges: list[tuple[int, int]]) -> None:
-        self.left_out = ranges
+    def _skip_ranges(self, ranges: list[tuple[int, int]]) -> None:
+        self.skipped_ranges = ranges
         self.stream.skip_ranges(ranges)
 
     def _stop(self) -> None:
-        """Leave as asked, after the checkpoint of this step."""
+        """Stop after the checkpoint of this step.
+
+        Raises:
+            StoppedError: always.
+        """
         self.saver.finish()
         (name, *_) = [number.name for number in collectives.gather(signals.requested()) if number is not None]
         if self.world.is_main:
-            incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name}, saved before")
-        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to go on")
+            incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name} after saving")
+        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to resume")
 
     def _update(self, batches: list[Batch]) -> Update:
-        """Make the next update; now and then, watch and write down what its layers do."""
+        """Run the next update; when due, also record its layers."""
         stop = signals.requested() is not None
         if not self._due(self.config.logging.layers_every, self.step + 1):
             return self.training.update(batches, self.step, stop)
@@ -233,19 +259,19 @@ class Trainer:
         return update
 
     def _due(self, every: int, step: int | None = None) -> bool:
-        """Whether what happens `every` steps (0: never), and at the end, happens behind `step`, by default now."""
+        """Return whether an action of every `every` steps (0: never) and of the end is due after `step` (now)."""
         step = self.step if step is None else step
         return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
     def _record(self, update: Update) -> None:
-        """Write the update's figures; here training waits until the device is done, elsewhere for a `HostSum` alone."""
-        self._share_damage()
+        """Record the update's figures. This waits for the device; other updates wait for their `HostSum` alone."""
+        self._share_bad_rows()
         own_flops = float(sum(update_flops(self.config.model, self.lap.documents).values()))
-        shares = torch.stack([update.gates.mean(), update.own_loss.new_tensor(own_flops), *update.parts.values()])
+        shares = torch.stack([update.gates.mean(), update.loss_share.new_tensor(own_flops), *update.parts.values()])
         gate_mean, flops, *parts = collectives.sum_over_ranks(shares).tolist()
         memory = torch.tensor(peak_memory(self.world.device), device=self.world.device)
         memory_bytes = collectives.max_over_ranks(memory).item()
-        updates, lap_seconds = self.lap.so_far(self.step)
+        updates, lap_seconds = self.lap.elapsed(self.step)
         self.lap = Lap(self.step)
         seconds = lap_seconds / updates
         self.step_seconds.append(seconds)
@@ -270,7 +296,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Write down the mean loss of the held-out tokens, the same for any number of ranks, and of parts of them."""
+        """Record the mean loss of the held-out tokens, in total and by subset; the same for any number of ranks."""
         if self.data.validation is None:
             return
         self.training.engine.eval()
@@ -281,30 +307,34 @@ class Trainer:
         ):
             self.ledger.record([batch])
             held_out.add(batch, self.training.token_losses(batch))
-        self._share_damage()
+        self._share_bad_rows()
         figures = held_out.figures()
         if self.metrics is not None:
             self.metrics.record({"step": self.step, "tokens": self.tokens, **figures})
         self.lap = Lap(self.step)
 
-    def _share_damage(self) -> None:
-        """Tell all ranks which stored rows any of them could not use, so that they stop together."""
+    def _share_bad_rows(self) -> None:
+        """Share the bad stored rows of each rank with all, so that all stop together.
+
+        Raises:
+            RunError: there are more of them than `data.max_bad_rows`.
+        """
         if not collectives.sum_over_ranks(torch.tensor(len(self.ledger.unshared), device=self.world.device)).item():
             return
         for row in self.ledger.merge(collectives.gather(self.ledger.unshared)):
-            log.warning("%s: a masked row stands in for it", row)
+            log.warning("%s: replaced by a masked row", row)
             if self.world.is_main:
-                console.print(f"{row}: a masked row stands in for it (at most {self.ledger.limit} may)")
+                console.print(f"{row}: replaced by a masked row (limit: data.max_bad_rows {self.ledger.limit})")
         self.ledger.check()
 
     def _save(self) -> None:
-        self._share_damage()
+        self._share_bad_rows()
         manifest = self.data.train.datasets[0].manifest
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "rows_consumed": self.stream.rows_consumed,
-            "left_out": self.left_out,
+            "left_out": self.skipped_ranges,
             "bad_rows": self.ledger.to_json(),
             "health": self.health.to_json(),
             "world_size": self.world.size,
@@ -319,30 +349,30 @@ class Trainer:
         log.info("saving step %d", self.step)
         self.lap = Lap(self.step)
 
-    def _resume(self, path: Path, fresh: bool) -> None:
-        """Go on from the checkpoint at `path`; `fresh`: nothing has been trained yet."""
-        store.load(self.training.engine, self.world, path, fresh, self.trust)
+    def _resume(self, path: Path, at_start: bool) -> None:
+        """Restore the checkpoint at `path`; `at_start`: no update has run in this process."""
+        store.load(self.training.engine, self.world, path, at_start, self.trust)
         state = store.read_state(path)
         self.resume_from, self.wandb_id = path, state["wandb_id"]
         self.step, self.tokens = state["step"], state["tokens"]
-        place, left_out = read_place(self.config, path)
-        self.stream.seek(place)
-        self._leave_out(left_out)
+        rows_consumed, skipped = read_position(self.config, path)
+        self.stream.seek(rows_consumed)
+        self._skip_ranges(skipped)
         self.ledger.restore(state["bad_rows"])
         self.health.restore(state["health"])
         self.training.gates.restore(store.read_gates(path))
-        if self.world.is_main and fresh:
+        if self.world.is_main and at_start:
             saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
             message = f"resuming {self.config.run_dir} from step {self.step:,}"
             console.print(message)
             incidents.record(self.config.run_dir, "resume", self.step, f"{message}, {saved}")
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
+    def _open_metrics(self) -> Iterator[None]:
         if not self.world.is_main:
             yield
             return
-        behind = None if self.resume_from is None else self.step
-        with Metrics(self.config, behind, self.wandb_id) as self.metrics:
+        resumed_step = None if self.resume_from is None else self.step
+        with Metrics(self.config, resumed_step, self.wandb_id) as self.metrics:
             yield
         self.metrics = None
