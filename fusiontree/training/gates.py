@@ -27,8 +27,8 @@ class GateStatistics:
     def mean(self) -> Tensor:
         """Return the mean over all ranks, [layers, H]. Collective.
 
-        It also replaces every rank's share by an equal part of the mean, as a resume does: otherwise the shares of a run
-        that saved and of a run resumed from that checkpoint would round differently.
+        It also sets every rank's share to an equal part of the mean, as a resume does: otherwise the shares of a run
+        after a save would round differently from those of a run resumed from that checkpoint.
         """
         mean = collectives.sum_over_ranks(self.share)
         self.restore(mean)
