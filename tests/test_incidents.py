@@ -59,7 +59,7 @@ def test_what_a_full_disk_refuses_is_said_once_and_written_before_the_next(
             lines.add(line)
         lines.close()
         assert read_json_lines(lines.path) == sent
-        assert capsys.readouterr().err.count("; its lines wait until they can be written\n") == 1
+        assert capsys.readouterr().err.count("; lines are queued until they can be written\n") == 1
 
 
 def test_lines_that_can_never_be_written_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ from fusiontree.run import lease
 from fusiontree.run.records import read_metrics
 from fusiontree.training.metrics import Metrics
 
-WHO = "from fusiontree.run import lease; print(lease.ME)"
+WHO = "from fusiontree.run import lease; print(lease.TOKEN)"
 TAKE = "import sys; from pathlib import Path; from fusiontree.run import lease; lease.take(Path(sys.argv[1]))"
 
 
@@ -49,7 +49,7 @@ def test_whether_the_holder_lives_is_told_where_it_can_be_seen(tmp_path):
 
 def test_starts_that_write_the_same_step_never_meet_in_one_file(tmp_path):
     final = tmp_path / "step-8"
-    folders = [store.partial_of(final, start) for start in (lease.ME, in_a_new_process(WHO))]
+    folders = [store.partial_of(final, start) for start in (lease.TOKEN, in_a_new_process(WHO))]
     for folder in folders:
         folder.mkdir()
         (folder / "weights.pt").write_text(folder.name)

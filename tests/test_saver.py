@@ -75,7 +75,7 @@ def test_a_save_that_fails_on_one_rank_is_said_and_tried_again_at_the_next(shard
     assert store.verify(folder / "step-8") == []
     assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
     assert [line["step"] for line in read_json_lines(tmp_path / "r" / "layers.jsonl")] == [4, 8]
-    assert said.count("metrics.jsonl: No space left on device; its lines wait until they can be written") == 1
+    assert said.count("metrics.jsonl: No space left on device; lines are queued until they can be written") == 1
 
 
 def test_a_log_that_a_full_disk_refuses_is_no_traceback_and_written_later(

@@ -98,7 +98,7 @@ def test_an_absent_tracker_is_one_line(name: str, tmp_path: Path, monkeypatch: p
     assert open_sinks(run_config(tmp_path, f"logging.{name}=true"), None, None) == []
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == (
-        f"{name} is not installed: figures go without it (pip install 'fusiontree[{name}]')\n"
+        f"{name} is not installed, no figures are sent to it: pip install 'fusiontree[{name}]'\n"
     )
 
 

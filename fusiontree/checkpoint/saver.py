@@ -56,7 +56,7 @@ class Saver:
         self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
         self.waited = 0.0  # seconds in which training waited for copies
         self._group = collectives.background_group(timeout_seconds)
-        self._start = collectives.from_main(lease.ME, self._group)
+        self._start = collectives.from_main(lease.TOKEN, self._group)
         self._seconds: float | None = None  # of the newest checkpoint, until `figures` returns it
         self._thread: threading.Thread | None = None
         self._failure: str | None = None  # of the last save, set when its thread ends

@@ -1,20 +1,20 @@
-"""The layout of a run's folder, and the one owner of its file names. Free of torch.
+"""Layout and file names of a run's folder. Free of torch.
 
 ::
 
     runs/NAME/
-      config.yaml        every value of the configuration, as the ranks read it
+      config.yaml        the complete configuration, as the ranks read it
       metrics.jsonl      figures of updates and validations, one object per line
       layers.jsonl       figures of each layer
-      incidents.jsonl    what went wrong or was out of the ordinary
-      lease.json         which start of the run may write here
+      incidents.jsonl    failures and unusual events
+      lease.json         the start of the run that may write here
       attempts.json      the starts of a SLURM job
-      tokenizer/         a copy of the dataset's
+      tokenizer/         copy of the dataset's tokenizer
       logs/              output of the ranks
       checkpoints/
         latest           name of the newest checkpoint
         step-N/          DeepSpeed's files, config.yaml and:
-          state.json           counters and fingerprints that a resume needs
+          state.json           counters and fingerprints for a resume
           gates.safetensors    running mean of the gates
           manifest.json        sha256 of every other file, written last
 """
@@ -37,27 +37,27 @@ MANIFEST_FILE = "manifest.json"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Return the folder of the checkpoint that is saved after `step` updates."""
+    """Return the folder of the checkpoint after `step` updates."""
     return run / CHECKPOINTS / f"step-{step}"
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the folder of the run that `checkpoint` belongs to."""
+    """Return the run's folder that contains `checkpoint`."""
     return checkpoint.parent.parent
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder` (``checkpoints/``), oldest step first; unfinished ones are left out."""
+    """Return the checkpoints in `folder` (``checkpoints/``), oldest step first, without unfinished ones."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the number of updates before `checkpoint` was saved."""
+    """Return the number of updates done when `checkpoint` was saved."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_step(run: Path) -> int:
-    """Return the step that ``checkpoints/latest`` names, 0 if the run has no checkpoint yet."""
+    """Return the step that ``checkpoints/latest`` names; 0 without a checkpoint."""
     latest = run / CHECKPOINTS / LATEST
     return step_of(Path(latest.read_text().strip())) if latest.exists() else 0

@@ -1,6 +1,6 @@
-"""``incidents.jsonl`` of a run's folder: what went wrong or was out of the ordinary, one object a line.
+"""``incidents.jsonl`` of a run's folder: failures and unusual events, one object per line. Free of torch.
 
-The engine writes it; the status and the report of a run read it. Free of torch.
+Training writes it; the status and the report of a run read it.
 """
 
 import functools
@@ -16,16 +16,17 @@ def record(run_dir: Path, kind: str, step: int, message: str, **facts: Any) -> N
     """Append an incident.
 
     Args:
+        run_dir: the run's folder.
         kind: a short name such as ``skipped_update``, ``rollback``, ``fallback``, ``signal``, ``hang``, ``resume``.
-        step: updates done when it happened.
+        step: updates done.
         message: one line for a person.
-        facts: whatever else is known, as JSON.
+        facts: further values, serializable as JSON.
     """
     _lines(run_dir).add({"time": time.time(), "kind": kind, "step": step, "message": message, **facts})
 
 
 def flush(run_dir: Path) -> None:
-    """Write those that could not be written when they happened: the next one may be days away."""
+    """Retry incidents that could not be written, because the next incident may be days away."""
     _lines(run_dir).flush()
 
 
@@ -35,5 +36,5 @@ def _lines(run_dir: Path) -> JsonLines:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The incidents of a run, oldest first; a line that a crash or a full disk cut short is left out."""
+    """Return the incidents of a run, oldest first, without lines truncated by a crash or a full disk."""
     return read_json_lines(run_dir / INCIDENTS_FILE)

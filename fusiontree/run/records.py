@@ -1,4 +1,4 @@
-"""Readers of the figures that a run recorded."""
+"""Readers of a run's recorded figures."""
 
 import json
 import statistics
@@ -11,12 +11,12 @@ from fusiontree.run.jsonlines import read_json_lines
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first; one that a crash cut short is left out."""
+    """Return the lines of a run's ``metrics.jsonl``, oldest first, without truncated lines."""
     return read_json_lines(run_dir / METRICS_FILE)
 
 
 def summarise(run_dir: Path) -> dict[str, float | None]:
-    """First and last validation loss (nats per token) and median tokens/s of a run; None where it has none."""
+    """Return first and last validation loss (nats per token) and median tokens/s of a run, each None if unknown."""
     lines = read_metrics(run_dir)
     validation = [line["val_loss"] for line in lines if "val_loss" in line]
     rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
@@ -28,7 +28,7 @@ def summarise(run_dir: Path) -> dict[str, float | None]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines behind `step`, and a last one that a crash cut short."""
+    """Drop lines after `step` and truncated lines."""
     if not path.exists():
         return
     kept = [line for line in read_json_lines(path) if line["step"] <= step]

@@ -1,4 +1,4 @@
-"""From a configuration to the model under DeepSpeed."""
+"""Construction of the DeepSpeed engine from a configuration."""
 
 import sys
 from typing import Any
@@ -17,10 +17,10 @@ from fusiontree.zero import setup
 
 
 def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tuple[Any, FusedClipping | EngineClipping]:
-    """The model under DeepSpeed, and what clips its gradients.
+    """Return the model under DeepSpeed and the clipping of its gradients.
 
-    Weights are fp32 and are the master weights, activations follow `precision`. With `resuming` they are zeros, for a
-    checkpoint is loaded next.
+    Weights are fp32 master weights; activations follow `precision`. With `resuming` the weights are zeros, because the
+    caller loads a checkpoint next.
     """
     settings = engine_settings(config, world)
     setup.require_async_io(settings["zero_optimization"])
@@ -32,7 +32,7 @@ def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tup
 
 
 def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's own settings, and all that the run's configuration decides of the rest."""
+    """Return DeepSpeed's settings: those of the `deepspeed` file and those that the run's configuration determines."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
@@ -43,10 +43,10 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
         **deepspeed_json(config),
     }
     zero = settings.setdefault("zero_optimization", {"stage": 0})
-    # a single rank has nothing to overlap with, and would wait for the device before every update
+    # a single rank has no communication to overlap, and would wait for the device before every update
     zero.setdefault("overlap_comm", world.size > 1)
-    zero.setdefault("reduce_scatter", config.optimizer.kind != "muon")  # Muon needs whole gradients
-    if is_fused(config.optimizer, zero):
+    zero.setdefault("reduce_scatter", config.optimizer.kind != "muon")  # Muon orthogonalizes full gradient matrices
+    if is_fused(config.optimizer, zero):  # `FusedClipping` clips and computes the norm in DeepSpeed's place
         settings["gradient_clipping"] = 0.0
         if zero.get("stage", 0) > 0:
             zero["compute_grad_norm"] = False
@@ -54,9 +54,9 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def build_model(config: RunConfig, world: World, settings: dict[str, Any], resuming: bool = False) -> HybridLM:
-    """The model with its first weights (`initial_weights`), the same whatever the ranks and the ZeRO stage.
+    """Build the model with its initial weights (`run_initializer`), independent of the ranks and the ZeRO stage.
 
-    At ZeRO-3 each module is cut up as soon as it is there, so that no rank ever holds the whole model.
+    At ZeRO-3 each module is partitioned as soon as it is materialized: no rank ever stores the full model.
     """
     dtype = DTYPES[config.precision]
     kernels = choose_kernels(world.device.type, config.kernels.model_dump(), config.model, dtype)
@@ -66,7 +66,7 @@ def build_model(config: RunConfig, world: World, settings: dict[str, Any], resum
     if settings["zero_optimization"].get("stage", 0) == 3:
         setup.partition_parameters(modules, settings)
     else:
-        list(modules)  # materializes all of them
+        list(modules)  # materialize all of them
     return model
 
 

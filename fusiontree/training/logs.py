@@ -1,4 +1,4 @@
-"""Where a rank's log goes."""
+"""Log files of the ranks."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from fusiontree.run.folder import LOGS
 
 
 class _FileHandler(logging.FileHandler):
-    """Says nothing of a full disk, which whoever writes more does: what it holds back is written later."""
+    """File handler that ignores a full disk: it keeps the lines in its buffer and `JsonLines` reports the problem."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exception(), OSError):
@@ -20,7 +20,7 @@ class _FileHandler(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_to_file(config: RunConfig, world: World) -> Iterator[None]:
-    """Send this rank's log, DeepSpeed's and Python's warnings to ``logs/rank-N.log``: the console is for progress."""
+    """Send this rank's log, DeepSpeed's log and Python's warnings to ``logs/rank-N.log``, not to the console."""
     folder = config.run_dir / LOGS
     folder.mkdir(parents=True, exist_ok=True)
     handler = _FileHandler(folder / f"rank-{world.rank}.log")

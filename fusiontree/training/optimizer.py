@@ -1,4 +1,4 @@
-"""Which parameters are updated how: AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest."""
+"""Optimizers: AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the others."""
 
 import math
 from typing import Any
@@ -11,13 +11,13 @@ from fusiontree.zero.setup import full_shape, muon_class
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that DeepSpeed shares out; each group's `lr` is its peak."""
+    """Return the optimizer for DeepSpeed to partition; each group's `lr` is its peak."""
     groups = parameter_groups(model, config)
     adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, **adam)
     if not torch.cuda.is_available():
-        torch.compiler.set_stance("force_eager")  # it compiles what it is made of, for minutes on a CPU
+        torch.compiler.set_stance("force_eager")  # compiling its iterations takes minutes on a CPU
     for group in groups:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
@@ -25,24 +25,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameters by learning rate and weight decay.
+    """Return the parameters grouped by learning rate and weight decay.
 
-    Norms, biases, the scan's state parameters and the gate are spared the decay. Under Muon (arXiv 2502.16982) the
-    matrices of the blocks stand by shape: their rates make an update's root mean square that of AdamW, so that `lr` and
-    `weight_decay` mean the same for both.
+    Norms, biases, the scan's state parameters and the gate have no weight decay. Under Muon (arXiv 2502.16982) the
+    blocks' matrices are grouped by shape: a group's learning rate gives its update the root mean square of AdamW's, so
+    `lr` and `weight_decay` have the same meaning for both.
     """
     muon: dict[tuple[int, ...], list[Tensor]] = {}
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
+    decay: list[Tensor] = []
+    no_decay: list[Tensor] = []
     for name, parameter in model.named_parameters():
         shape = full_shape(parameter)
         if config.kind == "muon" and is_block_matrix(name):
             muon.setdefault(shape, []).append(parameter)
         else:
-            (spared if len(shape) < 2 or ".fusion." in name else decayed).append(parameter)
+            (no_decay if len(shape) < 2 or ".fusion." in name else decay).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": spared, "lr": config.lr, "weight_decay": 0.0},
+        {"params": decay, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": no_decay, "lr": config.lr, "weight_decay": 0.0},
     ]
     if config.kind == "adamw":
         return groups
@@ -50,13 +50,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether `name` is a projection of a block: not the embedding, a convolution, SRTE, the gate or a vector."""
+    """Return whether `name` is a matrix that Muon updates: a block's projections and MLP, but not its gate or SRTE."""
     return (name.startswith("blocks.") and name.endswith("_proj.weight")) or ".mlp." in name
 
 
 def _muon_group(shape: tuple[int, ...], parameters: list[Tensor], config: OptimizerConfig) -> dict[str, Any]:
     rows, columns = shape
-    rescale = 0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns))  # DeepSpeed makes the last
+    # 0.2 * sqrt(max(rows, columns)) is the paper's factor; DeepSpeed's Muon already multiplies by the divisor
+    rescale = 0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns))
     return {
         "params": parameters,
         "lr": config.lr * rescale,

@@ -1,4 +1,4 @@
-"""The line that shows how a run goes: what matters most stays where the terminal is narrow."""
+"""The progress line. In a narrow terminal the least important figures disappear first."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -9,51 +9,51 @@ from rich.text import Text
 
 from fusiontree.console import console
 
-PLAIN_INTERVAL = 10.0  # seconds between lines where the console is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between lines if the console is no terminal
 _BAR = 20  # characters
 
 
 class ProgressLine:
-    """A bar and a line of figures that change in place; where the console is no terminal, a line now and then."""
+    """A bar and a line of figures, updated in place; without a terminal, a new line every `PLAIN_INTERVAL`."""
 
     def __init__(self, steps: int, done: int):
-        """A run of `steps` updates of which `done` are done."""
+        """Prepare the line; `done`: how many of the run's `steps` updates are done."""
         self.steps = steps
         self.last_plain = 0.0
         self.progress = Progress(_WideBar(bar_width=_BAR), TextColumn("{task.fields[line]}"), console=console)
         self.task = self.progress.add_task("train", total=steps, completed=done, line="starting", wide=False)
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         if console.is_terminal:
             self.progress.start()
 
     def stop(self) -> None:
-        """Leave the last line as it is."""
+        """Stop drawing; the last line stays."""
         if self.progress.live.is_started:
             self.progress.stop()
 
     def show(self, figures: Mapping[str, float], eta_s: float | None = None) -> None:
         """Show the figures of an update; `eta_s`: seconds to the end of the run."""
         parts = line_parts(figures, self.steps, eta_s)
-        whole = fit(parts, None)
-        wide = len(whole) + _BAR + 1 < console.width
+        full = fit(parts, None)
+        wide = len(full) + _BAR + 1 < console.width
         line = fit(parts, console.width - 1)
         self.progress.update(self.task, completed=figures["step"], line=line, wide=wide)
         if not console.is_terminal and time.monotonic() - self.last_plain > PLAIN_INTERVAL:
             self.last_plain = time.monotonic()
-            console.print(whole)
+            console.print(full)
 
 
 class _WideBar(BarColumn):
-    """The bar, where the figures leave room for it."""
+    """Bar that is drawn only if the figures leave room for it."""
 
     def render(self, task: Task) -> Text:  # type: ignore[override]
         return super().render(task) if task.fields["wide"] else Text()  # type: ignore[return-value]
 
 
 def line_parts(figures: Mapping[str, float], steps: int, eta_s: float | None) -> list[tuple[int, str]]:
-    """The parts of the line in order, each with its rank: the higher, the sooner it goes."""
+    """Return the parts of the line in order, each with its rank: parts of the highest rank disappear first."""
     parts = [
         (0, f"step {figures['step']:,}/{steps:,}"),
         (1, f"loss {figures['loss']:.3f}"),
@@ -72,7 +72,7 @@ def line_parts(figures: Mapping[str, float], steps: int, eta_s: float | None) ->
 
 
 def fit(parts: Sequence[tuple[int, str]], width: int | None) -> str:
-    """As many parts as `width` characters hold (None: all), joined in order; those of the highest rank go first."""
+    """Join as many parts as fit into `width` characters (None: all), in order; drop those of the highest rank first."""
     kept = list(parts)
     while width is not None and len(kept) > 1 and len(_join(kept)) > width:
         kept.remove(max(kept))
@@ -84,5 +84,5 @@ def _join(parts: Sequence[tuple[int, str]]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, and no column of zeros where a run diverges."""
+    """Return `value` with three digits, in scientific notation outside 0.001 to 10,000."""
     return f"{value:,.3g}" if 0.001 <= value < 10_000 else f"{value:.1e}"

@@ -1,4 +1,4 @@
-"""What changes with the step, as pure functions of it: a resumed run goes on with the same values."""
+"""Schedules as pure functions of the step: a resumed run continues with the same values."""
 
 import math
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from fusiontree.config import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up to `peak`, then by kind.
+    """Return the learning rate of update `step` (from 0): linear warm-up to `peak`, then by kind.
 
-    `cosine` falls along half a cosine (arXiv 1608.03983); `wsd` stays at the peak until its last `decay` updates and
-    then falls as one minus the square root of the share of them that is done (arXiv 2405.18392); `constant` stays.
-    What falls arrives at ``min_lr_ratio * peak`` with the last update.
+    `cosine` decays along half a cosine (arXiv 1608.03983). `wsd` stays at the peak until its last `decay` updates and
+    then decays as ``1 - sqrt(share of these updates done)`` (arXiv 2405.18392). `constant` stays at the peak. A decay
+    reaches ``min_lr_ratio * peak`` with the last update.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -28,7 +28,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
 
 
 def value_at(points: Mapping[int, float], step: int) -> float:
-    """The value at `step` of a line through `points` (value by step), level before the first and after the last."""
+    """Return the value at `step`: linear between `points` (value by step), constant outside them."""
     steps = sorted(points)
     for before, after in pairwise(steps):
         if before <= step < after:

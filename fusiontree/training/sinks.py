@@ -1,4 +1,4 @@
-"""Trackers that a run's figures go to besides its own files: wandb and TensorBoard, where asked for and installed."""
+"""Trackers for a run's figures: wandb and TensorBoard, if configured and installed."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,27 +9,27 @@ from fusiontree.console import console
 
 
 class Histogram(NamedTuple):
-    """How many values lie between each two neighbouring edges."""
+    """Counts of values between neighbouring edges."""
 
     counts: Sequence[int]  # [bins]
     edges: Sequence[float]  # [bins + 1], ascending
 
 
 class Sink(Protocol):
-    """A tracker. Names with a slash are grouped by what stands before it."""
+    """A tracker. It groups names by their prefix before a slash."""
 
     def log(self, step: int, figures: Mapping[str, float | Histogram]) -> None:
-        """Take in figures of the run after `step` updates."""
+        """Send figures of the run after `step` updates."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write buffered figures and close."""
 
 
 class WandbSink:
-    """A wandb run: online with a key, else offline, for `wandb sync` later."""
+    """A wandb run: online with an API key, else offline, for `wandb sync`."""
 
     def __init__(self, config: RunConfig, run_id: str | None):
-        """Continue the run `run_id`, or begin one (None).
+        """Continue the wandb run `run_id`, or start one (None).
 
         Raises:
             ImportError: wandb is not installed.
@@ -49,16 +49,16 @@ class WandbSink:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
-        # wandb's own step cannot go back, and would drop what a resumed run does again
+        # wandb's own step cannot decrease: it would drop the steps that a resumed run repeats
         self._run.define_metric("*", step_metric="step")
 
     @property
     def id(self) -> str:
-        """What a resumed run continues by."""
+        """The id by which a resumed run continues this one."""
         return self._run.id
 
     def log(self, step: int, figures: Mapping[str, float | Histogram]) -> None:
-        """See `Sink`."""
+        """Send figures, see `Sink`."""
         values = {name: self._value(figure) for name, figure in figures.items()}
         self._run.log({"step": step, **values})
 
@@ -68,7 +68,7 @@ class WandbSink:
         return figure
 
     def close(self) -> None:
-        """See `Sink`."""
+        """Close, see `Sink`."""
         self._run.finish()
 
 
@@ -76,18 +76,18 @@ class TensorBoardSink:
     """Event files in the run's folder, for ``tensorboard --logdir runs``."""
 
     def __init__(self, config: RunConfig, step: int | None):
-        """Continue behind `step` updates, or begin (None).
+        """Continue after `step` updates, or start (None).
 
         Raises:
             ImportError: tensorboard is not installed.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if step is None else step + 1  # what a resumed run does again replaces what was lost
+        purge = None if step is None else step + 1  # the steps that a resumed run repeats replace the old ones
         self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, figures: Mapping[str, float | Histogram]) -> None:
-        """See `Sink`."""
+        """Send figures, see `Sink`."""
         for name, figure in figures.items():
             if isinstance(figure, Histogram):
                 self._log_histogram(name, figure, step)
@@ -110,28 +110,29 @@ class TensorBoardSink:
         )
 
     def close(self) -> None:
-        """See `Sink`."""
+        """Close, see `Sink`."""
         self._writer.close()
 
 
 def open_sinks(config: RunConfig, step: int | None, wandb_id: str | None) -> list[Sink]:
-    """The trackers that the run asks for; one that is not installed is said, once, and left out.
+    """Open the configured trackers; print one line for each that is not installed.
 
     Args:
-        step: updates that a resumed run has done; None for a run that begins.
-        wandb_id: the wandb run that it continues.
+        config: the run.
+        step: updates done before a resume; None for a new run.
+        wandb_id: the wandb run to continue.
     """
     wanted: dict[str, tuple[bool, Callable[[], Sink]]] = {
         "wandb": (config.logging.wandb, lambda: WandbSink(config, wandb_id)),
         "tensorboard": (config.logging.tensorboard, lambda: TensorBoardSink(config, step)),
     }
     sinks: list[Sink] = []
-    for name, (asked_for, make) in wanted.items():
-        if not asked_for:
+    for name, (enabled, make) in wanted.items():
+        if not enabled:
             continue
         try:
             sinks.append(make())
         except ImportError:
             hint = f"pip install 'fusiontree[{name}]'"
-            console.print(f"{name} is not installed: figures go without it ({hint})", markup=False)
+            console.print(f"{name} is not installed, no figures are sent to it: {hint}", markup=False)
     return sinks
