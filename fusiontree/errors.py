@@ -13,7 +13,7 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
-LOST_PEER = "another rank has ended; its own line says why"  # the launch ranks it below any other message
+LOST_PEER = "another rank has ended; its own line gives the cause"  # the launch ranks it below any other message
 
 
 class StoppedError(RunError):
