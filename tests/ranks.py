@@ -1,6 +1,6 @@
-"""Ranks without the price of their imports: each is forked off a process that has torch and DeepSpeed imported.
+"""Ranks of real training runs, forked from a process that has already imported torch and DeepSpeed.
 
-What a rank then runs is the whole of ``fusiontree train``, from the run's folder to its exit code.
+Each runs the complete command ``fusiontree train``, up to its exit code.
 """
 
 import multiprocessing
@@ -37,13 +37,13 @@ def _rank(argv: list[str], environment: dict[str, str], output: Path, setup: Cal
 
 @dataclass
 class Job:
-    """Ranks that train together."""
+    """The ranks of one run."""
 
     processes: list[BaseProcess]
     outputs: list[Path]
 
     def codes(self, seconds: float = 300) -> list[int | None]:
-        """Wait for all to end; their exit codes, -N after signal N."""
+        """Wait for all ranks and return their exit codes, -N after signal N."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -51,11 +51,11 @@ class Job:
         for process in late:
             process.kill()
             process.join()
-        assert not late, f"{len(late)} ranks did not end:\n{self.said()}"
+        assert not late, f"{len(late)} ranks did not end:\n{self.output()}"
         return [process.exitcode for process in self.processes]
 
-    def said(self) -> str:
-        """What the ranks have written to standard output and error."""
+    def output(self) -> str:
+        """Return standard output and error of all ranks."""
         return "".join(path.read_text() for path in self.outputs if path.exists())
 
 
@@ -64,9 +64,9 @@ def start(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], Non
 
     Args:
         argv: the command's words, e.g. train, tiny, seed=3.
-        folder: for what they say.
-        ranks: how many.
-        setup: run by each before the command; a function of a module.
+        folder: for the ranks' output.
+        ranks: their number.
+        setup: called by each rank before the command; a module-level function, because it is pickled.
     """
     os.environ["DS_ACCELERATOR"], os.environ["OMP_NUM_THREADS"] = "cpu", "1"  # before the server starts
     _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer"])
@@ -83,9 +83,9 @@ def start(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], Non
 
 
 def run(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], None] | None = None, code: int = 0) -> str:
-    """Run `ranks` ranks of a command to their end, which is `code` for all; what they said."""
+    """Run `ranks` ranks of a command, check that all exit with `code`, and return their output."""
     job = start(argv, folder, ranks, setup)
     codes = job.codes()
-    assert codes == [code] * ranks, f"{codes}\n{job.said()}"
-    assert "Traceback" not in job.said(), job.said()
-    return job.said()
+    assert codes == [code] * ranks, f"{codes}\n{job.output()}"
+    assert "Traceback" not in job.output(), job.output()
+    return job.output()

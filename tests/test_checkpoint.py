@@ -1,4 +1,4 @@
-"""A checkpoint is read only when every hash agrees; what is not whole is never taken for one."""
+"""Checkpoints: verification, selection of the newest, retention, interrupted saves."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_
 
 
 def make(folder: Path, step: int) -> Path:
-    """A checkpoint of one weights file."""
+    """Create a checkpoint with one weights file."""
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
     contents = {"weights.pt": f"weights {step}", STATE_FILE: json.dumps({"step": step})}
@@ -25,7 +25,7 @@ def make(folder: Path, step: int) -> Path:
     return path
 
 
-def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
+def test_newest_sorts_steps_by_number_and_ignores_partial_folders(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         make(tmp_path, step)
     (tmp_path / ".step-11.partial").mkdir()
@@ -47,7 +47,7 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path) -> None:
         (lambda path: (path / MANIFEST_FILE).write_text('{"sha256": 3}'), "manifest.json is missing or unread"),
     ],
 )
-def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_skipped(damage: object, words: str, tmp_path: Path) -> None:
     make(tmp_path, 1)
     newest = make(tmp_path, 2)
     assert store.verify(newest) == []
@@ -58,13 +58,13 @@ def test_damage_is_found_and_the_one_before_is_taken(damage: object, words: str,
     assert "step-2 is damaged and skipped" in lines[newest]
 
 
-def test_when_none_verifies_the_run_stops(tmp_path: Path) -> None:
+def test_a_run_stops_if_no_checkpoint_verifies(tmp_path: Path) -> None:
     (make(tmp_path, 1) / "weights.pt").unlink()
     with pytest.raises(RunError, match="no checkpoint under .* verifies"):
         store.newest(tmp_path)
 
 
-def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
+def test_resolve_accepts_a_run_or_a_checkpoint(tmp_path: Path) -> None:
     path = make(tmp_path / "checkpoints", 3)
     assert store.resolve(tmp_path) == store.resolve(path) == path
     with pytest.raises(UserError, match="no run or checkpoint at"):
@@ -84,14 +84,14 @@ def test_a_run_or_a_checkpoint_stands_for_a_checkpoint(tmp_path: Path) -> None:
     ("text", "words"),
     [('{"step": 3, "tokens": 9}', "lacks rows_consumed, world_size, zero_stage"), ("3", "is damaged")],
 )
-def test_a_state_that_lacks_something_is_refused(text: str, words: str, tmp_path: Path) -> None:
+def test_a_state_without_required_keys_is_refused(text: str, words: str, tmp_path: Path) -> None:
     path = make(tmp_path, 3)
     (path / STATE_FILE).write_text(text)
     with pytest.raises(RunError, match=f"state.json {words}"):
         store.read_state(path)
 
 
-def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_removes_later_steps(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         make(tmp_path, step)
     _retain(tmp_path / "step-15", Retention(keep_last=2))
@@ -100,7 +100,7 @@ def test_retention_keeps_the_newest_and_drops_what_training_fell_back_from(tmp_p
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10"]
 
 
-def test_nothing_goes_before_its_successor_has_been_read_back(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_only_after_the_new_one_is_read_back(tmp_path: Path) -> None:
     before, final = make(tmp_path, 1), tmp_path / "step-2"
     rest = dict.fromkeys((CONFIG_FILE, STATE_FILE, GATES_FILE), b"")
 
@@ -118,28 +118,28 @@ def test_nothing_goes_before_its_successor_has_been_read_back(tmp_path: Path) ->
     assert list_checkpoints(tmp_path) == [final]
 
 
-def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:
+def test_keep_every_keeps_checkpoints_forever(tmp_path: Path) -> None:
     for step in (4, 6, 8, 10, 12, 14):
         make(tmp_path, step)
     _retain(tmp_path / "step-14", Retention(keep_last=2, keep_every=4))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-4", "step-8", "step-12", "step-14"]
 
 
-def test_what_a_save_left_that_never_ended_is_tidied_up(tmp_path: Path) -> None:
+def test_tidy_cleans_up_interrupted_saves(tmp_path: Path) -> None:
     make(tmp_path, 1)
     (tmp_path / ".step-2.partial").mkdir()
     (tmp_path / ".latest.partial-7").touch()
     make(tmp_path, 3).rename(tmp_path / ".step-3.old")  # killed between two renames
     make(tmp_path, 4)
     (tmp_path / ".step-4.old").mkdir()  # killed before it was removed
-    make(tmp_path, 5).rename(tmp_path / ".step-5.old")  # killed likewise, and then its successor was damaged
+    make(tmp_path, 5).rename(tmp_path / ".step-5.old")  # killed at the same point, and its successor was damaged later
     (make(tmp_path, 5) / "weights.pt").write_text("other")
     store.tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3", "step-4", "step-5"]
     assert store.verify(tmp_path / "step-5") == []
 
 
-def test_a_step_that_comes_again_takes_the_place_of_its_old_checkpoint(tmp_path: Path) -> None:
+def test_a_repeated_step_replaces_its_old_checkpoint(tmp_path: Path) -> None:
     final = make(tmp_path, 3)
     (final / "weights.pt").write_text("old")
     make(tmp_path / "new", 3).rename(store.partial_of(final, "me"))

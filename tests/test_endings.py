@@ -1,4 +1,4 @@
-"""However a launched run ends, killed, asked, hung, no rank outlives it, nothing stays behind, and it goes on."""
+"""A launched run that hangs, is killed or is stopped leaves no process and no shared memory, and resumes."""
 
 import contextlib
 import json
@@ -29,15 +29,15 @@ CHANGES = {
 CHAIN = 4  # processes of a launch of two ranks: DeepSpeed's runner, its launcher, the ranks
 
 
-def expect(holds: Callable[[], object], seconds: float = 90) -> None:
+def expect(condition: Callable[[], object], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
 class Launch:
-    """`fusiontree launch` of two ranks, and all processes that it has started."""
+    """`fusiontree launch` with two ranks, and all processes that it has started."""
 
     def __init__(self, words: list[str], folder: Path):
         self.errors, environment = folder / "errors", os.environ | {"TMPDIR": str(folder)}
@@ -49,11 +49,11 @@ class Launch:
         (self.folder,) = {*folder.glob("fusiontree-launch-*")} - before
 
     def rank(self, number: int) -> int:
-        """The process id of a rank."""
+        """Return the process id of a rank."""
         return int((self.folder / f"rank-{number}.started").read_text().split()[1])
 
     def family(self) -> list[int]:
-        """The processes that live and know the launch's folder: its own, and whatever these have started."""
+        """Return the live processes whose environment names the launch's folder: its own and their descendants."""
         mark, found = f"FUSIONTREE_LAUNCH={self.folder}".encode(), []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended, or is another user's
@@ -62,12 +62,12 @@ class Launch:
         return found
 
     def shared_memory(self) -> set[Path]:
-        """What the processes hold in /dev/shm."""
+        """Return the files in /dev/shm that the processes have mapped."""
         maps = "".join((Path("/proc") / str(pid) / "maps").read_text() for pid in self.family())
         return {Path(line[line.index("/dev/shm/") :]) for line in maps.splitlines() if "/dev/shm/" in line}
 
     def wait(self) -> tuple[int, str]:
-        """The exit code and what was said, when all is over."""
+        """Wait for the end; return the exit code and standard error."""
         code = self.process.wait(90)
         assert self.family() == []
         return code, self.errors.read_text()
@@ -75,7 +75,7 @@ class Launch:
 
 @pytest.fixture
 def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
-    """Starts the run `r`, or goes on with it, and waits until some updates have been made; ends what is left."""
+    """Return a function that starts or resumes the run `r` and waits for ten updates; kill the leftovers."""
     launches: list[Launch] = []
     words, run = settings(shards, tmp_path, name="r", **CHANGES), tmp_path / "r"
 
@@ -96,7 +96,7 @@ def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
 
 
 def steps_since(made: Launch, run: Path) -> int:
-    """The last step of the run that the launch has written down."""
+    """Return the last step that the launch has written to the metrics."""
     assert made.process.poll() is None, made.errors.read_text()
     if not (made.folder / "rank-0.started").exists() or not (run / "metrics.jsonl").exists():
         return 0
@@ -104,22 +104,22 @@ def steps_since(made: Launch, run: Path) -> int:
     return json.loads(written[-2])["step"] if len(written) > 1 else 0
 
 
-def test_a_run_is_hung_killed_and_stopped_and_nothing_outlives_it(launch: Callable, tmp_path: Path) -> None:
+def test_no_process_outlives_a_run_that_hangs_or_is_killed_or_stopped(launch: Callable, tmp_path: Path) -> None:
     run = tmp_path / "r"
 
     hung = launch()
-    held = hung.shared_memory()
+    mapped = hung.shared_memory()
     os.kill(hung.rank(0), signal.SIGSTOP)
-    code, said = hung.wait()
-    assert code == 76, said
-    assert "error: rank 1: step " in said
+    code, output = hung.wait()
+    assert code == 76, output
+    assert "error: rank 1: step " in output
     assert (run / "logs" / "stacks-rank-1.txt").exists()
     (incident,) = incidents.read(run)
     assert (incident["kind"], incident["silent"]) == ("hang", [0])
     assert incident["message"].endswith("; no answer from rank 0")
 
     orphaned = launch()
-    held |= orphaned.shared_memory()
+    mapped |= orphaned.shared_memory()
     orphaned.process.kill()
     expect(lambda: orphaned.family() == [])
     step = metrics(run)[-1]["step"]
@@ -127,18 +127,17 @@ def test_a_run_is_hung_killed_and_stopped_and_nothing_outlives_it(launch: Callab
 
     stopped = launch()
     stopped.process.terminate()
-    code, said = stopped.wait()
-    assert code == 75, said
-    assert f"stopped by SIGTERM after step {metrics(run)[-1]['step']:,}, which is saved" in said
+    code, output = stopped.wait()
+    assert code == 75, output
+    assert f"stopped by SIGTERM after step {metrics(run)[-1]['step']:,}, which is saved" in output
     assert metrics(run)[-1]["step"] > step
 
     robbed = launch()
     os.kill(robbed.rank(1), signal.SIGKILL)
-    code, said = robbed.wait()
-    assert code == 1, said
-    assert (
-        "error: rank 1 " in said
-    )  # was killed by SIGKILL, or, if rank 0 was the one to be noticed, died without a word
-    assert f"the last lines of {run / 'logs' / 'rank-1.log'}:" in said
-    assert not [path for path in held if path.exists()]
+    code, output = robbed.wait()
+    assert code == 1, output
+    # "was killed by SIGKILL", or, if the launch noticed rank 0 first, "died" without a cause
+    assert "error: rank 1 " in output
+    assert f"the last lines of {run / 'logs' / 'rank-1.log'}:" in output
+    assert not [path for path in mapped if path.exists()]
     assert [line["kind"] for line in incidents.read(run)] == ["hang", "resume", "signal", "resume", "signal", "resume"]

@@ -271,12 +271,12 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
     changes = {**SMALLER, "schedule__steps": 20, "health__hang_seconds": 6}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 8, 600))
-    assert job.codes() == [76, 76], job.said()
+    assert job.codes() == [76, 76], job.output()
     stacks = [(tmp_path / "r" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in range(2)]
     assert all("trainer.py" in stack for stack in stacks)
     assert "in asleep" in stacks[1]
     assert ["in backward" in stack for stack in stacks] == [True, False]
-    assert "rank 0: step 9 has taken more than" in job.said()
+    assert "rank 0: step 9 has taken more than" in job.output()
     assert [(line["kind"], line["step"], line["silent"]) for line in incidents.read(tmp_path / "r")] == [
         ("hang", 8, [])
     ]
@@ -301,9 +301,9 @@ def test_a_rank_that_hangs_in_a_save_runs_into_the_time_out(shards: Path, tmp_pa
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     job = ranks.start(argv, tmp_path, 2, partial(hang_in_a_write, 1, 30))
     job.processes[0].join(60)
-    assert job.processes[0].exitcode == 76, job.said()
+    assert job.processes[0].exitcode == 76, job.output()
     assert job.processes[1].is_alive()
-    assert "a rank has waited 4 s (health.timeout_seconds) for the others" in job.said()
+    assert "a rank has waited 4 s (health.timeout_seconds) for the others" in job.output()
     assert job.codes() == [76, 1]
 
 
@@ -313,7 +313,7 @@ def test_a_rank_that_hangs_where_no_step_is_watched_runs_into_the_time_out(shard
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 2, 20))
     job.processes[0].join(60)
-    assert job.processes[0].exitcode == 76, job.said()
+    assert job.processes[0].exitcode == 76, job.output()
     assert job.processes[1].is_alive()
-    assert "a rank has waited 3 s (health.timeout_seconds) for the others" in job.said()
+    assert "a rank has waited 3 s (health.timeout_seconds) for the others" in job.output()
     assert job.codes() == [76, 1]

@@ -1,4 +1,4 @@
-"""Killed at any moment, in the middle of a save too, a run goes on and ends with the very curve it would have had."""
+"""A run that is killed at any point, even during a save, resumes and ends with the curve of an uninterrupted run."""
 
 import os
 import random
@@ -27,8 +27,8 @@ CHANGES = {
 }
 
 
-def kill(victim: int, where: str, number: int, told: Path) -> None:
-    """SIGKILL the `victim`'s rank at its `number`-th backward pass, or write, sync, rename or removal of the saves."""
+def kill(victim: int, where: str, number: int, report: Path) -> None:
+    """SIGKILL rank `victim` at its `number`-th backward pass, or at a write, sync, rename or removal of its saves."""
     import shutil
 
     from fusiontree.checkpoint import saver
@@ -43,7 +43,7 @@ def kill(victim: int, where: str, number: int, told: Path) -> None:
             nonlocal count
             count += 1
             if count == number:
-                told.write_text(kind)
+                report.write_text(kind)
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
 
@@ -75,8 +75,8 @@ def cut(path: Path) -> None:
     os.truncate(path, 1000)
 
 
-@pytest.mark.parametrize(("size", "kills", "seed"), [(1, 20, 0), (2, 6, 44)])  # seeds that draw every place
-def test_a_run_killed_many_times_ends_with_the_curve_of_one_that_was_not(
+@pytest.mark.parametrize(("size", "kills", "seed"), [(1, 20, 0), (2, 6, 44)])  # seeds that reach all kinds
+def test_a_run_killed_many_times_ends_with_the_uninterrupted_curve(
     size: int, kills: int, seed: int, shards: Path, tmp_path: Path
 ) -> None:
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", **CHANGES)], tmp_path, size)
@@ -90,15 +90,15 @@ def test_a_run_killed_many_times_ends_with_the_curve_of_one_that_was_not(
             [
                 ("update", draw.randint(1, 8)),
                 ("write", draw.randint(1, 200 // size)),
-                ("rename", draw.randint(1, 4 if victim else 30)),  # the first rank alone gives a checkpoint its name
+                ("rename", draw.randint(1, 4 if victim else 30)),  # only rank 0 renames checkpoints
             ]
         )
-        job = ranks.start(words, tmp_path, size, partial(kill, victim, where, at, tmp_path / "told"))
+        job = ranks.start(words, tmp_path, size, partial(kill, victim, where, at, tmp_path / "report"))
         codes = job.codes()
         assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)], (
-            f"{number} {victim} {where} {at}: {codes}\n{job.said()}"
+            f"{number} {victim} {where} {at}: {codes}\n{job.output()}"
         )
-        killed_in.append((tmp_path / "told").read_text())
+        killed_in.append((tmp_path / "report").read_text())
         saved = list_checkpoints(run / "checkpoints")
         assert any(not store.verify(path) for path in saved) or not saved
         if number % 4 == 3 and len(saved) > 1 and damages:

@@ -1,4 +1,4 @@
-"""Saving behind the training: what is written is the moment of the save, and a disk that fills up costs no run."""
+"""Asynchronous saves: a checkpoint is a snapshot of its step, and a full disk does not end the run."""
 
 import errno
 import itertools
@@ -22,7 +22,7 @@ from fusiontree.run.jsonlines import read_json_lines
 from fusiontree.training.logs import log_to_file
 
 SMALLER = {"model__hidden_size": 32, "validation__every": 0}
-ROOM = 30_000  # bytes a file may have: enough for logs, too little for a checkpoint's
+ROOM = 30_000  # bytes per file: enough for logs, too few for a checkpoint
 
 
 def _limit(size: int) -> None:
@@ -30,7 +30,7 @@ def _limit(size: int) -> None:
 
 
 def fill_disk_of_rank_1_for_the_first_save() -> None:
-    """Rank 1 finds a full disk once, and rank 0, which trains on meanwhile, none for its figures."""
+    """Give rank 1 a full disk for the first save, and rank 0 one for five lines of its metrics."""
     from fusiontree.checkpoint import saver
     from fusiontree.run import jsonlines
 
@@ -53,7 +53,7 @@ def fill_disk_of_rank_1_for_the_first_save() -> None:
 
 
 def fill_disk_after_the_first_save() -> None:
-    """The disk is full from the second save on."""
+    """Give the run a full disk from the second save on."""
     from fusiontree.checkpoint import saver
 
     write, sizes = saver._write_files, [resource.RLIM_INFINITY]
@@ -65,22 +65,21 @@ def fill_disk_after_the_first_save() -> None:
     saver._write_files = write_files
 
 
-def test_a_save_that_fails_on_one_rank_is_said_and_tried_again_at_the_next(shards: Path, tmp_path: Path) -> None:
+def test_a_save_that_fails_on_one_rank_is_reported_and_the_next_one_succeeds(shards: Path, tmp_path: Path) -> None:
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **SMALLER)]
-    said = ranks.run(words, tmp_path, 2, setup=fill_disk_of_rank_1_for_the_first_save)
+    output = ranks.run(words, tmp_path, 2, setup=fill_disk_of_rank_1_for_the_first_save)
     folder = tmp_path / "r" / "checkpoints"
-    assert said.count("step-4 could not be written: File too large; training continues, the next save tries again") == 1
+    failure = "step-4 could not be written: File too large; training continues, the next save tries again"
+    assert output.count(failure) == 1
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("save_failed", 4)]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-8"]
     assert store.verify(folder / "step-8") == []
     assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
     assert [line["step"] for line in read_json_lines(tmp_path / "r" / "layers.jsonl")] == [4, 8]
-    assert said.count("metrics.jsonl: No space left on device; lines are queued until they can be written") == 1
+    assert output.count("metrics.jsonl: No space left on device; lines are queued until they can be written") == 1
 
 
-def test_a_log_that_a_full_disk_refuses_is_no_traceback_and_written_later(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_log_lines_refused_by_a_full_disk_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = load_config("tiny", [f"output={tmp_path}", "name=r"])
     log, limits = logging.getLogger("fusiontree.test"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with log_to_file(config, World(0, 1, torch.device("cpu"))):
@@ -95,10 +94,10 @@ def test_a_log_that_a_full_disk_refuses_is_no_traceback_and_written_later(
     assert written.index("first " + "x" * 200) < written.index("second")
 
 
-def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: Path, tmp_path: Path) -> None:
+def test_a_failed_last_save_ends_the_run_and_keeps_the_previous_checkpoint(shards: Path, tmp_path: Path) -> None:
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", checkpoint__keep_last=1, **SMALLER)]
-    said = ranks.run(words, tmp_path, setup=fill_disk_after_the_first_save, code=1)
-    assert "step-8 could not be written: File too large; free disk space and start again" in said
+    output = ranks.run(words, tmp_path, setup=fill_disk_after_the_first_save, code=1)
+    assert "step-8 could not be written: File too large; free disk space and start again" in output
     folder = tmp_path / "r" / "checkpoints"
     assert store.newest(folder) == (folder / "step-4", {})
     assert (folder / "latest").read_text() == "step-4\n"
@@ -106,14 +105,14 @@ def test_a_last_save_that_fails_ends_the_run_and_leaves_what_was_there(shards: P
 
 
 def write_late() -> None:
-    """Write each file when training is past the moment of the save, for which it must not wait."""
+    """Delay the files of the save until training has made three more updates."""
     from fusiontree.checkpoint import saver
     from fusiontree.training.step import TrainingStep
 
     write, update, is_past = saver._write_files, TrainingStep.update, threading.Event()
 
     def updated(self: TrainingStep, batches: list, step: int, *others: object) -> object:
-        if step == 7:  # the last: three updates behind the save
+        if step == 7:  # the last: three updates after the save
             is_past.set()
         return update(self, batches, step, *others)
 
@@ -125,7 +124,7 @@ def write_late() -> None:
 
 
 def stop_after_step_4() -> None:
-    """Save at step 4 and leave, so that no update follows."""
+    """Save and exit at step 4, so that no update follows."""
     from fusiontree.distributed import signals
     from fusiontree.training.step import TrainingStep
 
@@ -138,7 +137,7 @@ def stop_after_step_4() -> None:
     signals.requested = lambda: signal.SIGTERM
 
 
-def test_a_checkpoint_is_the_moment_of_its_save_however_late_it_is_written(shards: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_snapshot_however_late_it_is_written(shards: Path, tmp_path: Path) -> None:
     for name, setup, code in (("late", write_late, 0), ("stopped", stop_after_step_4, 75)):
         words = ["train", "tiny", *settings(shards, tmp_path, name=name, deepspeed="zero2", **SMALLER)]
         ranks.run(words, tmp_path, setup=setup, code=code)

@@ -19,8 +19,8 @@ SMALLER = {"model__hidden_size": 32, "validation__every": 0, "checkpoint__every"
 def wait_for_step(run: Path, step: int, job: ranks.Job) -> None:
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not metrics(run) or metrics(run)[-1]["step"] < step:
-        assert time.monotonic() < deadline, job.said()
-        assert all(process.is_alive() for process in job.processes), job.said()
+        assert time.monotonic() < deadline, job.output()
+        assert all(process.is_alive() for process in job.processes), job.output()
         time.sleep(0.02)
 
 
@@ -32,12 +32,12 @@ def test_a_signal_to_any_rank_saves_on_all(number: signal.Signals, to: list[int]
     wait_for_step(run, 3, job)
     for rank in to:
         os.kill(job.processes[rank].pid, number)
-    assert job.codes() == [75, 75], job.said()
+    assert job.codes() == [75, 75], job.output()
     (path,) = list_checkpoints(run / "checkpoints")
     assert store.verify(path) == []
     step = metrics(run)[-1]["step"]
     assert path.name == f"step-{step}"
-    assert job.said().count(f"stopped by {number.name} after step {step:,}, which is saved") == 2
+    assert job.output().count(f"stopped by {number.name} after step {step:,}, which is saved") == 2
     (incident,) = incidents.read(run)
     assert (incident["kind"], incident["step"]) == ("signal", step)
 

@@ -1,4 +1,4 @@
-"""Weights come out of a checkpoint tensor by tensor, of any ZeRO stage and number of ranks, and no pickle is run."""
+"""Weights are read from a checkpoint of any ZeRO stage tensor by tensor, without running pickled code."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from fusiontree.model.lm import HybridLM
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 1), (3, 2), (3, 3), (3, 5)])
-def test_any_stage_and_number_of_ranks_gives_the_weights(stage: int, ranks: int, tmp_path: Path) -> None:
+def test_weights_are_read_at_any_stage_and_number_of_ranks(stage: int, ranks: int, tmp_path: Path) -> None:
     state = build().state_dict()
     write_layout(tmp_path / "c", state, stage, ranks)
     found = tensor_files.from_checkpoint(tmp_path / "c", stage)
@@ -28,14 +28,14 @@ def test_any_stage_and_number_of_ranks_gives_the_weights(stage: int, ranks: int,
     HybridLM(SMALL).load_state_dict(found)
 
 
-def test_files_of_a_rank_that_is_missing_are_noticed(tmp_path: Path) -> None:
+def test_missing_files_of_a_rank_are_reported(tmp_path: Path) -> None:
     write_layout(tmp_path / "c", build().state_dict(), 3, 3)
     (tmp_path / "c" / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(RunError, match="has the files of 2 ranks of 3"):
         tensor_files.from_checkpoint(tmp_path / "c", 3)
 
 
-def test_a_pickle_that_runs_code_is_refused_in_one_line_unless_trusted(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_pickled_code_is_refused_in_one_line_unless_trusted(tokenizer_folder: Path, tmp_path: Path) -> None:
     mark, state = tmp_path / "mark", build().state_dict()
     folder = write_run(tmp_path / "run", SMALL, state, tokenizer_folder, 0, 1)
     torch.save({"module": state, "more": Hostile(mark)}, folder / "mp_rank_00_model_states.pt")
@@ -50,7 +50,7 @@ def test_a_pickle_that_runs_code_is_refused_in_one_line_unless_trusted(tokenizer
     assert mark.exists()
 
 
-def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+def test_written_files_are_read_by_safetensors(tmp_path: Path) -> None:
     state = build().state_dict()
     specs = {name: tensor_files.Spec(tuple(value.shape), torch.bfloat16) for name, value in state.items()}
     written = list(tensor_files.write_safetensors(tmp_path, state.__getitem__, specs, 20_000))
@@ -69,7 +69,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value.bfloat16()) for name, value in state.items())
 
 
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "outside.safetensors")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / tensor_files.INDEX).write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
@@ -80,14 +80,14 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
 PEAK = """
 import resource, sys
 from fusiontree.cli import main
-import fusiontree.export.exporter, transformers.modeling_utils, transformers.generation  # what any export loads
+import fusiontree.export.exporter, transformers.modeling_utils, transformers.generation  # imports of any export
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert main(sys.argv[1:]) == 0
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
-def test_an_export_holds_a_few_tensors_however_large_the_model(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_peak_memory_of_an_export_is_a_few_tensors(tokenizer_folder: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, hidden_size=256, mlp_size=2048, num_layers=20)
     draw = torch.Generator().manual_seed(0)
     with torch.device("meta"):

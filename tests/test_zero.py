@@ -1,6 +1,6 @@
-"""Every ZeRO stage, number of ranks and accumulation gives the loss curve of one plain loop, whatever is minimised.
+"""Every ZeRO stage, number of ranks and accumulation has the loss curve of a plain training loop, with all losses.
 
-One process imports everything and forks worlds of 4 and of 2 ranks; each builds engine after engine.
+One process imports everything and forks worlds of 4 and of 2 ranks; each builds one engine after another.
 """
 
 import json
@@ -42,7 +42,8 @@ LOSSES = [
     *("losses.gate_entropy=0.3", "distill.weight={0: 1, 20: 0.5}", "distill.temperature=2.0", "distill.top_k=9"),
 ]
 MUON = ["optimizer.kind=muon", "optimizer.grad_clip=0", "schedule.steps=6"]
-WIDE = ["model.mlp_size=4096", "schedule.steps=6"]  # a MiB of states a rank: DeepSpeed keeps less in memory
+# more than 1 MiB of states per rank: DeepSpeed keeps fewer in memory
+WIDE = ["model.mlp_size=4096", "schedule.steps=6"]
 RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
 JOBS = {  # by name: ranks and overrides
     "zero2 x4": (4, ["deepspeed=zero2", "activation_checkpointing=branch"]),
@@ -53,11 +54,11 @@ JOBS = {  # by name: ranks and overrides
     "muon zero3 x2": (2, ["batch.micro_rows=2", "deepspeed=zero3", *MUON]),
     "zero3_nvme x2": (2, ["batch.micro_rows=2", "deepspeed=zero3_nvme", *WIDE]),
 }
-KINDS = {"adamw": [], "muon": MUON, "wide": WIDE}  # of jobs, by what a plain loop must do too
+KINDS = {"adamw": [], "muon": MUON, "wide": WIDE}  # overrides that the plain loop must share
 
 
 def skipped(name: str) -> bool:
-    """Whether a job needs what is not there."""
+    """Return whether a job needs DeepSpeed's asynchronous I/O, and it is not built here."""
     return "nvme" in name and not has_async_io()
 
 
@@ -70,7 +71,7 @@ def config_of(folder: Path, overrides: list[str], shape: dict[str, Any] = SHAPE)
 
 
 def rows_of(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and document ends of each row of an update; rows differ in how many of their tokens have labels."""
+    """Return tokens and document ends of each row of an update; rows differ in their number of labels."""
     draw = np.random.default_rng(step)
     ends = [np.sort(draw.choice(np.arange(1, LENGTH), size=row % 4 * 5, replace=False)) for row in range(ROWS)]
     return [(draw.integers(VOCAB, size=LENGTH), np.append(cut, LENGTH).astype(np.int32)) for cut in ends]
@@ -88,24 +89,24 @@ def start(config: RunConfig) -> HybridLM:
 
 
 def write_teacher(folder: Path) -> None:
-    """An exported folder of another shape, as far as a teacher is read."""
+    """Write the files of an export that a teacher is read from, for a model of another shape."""
     folder.mkdir()
     shape = SHAPE | {"hidden_size": 16, "num_layers": 1, "branch_drop": 0.0}
     torch.manual_seed(1)
     model = HybridLM(type(SMALL)(**shape))
     with torch.no_grad():
-        model.embedding.weight.mul_(8)  # so that it prefers something
+        model.embedding.weight.mul_(8)  # else its distributions are nearly uniform
     save_file({f"model.{name}": weight for name, weight in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(shape))
     (folder / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": "f", "eos_id": 0, "seq_len": 48}))
     (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str())
 
 
-# --- the truth -------------------------------------------------------------------------------------------------------
+# --- the reference ---------------------------------------------------------------------------------------------------
 
 
 def penalty_of(mean: torch.Tensor, config: RunConfig, step: int) -> torch.Tensor:
-    """The penalty on the gates as its definition reads."""
+    """Return the penalty on the gates, by its definition."""
     losses, penalty = config.losses, torch.zeros(())
     for layer in mean:
         outside = abs(layer.mean() - losses.gate_target) - losses.gate_band
@@ -115,16 +116,16 @@ def penalty_of(mean: torch.Tensor, config: RunConfig, step: int) -> torch.Tensor
     return penalty
 
 
-def divergence(logits: torch.Tensor, theirs: torch.Tensor, config: RunConfig) -> torch.Tensor:
-    """The teacher's divergence by token, from whole distributions."""
-    heat, top = config.distill.temperature, theirs.topk(config.distill.top_k).indices
-    p, q = ((x / heat).softmax(-1).gather(-1, top) for x in (theirs, logits))
+def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, config: RunConfig) -> torch.Tensor:
+    """Return the divergence from the teacher by token, from full distributions."""
+    temperature, top = config.distill.temperature, teacher_logits.topk(config.distill.top_k).indices
+    p, q = ((x / temperature).softmax(-1).gather(-1, top) for x in (teacher_logits, logits))
     p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
-    return heat**2 * (p * (p / q).log()).sum(-1)
+    return temperature**2 * (p * (p / q).log()).sum(-1)
 
 
 def plain_curve(config: RunConfig, teacher: HybridLM) -> dict[str, list[float]]:
-    """Losses and gradient norms without DeepSpeed, ranks, accumulation, recomputation or chunks."""
+    """Return losses and gradient norms without DeepSpeed, ranks, accumulation, recomputation or chunks."""
     model = start(config)
     optimizer = build_optimizer(model, config.optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -141,19 +142,19 @@ def plain_curve(config: RunConfig, teacher: HybridLM) -> dict[str, list[float]]:
         entropy = torch.nn.functional.cross_entropy(logits[real], labels[real])
         z_loss = config.losses.z_loss * logits.logsumexp(-1)[real].square().mean()
         with torch.no_grad():
-            theirs = teacher(ids, documents).logits
-        far = divergence(logits, theirs, config)[real].mean()
+            teacher_logits = teacher(ids, documents).logits
+        distill_loss = divergence(logits, teacher_logits, config)[real].mean()
         known = mean.clone().requires_grad_()
         penalty = penalty_of(known, config, step)
         (slope,) = torch.autograd.grad(penalty, known)
-        objective = entropy + z_loss + value_at(config.distill.weight, step) * far + (slope * gates).sum()
+        objective = entropy + z_loss + value_at(config.distill.weight, step) * distill_loss + (slope * gates).sum()
         optimizer.zero_grad()
         objective.backward()
         clip = config.optimizer.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         mean = mean.lerp(gates.detach(), 1 - DECAY)
-        for name, value in zip(curve, (entropy, norm, z_loss, far, penalty), strict=True):
+        for name, value in zip(curve, (entropy, norm, z_loss, distill_loss, penalty), strict=True):
             curve[name].append(value.item())
     return curve
 
@@ -162,7 +163,7 @@ def plain_curve(config: RunConfig, teacher: HybridLM) -> dict[str, list[float]]:
 
 
 class LiveElements(TorchDispatchMode):
-    """Counts the elements of all storages that operations make and that are still there, and their most."""
+    """Counts the elements of all live storages that operations have created, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ class LiveElements(TorchDispatchMode):
 
 
 def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
-    """The same figures from this rank's share of the rows."""
+    """Return the same figures as `plain_curve`, from this rank's share of the rows."""
     from fusiontree.distributed import collectives
     from fusiontree.training.step import TrainingStep
 
@@ -210,8 +211,8 @@ def curve_of(config: RunConfig, world: World) -> dict[str, list[float]]:
     return curve
 
 
-def built_at_zero3(folder: Path, world: World) -> dict[str, Any]:
-    """How a model starts that is cut up as it is made: its weights against a plain start, and the most it held."""
+def initial_at_zero3(folder: Path, world: World) -> dict[str, Any]:
+    """Compare the initial weights of a ZeRO-3 model with a plain one's, and measure the peak of live elements."""
     import deepspeed
 
     from fusiontree.training.engine_setup import build_model, engine_settings
@@ -237,16 +238,16 @@ def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
     for name, (ranks, overrides) in JOBS.items():
         if ranks == size and not skipped(name):
             results[name] = curve_of(config_of(folder, overrides), world)
-    results["start"] = built_at_zero3(folder, world)
+    results["start"] = initial_at_zero3(folder, world)
     (folder / f"ranks-{size}-{rank}.json").write_text(json.dumps(results))
     collectives.leave()
 
 
 def main(folder: Path) -> None:
-    """What the one process does."""
-    import deepspeed  # noqa: F401 - so that the ranks need not
+    """Fork the worlds and wait for their results."""
+    import deepspeed  # noqa: F401 - imported once, before the fork
 
-    import fusiontree.training.step  # noqa: F401 - likewise
+    import fusiontree.training.step  # noqa: F401 - also before the fork
     from fusiontree.distributed.ports import free_port
 
     torch.set_num_threads(1)
@@ -263,7 +264,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks have left what they found."""
+    """Return the folder with the results of all ranks."""
     folder = tmp_path_factory.mktemp("zero")
     write_teacher(folder / "teacher")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
@@ -275,8 +276,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The plain loop's curves, by kind."""
+def references(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Return the plain loop's curves, by kind."""
     from fusiontree.inference.loading import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
@@ -284,22 +285,22 @@ def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_curve_is_the_plain_loops(name: str, folder: Path, truths: dict) -> None:
+def test_the_curve_equals_the_plain_loop(name: str, folder: Path, references: dict) -> None:
     if skipped(name):
         pytest.skip(NO_ASYNC_IO)
     ranks, overrides = JOBS[name]
-    (expected,) = [truths[kind] for kind, more in KINDS.items() if {*more} == {*overrides} & {*MUON, *WIDE}]
+    (expected,) = [references[kind] for kind, more in KINDS.items() if {*more} == {*overrides} & {*MUON, *WIDE}]
     for rank in range(ranks):
         found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())[name]
         assert set(found) == set(expected)
         for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
             assert found[figure] == pytest.approx(expected[figure], rel=1e-5), figure
-        if "muon" not in name:  # whose norm is that of its update
+        if "muon" not in name:  # its norm is that of the update, not of the gradient
             assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [4, 2])
-def test_zero3_starts_from_the_plain_weights_and_never_holds_the_whole_model(ranks: int, folder: Path) -> None:
+def test_zero3_has_the_plain_initial_weights_and_never_the_full_model(ranks: int, folder: Path) -> None:
     for rank in range(ranks):
         found = json.loads((folder / f"ranks-{ranks}-{rank}.json").read_text())["start"]
         assert all(found["equal"])

@@ -31,7 +31,7 @@ DOCUMENTED = {
     *("Init", "device", "initialize", "module", "optimizer", "param_groups", "save_checkpoint", "state", "zero"),
     *("is_compatible", "zero_grad", "zero_optimization_stage"),
 }
-# attributes of these are no business of DeepSpeed's
+# types and modules whose attributes are not DeepSpeed's
 TYPES = (torch, torch.Tensor, torch.UntypedStorage, torch.nn, torch.nn.Module, torch.serialization, torch.cuda)
 TYPES += (dict, list, str, type, collections.Counter, Path, Slot, contextlib, pickle, re)
 PROGRAM = """
@@ -99,7 +99,7 @@ def test_the_supported_range_is_the_required_one() -> None:
 
 
 def attributes(path: Path) -> set[str]:
-    """Names of all attributes that a file accesses, by dot or by getattr, hasattr and their like."""
+    """Return the names of all attributes that a file accesses, by dot or by getattr and hasattr."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
@@ -110,7 +110,7 @@ def attributes(path: Path) -> set[str]:
 
 
 def defined(path: Path) -> set[str]:
-    """Names that a file itself defines: functions, classes, fields, constants, attributes set on `self`."""
+    """Return the names that a file defines: functions, classes, fields, constants, attributes set on `self`."""
     found = {path.stem}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -135,7 +135,7 @@ def test_every_attribute_that_is_listed_is_used() -> None:
 
 
 def test_no_attribute_that_is_listed_is_used_elsewhere() -> None:
-    private = LISTED - {"numel", "optimizer", "partition", "start"}  # words that others use for things of their own
+    private = LISTED - {"numel", "optimizer", "partition", "start"}  # common words with other meanings elsewhere
     for package in ("fusiontree", "launcher", "data_tools"):
         for path in (path for path in (ROOT / package).rglob("*.py") if path not in FILES):
             assert attributes(path) & private == set(), path
