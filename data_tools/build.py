@@ -193,7 +193,7 @@ def _assemble(assembly: Assembly, files: Sequence[TextFile], options: InputOptio
     chunks = _chunks(checked, options, start, sum(file.size for file in files[: start.file]))
     started, tokens_before = time.monotonic(), assembly.tokens
     next_save = started + SAVE_SECONDS
-    with progress_bar(of_bytes=True) as bar:
+    with progress_bar(in_bytes=True) as bar:
         task = bar.add_task("build", total=sum(file.size for file in files), note="")
         for chunk, encoded in workers.map_ordered(lambda chunk: workers.encode(chunk.records), chunks):
             assembly.add(chunk.records, encoded, chunk.position)

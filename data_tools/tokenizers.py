@@ -67,7 +67,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # makes every text encodable
         show_progress=False,
     )
-    with progress_bar(of_bytes=True) as bar:
+    with progress_bar(in_bytes=True) as bar:
         task = bar.add_task("train tokenizer", total=sum(file.size for file in files), note="")
 
         def texts() -> Iterator[str]:

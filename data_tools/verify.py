@@ -38,7 +38,7 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
     problems = [*_unlisted(folder, manifest), *_totals(folder, manifest), *_tokenizer(folder, manifest)]
     size = sum(info.bytes for info in infos)
     check = functools.partial(_check, folder, manifest.row_len, manifest.dtype, manifest.vocab_size)
-    with process_pool(workers) as pool, progress_bar(of_bytes=True) as bar:
+    with process_pool(workers) as pool, progress_bar(in_bytes=True) as bar:
         task = bar.add_task("verify", total=size, note="")
         for info, found in zip(infos, pool.map(check, infos) if pool else map(check, infos), strict=True):
             problems += found
@@ -58,7 +58,7 @@ def scan_all(folder: Path, names: list[str], workers: int) -> list[ShardScan]:
         raise UserError(f"workers {workers} is too few; give at least 1")
     paths = [folder / name for name in names]
     scans = []
-    with process_pool(workers) as pool, progress_bar(of_bytes=True) as bar:
+    with process_pool(workers) as pool, progress_bar(in_bytes=True) as bar:
         task = bar.add_task("read", total=sum(path.stat().st_size for path in paths), note="")
         for scan in pool.map(scan_shard, paths) if pool else map(scan_shard, paths):
             scans.append(scan)

@@ -15,19 +15,19 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def progress_bar(of_bytes: bool = False) -> Progress:
+def progress_bar(in_bytes: bool = False) -> Progress:
     """Return a rich progress bar with counts, elapsed and remaining time.
 
     Each task needs a ``note``, its last column, e.g. ``bar.add_task("pack", total=n, note="")``. Nothing is drawn if
     standard error is not a terminal.
 
     Args:
-        of_bytes: show sizes and MB/s in place of counts.
+        in_bytes: show sizes and MB/s in place of counts.
     """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        *((DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)),
+        *((DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),

@@ -12,7 +12,7 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, MANIFEST_FILE, STATE_FILE, list_checkpoints
 
 
-def make(folder: Path, step: int) -> Path:
+def make_checkpoint(folder: Path, step: int) -> Path:
     """Create a checkpoint with one weights file."""
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
@@ -27,7 +27,7 @@ def make(folder: Path, step: int) -> Path:
 
 def test_newest_sorts_steps_by_number_and_ignores_partial_folders(tmp_path: Path) -> None:
     for step in (2, 10, 9):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     (tmp_path / ".step-11.partial").mkdir()
     assert store.newest(tmp_path) == (tmp_path / "step-10", {})
 
@@ -48,8 +48,8 @@ def test_newest_sorts_steps_by_number_and_ignores_partial_folders(tmp_path: Path
     ],
 )
 def test_a_damaged_checkpoint_is_reported_and_skipped(damage: object, words: str, tmp_path: Path) -> None:
-    make(tmp_path, 1)
-    newest = make(tmp_path, 2)
+    make_checkpoint(tmp_path, 1)
+    newest = make_checkpoint(tmp_path, 2)
     assert store.verify(newest) == []
     damage(newest)  # type: ignore[operator]
     assert words in store.verify(newest)[0]
@@ -59,13 +59,13 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(damage: object, words: str
 
 
 def test_a_run_stops_if_no_checkpoint_verifies(tmp_path: Path) -> None:
-    (make(tmp_path, 1) / "weights.pt").unlink()
+    (make_checkpoint(tmp_path, 1) / "weights.pt").unlink()
     with pytest.raises(RunError, match="no checkpoint under .* verifies"):
         store.newest(tmp_path)
 
 
 def test_resolve_accepts_a_run_or_a_checkpoint(tmp_path: Path) -> None:
-    path = make(tmp_path / "checkpoints", 3)
+    path = make_checkpoint(tmp_path / "checkpoints", 3)
     assert store.resolve(tmp_path) == store.resolve(path) == path
     with pytest.raises(UserError, match="no run or checkpoint at"):
         store.resolve(tmp_path / "nowhere")
@@ -85,7 +85,7 @@ def test_resolve_accepts_a_run_or_a_checkpoint(tmp_path: Path) -> None:
     [('{"step": 3, "tokens": 9}', "lacks rows_consumed, world_size, zero_stage"), ("3", "is damaged")],
 )
 def test_a_state_without_required_keys_is_refused(text: str, words: str, tmp_path: Path) -> None:
-    path = make(tmp_path, 3)
+    path = make_checkpoint(tmp_path, 3)
     (path / STATE_FILE).write_text(text)
     with pytest.raises(RunError, match=f"state.json {words}"):
         store.read_state(path)
@@ -93,7 +93,7 @@ def test_a_state_without_required_keys_is_refused(text: str, words: str, tmp_pat
 
 def test_retention_keeps_the_newest_and_removes_later_steps(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     _retain(tmp_path / "step-15", Retention(keep_last=2))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10", "step-15"]
     _retain(tmp_path / "step-10", Retention(keep_last=1))
@@ -101,11 +101,11 @@ def test_retention_keeps_the_newest_and_removes_later_steps(tmp_path: Path) -> N
 
 
 def test_old_checkpoints_are_removed_only_after_the_new_one_is_read_back(tmp_path: Path) -> None:
-    before, final = make(tmp_path, 1), tmp_path / "step-2"
+    before, final = make_checkpoint(tmp_path, 1), tmp_path / "step-2"
     rest = dict.fromkeys((CONFIG_FILE, STATE_FILE, GATES_FILE), b"")
 
     def seal(written: bytes) -> None:
-        partial = store.partial_of(final, "me")
+        partial = store.partial_path(final, "me")
         partial.mkdir(exist_ok=True)
         (partial / "weights.pt").write_bytes(written)
         hashes = {"weights.pt": hashlib.sha256(b"weights 2").hexdigest()}
@@ -120,30 +120,30 @@ def test_old_checkpoints_are_removed_only_after_the_new_one_is_read_back(tmp_pat
 
 def test_keep_every_keeps_checkpoints_forever(tmp_path: Path) -> None:
     for step in (4, 6, 8, 10, 12, 14):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     _retain(tmp_path / "step-14", Retention(keep_last=2, keep_every=4))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-4", "step-8", "step-12", "step-14"]
 
 
 def test_tidy_cleans_up_interrupted_saves(tmp_path: Path) -> None:
-    make(tmp_path, 1)
+    make_checkpoint(tmp_path, 1)
     (tmp_path / ".step-2.partial").mkdir()
     (tmp_path / ".latest.partial-7").touch()
-    make(tmp_path, 3).rename(tmp_path / ".step-3.old")  # killed between two renames
-    make(tmp_path, 4)
+    make_checkpoint(tmp_path, 3).rename(tmp_path / ".step-3.old")  # killed between two renames
+    make_checkpoint(tmp_path, 4)
     (tmp_path / ".step-4.old").mkdir()  # killed before it was removed
-    make(tmp_path, 5).rename(tmp_path / ".step-5.old")  # killed at the same point, and its successor was damaged later
-    (make(tmp_path, 5) / "weights.pt").write_text("other")
+    make_checkpoint(tmp_path, 5).rename(tmp_path / ".step-5.old")  # as step 3, but its successor is damaged
+    (make_checkpoint(tmp_path, 5) / "weights.pt").write_text("other")
     store.tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3", "step-4", "step-5"]
     assert store.verify(tmp_path / "step-5") == []
 
 
 def test_a_repeated_step_replaces_its_old_checkpoint(tmp_path: Path) -> None:
-    final = make(tmp_path, 3)
+    final = make_checkpoint(tmp_path, 3)
     (final / "weights.pt").write_text("old")
-    make(tmp_path / "new", 3).rename(store.partial_of(final, "me"))
-    store.put_in_place(store.partial_of(final, "me"), final)
+    make_checkpoint(tmp_path / "new", 3).rename(store.partial_path(final, "me"))
+    store.put_in_place(store.partial_path(final, "me"), final)
     assert store.verify(final) == []
     assert (tmp_path / "latest").read_text() == "step-3\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "new", "step-3"]

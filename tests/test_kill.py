@@ -79,7 +79,7 @@ def cut(path: Path) -> None:
 def test_a_run_killed_many_times_ends_with_the_uninterrupted_curve(
     size: int, kills: int, seed: int, shards: Path, tmp_path: Path
 ) -> None:
-    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", **CHANGES)], tmp_path, size)
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="reference", **CHANGES)], tmp_path, size)
     words = ["train", "tiny", *settings(shards, tmp_path, name="killed", **CHANGES)]
     run, draw, killed_in = tmp_path / "killed", random.Random(seed), []
     damages = [flip, Path.unlink, cut][: kills // 6]
@@ -104,7 +104,7 @@ def test_a_run_killed_many_times_ends_with_the_uninterrupted_curve(
         if number % 4 == 3 and len(saved) > 1 and damages:
             damages.pop()(max(saved[-1].glob("*.pt"), key=lambda path: path.stat().st_size))
     ranks.run(words, tmp_path, size)
-    assert metrics(run) == metrics(tmp_path / "whole")
+    assert metrics(run) == metrics(tmp_path / "reference")
     assert {"update", "write", "fsync", "replace"} <= {*killed_in}
     assert damages == []
     assert len([line for line in incidents.read(run) if line["kind"] == "fallback"]) >= expected

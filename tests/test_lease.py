@@ -49,7 +49,7 @@ def test_whether_the_holder_lives_is_told_where_it_can_be_seen(tmp_path):
 
 def test_starts_that_write_the_same_step_never_meet_in_one_file(tmp_path):
     final = tmp_path / "step-8"
-    folders = [store.partial_of(final, start) for start in (lease.TOKEN, in_a_new_process(WHO))]
+    folders = [store.partial_path(final, start) for start in (lease.TOKEN, in_a_new_process(WHO))]
     for folder in folders:
         folder.mkdir()
         (folder / "weights.pt").write_text(folder.name)

@@ -22,24 +22,24 @@ LAYOUTS = [(1, 2), (3, 4), (2, 1), (1, 4), (3, 2), (0, 1)]  # (ZeRO stage, ranks
 
 
 def ask_to_stop() -> None:
-    """Request a stop, so that each job makes a single update."""
+    """Request a stop: each job makes a single update."""
     from fusiontree.distributed import signals
 
     signals.requested = lambda: signal.SIGUSR1
 
 
 def test_changes_of_ranks_and_stage_do_not_change_the_curve(shards: Path, tmp_path: Path) -> None:
-    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", deepspeed="zero0", **SHORT)], tmp_path)
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="reference", deepspeed="zero0", **SHORT)], tmp_path)
     for stage, size in LAYOUTS:
         words = settings(shards, tmp_path, name="resized", deepspeed=f"zero{stage}", **SHORT)
         ranks.run(["train", "tiny", *words], tmp_path, size, setup=ask_to_stop, code=75)
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="resized", deepspeed="zero2", **SHORT)], tmp_path, 2)
-    expected, resized = metrics(tmp_path / "whole"), metrics(tmp_path / "resized")
+    expected, resized = metrics(tmp_path / "reference"), metrics(tmp_path / "resized")
     assert [line["step"] for line in resized] == [*range(1, 10)]
     for key in ("loss", "grad_norm", "gate_mean", "lr", "tokens"):
         assert [line[key] for line in resized] == pytest.approx([line[key] for line in expected], rel=1e-5), key
     weights, reference = (
-        store.read_weights(tmp_path / name / "checkpoints" / "step-9") for name in ("resized", "whole")
+        store.read_weights(tmp_path / name / "checkpoints" / "step-9") for name in ("resized", "reference")
     )
     for name, value in reference.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
@@ -55,27 +55,29 @@ def test_states_move_to_nvme_and_back(shards: Path, tmp_path: Path) -> None:
         setup, code = (ask_to_stop, 75) if stop else (None, 0)
         ranks.run(["train", "tiny", *words], tmp_path, size, setup=setup, code=code)
 
-    train("whole", "zero3_nvme", 2, stop=False)
+    train("reference", "zero3_nvme", 2, stop=False)
     for stage, size in (("zero3_nvme", 2), ("zero3_nvme", 2), ("zero1", 1)):
         train("moved", stage, size)
         shutil.rmtree(tmp_path / "moved" / "zero_stage_3", ignore_errors=True)  # as if the next job had another disk
     train("moved", "zero3_nvme", 2, stop=False)
-    assert len([*(tmp_path / "whole").rglob("optimizer/rank1/exp_avg*.swp")]) > 1
-    expected, moved = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
+    assert len([*(tmp_path / "reference").rglob("optimizer/rank1/exp_avg*.swp")]) > 1
+    expected, moved = metrics(tmp_path / "reference"), metrics(tmp_path / "moved")
     assert moved[:2] == expected[:2]
     assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
-    weights, reference = (store.read_weights(tmp_path / name / "checkpoints" / "step-2") for name in ("moved", "whole"))
+    weights, reference = (
+        store.read_weights(tmp_path / name / "checkpoints" / "step-2") for name in ("moved", "reference")
+    )
     assert all(torch.equal(weights[name], value) for name, value in reference.items())
 
 
 def test_muon_momentum_survives_resharding(shards: Path, tmp_path: Path) -> None:
     changes = {"model__hidden_size": 32, "validation__every": 0, "schedule__steps": 4, "optimizer__grad_clip": 0}
     changes |= {"optimizer__kind": "muon"}
-    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="whole", deepspeed="zero2", **changes)], tmp_path)
+    ranks.run(["train", "tiny", *settings(shards, tmp_path, name="reference", deepspeed="zero2", **changes)], tmp_path)
     for stage, size in ((2, 2), (3, 1)):
         words = settings(shards, tmp_path, name="resized", deepspeed=f"zero{stage}", **changes)
         ranks.run(["train", "tiny", *words], tmp_path, size, setup=ask_to_stop, code=75)
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="resized", deepspeed="zero1", **changes)], tmp_path, 2)
-    expected, resized = metrics(tmp_path / "whole"), metrics(tmp_path / "resized")
+    expected, resized = metrics(tmp_path / "reference"), metrics(tmp_path / "resized")
     # Muon orthogonalizes in bf16, whose rounding depends on the ranks and the CPU; without momentum the error is 3e-3
     assert [line["loss"] for line in resized] == pytest.approx([line["loss"] for line in expected], rel=2e-4)

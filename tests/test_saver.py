@@ -124,7 +124,7 @@ def write_late() -> None:
 
 
 def stop_after_step_4() -> None:
-    """Save and exit at step 4, so that no update follows."""
+    """Save and exit at step 4, before any further update."""
     from fusiontree.distributed import signals
     from fusiontree.training.step import TrainingStep
 

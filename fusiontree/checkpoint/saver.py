@@ -124,7 +124,7 @@ class Saver:
 
     def _write(self, final: Path, own: dict[str, Any], rest: Mapping[str, bytes]) -> Exception | None:
         """Write this rank's files and, on the main rank, seal them; return the error of any rank on every rank."""
-        partial = store.partial_of(final, self._start)
+        partial = store.partial_path(final, self._start)
         hashes, error = _attempt(lambda: _write_files(partial, own))
         gathered = collectives.gather((hashes, error), self._group)
         error = next((error for _, error in gathered if error is not None), None)

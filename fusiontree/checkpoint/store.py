@@ -41,7 +41,7 @@ _STATE_KEYS = (  # required; `save` may add others
 )
 
 
-def partial_of(final: Path, start: str) -> Path:
+def partial_path(final: Path, start: str) -> Path:
     """Return the folder for the incomplete checkpoint `final`, of the attempt `start` at the run."""
     return final.with_name(f".{final.name}.{start}.partial")
 
@@ -50,7 +50,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     """Rename a complete checkpoint to its final name, replacing an existing one, and update `latest`.
 
     Raises:
-        RunError: another attempt at the run has the lease, so that this one is stale and must not write.
+        RunError: another attempt at the run has the lease; this one is stale and must not write.
     """
     lease.check(run_of(final))
     old = final.with_name(f".{final.name}.old")

@@ -88,7 +88,9 @@ def locate_weights(folder: Path, zero_stage: int, trust: bool = False) -> dict[s
     try:
         return _locate_stage_3(folder, read) if zero_stage == 3 else _locate_unpartitioned(folder, read)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise RunError(f"{folder} is no checkpoint of DeepSpeed at ZeRO stage {zero_stage} ({error!r})") from None
+        raise RunError(
+            f"{folder} is not a DeepSpeed checkpoint of ZeRO stage {zero_stage} ({error!r}); use another one"
+        ) from None
 
 
 def _locate_unpartitioned(folder: Path, read: layout.Reader) -> dict[str, StoredTensor]:
@@ -139,7 +141,7 @@ def _read(name: str, stored: StoredTensor) -> Tensor:
 def from_safetensors(folder: Path) -> TensorFiles:
     """Return the tensors of all safetensors files in `folder`.
 
-    A tensor is a private mapping of its file, in memory only as far as it is used: copy it to keep it for long.
+    A tensor is a private memory mapping of its file, so pages are read on use. Copy tensors that outlive the file.
 
     Raises:
         RunError: a file is damaged, or the index names one outside the folder or a tensor that its file does not have.

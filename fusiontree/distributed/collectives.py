@@ -102,16 +102,16 @@ def set_timeout(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def on_main(make: Callable[[], Any]) -> Any:
-    """Call `make` on the main rank and return its result on every rank.
+def on_main(function: Callable[[], Any]) -> Any:
+    """Call `function` on the main rank and return its result on every rank.
 
     Raises:
-        UserError, RunError, OSError: `make` raised it, on every rank.
+        UserError, RunError, OSError: `function` raised it, on every rank.
     """
     found: Any = None
     if dist.get_rank() == 0:
         try:
-            found = make()
+            found = function()
         except (UserError, RunError, OSError) as error:
             found = error
     found = from_main(found)
@@ -135,7 +135,7 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another rank ended, so that the cause is on that rank."""
+    """Return whether a collective failed because another rank ended; the cause is on that rank."""
     gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in gloo)
 

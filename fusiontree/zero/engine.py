@@ -162,7 +162,7 @@ def named_gradient_shards(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield parameter names and this rank's shards of the mean gradient, at any stage.
 
     The shards of all ranks contain each element of the gradient exactly once. Without ZeRO every rank has the full
-    gradient, so that rank 0 alone yields it.
+    gradient, so only rank 0 yields it.
     """
     from deepspeed.utils import safe_get_local_grad
 

@@ -171,7 +171,7 @@ def reader(values: bool, trust: bool = False) -> Reader:
     """Return a function that reads a checkpoint file without running any code in it.
 
     Args:
-        values: map tensors into memory, so that values are read on use; else tensors know only their place in the file.
+        values: map tensors into memory and read values on use; else tensors have only their position in the file.
         trust: unpickle arbitrary objects, which can run any code.
 
     Raises:

@@ -73,10 +73,9 @@ def require_async_io(zero: dict[str, Any]) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     offloads = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
-    if any(offload.get("device") == "nvme" for offload in offloads) and not AsyncIOBuilder().is_compatible(
-        verbose=False
-    ):
+    on_nvme = any(offload.get("device") == "nvme" for offload in offloads)
+    if on_nvme and not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(
-            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds, for some minutes, from libaio-dev, g++ "
-            "and ninja; install them, or take deepspeed=zero3_offload"
+            "states on NVMe need DeepSpeed's asynchronous I/O, which it builds at first use; install libaio-dev, g++ "
+            "and ninja, or set deepspeed=zero3_offload"
         )
