@@ -112,7 +112,7 @@ def test_a_corpus_of_one_document_has_nothing_to_hold_out(tmp_path: Path, tokeni
 
 
 def test_a_tokenizer_folder_that_is_none(corpus: Path, tmp_path: Path) -> None:
-    assert "holds no tokenizer.json" in said(
+    assert "has no tokenizer.json" in said(
         "data", "build", "--input", corpus, "--tokenizer", tmp_path, "--output", tmp_path / "out"
     )
 
@@ -368,4 +368,4 @@ def test_every_sources_golden_samples_are_encoded_again(shards: Path, tmp_path: 
     sources = ["data.path=null", f"data.sources.a.path={shards}", f"data.sources.b.path={other}"]
     line = said("train", "tiny", *settings(shards, tmp_path, name="run"), *sources)
     assert f"tokenizer {other / 'tokenizer'} encodes" in line
-    assert "otherwise than when the shards were made" in line
+    assert "differently than when the shards were made" in line

@@ -1,4 +1,4 @@
-"""`bench loader` measures what it says it measures; how fast that is, no test asserts."""
+"""`bench loader` reports every figure and computes it correctly; no test asserts a speed."""
 
 import json
 import time
@@ -24,10 +24,10 @@ FIRST = ["first_batch_at_step_0_seconds", "first_batch_at_step_1000000000_second
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "REPEATS", 1)
     monkeypatch.setattr(loader, "SECONDS", 0.05)
-    monkeypatch.setattr(loader, "MANY_BATCHES", 50)
+    monkeypatch.setattr(loader, "MEMORY_BATCHES", 50)
 
 
-def test_every_figure_is_there(shards: Path) -> None:
+def test_every_figure_is_reported(shards: Path) -> None:
     figures = json.loads(json.dumps(bench_loader(shards, seq_len=128, rows=2)))
     assert all(figures[name] > 0 for name in (*RATES, *FIRST))
     assert 0 < figures["next_floor"] < 1
@@ -37,9 +37,7 @@ def test_every_figure_is_there(shards: Path) -> None:
     assert (figures["seq_len"], figures["rows_per_batch"], figures["workers"]) == (128, 2, 2)
 
 
-def test_the_first_batch_is_that_of_the_step_and_opening_the_data_counts(
-    shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_to_first_batch_includes_opening_the_dataset(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seek, opened = [], TrainStream.seek, Dataset.__init__
     monkeypatch.setattr(TrainStream, "seek", lambda stream, rows: (made.append(rows), seek(stream, rows)))
     monkeypatch.setattr(Dataset, "__init__", lambda *arguments: (time.sleep(0.05), opened(*arguments))[1])
@@ -47,14 +45,14 @@ def test_the_first_batch_is_that_of_the_step_and_opening_the_data_counts(
     assert made == [14]
 
 
-def test_tokens_are_counted_against_the_work_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.5])  # seconds of work
+def test_rate_is_tokens_per_cpu_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.5])  # seconds of CPU time
     monkeypatch.setattr(loader.time, "thread_time", lambda: next(clock))
     monkeypatch.setattr(loader.time, "perf_counter", iter([0.0, 0.01, 0.1]).__next__)
-    assert loader._rate(iter([1000, 30, 70, 500])) == 200  # the first warms up, the last comes after the end
+    assert loader._rate(iter([1000, 30, 70, 500])) == 200  # the first is the warmup, the last comes after the end
 
 
-def test_waiting_is_counted_where_batches_are_late(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_share_counts_only_calls_without_a_ready_batch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = TrainStream.places
     monkeypatch.setattr(loader, "CONSUMER", 1e9)
     monkeypatch.setattr(TrainStream, "places", lambda *arguments: time.sleep(0.005) or make(*arguments))
@@ -64,6 +62,6 @@ def test_waiting_is_counted_where_batches_are_late(shards: Path, monkeypatch: py
     assert loader._waiting(sources, 128, 1)["waiting_share"] == 0
 
 
-def test_a_length_that_does_not_divide_is_refused_in_one_line(shards: Path) -> None:
+def test_indivisible_length_is_refused_in_one_line(shards: Path) -> None:
     error = cli("bench", "loader", "--data", shards, "--seq-len", 100, code=2).stderr
     assert "100 does not divide the 512-token rows" in error

@@ -1,4 +1,4 @@
-"""Damage to the shards is refused at the start or survived: named, masked in its place, counted, never trained on."""
+"""Damaged shards are refused at the start; rows damaged later are masked in place, named, counted, never trained on."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def edit(path: Path, offset: int, content: bytes) -> None:
 
 
 def epoch(dataset: Dataset, seq_len: int = 16, workers: int = 0) -> list[Batch]:
-    """All batches of an epoch, of 10 packed rows each."""
+    """Return all batches of an epoch, of 10 packed rows each."""
     recipe = single_source_recipe(3, 10 * ROW, seq_len)
     stream = TrainStream(Sources({"": dataset}), recipe, 10 * ROW // seq_len, workers=workers)
     batches = [batch for _ in range(ROWS // 10) for batch in next(stream)]
@@ -48,11 +48,11 @@ def epoch(dataset: Dataset, seq_len: int = 16, workers: int = 0) -> list[Batch]:
 
 
 def compare(folder: Path, damaged: list[Batch], rows: set[int]) -> None:
-    """`damaged` is what an undamaged dataset gives, but for the stored rows that are masked, each in its place."""
+    """Check that `damaged` equals the batches of the intact dataset, except that exactly `rows` are masked in place."""
     twin = folder.parent / "twin"
-    whole = epoch(counting_dataset(twin, ROWS, 2))
+    intact = epoch(counting_dataset(twin, ROWS, 2))
     masked = set()
-    for one, other in zip(whole, damaged, strict=True):
+    for one, other in zip(intact, damaged, strict=True):
         for i, (tokens, stored) in enumerate(zip(one.input_ids, (one.input_ids[:, 0] - 2) // ROW, strict=True)):
             if stored in rows:
                 masked.add(int(stored))
@@ -68,7 +68,7 @@ def compare(folder: Path, damaged: list[Batch], rows: set[int]) -> None:
 
 @pytest.mark.parametrize("field", ["tokens", "ends"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_flipped_bit_masks_its_row_and_no_other(folder: Path, field: str, workers: int) -> None:
+def test_flipped_bit_masks_its_row_and_no_other(folder: Path, field: str, workers: int) -> None:
     shard = Dataset(folder).shards[1]
     offset = int(shard.index[field][33])
     edit(shard.path, offset, bytes([shard.path.read_bytes()[offset] ^ 4]))
@@ -76,23 +76,23 @@ def test_a_flipped_bit_masks_its_row_and_no_other(folder: Path, field: str, work
     compare(folder, batches, {73})
     (reason,) = {bad.reason for batch in batches for bad in batch.damaged}
     assert reason == "is damaged (checksum differs)"
-    assert sum(len(batch.damaged) for batch in batches) in (1, 2)  # once for each batch that holds a slice of it
+    assert sum(len(batch.damaged) for batch in batches) in (1, 2)  # once per batch with a slice of the row
 
 
-def test_a_zeroed_header_costs_nothing(folder: Path) -> None:
+def test_zeroed_tar_header_masks_no_row(folder: Path) -> None:
     shard = Dataset(folder).shards[0]
-    for row in (0, 32):  # of both samples' tokens
+    for row in (0, 32):  # the headers of both samples' tokens
         edit(shard.path, int(shard.index["tokens"][row]) - 128 - 512, bytes(512))
     compare(folder, epoch(Dataset(folder)), set())
 
 
-def test_a_shard_that_is_cut_while_training_loses_the_rows_behind_the_cut(folder: Path) -> None:
+def test_shard_truncated_during_training_loses_the_rows_after_the_cut(folder: Path) -> None:
     dataset = Dataset(folder)
     os.truncate(dataset.shards[1].path, int(dataset.shards[1].index["tokens"][20]) + 10)
     compare(folder, epoch(dataset), {*range(60, 80)})
 
 
-def test_a_shard_that_goes_while_training_is_named(folder: Path) -> None:
+def test_shard_deleted_during_training_is_named(folder: Path) -> None:
     dataset = Dataset(folder)
     dataset.shards[2].path.unlink()
     batches = epoch(dataset)
@@ -100,13 +100,13 @@ def test_a_shard_that_goes_while_training_is_named(folder: Path) -> None:
     assert "cannot be read (No such file or directory)" in {bad.reason for b in batches for bad in b.damaged}
 
 
-def test_rows_changed_since_the_manifest_are_masked(folder: Path) -> None:
+def test_rows_changed_after_the_build_are_masked(folder: Path) -> None:
     shard = Dataset(folder).shards[0]
     edit(shard.path, int(shard.index["tokens"][3]), np.arange(2 * ROW, dtype=np.uint16).tobytes())
     compare(folder, epoch(Dataset(folder)), {3, 4})
 
 
-def test_a_row_that_comes_back_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_that_a_retry_reads_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, failures = Dataset(folder), {7: 2, 55: 1}
     read = dataset.row
 
@@ -136,7 +136,7 @@ def size_of_tar(folder: Path) -> int:
 
 
 def replace(folder: Path, *endings: str) -> None:
-    """Put another dataset's files in the place of the second shard's; nothing but their content differs."""
+    """Replace the second shard's files by another dataset's, which differ only in content."""
     other = counting_dataset(folder.parent / "other", ROWS, 30_000).folder
     assert size_of_tar(other) == size_of_tar(folder)
     for ending in endings:
@@ -156,15 +156,17 @@ def replace(folder: Path, *endings: str) -> None:
         ),
         (
             lambda folder: (folder / "train/000001.tar").write_bytes(bytes(size_of_tar(folder))),
-            r"000001\.tar is not the shard that .*000001\.idx describes \(it holds other rows\)",
+            r"000001\.tar is not the shard that .*000001\.idx describes \(it contains other rows\)",
         ),
-        (lambda folder: edit(folder / "train/000001.idx", 0, bytes(64)), r"000001\.idx is no shard's index"),
+        (lambda folder: edit(folder / "train/000001.idx", 0, bytes(64)), r"000001\.idx is not a shard index"),
         (lambda folder: os.truncate(folder / "train/000001.tar", 5000), r"000001\.tar has 5000 bytes, not"),
         (lambda folder: (folder / "train/000001.tar").unlink(), r"000001\.tar is missing"),
         (lambda folder: (folder / "train/000001.idx").unlink(), r"000001\.idx is missing"),
     ],
 )
-def test_what_is_seen_at_once_is_refused_by_name(folder: Path, damage: Callable[[Path], object], words: str) -> None:
+def test_damage_visible_at_the_start_is_refused_by_name(
+    folder: Path, damage: Callable[[Path], object], words: str
+) -> None:
     damage(folder)
     with pytest.raises(UserError, match=words) as caught:
         Dataset(folder)
@@ -183,7 +185,7 @@ def batch_with(*rows: BadRow) -> Batch:
     return Batch(empty, empty, empty, empty, empty, 1, rows)
 
 
-def test_the_ledger_counts_each_row_once_over_all_ranks_and_resumes() -> None:
+def test_ledger_counts_each_row_once_over_all_ranks_and_resumes() -> None:
     one, other = Ledger(3), Ledger(3)
     one.record([batch_with(bad(1)), batch_with(bad(1), bad(2))])
     other.record([batch_with(bad(2))])
@@ -198,7 +200,7 @@ def test_the_ledger_counts_each_row_once_over_all_ranks_and_resumes() -> None:
         again.record([batch_with(bad(9))])
 
 
-def test_held_out_rows_are_masked_and_named_too(tmp_path: Path, shards: Path) -> None:
+def test_damaged_validation_rows_are_masked_and_named(tmp_path: Path, shards: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     shard = Dataset(copy, "validation").shards[0]
@@ -208,16 +210,16 @@ def test_held_out_rows_are_masked_and_named_too(tmp_path: Path, shards: Path) ->
     assert batches[0].real_tokens == 0 < batches[1].real_tokens
 
 
-# --- a run over damage -----------------------------------------------------------------------------------------------
+# --- a run with damaged shards ---------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_over_damage_says_so_and_remembers_it(shards: Path, tmp_path: Path) -> None:
+def test_training_continues_over_damage_reports_and_stores_it(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     shard = Dataset(copy).shards[0]
     for row in (1, 5):
         edit(shard.path, int(shard.index["tokens"][row]) + 100, b"\xff\xff\xff")
-    steps = -(-shard.info.rows * 512 // 4096)  # an epoch: every stored row is met
+    steps = -(-shard.info.rows * 512 // 4096)  # an epoch reads every stored row
     changes = {"batch__tokens": 4096, "schedule__steps": steps, "validation__every": 0, "checkpoint__every": 100}
     done = cli("launch", "tiny", "--local", 2, *settings(copy, tmp_path / "runs", name="r", **changes))
     run = tmp_path / "runs" / "r"

@@ -1,4 +1,4 @@
-"""Every kind of damage to a dataset is found and named by shard and row; lost sidecars come back, never blindly."""
+"""Damage to a dataset is reported by shard and row; lost indexes and manifests are rebuilt only from sound shards."""
 
 import json
 import os
@@ -24,8 +24,8 @@ CHANGED = "sha256 differs from the manifest's: it was changed since it was writt
 
 
 @pytest.fixture(scope="module")
-def sound(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sound") / "set"
+def intact(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("intact") / "set"
     folder.mkdir()
     draw = np.random.default_rng(0)
     _, info = load_tokenizer(tokenizer_folder)
@@ -44,13 +44,13 @@ def sound(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def folder(sound: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(sound, tmp_path / "set")
+def folder(intact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(intact, tmp_path / "set")
 
 
 @pytest.fixture
 def bare(folder: Path) -> Path:
-    """Shards without index or manifest."""
+    """A dataset folder without indexes and manifest."""
     (folder / "manifest.json").unlink()
     for path in folder.glob("*/*.idx"):
         path.unlink()
@@ -74,7 +74,7 @@ def flip_end(folder: Path) -> None:
 
 
 def header_of_second_sample(folder: Path) -> int:
-    """Where the header of the second sample's first member lies in the first shard."""
+    """Return the byte offset, in the first shard, of the header of the second sample's first member."""
     content = (folder / "train/000000.tar").read_bytes()
     return content.index(b"000000032.ends.npy")
 
@@ -92,7 +92,7 @@ def truncate(folder: Path) -> None:
 
 
 def replace_shard(folder: Path) -> None:
-    """Another shard with a sound index of its own: nothing but the manifest can tell."""
+    """Replace a shard and its index by another valid pair, which only the manifest can detect."""
     other = folder.parent / "other"
     shutil.rmtree(other, ignore_errors=True)
     other.mkdir()
@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         zero_header,
         [
             "000000.tar: tar header at byte ",
-            "000000.tar: row 32 and its sample cannot be read (ends.npy missing)",
+            "000000.tar: the sample that begins at row 32 cannot be read (ends.npy missing)",
             CHANGED,
         ],
     ),
@@ -129,7 +129,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         garble_header,
         [
             "000000.tar: tar header at byte ",
-            "000000.tar: row 32 and its sample cannot be read (ends.npy missing)",
+            "000000.tar: the sample that begins at row 32 cannot be read (ends.npy missing)",
             CHANGED,
         ],
     ),
@@ -137,7 +137,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         truncate,
         [
             "000000.tar: member '000000032.json' is cut short",
-            "000000.tar: row 32 and its sample cannot be read (json and tok.npy missing)",
+            "000000.tar: the sample that begins at row 32 cannot be read (json and tok.npy missing)",
             "000000.tar: it has ",
             CHANGED,
         ],
@@ -158,7 +158,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", list(DAMAGE))
-def test_verify_finds_and_names(folder: Path, kind: str) -> None:
+def test_verify_reports_damage_by_shard_and_row(folder: Path, kind: str) -> None:
     assert verify(folder)["problems"] == []
     damage, expected = DAMAGE[kind]
     damage(folder)
@@ -166,16 +166,16 @@ def test_verify_finds_and_names(folder: Path, kind: str) -> None:
         problems = verify(folder, workers)["problems"]
         for part in expected:
             assert any(part in problem for problem in problems), (part, problems)
-        assert len({problem.partition(":")[0] for problem in problems}) == 1  # nothing else is accused
+        assert len({problem.partition(":")[0] for problem in problems}) == 1  # no other file is reported
 
 
-def test_verify_exits_with_1_and_names_on_one_line_each(folder: Path) -> None:
+def test_verify_prints_one_line_per_problem_and_exits_with_1(folder: Path) -> None:
     flip_token(folder)
     assert "train/000001.tar: row 33: checksum differs" in cli("data", "verify", folder, code=1).stdout
 
 
 @pytest.mark.parametrize("damage", [zero_header, garble_header])
-def test_documents_of_a_damaged_sample_are_refused_by_name(folder: Path, damage: Callable[[Path], None]) -> None:
+def test_documents_of_damaged_sample_are_refused(folder: Path, damage: Callable[[Path], None]) -> None:
     damage(folder)
     dataset = Dataset(folder)
     for row in (32, 63):
@@ -185,7 +185,7 @@ def test_documents_of_a_damaged_sample_are_refused_by_name(folder: Path, damage:
     assert [dataset.spans(row)[0].id for row in (31, 64)] == ["a31", "a64"]
 
 
-def test_documents_of_other_rows_are_never_told(folder: Path) -> None:
+def test_documents_of_another_row_are_never_returned(folder: Path) -> None:
     path = folder / "train/000000.tar"
     content = path.read_bytes()
     crcs = [str(crc).encode() for crc in read_index(path)["crc"][:2]]
@@ -196,7 +196,7 @@ def test_documents_of_other_rows_are_never_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["eos_id", "pad_id", "vocab_size"])
-def test_a_manifest_that_the_tokenizer_contradicts_is_named(folder: Path, name: str) -> None:
+def test_verify_reports_manifest_that_contradicts_the_tokenizer(folder: Path, name: str) -> None:
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     right = values["tokenizer"][name]
@@ -206,7 +206,7 @@ def test_a_manifest_that_the_tokenizer_contradicts_is_named(folder: Path, name: 
     assert verify(folder)["problems"] == [expected]
 
 
-def test_a_golden_text_that_is_no_text_any_more_is_named(folder: Path) -> None:
+def test_verify_reports_golden_text_that_is_not_valid_unicode(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b"\\ud835\\udfd8", b"\\ud035\\udfd8"))
     (problem,) = verify(folder)["problems"]
@@ -215,40 +215,40 @@ def test_a_golden_text_that_is_no_text_any_more_is_named(folder: Path) -> None:
 
 
 def flips(content: bytes, begin: int, end: int) -> Iterator[bytes]:
-    """The content with each bit of a stretch of it flipped."""
+    """Yield the content with one bit flipped, for each bit of bytes `begin` to `end`."""
     for bit in range(8 * begin, 8 * end):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         yield bytes(flipped)
 
 
-def test_no_bit_of_an_indexs_header_can_be_flipped_unnamed(folder: Path) -> None:
+def test_flipped_bit_in_index_header_is_detected(folder: Path) -> None:
     path = folder / "train/000002.idx"
-    content, sound = path.read_bytes(), read_index(path)
+    content, intact = path.read_bytes(), read_index(path)
     refusals = []
-    for flipped in flips(content, 0, len(content) - sound.nbytes):
+    for flipped in flips(content, 0, len(content) - intact.nbytes):
         path.write_bytes(flipped)
         try:
-            assert (read_index(path) == sound).all()  # of a space that only fills up the header
+            assert (read_index(path) == intact).all()  # the bit was in the header's padding
         except UserError as error:
             refusals.append(str(error))
     assert len(refusals) > 1000
-    assert all("000002.idx is no shard's index" in line and "\n" not in line for line in refusals)
+    assert all("000002.idx is not a shard index" in line and "\n" not in line for line in refusals)
     path.write_bytes(content[:8] + bytes([content[8] ^ 64]) + content[9:])
-    assert "000002.idx is no shard's index (its .npy header is damaged" in verify(folder)["problems"][0]
+    assert "000002.idx is not a shard index (its .npy header is damaged" in verify(folder)["problems"][0]
 
 
 @pytest.mark.parametrize("member", ["ends.npy", "tok.npy"])
-def test_no_bit_of_an_arrays_header_can_be_flipped_unnamed(folder: Path, member: str) -> None:
+def test_flipped_bit_in_array_header_is_detected(folder: Path, member: str) -> None:
     path = folder / "train/000002.tar"
     content = path.read_bytes()
     begin = content.index(f"000000192.{member}".encode()) + 512
-    sound = scan_shard(path).info("")
+    intact = scan_shard(path).info("")
     faults = 0
     for flipped in flips(content, begin, begin + 128):
         path.write_bytes(flipped)
         scan = scan_shard(path)
-        assert scan.sha256 != sound.sha256
+        assert scan.sha256 != intact.sha256
         faults += bool(scan.faults)
     assert faults > 700
 
@@ -260,7 +260,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_lost_sidecars_come_back_as_they_were(bare: Path, sound: Path) -> None:
+def test_lost_indexes_and_manifest_are_rebuilt_bit_for_bit(bare: Path, intact: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bare.glob("*/*.tar")}
     figures = json.loads(cli("data", "reindex", bare, "--workers", 2, "--json").stdout)
     assert figures == {
@@ -271,17 +271,17 @@ def test_lost_sidecars_come_back_as_they_were(bare: Path, sound: Path) -> None:
         "problems": [],
         "bytes": sum(path.stat().st_size for path in bare.glob("*/*.tar")),
     }
-    assert contents(bare) == contents(sound)
+    assert contents(bare) == contents(intact)
     assert {path: path.stat().st_mtime_ns for path in bare.glob("*/*.tar")} == before
-    assert Dataset(bare).fingerprint == Dataset(sound).fingerprint
+    assert Dataset(bare).fingerprint == Dataset(intact).fingerprint
 
 
-def test_the_tokenizer_may_come_from_elsewhere(bare: Path, sound: Path, tokenizer_folder: Path) -> None:
+def test_tokenizer_may_come_from_another_folder(bare: Path, intact: Path, tokenizer_folder: Path) -> None:
     shutil.rmtree(bare / "tokenizer")
     with pytest.raises(UserError, match="holds no tokenizer; give the one that made the shards with --tokenizer"):
         reindex(bare)
     assert reindex(bare, tokenizer_folder)["adopted"]
-    assert contents(bare).keys() == contents(sound).keys()
+    assert contents(bare).keys() == contents(intact).keys()
     assert verify(bare)["problems"] == []
     assert open_tokenizer(bare / "tokenizer").get_vocab_size() == 300
 
@@ -305,47 +305,47 @@ def test_damaged_shards_are_never_adopted(folder: Path, kind: str) -> None:
         dataset.row(row)
 
 
-def test_an_index_that_is_left_is_a_witness(folder: Path) -> None:
+def test_remaining_index_is_checked_against_its_shard(folder: Path) -> None:
     replace_shard(folder)
-    shutil.copy(folder / "train/000001.tar", folder / "train/000000.tar")  # sound, but not what its index knew
+    shutil.copy(folder / "train/000001.tar", folder / "train/000000.tar")  # sound, but not the shard of its index
     (folder / "manifest.json").unlink()
     assert any("000000.tar: row 0: differs from its index" in problem for problem in reindex(folder)["problems"])
 
 
-def test_a_lost_shard_is_missed(bare: Path) -> None:
+def test_lost_shard_is_reported_by_its_rows(bare: Path) -> None:
     (bare / "train/000001.tar").unlink()
     assert reindex(bare)["problems"] == ["train: rows 96 to 191 are missing before train/000002.tar"]
     assert reindex(bare, skip_damaged=True)["adopted"]
 
 
-def test_another_tokenizer_is_refused(bare: Path, corpus: Path, tmp_path: Path) -> None:
+def test_tokenizer_with_smaller_vocabulary_is_refused(bare: Path, corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], 270, tmp_path / "other")
     problems = reindex(bare, tmp_path / "other")["problems"]
     assert any("is not below the vocabulary size 270" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("lost", [["000001"], ["000000", "000001", "000002"]])
-def test_lost_indexes_come_back_under_a_manifest(folder: Path, sound: Path, lost: list[str]) -> None:
+def test_lost_indexes_are_rebuilt_under_a_manifest(folder: Path, intact: Path, lost: list[str]) -> None:
     for name in lost:
         (folder / f"train/{name}.idx").unlink()
     before = (folder / "manifest.json").stat().st_mtime_ns
     figures = json.loads(cli("data", "reindex", folder, "--json").stdout)
     assert (figures["shards"], figures["adopted"], figures["problems"]) == (len(lost), True, [])
-    assert contents(folder) == contents(sound)
+    assert contents(folder) == contents(intact)
     assert (folder / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("kind", ["a damaged index", "an index of other rows"])
-def test_indexes_that_the_manifest_does_not_list_are_made_again(folder: Path, sound: Path, kind: str) -> None:
+def test_indexes_that_differ_from_the_manifest_are_rebuilt(folder: Path, intact: Path, kind: str) -> None:
     if kind == "a damaged index":
         change(folder / "train/000001.idx", 0, bytes, 64)
     shutil.copy(folder / "train/000002.idx", folder / "train/000000.idx")
     assert reindex(folder)["adopted"]
-    assert contents(folder) == contents(sound)
+    assert contents(folder) == contents(intact)
 
 
-def test_under_a_manifest_only_the_shards_it_lists_get_an_index(folder: Path) -> None:
-    replace_shard(folder)  # sound, but another than the manifest's
+def test_under_a_manifest_only_its_shards_get_an_index(folder: Path) -> None:
+    replace_shard(folder)  # sound, but not the manifest's
     (folder / "train/000000.tar").unlink()
     for path in folder.glob("*/*.idx"):
         path.unlink()
@@ -358,13 +358,13 @@ def test_under_a_manifest_only_the_shards_it_lists_get_an_index(folder: Path) ->
     assert [path.name for path in folder.glob("*/*.idx")] == ["000002.idx"]
 
 
-def test_the_tokenizer_names_the_token_that_the_lost_manifest_is_given(bare: Path) -> None:
+def test_rebuilt_manifest_gets_the_token_named_by_eos(bare: Path) -> None:
     assert reindex(bare, eos="<|pad|>")["adopted"]
     assert Manifest.load(bare).tokenizer.eos_id == 1
     assert verify(bare)["problems"] == []
 
 
-def test_a_lost_index_is_named_with_what_brings_it_back(folder: Path) -> None:
+def test_lost_index_is_named_with_the_command_that_rebuilds_it(folder: Path) -> None:
     (folder / "train/000001.idx").unlink()
     command = f"`fusiontree data reindex {folder}`"
     with pytest.raises(UserError, match="000001.idx is missing") as caught:
@@ -373,7 +373,7 @@ def test_a_lost_index_is_named_with_what_brings_it_back(folder: Path) -> None:
     assert command in verify(folder)["problems"][0]
 
 
-def test_a_dataset_that_lacks_nothing_is_left_alone(folder: Path) -> None:
+def test_complete_dataset_is_not_reindexed(folder: Path) -> None:
     with pytest.raises(UserError, match="has its manifest and every index; check it with"):
         reindex(folder)
     with pytest.raises(UserError, match="nothing to reindex"):

@@ -1,4 +1,4 @@
-"""The dataset on disk: anyone's reader reads it, damage never passes, a half or foreign dataset is refused."""
+"""The dataset on disk: any WebDataset reader reads it; damaged, incomplete and foreign datasets are refused."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def packed_rows(dtype: str = "uint16") -> list[PackedRow]:
         length = 1 + number % 60
         ends = np.array([length, 62, -ROW], dtype=np.int32)
         spans = [Span(f"ä{number}", 0, length, 0), Span("long", length, 62 - length, 5 * number)]
-        if number % 4 == 3:  # fewer segments than its neighbours
+        if number % 4 == 3:  # fewer segments than the neighbouring rows
             ends, spans = ends[1:], [Span(f"ä{number}", 0, 62, 0)]
         rows.append(PackedRow(tokens, ends, spans))
     return rows
@@ -59,7 +59,7 @@ def edit(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_rows_come_back_as_they_were_written(tmp_path: Path, dtype: str) -> None:
+def test_rows_read_equal_rows_written(tmp_path: Path, dtype: str) -> None:
     dataset = Dataset(write(tmp_path / "set", dtype))
     assert dataset.num_rows == ROWS
     for number, row in enumerate(packed_rows(dtype)):
@@ -84,7 +84,7 @@ def test_webdataset_reads_the_same_tokens(folder: Path) -> None:
     assert [d["id"] for d in documents if d["id"] != "long"] == [f"ä{i}" for i in range(ROWS)]
 
 
-def test_the_same_rows_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_same_rows_give_same_bytes(folder: Path, tmp_path: Path) -> None:
     os.umask(before := os.umask(0o077))
     again = write(tmp_path / "again")
     os.umask(before)
@@ -92,7 +92,7 @@ def test_the_same_rows_give_the_same_bytes(folder: Path, tmp_path: Path) -> None
         assert path.is_dir() or path.read_bytes() == (again / path.relative_to(folder)).read_bytes()
 
 
-def test_the_manifest_counts(folder: Path) -> None:
+def test_manifest_totals(folder: Path) -> None:
     assert Manifest.load(folder).totals("train") == {
         "shards": 3,
         "bytes": sum(path.stat().st_size for path in (folder / "train").glob("*.tar")),
@@ -102,12 +102,12 @@ def test_the_manifest_counts(folder: Path) -> None:
     }
 
 
-def test_nothing_temporary_stays(folder: Path) -> None:
+def test_no_temporary_file_remains(folder: Path) -> None:
     assert sorted(path.suffix for path in (folder / "train").iterdir()) == [".idx"] * 3 + [".tar"] * 3
 
 
 @pytest.mark.parametrize("field", ["tokens", "ends"])
-def test_a_flipped_bit_is_found_on_read(folder: Path, field: str) -> None:
+def test_flipped_bit_is_detected_on_read(folder: Path, field: str) -> None:
     shard = Dataset(folder).shards[1]
     flip(shard.path, int(shard.index[field][33]) + 3)
     damaged = Dataset(folder)
@@ -118,14 +118,14 @@ def test_a_flipped_bit_is_found_on_read(folder: Path, field: str) -> None:
         damaged.row(SHARD_ROWS + 33)
 
 
-def test_another_shard_gives_another_fingerprint(folder: Path) -> None:
+def test_fingerprint_depends_on_every_shard(folder: Path) -> None:
     before = Dataset(folder).fingerprint
     assert Dataset(folder).fingerprint == before
     edit(folder, lambda values: values["splits"]["train"][2].update(sha256="0" * 64))
     assert Dataset(folder).fingerprint != before
 
 
-def test_another_tokenizer_is_refused(folder: Path) -> None:
+def test_other_tokenizer_is_refused(folder: Path) -> None:
     manifest = Manifest.load(folder)
     manifest.require_tokenizer("f" * 64, "here")
     with pytest.raises(UserError, match="tokenizer here"):
@@ -133,13 +133,13 @@ def test_another_tokenizer_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [-1, ROWS])
-def test_a_row_that_is_not_there_is_refused(folder: Path, number: int) -> None:
+def test_row_out_of_range_is_refused(folder: Path, number: int) -> None:
     with pytest.raises(UserError, match=f"no row {number}"):
         Dataset(folder).row(number)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train/000001.tar", "train/000001.idx"])
-def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(UserError, match=name.rpartition("/")[2]) as caught:
         Dataset(folder)
@@ -147,29 +147,29 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["train/000001.tar", "train/000001.idx"])
-def test_a_truncated_file_is_named(folder: Path, name: str) -> None:
+def test_truncated_file_is_named(folder: Path, name: str) -> None:
     os.truncate(folder / name, (folder / name).stat().st_size - 100)
     with pytest.raises(UserError, match=name.rpartition("/")[2]):
         Dataset(folder)
 
 
-def test_an_index_of_other_rows_is_refused(folder: Path) -> None:
+def test_index_of_other_rows_is_refused(folder: Path) -> None:
     (folder / "train/000000.idx").write_bytes((folder / "train/000002.idx").read_bytes())
     with pytest.raises(UserError, match=r"000000\.idx is not the index that the manifest lists"):
         Dataset(folder)
 
 
-def test_a_file_that_is_no_index_is_refused(folder: Path) -> None:
+def test_file_that_is_not_an_index_is_refused(folder: Path) -> None:
     with open(folder / "train/000000.idx", "wb") as stream:
         np.save(stream, np.zeros(SHARD_ROWS))
-    with pytest.raises(UserError, match=r"000000\.idx is no shard's index"):
+    with pytest.raises(UserError, match=r"000000\.idx is not a shard index"):
         Dataset(folder)
 
 
 @pytest.mark.parametrize("name", ["../set/train/000000.tar", "/etc/passwd", "validation/000000.tar", "train/../x.tar"])
-def test_a_shard_outside_its_split_is_refused(folder: Path, name: str) -> None:
+def test_shard_outside_its_split_is_refused(folder: Path, name: str) -> None:
     edit(folder, lambda values: values["splits"]["train"][0].update(name=name))
-    with pytest.raises(UserError, match="names no shard in train/"):
+    with pytest.raises(UserError, match="is not the name of a shard in train/"):
         Dataset(folder)
 
 
@@ -183,18 +183,18 @@ def test_a_shard_outside_its_split_is_refused(folder: Path, name: str) -> None:
         (lambda values: values.update(splits=[]), "manifest"),
     ],
 )
-def test_a_foreign_manifest_is_refused_in_one_line(folder: Path, change, message: str) -> None:
+def test_invalid_manifest_is_refused_in_one_line(folder: Path, change, message: str) -> None:
     edit(folder, change)
     with pytest.raises(UserError, match=message) as caught:
         Dataset(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_split_is_refused(folder: Path) -> None:
+def test_unknown_split_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
         Dataset(folder, "test")
 
 
 @pytest.mark.parametrize(("vocab_size", "name"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_the_token_type_holds_every_id(vocab_size: int, name: str) -> None:
+def test_token_type_fits_every_id(vocab_size: int, name: str) -> None:
     assert token_dtype(vocab_size).name == name

@@ -215,7 +215,7 @@ def test_the_fingerprint_is_of_the_content_not_of_its_layout(tokenizer: Path, tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", None, "holds no tokenizer.json"),
+        ("tokenizer.json", None, "has no tokenizer.json"),
         ("tokenizer.json", "{}", "cannot be read"),
         ("tokenizer_config.json", "[", "cannot be read"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "'<end>', which is not in the vocabulary; give --eos"),
@@ -494,7 +494,7 @@ def test_missing_and_unknown_files_are_named(damaged: Path) -> None:
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
         verify(tmp_path)
 
 

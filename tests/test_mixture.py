@@ -1,4 +1,4 @@
-"""Sources get exactly their shares, whatever the row at which one looks, until their epochs are used up."""
+"""At every row, each source has exactly its share, until its epochs are used up."""
 
 from fractions import Fraction
 
@@ -16,7 +16,7 @@ def mixture(weights: list, rows: int = 10, caps: list | None = None) -> Mixture:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any), st.integers(0, 10**15))
-def test_counts_are_exact_to_two_rows_at_any_distance(weights: list[int], rows: int) -> None:
+def test_counts_are_exact_to_two_rows_at_any_row(weights: list[int], rows: int) -> None:
     counts = mixture(weights).counts(rows)
     assert sum(counts) == rows
     for count, weight in zip(counts, weights, strict=True):
@@ -29,13 +29,13 @@ def test_locating_and_counting_agree(weights: list[int], first: int) -> None:
     mixed = mixture(weights)
     counts = mixed.counts(first)
     for row in range(first, first + 40):
-        source, ordinal = mixed.locate(row)
-        assert ordinal == counts[source]
+        source, index = mixed.locate(row)
+        assert index == counts[source]
         counts[source] += 1
         assert mixed.counts(row + 1) == counts
 
 
-def test_tenths_stay_tenths() -> None:
+def test_decimal_weights_are_exact() -> None:
     assert mixture([Fraction("0.7"), Fraction("0.2"), Fraction("0.1")]).counts(10**18) == [
         7 * 10**17,
         2 * 10**17,
@@ -43,7 +43,7 @@ def test_tenths_stay_tenths() -> None:
     ]
 
 
-def test_other_weights_hold_from_their_row_on() -> None:
+def test_weights_change_at_their_row() -> None:
     sources = [SourceRows("a", 1000), SourceRows("b", 1000)]
     mixed = Mixture(sources, [(0, [Fraction(1), Fraction(0)]), (100, [Fraction(1), Fraction(3)])])
     assert mixed.counts(100) == [100, 0]
@@ -52,10 +52,10 @@ def test_other_weights_hold_from_their_row_on() -> None:
     assert {mixed.locate(row)[0] for row in range(100, 104)} == {0, 1}
 
 
-def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
+def test_share_of_used_up_source_goes_to_the_others() -> None:
     mixed = mixture([2, 1, 1], caps=[Fraction(3), None, None])
     (first, second) = mixed.phases
-    assert second.first == 60  # half of 60 rows are 3 epochs of 10
+    assert second.first == 60  # half of 60 rows is 3 epochs of 10
     assert second.weights == (0, Fraction(1, 2), Fraction(1, 2))
     assert mixed.counts(1060) == [30, 515, 515]
     assert mixed.end is None
@@ -69,24 +69,24 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
     st.lists(st.fractions(Fraction(1, 3), 4, max_denominator=7), min_size=5, max_size=5),
     st.integers(1, 100),
 )
-def test_caps_are_reached_and_never_passed(weights: list[int], later: list[int], caps: list, change: int) -> None:
+def test_caps_are_reached_and_never_exceeded(weights: list[int], later: list[int], caps: list, change: int) -> None:
     sources = [SourceRows(f"s{i}", 10, cap) for i, (cap, _) in enumerate(zip(caps, weights, strict=False))]
     table = [(0, [Fraction(w) for w in weights]), (change, [Fraction(w) for w in later[: len(weights)]])]
     mixed = Mixture(sources, table)
     assert mixed.end is not None
-    given_rows = [0] * len(sources)
+    counts = [0] * len(sources)
     for row in range(mixed.end):
-        source, ordinal = mixed.locate(row)
-        assert ordinal == given_rows[source]
-        given_rows[source] += 1
-        assert given_rows[source] <= sources[source].limit
+        source, index = mixed.locate(row)
+        assert index == counts[source]
+        counts[source] += 1
+        assert counts[source] <= sources[source].limit
     last = table[1][1] if mixed.end >= change else table[0][1]
-    for source, weight, count in zip(sources, last, given_rows, strict=True):
+    for source, weight, count in zip(sources, last, counts, strict=True):
         assert count == source.limit or not weight
 
 
 @pytest.mark.parametrize("caps", [[Fraction(1), Fraction(2)], [Fraction(5, 2), Fraction(1, 2)]])
-def test_the_end_is_where_all_are_used_up(caps: list[Fraction]) -> None:
+def test_mixture_ends_when_all_sources_are_used_up(caps: list[Fraction]) -> None:
     mixed = mixture([1, 5], caps=caps)
     assert mixed.end == 30
     assert mixed.counts(30) == [int(10 * cap) for cap in caps]

@@ -1,4 +1,4 @@
-"""The order of training: every slice once per epoch, well mixed, another for every epoch and seed."""
+"""The order of training: every slice once per epoch, well mixed, different for every epoch and seed."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -21,7 +21,7 @@ def one_source(num_rows: int, slices: int, seed: int, *more: Stage) -> RowOrder:
 
 
 def places(rows: RowOrder, first: int, end: int) -> list[Place]:
-    """The training rows between two tokens of the global sequence."""
+    """Return the training rows between two tokens of the global sequence."""
     found, token = [], first
     while token < end:
         found.append(rows.locate(token))
@@ -38,12 +38,12 @@ def epoch_of(rows: RowOrder, epoch: int) -> list[tuple[int, int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
-def test_a_permutation_is_one(size: int, key: int) -> None:
+def test_permute_is_a_bijection(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
 def plain_image(index: int, size: int, key: int) -> int:
-    """The same permutation in plain integers, one index at a time."""
+    """Compute `permute` of one index with Python integers."""
 
     def mix(value: int) -> int:
         value = (value + 0x9E3779B97F4A7C15) % 2**64
@@ -63,13 +63,13 @@ def plain_image(index: int, size: int, key: int) -> int:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.integers(0, 2**40))
-def test_a_permutation_is_that_of_plain_integers(size: int, key: int, index: int) -> None:
+def test_permute_matches_python_integers(size: int, key: int, index: int) -> None:
     assert permute(np.array([index % size]), size, key).tolist() == [plain_image(index % size, size, key)]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.sampled_from([1, 2, 8, 16]), st.integers(0, 5), st.integers(0, 3), st.integers(1, 64))
-def test_an_epoch_holds_each_slice_once(num_rows: int, slices: int, seed: int, epoch: int, window: int) -> None:
+def test_epoch_contains_each_slice_once(num_rows: int, slices: int, seed: int, epoch: int, window: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "WINDOW_SLICES", window)
         found = epoch_of(one_source(num_rows, slices, seed), epoch)
@@ -81,26 +81,26 @@ def test_orders_differ_between_epochs_and_seeds() -> None:
     assert len(set(orders)) == 4
     for one in orders:
         for other in orders:
-            assert one is other or sum(map(tuple.__eq__, one, other)) < 12  # by chance 1 of 160 agrees
+            assert one is other or sum(map(tuple.__eq__, one, other)) < 12  # random orders agree in 1 of 160 places
 
 
-def test_the_order_is_the_same_in_every_process_and_release() -> None:
+def test_order_is_the_same_in_every_process_and_release() -> None:
     rows = one_source(1000, 8, 7)
     assert [rows.locate(i * 2) for i in (0, 1, 8000)] == [(0, 0, 653, 0), (0, 0, 701, 2), (0, 1, 8, 1)]
 
 
-def test_neighbours_in_the_order_are_no_neighbours_on_disk() -> None:
+def test_neighbours_in_the_order_are_not_neighbours_on_disk() -> None:
     found = epoch_of(one_source(2000, 4, 0), 0)
     near = sum(abs(one[0] - other[0]) <= 10 for one, other in pairwise(found))
-    assert near < 0.03 * len(found)  # by chance about 21 of 2000 rows are that near
+    assert near < 0.03 * len(found)  # in a random order about 21 of 2000 rows are this near
 
 
-def test_a_window_touches_few_rows() -> None:
+def test_window_contains_few_packed_rows() -> None:
     found = epoch_of(one_source(2000, 8, 0), 0)
     assert len({row for row, _ in found[:4096]}) == 512
 
 
-def test_no_image_is_preferred() -> None:
+def test_images_are_uniformly_distributed() -> None:
     counts = [0] * 6
     for key in range(6000):
         counts[int(permute(np.array([2]), 6, key * 0x9E3779B97F4A7C15 % 2**64)[0])] += 1
@@ -120,10 +120,10 @@ def test_no_image_is_preferred() -> None:
     window=st.integers(1, 80),
     seed=st.integers(0, 3),
 )
-def test_every_slice_of_every_epoch_comes_once_whatever_changes_on_the_way(
+def test_every_slice_of_every_epoch_comes_once_across_all_changes(
     sizes: list[int], weights: list, lengths: list[int], gaps: list[int], caps: list, window: int, seed: int
 ) -> None:
-    """Over all changes of lengths and weights, and sources that are used up: nothing left out, nothing twice."""
+    """Changes of lengths and weights, and used-up sources, neither skip nor repeat a slice."""
     sources = [
         SourceRows(f"s{i}", size, None if cap is None else Fraction(cap))
         for i, (size, cap) in enumerate(zip(sizes, caps, strict=False))
@@ -138,23 +138,23 @@ def test_every_slice_of_every_epoch_comes_once_whatever_changes_on_the_way(
         rows = RowOrder(mixture, ROW, stages, seed)
         seen: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         token = end = 0
-        while token < end or token < total * ROW:  # on to the end of the last window
+        while token < end or token < total * ROW:  # up to the end of the last window
             length = rows.stage(token).seq_len
             end = rows._window_bounds(token // ROW, length)[1] * ROW
             place = rows.locate(token)
             seen.setdefault(place[:3], []).append((place.part * length, length))
             token += length
-    for covered in seen.values():  # the slices of a packed row cover it, without gap or overlap
+    for covered in seen.values():  # the slices of a packed row cover it without gap or overlap
         ends = [0, *(start + length for start, length in sorted(covered))]
         assert [start for start, _ in sorted(covered)] == ends[:-1]
         assert ends[-1] == ROW
     for number, (source, count) in enumerate(zip(sources, mixture.counts(token // ROW), strict=True)):
         assert sum(found == number for found, _, _ in seen) == count
-        for epoch in range(count // source.rows):  # of a whole epoch every row, once
+        for epoch in range(count // source.rows):  # a complete epoch has every row once
             assert sorted(row for found, e, row in seen if (found, e) == (number, epoch)) == [*range(source.rows)]
 
 
-def test_a_change_of_length_comes_at_its_token_and_splits_no_window() -> None:
+def test_length_changes_at_its_token_between_windows() -> None:
     rows = one_source(100, 8, 0, Stage(30 * ROW, 8), Stage(75 * ROW, 16))
     for first, end, length in ((0, 30, 2), (30, 75, 8), (75, 100, 16)):
         assert {rows.stage(token).seq_len for token in range(first * ROW, end * ROW)} == {length}
@@ -164,20 +164,20 @@ def test_a_change_of_length_comes_at_its_token_and_splits_no_window() -> None:
     assert len({place.row for place in places(rows, 0, 100 * ROW)}) == 100
 
 
-def test_the_sequence_of_packed_rows_does_not_depend_on_the_lengths() -> None:
-    """So a curriculum that is planned otherwise trains on the same rows, in the same windows of time."""
+def test_sequence_of_packed_rows_does_not_depend_on_lengths() -> None:
+    """Another curriculum trains on the same rows in the same windows."""
     long, short = one_source(5000, 1, 3), one_source(5000, 16, 3)
     first = {place.row for place in places(long, 0, 4096 * ROW)}
     assert first == {place.row for place in places(short, 0, 4096 * ROW)}
 
 
-def test_a_lone_source_keeps_its_epochs_apart_under_a_curriculum() -> None:
+def test_single_source_does_not_mix_epochs_under_a_curriculum() -> None:
     rows = one_source(7, 4, 0, Stage(10 * ROW, 8))
     for epoch in range(4):
         assert {place.epoch for place in places(rows, epoch * 7 * ROW, (epoch + 1) * 7 * ROW)} == {epoch}
 
 
-def test_other_weights_hold_from_their_token_on_and_not_before() -> None:
+def test_weights_change_at_their_token_and_not_before() -> None:
     table = [(0, [Fraction(1), Fraction(0)]), (50, [Fraction(0), Fraction(1)])]
     rows = RowOrder(Mixture([SourceRows("a", 70), SourceRows("b", 70)], table), ROW, [Stage(0, 4)], 0)
     assert {place.source for place in places(rows, 0, 50 * ROW)} == {0}

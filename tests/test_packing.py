@@ -1,4 +1,4 @@
-"""Packing loses nothing, cuts no document that fits, and wastes little."""
+"""Packing keeps every token, cuts no document that fits, and adds little padding."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ CELL, ROW, PAD = 8, 64, 0
 
 
 def packed(lengths: list[int], window: int = 10_000) -> list[PackedRow]:
-    """Documents of distinct, non-padding tokens, counted on from one document to the next."""
+    """Pack documents of the given lengths; their tokens are 1, 2, 3, … over all documents."""
     bounds = np.cumsum([1, *lengths])
     documents = [(str(i), np.arange(bounds[i], bounds[i + 1], dtype=np.uint32)) for i in range(len(lengths))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "CARRIED_ROWS", 2)  # few, so that small cases close rows that have room
+        patch.setattr(packing, "CARRIED_ROWS", 2)  # few, so small cases also close rows that have room
         return list(pack(iter(documents), ROW, PAD, cell=CELL, window=window))
 
 
@@ -27,7 +27,7 @@ WINDOWS = st.integers(1, 20)
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, WINDOWS)
-def test_every_document_appears_once_and_whole(lengths: list[int], window: int) -> None:
+def test_every_document_appears_once_and_complete(lengths: list[int], window: int) -> None:
     pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
     for row in packed(lengths, window):
         for span in row.spans:
@@ -53,7 +53,7 @@ def test_slicing_cuts_only_documents_longer_than_the_slice(lengths: list[int], w
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, WINDOWS)
-def test_ends_bound_exactly_the_documents_and_the_padding(lengths: list[int], window: int) -> None:
+def test_ends_match_documents_and_padding(lengths: list[int], window: int) -> None:
     for row in packed(lengths, window):
         bounds = [0, *np.abs(row.ends).tolist()]
         assert bounds == sorted(set(bounds))
@@ -65,7 +65,7 @@ def test_ends_bound_exactly_the_documents_and_the_padding(lengths: list[int], wi
         assert all((row.tokens[start:end] != PAD).all() == real for start, end, real in segments)
 
 
-def test_padding_lies_only_at_the_ends_of_cells() -> None:
+def test_padding_is_only_at_the_ends_of_cells() -> None:
     lengths = np.random.default_rng(1).integers(1, ROW, 200).tolist()
     for row in packed(lengths):
         empty = (row.tokens == PAD).reshape(-1, CELL)
@@ -75,11 +75,11 @@ def test_padding_lies_only_at_the_ends_of_cells() -> None:
 @pytest.mark.parametrize(
     "lengths",
     [
-        [4 * CELL + 1, CELL - 1, 2 * CELL, CELL],  # the first one's fifth cell shared, the three behind it free
+        [4 * CELL + 1, CELL - 1, 2 * CELL, CELL],  # the first document's fifth cell is shared, the next three are free
         [4 * CELL, 3 * CELL, CELL],
     ],
 )
-def test_documents_that_fill_a_row_get_one(lengths: list[int]) -> None:
+def test_documents_that_fill_a_row_share_one(lengths: list[int]) -> None:
     rows = packed(lengths)
     assert len(rows) == 1
     assert (rows[0].tokens != PAD).all()
@@ -89,7 +89,7 @@ def test_rows_with_room_are_filled_from_the_next_window() -> None:
     assert len(packed([ROW // 2, ROW // 2], window=1)) == 1
 
 
-def test_rows_come_before_the_documents_end() -> None:
+def test_rows_are_yielded_before_the_documents_end() -> None:
     fed = 0
 
     def documents():
@@ -101,13 +101,13 @@ def test_rows_come_before_the_documents_end() -> None:
     assert fed < 20
 
 
-def test_rows_that_wait_are_bounded() -> None:
+def test_number_of_open_rows_is_bounded() -> None:
     fed = 0
 
     def documents():
         nonlocal fed
         for fed in range(1000):
-            yield str(fed), np.ones(ROW // 2 + 1, dtype=np.uint16)  # none fits beside another
+            yield str(fed), np.ones(ROW // 2 + 1, dtype=np.uint16)  # no two fit in one row
 
     next(pack(documents(), ROW, PAD, cell=CELL, window=10))
     assert fed < 100
@@ -120,6 +120,6 @@ def test_padding_of_ten_thousand_lognormal_documents_is_small() -> None:
 
 
 @pytest.mark.parametrize("row_len", [0, 1, 4097, 12288, 40000])
-def test_a_row_length_that_cannot_be_halved_to_cells_is_refused(row_len: int) -> None:
+def test_row_length_that_cannot_be_halved_to_cells_is_refused(row_len: int) -> None:
     with pytest.raises(UserError, match="row length"):
         next(pack(iter([("a", np.ones(1, np.uint16))]), row_len, PAD))

@@ -1,4 +1,4 @@
-"""A run's data is known before it runs: what `data plan` counts and `data at` names is what the stream then gives."""
+"""`data plan` counts, and `data at` lists, exactly the tokens and rows that the training stream delivers."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ RECIPE = Recipe(
 )
 
 
-def test_the_plan_counts_what_the_stream_gives(sources: Sources) -> None:
+def test_preview_counts_equal_the_streams_tokens(sources: Sources) -> None:
     stream = TrainStream(sources, RECIPE, 1)
     figures = preview_run(stream, 40)
     tokens: Counter[str] = Counter()
@@ -47,12 +47,12 @@ def test_the_plan_counts_what_the_stream_gives(sources: Sources) -> None:
     assert figures["tokens"] == 40 * 8 * ROW == tokens.total()
     assert tokens["code"] == 60 * ROW  # its cap of 6 epochs
     assert figures["sources"]["code"]["epochs"] == 6
-    assert figures["sources"]["code"]["used_up_at_step"] == 19  # 20 rows in 10 steps, then 4 rows a step
+    assert figures["sources"]["code"]["used_up_at_step"] == 19  # 20 rows in 10 steps, then 4 rows per step
     assert figures["sources"]["web"]["used_up_at_step"] is None
     assert figures["padding"] == 0
 
 
-def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
+def test_preview_has_a_stage_for_each_change(sources: Sources) -> None:
     stages = preview_run(TrainStream(sources, RECIPE, 1), 40)["stages_from_step"]
     shape = [(first, stage["steps"], stage["seq_len"], stage["rows_per_step"]) for first, stage in stages.items()]
     assert shape == [("0", 5, 8, 32), ("5", 5, 32, 8), ("10", 30, 32, 8)]
@@ -66,7 +66,7 @@ def test_the_plan_has_a_stage_for_each_change(sources: Sources) -> None:
     assert preview_run(TrainStream(sources, RECIPE, 1), 3)["stages_from_step"].keys() == {"0"}
 
 
-def test_the_plan_warns_of_more_than_four_epochs_and_not_of_four(sources: Sources) -> None:
+def test_preview_warns_of_more_than_four_epochs_and_not_of_four(sources: Sources) -> None:
     stream = TrainStream(sources, dataclasses.replace(RECIPE, lengths=((0, ROW),)), 1)
     (warning,) = preview_run(stream, 16)["warnings"]
     assert warning.startswith("code is read 4.4 times")
@@ -74,7 +74,7 @@ def test_the_plan_warns_of_more_than_four_epochs_and_not_of_four(sources: Source
     assert preview_run(stream, 15)["warnings"] == []
 
 
-def test_the_plan_warns_of_rows_shorter_than_a_cell(sources: Sources) -> None:
+def test_preview_warns_of_rows_shorter_than_a_cell(sources: Sources) -> None:
     def warnings(steps: int, *lengths: tuple[int, int]) -> list[str]:
         return preview_run(TrainStream(sources, dataclasses.replace(RECIPE, lengths=lengths), 1), steps)["warnings"]
 
@@ -82,25 +82,25 @@ def test_the_plan_warns_of_rows_shorter_than_a_cell(sources: Sources) -> None:
     assert warning.startswith("rows of 8 and 16 tokens are shorter than the cells of 32 ")
     assert warnings(15, (0, 32)) == []
     assert len(warnings(6, (0, 32), (5, 8))) == 1
-    assert warnings(5, (0, 32), (5, 8)) == []  # the run ends before
+    assert warnings(5, (0, 32), (5, 8)) == []  # the run ends before the change
 
 
 @pytest.mark.parametrize(("seq_len", "warnings"), [(2048, 1), (4096, 0), (8192, 0)])
-def test_cells_of_long_rows_are_those_of_the_packing(tmp_path: Path, seq_len: int, warnings: int) -> None:
+def test_cells_of_long_rows_are_packing_cells(tmp_path: Path, seq_len: int, warnings: int) -> None:
     dataset = counting_dataset(tmp_path / "long", 4, 2, row_len=8192)
     stream = TrainStream(Sources({"": dataset}), single_source_recipe(0, 8192, seq_len), 1)
     assert len(preview_run(stream, 1)["warnings"]) == warnings
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7])
-def test_a_run_that_ends_inside_a_packed_row_counts_every_token(sources: Sources, steps: int) -> None:
+def test_run_that_ends_inside_a_packed_row_counts_every_token(sources: Sources, steps: int) -> None:
     recipe = Recipe(0, 8, ((0, 8),), ((0, (Fraction(3), Fraction(1))),), (None, None))
     figures = preview_run(TrainStream(sources, recipe, 1), steps)
     assert sum(source["tokens"] for source in figures["sources"].values()) == figures["tokens"] == 8 * steps
     assert sum(source["share"] for source in figures["sources"].values()) == pytest.approx(1)
 
 
-def test_padding_is_that_of_the_sources(shards: Path, capsys: pytest.CaptureFixture) -> None:
+def test_padding_equals_the_sources_padding(shards: Path, capsys: pytest.CaptureFixture) -> None:
     words = [f"data.path={shards}", "data.seq_len=128", "batch.tokens=1024", "schedule.steps=20"]
     assert main(["data", "plan", "tiny", *words, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -113,30 +113,30 @@ def test_padding_is_that_of_the_sources(shards: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("step", [0, 4, 5, 21])
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (3, 4)])
-def test_documents_at_a_step_are_those_of_the_batch(sources: Sources, step: int, rank: int, world: int) -> None:
+def test_documents_at_a_step_match_the_batch(sources: Sources, step: int, rank: int, world: int) -> None:
     stream = TrainStream(sources, RECIPE, 1, rank, world)
     figures = documents_at(stream, step)
     stream.seek(step * RECIPE.batch_rows)
     batches = next(stream)
     rows = [(number, row) for number, batch in enumerate(batches) for row in batch.input_ids.tolist()]
     assert len(rows) == len(figures["rows"])
-    for (number, row), told in zip(rows, figures["rows"], strict=True):
-        assert told["batch"] == number
-        lowest = {"web": 2, "code": 10_002}[told["source"]]
-        shard_first = int(Path(told["shard"]).stem) * 40
-        assert row[0] == lowest + (shard_first + told["row"]) * ROW + told["first_token"]
+    for (number, row), listed in zip(rows, figures["rows"], strict=True):
+        assert listed["batch"] == number
+        lowest = {"web": 2, "code": 10_002}[listed["source"]]
+        shard_first = int(Path(listed["shard"]).stem) * 40
+        assert row[0] == lowest + (shard_first + listed["row"]) * ROW + listed["first_token"]
         stored = (row[0] - lowest) // ROW
-        first, end = told["first_token"], told["first_token"] + len(row)
-        whole = [("a", 0, 20), ("b", 20, 32)]
-        clipped = [(n, start, stop, max(start, first), min(stop, end)) for n, start, stop in whole]
-        assert told["documents"] == [
+        first, end = listed["first_token"], listed["first_token"] + len(row)
+        documents = [("a", 0, 20), ("b", 20, 32)]
+        clipped = [(n, start, stop, max(start, first), min(stop, end)) for n, start, stop in documents]
+        assert listed["documents"] == [
             {"id": f"{stored}{n}", "start": a - first, "length": b - a, "offset": a - start, "continues": b < stop}
             for n, start, stop, a, b in clipped
             if b > a
         ]
 
 
-def test_rows_without_a_document_are_said_to_be_padding(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_rows_without_a_document_are_shown_as_padding(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in "ab":
         (tmp_path / "in" / name).write_text("tree gate")
@@ -148,7 +148,7 @@ def test_rows_without_a_document_are_said_to_be_padding(tmp_path: Path, tokenize
     assert len([line for line in shown if line.endswith(" from 0") and not line.startswith("batch")]) == 2
 
 
-def test_the_commands_speak_to_people_and_refuse_in_one_line(shards: Path, tmp_path: Path) -> None:
+def test_commands_print_readable_text_and_refuse_in_one_line(shards: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin"
     shutil.copytree(shards, twin)
     words = ["tiny", "data.seq_len=128", "batch.tokens=1024", f"data.sources.a.path={shards}"]

@@ -1,4 +1,4 @@
-"""A dataset at an address gives the same rows as on disk, through every fault of the way, fetched once per node."""
+"""A dataset at an address gives the same rows as on disk, fetched once per node, despite server and network faults."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ from fusiontree.bench import loader
 from fusiontree.data import remote
 from fusiontree.data import sources as sources_module
 from fusiontree.data.format import Dataset, tokenizer_fingerprint
-from fusiontree.data.remote import Cache, RefusedError, UnreachableError
+from fusiontree.data.remote import AccessDeniedError, Cache, UnreachableError
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, single_source_recipe
 from fusiontree.errors import UserError
@@ -37,29 +37,29 @@ SMALL = ["train/000000.idx", "tokenizer/tokenizer.json", "tokenizer/tokenizer_co
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder with byte ranges, and fails as told."""
+    """A server of a folder, with byte ranges and configurable faults."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
-        self.faults: list[str] = []  # of the next GET requests, one each; the last stays if it is "always ..."
-        self.asked: list[tuple[str, str | None]] = []  # path and range of each GET
+        self.faults: list[str] = []  # one for each of the next GET requests; "always ..." applies to all
+        self.requests: list[tuple[str, str | None]] = []  # path and range of each GET
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def lasting(self) -> str | None:
+    def permanent_fault(self) -> str | None:
         return self.faults[0].removeprefix("always ") if self.faults and self.faults[0].startswith("always ") else None
 
-    def fault(self) -> str | None:
-        return self.lasting() or (self.faults.pop(0) if self.faults else None)
+    def next_fault(self) -> str | None:
+        return self.permanent_fault() or (self.faults.pop(0) if self.faults else None)
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is what some tests are about."""
+        """Ignore clients that disconnect, as some tests make them do."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,12 +68,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
     def do_HEAD(self) -> None:
-        if not self.failed(self.server.lasting()):
+        if not self.failed(self.server.permanent_fault()):
             self.answer(body=False)
 
     def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers.get("Range")))
-        fault = self.server.fault()
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        fault = self.server.next_fault()
         if not self.failed(fault):
             self.answer(body=True, cut=fault == "drop", ranges=fault != "whole")
 
@@ -123,97 +123,95 @@ def same_rows(one: Dataset, other: Dataset) -> bool:
     )
 
 
-def rows_asked(server: Server) -> list[tuple[str, str | None]]:
-    return [asked for asked in server.asked if asked[0].endswith(".tar")]
+def shard_requests(server: Server) -> list[tuple[str, str | None]]:
+    return [request for request in server.requests if request[0].endswith(".tar")]
 
 
-def test_rows_are_those_on_disk_and_are_fetched_once(server: Server, shards: Path, tmp_path: Path) -> None:
+def test_rows_equal_those_on_disk_and_are_fetched_once(server: Server, shards: Path, tmp_path: Path) -> None:
     dataset = Dataset(server.address, "train", Cache(tmp_path))
     assert same_rows(dataset, Dataset(shards))
-    fetched = rows_asked(server)
+    fetched = shard_requests(server)
     assert len(fetched) == 2 * dataset.num_rows == len(set(fetched))
     again = Dataset(server.address, "train", Cache(tmp_path))
     assert same_rows(again, Dataset(shards))
-    assert rows_asked(server) == fetched
+    assert shard_requests(server) == fetched
     assert again.fingerprint == Dataset(shards).fingerprint
     assert dataset.spans(3) == Dataset(shards).spans(3)
 
 
 @pytest.mark.parametrize("fault", ["500", "429", "drop", "stall", "whole"])
-def test_a_fault_is_tried_again(server: Server, shards: Path, tmp_path: Path, fault: str) -> None:
+def test_request_is_retried_after_a_fault(server: Server, shards: Path, tmp_path: Path, fault: str) -> None:
     dataset = Dataset(server.address, "train", Cache(tmp_path))
-    server.asked.clear()
+    server.requests.clear()
     server.faults = [fault, fault]
     for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
         assert np.array_equal(one, other)
-    assert Counter(rows_asked(server)).most_common()[0][1] == 3
+    assert Counter(shard_requests(server)).most_common()[0][1] == 3
 
 
 @pytest.mark.parametrize("fault", ["500", "429", "stall", "drop"])
-def test_an_address_that_stays_silent_stops_the_run_in_one_line_and_masks_nothing(
+def test_unreachable_address_stops_the_run_in_one_line_and_masks_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     monkeypatch.setattr(remote, "TIMEOUT", 0.1)
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
-    server.asked.clear()
+    server.requests.clear()
     server.faults = [f"always {fault}"]
     stream = TrainStream(sources, single_source_recipe(0, 1024, 512), 1, workers=1)
-    with pytest.raises(UnreachableError, match=r"http.*\.tar does not answer after 3 attempts") as caught:
+    with pytest.raises(UnreachableError, match=r"http.*\.tar does not respond after 3 attempts") as caught:
         next(stream)
     stream.close()
     assert "\n" not in str(caught.value)
-    assert Counter(asked for asked in rows_asked(server) if asked[1]).most_common()[0][1] == 3
+    assert Counter(request for request in shard_requests(server) if request[1]).most_common()[0][1] == 3
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
-def test_an_address_that_refuses_stops_the_run_in_one_line_and_masks_nothing(
-    server: Server, tmp_path: Path, status: str
-) -> None:
+def test_denied_access_stops_the_run_in_one_line_and_masks_nothing(server: Server, tmp_path: Path, status: str) -> None:
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
-    server.asked.clear()
+    server.requests.clear()
     server.faults = [f"always {status}"]
     stream = TrainStream(sources, single_source_recipe(0, 512, 512), 1)
     with pytest.raises(
-        RefusedError, match=rf"http.*\.tar may not be read \(.*{status}.*\); check .* credentials"
+        AccessDeniedError, match=rf"http.*\.tar: access denied \(.*{status}.*\); check .* credentials"
     ) as caught:
         next(stream)
     assert "\n" not in str(caught.value)
-    assert len(server.asked) == 1  # nobody but the user can change it
-    with pytest.raises(RefusedError, match="manifest.json may not be read"):
+    assert len(server.requests) == 1  # only the user can grant access, so there is no retry
+    with pytest.raises(AccessDeniedError, match="manifest.json: access denied"):
         Dataset(server.address, "train", Cache(tmp_path / "empty"))
 
 
-def test_a_start_finds_the_address_busy_and_not_files_missing(
+def test_busy_address_is_not_reported_as_missing_files(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
     server.faults = ["always 429"]
-    with pytest.raises(UnreachableError, match="manifest.json does not answer after 2 attempts .*429"):
+    with pytest.raises(UnreachableError, match="manifest.json does not respond after 2 attempts .*429"):
         Dataset(server.address, "train", Cache(tmp_path))
 
 
-def test_a_whole_file_goes_on_where_it_was_cut(
+def test_file_download_resumes_at_the_broken_piece(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PIECE", 10_000)
     store = Dataset(server.address, "train", Cache(tmp_path)).shards[0].store
-    server.asked.clear()
+    server.requests.clear()
     server.faults = ["ok", "ok", "drop"]
-    store.files(["train/000000.tar"], lambda name: False)
-    asked = Counter(span for _, span in server.asked)
-    assert asked["bytes=20000-29999"] == 2
-    assert {count for span, count in asked.items() if span != "bytes=20000-29999"} == {1}
+    store.mirror(["train/000000.tar"], lambda name: False)
+    requests = Counter(span for _, span in server.requests)
+    assert requests["bytes=20000-29999"] == 2
+    assert {count for span, count in requests.items() if span != "bytes=20000-29999"} == {1}
     assert (store.folder / "train/000000.tar").read_bytes() == (shards / "train/000000.tar").read_bytes()
 
 
-def test_documents_are_told_of_shards_larger_than_the_cache(server: Server, shards: Path, tmp_path: Path) -> None:
+def test_documents_of_shards_larger_than_the_cache_are_returned(server: Server, shards: Path, tmp_path: Path) -> None:
     dataset = Dataset(server.address, "train", Cache(tmp_path, limit=1000))
-    server.asked.clear()
+    server.requests.clear()
     assert [dataset.spans(row) for row in (0, 3)] == [Dataset(shards).spans(row) for row in (0, 3)]
-    asked = [[int(at) for at in (span or "").removeprefix("bytes=").split("-")] for _, span in rows_asked(server)]
+    spans = [[int(at) for at in (span or "").removeprefix("bytes=").split("-")] for _, span in shard_requests(server)]
     tokens = int(dataset.shards[0].index["tokens"][0])
-    assert [last < tokens for _, last in asked] == [True, True]  # the tokens of the sample are left where they are
+    assert [last < tokens for _, last in spans] == [True, True]  # the tokens of the sample are not fetched
     assert list(tmp_path.glob("*/*/*.tar")) == []
 
 
@@ -246,30 +244,32 @@ def test_two_processes_of_a_node_fetch_each_row_once(server: Server, shards: Pat
     for process in readers:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    fetched = Counter(rows_asked(server))
+    fetched = Counter(shard_requests(server))
     assert len(fetched) == 2 * Dataset(shards).num_rows
     assert set(fetched.values()) == {1}
 
 
-def test_processes_of_a_node_that_start_together_fetch_each_small_file_once(
+def test_processes_that_start_together_fetch_each_small_file_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads stand for processes: a lock is held by an open file, of which each of them has its own."""
+    """Threads simulate processes: flock locks an open file, and each thread opens its own."""
     monkeypatch.setattr(remote, "TIMEOUT", 30)
-    server.faults = ["always late"]  # so that all of them miss the files before one has them
+    server.faults = ["always late"]  # all of them miss the files before one has fetched them
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: Dataset(server.address, "train", Cache(tmp_path)), range(4)))
-    fetched = Counter(path.lstrip("/") for path, _ in server.asked)
+    fetched = Counter(path.lstrip("/") for path, _ in server.requests)
     assert fetched == {"manifest.json": 4} | dict.fromkeys(SMALL, 1)
 
 
-def test_a_killed_process_leaves_nothing_that_is_read_and_no_lock(server: Server, shards: Path, tmp_path: Path) -> None:
+def test_killed_process_leaves_no_lock_and_no_readable_partial_file(
+    server: Server, shards: Path, tmp_path: Path
+) -> None:
     process = reader(server, tmp_path)
     server.faults = ["always stall"]
     process.stdin.write("go\n")
     process.stdin.flush()
     deadline = time.monotonic() + 20
-    while not rows_asked(server) and time.monotonic() < deadline:
+    while not shard_requests(server) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.communicate()
@@ -280,10 +280,10 @@ def test_a_killed_process_leaves_nothing_that_is_read_and_no_lock(server: Server
     assert not (tmp_path / "partial").exists()
 
 
-def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(
+def test_cache_stays_within_its_limit_and_evicts_least_recently_used_rows(
     server: Server, shards: Path, tmp_path: Path
 ) -> None:
-    size = 512 * 2 + 64  # bytes of a row, about
+    size = 512 * 2 + 64  # approximate bytes of a row
     dataset = Dataset(server.address, "train", Cache(tmp_path, limit=10 * size))
     rows = [*range(min(30, dataset.num_rows))]
     for row in rows:
@@ -293,13 +293,15 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(
         assert sum(kept) <= 10 * size
     names = {int(path.name) for path in tmp_path.glob("*/*/*.rows/*")}
     first = dataset.shards[0]._ranges(0)[0][0]
-    assert sum(span.startswith(f"bytes={first}-") for _, span in rows_asked(server)) == 1  # row 0 was always in use
+    assert sum(span.startswith(f"bytes={first}-") for _, span in shard_requests(server)) == 1  # row 0 was always in use
     assert 0 in names
     assert names >= {*rows[-5:]}
     assert 1 not in names
 
 
-def test_all_processes_together_keep_to_the_limit(server: Server, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_all_processes_together_stay_within_the_cache_limit(
+    server: Server, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     server.folder = tmp_path
     counting_dataset(tmp_path / "set", 300, 2)
     shutil.copytree(tokenizer_folder, tmp_path / "set/tokenizer")
@@ -309,18 +311,18 @@ def test_all_processes_together_keep_to_the_limit(server: Server, tokenizer_fold
         one.row(row)
     assert len([*tmp_path.glob("c/*/*/*.rows/*")]) == 100
     for number, other in enumerate(others):
-        for row in range(3):  # so few that none of them would pass the limit by itself
+        for row in range(3):  # so few that no process alone would exceed the limit
             other.row(100 + 3 * number + row)
             assert len([*tmp_path.glob("c/*/*/*.rows/*")]) <= 100
     shutil.rmtree(next(tmp_path.glob("c/*/train")))
-    for row in range(200):  # somebody has made room, or lost the count
+    for row in range(200):  # rows were deleted by someone else; later the counter is, too
         one.row(row)
         assert len([*tmp_path.glob("c/*/*/*.rows/*")]) <= 100
         if row == 150:
             (tmp_path / "c/size").unlink()
 
 
-def test_a_cache_that_takes_nothing_in_stops_the_run_in_one_line_and_masks_nothing(
+def test_unwritable_cache_stops_the_run_in_one_line_and_masks_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
@@ -339,7 +341,7 @@ def test_a_cache_that_takes_nothing_in_stops_the_run_in_one_line_and_masks_nothi
         sources.read(0, 2)
 
 
-def test_a_cached_row_that_may_not_be_touched_masks_nothing(
+def test_read_only_cached_row_masks_nothing(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -359,12 +361,12 @@ def test_a_cached_row_that_may_not_be_touched_masks_nothing(
         sources.read(0, 4)
     monkeypatch.undo()
     cached.unlink()
-    cached.mkdir()  # nobody can read it, root neither
+    cached.mkdir()  # unreadable even for root
     with pytest.raises(UnreachableError, match=f"data.cache: {cached} cannot be read .Is a directory.; "):
         sources.read(0, 4)
 
 
-def test_a_row_that_was_damaged_in_the_cache_is_fetched_again(server: Server, shards: Path, tmp_path: Path) -> None:
+def test_row_damaged_in_the_cache_is_fetched_again(server: Server, shards: Path, tmp_path: Path) -> None:
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path))})
     sources.read(0, 4)
     (cached,) = tmp_path.glob("*/*/*.rows/*")
@@ -374,7 +376,7 @@ def test_a_row_that_was_damaged_in_the_cache_is_fetched_again(server: Server, sh
     assert np.array_equal(tokens, Dataset(shards).row(4)[0])
 
 
-def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shards: Path, tmp_path: Path) -> None:
+def test_row_damaged_at_its_address_is_masked_and_named(server: Server, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "copy")
     server.folder = tmp_path / "copy"
     shard = Dataset(server.folder).shards[0]
@@ -390,13 +392,13 @@ def test_a_shard_damaged_at_its_address_is_masked_and_named(server: Server, shar
 
 @pytest.fixture
 def copy(server: Server, shards: Path, tmp_path: Path) -> Path:
-    """What the server serves, to be damaged."""
+    """Return a copy of the dataset, served by the server, for tests to damage."""
     server.folder = shutil.copytree(shards, tmp_path / "copy")
     return server.folder
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_small_file_that_was_mended_at_its_address_is_fetched_again(
+def test_small_file_repaired_at_its_address_is_fetched_again(
     server: Server, copy: Path, tmp_path: Path, name: str
 ) -> None:
     def started() -> None:
@@ -412,14 +414,14 @@ def test_a_small_file_that_was_mended_at_its_address_is_fetched_again(
     (copy / name).write_bytes(content)
     started()
     (cached,) = tmp_path.glob(f"cache/*/{name}")
-    cached.write_bytes(b"")  # as after a loss of power
+    cached.write_bytes(b"")  # as after a power failure
     started()
-    server.asked.clear()
+    server.requests.clear()
     started()
-    assert [path for path, _ in server.asked] == ["/manifest.json"]
+    assert [path for path, _ in server.requests] == ["/manifest.json"]
 
 
-def test_a_shard_cut_at_its_address_is_refused_at_the_start_and_masked_later(
+def test_shard_truncated_at_its_address_is_refused_at_the_start_and_masked_later(
     server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
@@ -427,41 +429,44 @@ def test_a_shard_cut_at_its_address_is_refused_at_the_start_and_masked_later(
     server.folder = tmp_path / "copy"
     sources = Sources({"": Dataset(server.address, "train", Cache(tmp_path / "cache"))})
     shard = Dataset(server.folder).shards[0]
-    size = int(shard.index["tokens"][2]) + 100  # so that row 2 is cut, and what lies behind is gone
+    size = int(shard.index["tokens"][2]) + 100  # row 2 is cut, later rows are missing
     os.truncate(shard.path, size)
     server.faults = ["drop"]
     assert sources.read(0, 1)[2] is None
-    server.asked.clear()
+    server.requests.clear()
     for row in (2, 5):
         tokens, ends, bad = sources.read(0, row)
         assert str(bad) == f"{server.address}/{shard.info.name}: row {row} cannot be read (cut short at byte {size})"
         assert set(tokens.tolist()) == {sources.pad_id}
         assert ends.tolist() == [-sources.row_len]
-    assert len(rows_asked(server)) == 6  # each as often as a row on disk, without any delays of the way
+    assert len(shard_requests(server)) == 6  # each as often as a row on disk, without network retries
     words = rf"shard {server.address}/{shard.info.name} has {size} bytes, not {shard.info.bytes}; copy it again"
     for _ in range(2):
         with pytest.raises(UserError, match=words):
             Dataset(server.address, "train", Cache(tmp_path / "empty"))
     shard.path.unlink()
-    with pytest.raises(UserError, match=r"lacks files of the dataset \(.*000000\.tar\); copy it again"):
+    with pytest.raises(UserError, match=r"lacks files of the dataset \(.*000000\.tar\); copy the dataset again"):
         Dataset(server.address, "train", Cache(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(
     ("location", "words"),
-    [("ftp://host/books", "protocol ftp is none of s3, gs"), ("{server}/nowhere", "nowhere holds no manifest.json")],
+    [
+        ("ftp://host/books", "unknown protocol ftp; use one of s3, gs"),
+        ("{server}/nowhere", "nowhere has no manifest.json"),
+    ],
 )
-def test_an_address_without_a_dataset_is_one_line(server: Server, location: str, words: str, tmp_path: Path) -> None:
+def test_address_without_a_dataset_is_refused_in_one_line(
+    server: Server, location: str, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=words) as caught:
         Dataset(location.format(server=server.address), "train", Cache(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_the_loader_is_measured_at_an_address_too(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loader_benchmark_runs_at_an_address(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in (("REPEATS", 1), ("SECONDS", 0.05), ("MANY_BATCHES", 20)):
+    for name, value in (("REPEATS", 1), ("SECONDS", 0.05), ("MEMORY_BATCHES", 20)):
         monkeypatch.setattr(loader, name, value)
     figures = loader.bench_loader(server.address, 128)
     assert figures["rows_tokens_per_s"] > 0
@@ -485,7 +490,7 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
-    files.makedirs("bucket", exist_ok=True)  # the store forgets nothing between two tests
+    files.makedirs("bucket", exist_ok=True)  # the store keeps its content between tests
     yield files
     store.stop()
     s3fs.S3FileSystem.clear_instance_cache()
@@ -494,7 +499,7 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
 @pytest.fixture
 def gs_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
     emulator = pytest.importorskip("gcp_storage_emulator.server")
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for kinds of buckets that it does not know
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # requires bucket types that the emulator lacks
     gcsfs = pytest.importorskip("gcsfs")
     store = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     store.start()
@@ -506,7 +511,7 @@ def gs_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[AbstractFileSystem]:
 
 
 @pytest.mark.parametrize("protocol", ["s3", "gs"])
-def test_a_dataset_in_an_object_store_trains_as_on_disk(
+def test_dataset_in_an_object_store_trains_as_on_disk(
     protocol: str, request: pytest.FixtureRequest, shards: Path, tmp_path: Path
 ) -> None:
     def batches(location: str) -> list:
@@ -527,12 +532,12 @@ def test_a_dataset_in_an_object_store_trains_as_on_disk(
     assert ".txt from" in shown
     small = cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
     assert "more than model.vocab_size 100" in small
-    with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere holds no manifest.json"):
+    with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere has no manifest.json"):
         Dataset(f"{protocol}://bucket/nowhere", "train", Cache(tmp_path))
 
 
 @pytest.mark.parametrize("protocol", ["s3", "gs"])
-def test_a_shard_cut_in_an_object_store_is_masked_and_named(
+def test_shard_truncated_in_an_object_store_is_masked_and_named(
     protocol: str, request: pytest.FixtureRequest, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources_module, "RETRY_DELAYS", (0.0, 0.0))
@@ -549,38 +554,38 @@ def test_a_shard_cut_in_an_object_store_is_masked_and_named(
 
 
 @dataclass
-class Doors:
-    """What stands before the stores: its faults are HTTP status and code of the answers to the next requests.
+class FaultInjector:
+    """Injects (HTTP status, code) into the responses to the next requests.
 
-    Status 0 is silence; if it is `shut`, the last fault lasts.
+    Status 0 is silence. If `permanent`, the last fault applies to all further requests.
     """
 
     faults: list[tuple[int, str]] = field(default_factory=list)
-    shut: bool = False
-    asked: int = 0  # requests that met a fault
+    permanent: bool = False
+    injected: int = 0  # requests that got a fault
 
-    def fault(self) -> tuple[int, str] | None:
+    def next_fault(self) -> tuple[int, str] | None:
         if not self.faults:
             return None
-        self.asked += 1
-        fault = self.faults[0] if self.shut and len(self.faults) == 1 else self.faults.pop(0)
+        self.injected += 1
+        fault = self.faults[0] if self.permanent and len(self.faults) == 1 else self.faults.pop(0)
         if fault[0] == 0:
             threading.Event().wait(1.2)
         return fault
 
 
 @pytest.fixture
-def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
-    """Between both stores and who asks them; there before the stores, whose clients must not ask again themselves."""
+def injector(monkeypatch: pytest.MonkeyPatch) -> FaultInjector:
+    """Inject faults into both stores; set up before the stores, because it also disables their clients' retries."""
     app = pytest.importorskip("moto.moto_server.werkzeug_app").DomainDispatcherApplication
     router = pytest.importorskip("gcp_storage_emulator.server").Router
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(remote, "TIMEOUT", 0.9)  # before gcsfs, which waits a second or more, asks again itself
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's
-    doors, answer, handle = Doors(), app.__call__, router.handle
+    monkeypatch.setattr(remote, "TIMEOUT", 0.9)  # shorter than gcsfs's delay before its own retry, a second or more
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # for botocore
+    injector, answer, handle = FaultInjector(), app.__call__, router.handle
 
     def s3(self: Any, environ: Any, start_response: Any) -> Any:
-        if (fault := doors.fault()) is None:
+        if (fault := injector.next_fault()) is None:
             return answer(self, environ, start_response)
         content = f"<Error><Code>{fault[1]}</Code><Message>no: {fault[1]}</Message></Error>".encode()
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))]
@@ -588,19 +593,19 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> Doors:
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
 
     def gs(self: Any, method: str) -> None:
-        if (fault := doors.fault()) is None:
+        if (fault := injector.next_fault()) is None:
             handle(self, method)
         else:
             self._request_handler.send_error(fault[0] or 500, fault[1])
 
     monkeypatch.setattr(app, "__call__", s3)
     monkeypatch.setattr(router, "handle", gs)
-    return doors
+    return injector
 
 
 @pytest.fixture
 def books(shards: Path, request: pytest.FixtureRequest) -> Callable[[str], str]:
-    """Puts `shards` into a store; returns the address."""
+    """Return a function that puts `shards` into a store and returns the address."""
 
     def put(protocol: str) -> str:
         files: AbstractFileSystem = request.getfixturevalue(f"{protocol}_bucket")
@@ -618,26 +623,31 @@ EVERY_BUSY = [(protocol, fault) for protocol, faults in BUSY.items() for fault i
 
 
 @pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
-def test_a_store_that_is_busy_for_a_while_is_asked_again(
-    doors: Doors, books: Callable[[str], str], shards: Path, tmp_path: Path, protocol: str, fault: tuple[int, str]
+def test_busy_store_is_retried(
+    injector: FaultInjector,
+    books: Callable[[str], str],
+    shards: Path,
+    tmp_path: Path,
+    protocol: str,
+    fault: tuple[int, str],
 ) -> None:
     dataset = Dataset(books(protocol), "train", Cache(tmp_path))
-    doors.faults = [fault] * (6 if fault[1] == "SlowDown" else 2)  # s3fs asks again itself of this one, for a while
+    injector.faults = [fault] * (6 if fault[1] == "SlowDown" else 2)  # s3fs itself retries SlowDown several times
     for one, other in zip(dataset.row(2), Dataset(shards).row(2), strict=True):
         assert np.array_equal(one, other)
-    assert not doors.faults
+    assert not injector.faults
 
 
-def stops_in_one_line(sources: Sources, kind: type[Exception], words: str) -> None:
-    """Asked for a row, `sources` mask nothing."""
+def assert_read_raises(sources: Sources, kind: type[Exception], words: str) -> None:
+    """Check that reading a row raises a one-line error instead of masking the row."""
     with pytest.raises(kind, match=words) as caught:
         sources.read(0, 2)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("protocol", "fault"), EVERY_BUSY)
-def test_a_store_that_stays_busy_is_given_up_and_masks_nothing(
-    doors: Doors,
+def test_permanently_busy_store_stops_the_run_and_masks_nothing(
+    injector: FaultInjector,
     books: Callable[[str], str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -648,36 +658,36 @@ def test_a_store_that_stays_busy_is_given_up_and_masks_nothing(
     delays: list[float] = []
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     monkeypatch.setattr(remote.time, "sleep", delays.append)
-    doors.faults, doors.shut = [fault], True
-    stops_in_one_line(sources, UnreachableError, rf"{protocol}://.*\.tar does not answer after 3 attempts \(.*\)")
+    injector.faults, injector.permanent = [fault], True
+    assert_read_raises(sources, UnreachableError, rf"{protocol}://.*\.tar does not respond after 3 attempts \(.*\)")
     assert [0.5 <= delay / (0.01 * 2**number) <= 1 for number, delay in enumerate(delays)] == [True, True]
 
 
-REFUSED = [("s3", (403, "AccessDenied")), ("s3", (400, "ExpiredToken")), ("s3", (403, "InvalidAccessKeyId"))]
-REFUSED += [("gs", (403, "forbidden")), ("gs", (401, "required"))]
+DENIALS = [("s3", (403, "AccessDenied")), ("s3", (400, "ExpiredToken")), ("s3", (403, "InvalidAccessKeyId"))]
+DENIALS += [("gs", (403, "forbidden")), ("gs", (401, "required"))]
 
 
-@pytest.mark.parametrize(("protocol", "fault"), REFUSED)
-def test_a_store_that_refuses_stops_the_run_at_once_and_masks_nothing(
-    doors: Doors,
+@pytest.mark.parametrize(("protocol", "fault"), DENIALS)
+def test_store_that_denies_access_stops_the_run_at_once_and_masks_nothing(
+    injector: FaultInjector,
     books: Callable[[str], str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     protocol: str,
     fault: tuple[int, str],
 ) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT", 30)  # of a HEAD answered with 400 botocore tries several regions
+    monkeypatch.setattr(remote, "TIMEOUT", 30)  # after a 400 to a HEAD request botocore tries several regions
     address = books(protocol)
     sources = Sources({"": Dataset(address, "train", Cache(tmp_path))})
-    doors.faults, doors.shut = [fault], True
-    stops_in_one_line(sources, RefusedError, rf"{address}/.*\.tar may not be read \(.*\); check .* credentials")
-    assert doors.asked == 1
-    with pytest.raises(RefusedError, match=r"manifest\.json may not be read"):
+    injector.faults, injector.permanent = [fault], True
+    assert_read_raises(sources, AccessDeniedError, rf"{address}/.*\.tar: access denied \(.*\); check .* credentials")
+    assert injector.injected == 1
+    with pytest.raises(AccessDeniedError, match=r"manifest\.json: access denied"):
         Dataset(address, "train", Cache(tmp_path / "empty"))
 
 
-def test_missing_credentials_are_told_at_once(
-    doors: Doors, books: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_missing_credentials_are_reported_at_once(
+    injector: FaultInjector, books: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = books("s3")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -685,7 +695,7 @@ def test_missing_credentials_are_told_at_once(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     type(fsspec.filesystem("s3")).clear_instance_cache()
-    monkeypatch.setattr(remote, "TIMEOUT", 30)  # a client is made anew, which takes its time on a busy machine
-    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("nothing is waited for"))
-    with pytest.raises(RefusedError, match=r"manifest\.json may not be read \(NoCredentialsError: .*credentials"):
+    monkeypatch.setattr(remote, "TIMEOUT", 30)  # creating a client takes long on a busy machine
+    monkeypatch.setattr(remote.time, "sleep", lambda _: pytest.fail("there must be no retry"))
+    with pytest.raises(AccessDeniedError, match=r"manifest\.json: access denied \(NoCredentialsError: .*credentials"):
         Dataset(address, "train", Cache(tmp_path / "cache"))

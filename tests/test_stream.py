@@ -1,4 +1,4 @@
-"""The stream's whole state is one integer: ranks, workers, stops and resumes never change the sequence of rows."""
+"""The stream's only state is one integer: ranks, workers, stops and resumes never change the sequence of rows."""
 
 import threading
 import traceback
@@ -26,7 +26,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     return Sources({name: counting_dataset(root / name, size, firsts[name]) for name, size in sizes.items()})
 
 
-# 16 rows of 32 tokens a step; lengths 8, 16 and 32; weights that change; a source that is used up on the way
+# 16 rows of 32 tokens per step; lengths 8, 16 and 32; changing weights; a source that is used up
 RECIPE = Recipe(
     seed=5,
     batch_tokens=16 * ROW,
@@ -38,12 +38,12 @@ STEPS = 20
 
 
 def rows_of(ranks: list[list]) -> list[tuple[int, ...]]:
-    """The rows of one step in global order, from each rank's batches."""
+    """Return the rows of one step in global order, from each rank's batches."""
     return [tuple(row) for batches in zip(*ranks, strict=True) for batch in batches for row in batch.input_ids.tolist()]
 
 
 def run(sources: Sources, recipe: Recipe, start: int, steps: int, world: int, micro_rows: int, workers: int) -> list:
-    """The global rows of each of `steps` steps behind `start` rows, and where the state stands then."""
+    """Run `steps` steps after `start` rows; return the global rows of each, and the final state."""
     streams = [TrainStream(sources, recipe, micro_rows, rank, world, workers) for rank in range(world)]
     for stream in streams:
         stream.seek(start)
@@ -59,7 +59,7 @@ def undisturbed(sources: Sources) -> list:
     return run(sources, RECIPE, 0, STEPS, 1, 16, 0)[0]
 
 
-def test_the_sequence_is_the_one_of_the_recipe(undisturbed: list) -> None:
+def test_sequence_follows_the_recipe(undisturbed: list) -> None:
     assert [{len(row) for row in step} for step in undisturbed] == [{8}] * 5 + [{16}] * 6 + [{32}] * 9
     assert all(len(step) * len(step[0]) == RECIPE.batch_tokens for step in undisturbed)
     packed = [(token - 2) // 10_000 for step in undisturbed for row in step for token in row[::ROW]]
@@ -75,7 +75,7 @@ def test_the_sequence_is_the_one_of_the_recipe(undisturbed: list) -> None:
     ),
     st.lists(st.integers(1, 6), min_size=5, max_size=5),
 )
-def test_any_ranks_workers_stops_and_resumes_give_the_same_sequence(
+def test_sequence_does_not_depend_on_ranks_workers_stops_and_resumes(
     sources: Sources, undisturbed: list, legs: list, lengths: list[int]
 ) -> None:
     found, state = [], 0
@@ -87,7 +87,7 @@ def test_any_ranks_workers_stops_and_resumes_give_the_same_sequence(
     assert state == len(found) * 16
 
 
-def test_from_8_to_16_to_1_ranks_in_the_middle(sources: Sources, undisturbed: list) -> None:
+def test_sequence_is_the_same_from_8_to_16_to_1_ranks(sources: Sources, undisturbed: list) -> None:
     found, state = [], 0
     for world, steps in ((8, 6), (16, 7), (1, 7)):
         rows, state = run(sources, RECIPE, state, steps, world, 1, 1)
@@ -95,7 +95,7 @@ def test_from_8_to_16_to_1_ranks_in_the_middle(sources: Sources, undisturbed: li
     assert found == undisturbed
 
 
-def test_batches_made_ahead_and_not_consumed_are_no_part_of_the_state(sources: Sources) -> None:
+def test_prefetched_batches_are_not_part_of_the_state(sources: Sources) -> None:
     stream = TrainStream(sources, RECIPE, 4, workers=3)
     next(stream)
     assert stream.rows_consumed == 16
@@ -106,8 +106,8 @@ def test_batches_made_ahead_and_not_consumed_are_no_part_of_the_state(sources: S
     stream.close()
 
 
-def test_the_place_after_a_resume_takes_no_replay(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in permutations, not in seconds: the same few at step 10^9 as at step 100."""
+def test_resume_needs_no_replay(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 10^9 needs as few permuted rows as step 100 (counted, not timed)."""
     from fusiontree.data import order
 
     recipe = Recipe(5, RECIPE.batch_tokens, RECIPE.lengths, RECIPE.weights, (None, None, None))
@@ -124,7 +124,7 @@ def test_the_place_after_a_resume_takes_no_replay(sources: Sources, monkeypatch:
     assert counts[10**9] <= 1.2 * counts[100]
 
 
-def test_an_epoch_under_a_curriculum_holds_each_token_once(tmp_path: Path) -> None:
+def test_epoch_under_a_curriculum_contains_each_token_once(tmp_path: Path) -> None:
     lone = Sources({"": counting_dataset(tmp_path / "lone", 64, 2)})
     recipe = Recipe(0, 16 * ROW, ((0, 8), (1, 16), (3, 32)), ((0, (Fraction(1),)),), (None,))
     found, _ = run(lone, recipe, 0, 8, 2, 4, 2)
@@ -135,9 +135,7 @@ def test_an_epoch_under_a_curriculum_holds_each_token_once(tmp_path: Path) -> No
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_worker_raises_surfaces_with_its_own_traceback(
-    sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exception_of_a_worker_keeps_its_traceback(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     read, reads = sources.datasets[0].row, []
 
     def bug(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,13 +148,13 @@ def test_what_a_worker_raises_surfaces_with_its_own_traceback(
     stream = TrainStream(sources, RECIPE, 1, workers=2)
     with pytest.raises(ZeroDivisionError) as caught:
         [next(stream) for _ in range(STEPS)]
-    with pytest.raises(ZeroDivisionError):  # not the batch behind the one that is missing
+    with pytest.raises(ZeroDivisionError):  # not the batch after the missing one
         next(stream)
     assert "bug" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     stream.close()
 
 
-def test_workers_end_with_the_stream(sources: Sources) -> None:
+def test_close_stops_the_workers(sources: Sources) -> None:
     before = threading.active_count()
     stream = TrainStream(sources, RECIPE, 1, workers=3)
     next(stream)
@@ -165,14 +163,14 @@ def test_workers_end_with_the_stream(sources: Sources) -> None:
     assert threading.active_count() == before
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("row_len", "tokenizer", "words"),
     [(64, "f", r"different row lengths \(32, 64\)"), (ROW, "g", r"different tokenizers \(f, g\)")],
 )
-def test_sources_that_are_not_alike_are_refused_by_name(
+def test_incompatible_sources_are_refused_by_name(
     sources: Sources, tmp_path: Path, row_len: int, tokenizer: str, words: str
 ) -> None:
     other = counting_dataset(tmp_path / "other", 3, 2, row_len, tokenizer)
@@ -181,13 +179,13 @@ def test_sources_that_are_not_alike_are_refused_by_name(
     assert all(str(folder) in str(caught.value) for folder in (other.folder, sources.datasets[0].folder))
 
 
-def test_a_change_inside_a_packed_row_is_refused_with_the_steps_that_are_not(sources: Sources) -> None:
+def test_change_inside_a_packed_row_is_refused_with_the_nearest_valid_steps(sources: Sources) -> None:
     recipe = Recipe(0, 8, ((0, 8),), ((0, (Fraction(1),) * 3), (6, (Fraction(1),) * 3)), (None,) * 3)
-    with pytest.raises(UserError, match=r"step 6 .* 32 tokens; .* 8 tokens a step: 4 or 8"):
+    with pytest.raises(UserError, match=r"step 6 .* 32 tokens; .* 8 tokens per step: 4 or 8"):
         TrainStream(sources, recipe, 1)
 
 
-def test_the_stream_ends_where_the_sources_do(sources: Sources) -> None:
+def test_stream_ends_with_its_sources(sources: Sources) -> None:
     lone = Sources({"": sources.datasets[1]})
     recipe = Recipe(0, 4 * ROW, ((0, ROW),), ((0, (Fraction(1),)),), (Fraction(2),))
     stream = TrainStream(lone, recipe, 4, workers=2)
@@ -197,7 +195,7 @@ def test_the_stream_ends_where_the_sources_do(sources: Sources) -> None:
     stream.close()
 
 
-def test_one_source_alone_needs_no_name(sources: Sources) -> None:
+def test_single_source_needs_no_name(sources: Sources) -> None:
     lone, named = (Sources({name: sources.datasets[0]}) for name in ("", "web"))
     assert lone.labels == ("s",)
     assert named.labels == ("web",)

@@ -1,4 +1,4 @@
-"""How fast training batches come, beside webdataset's own pipeline on the same shards: measured, asserted nowhere."""
+"""Benchmark of the data loader, compared with webdataset's own pipeline on the same shards."""
 
 import itertools
 import os
@@ -17,37 +17,40 @@ from fusiontree.data.remote import is_address
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, single_source_recipe
 
-REPEATS = 5  # the median of so many is told
-SECONDS = 1.0  # of each repeat, about
-CONSUMER = 5_000_000  # tokens/s, more than a GPU trains a billion parameters on
+REPEATS = 5  # measurements per figure
+SECONDS = 1.0  # approximate duration of one measurement
+CONSUMER = 5_000_000  # tokens/s; a GPU trains a model of a billion parameters on fewer
 WORKERS = 2
-MANY_BATCHES = 10_000
-FAR = 1_000_000_000  # steps: more than any run has
+MEMORY_BATCHES = 10_000
+LATE_STEP = 1_000_000_000  # a step beyond the end of any run
 
 
 def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) -> dict[str, Any]:
-    """Measure the loader on a dataset, its files in the page cache, with checksums on.
+    """Measure the loader on a dataset, its files in the page cache, checksums on.
 
-    Rates are tokens per second of one core's work (CPU time of one thread), so that other load on the machine hardly
-    moves them; each is the median of five. Shares are means of five, for to wait is rare.
+    Rates are tokens per second of one thread's CPU time, which other load on the machine hardly changes; each is the
+    median of five. Shares are means of five, because waiting is rare.
 
     Args:
-        folder: the dataset, or its address; rows are fetched into the usual cache as they are asked for.
-        seq_len: tokens per training row; None: the stored row.
+        folder: the dataset, or its address; its rows are fetched into the default cache on demand.
+        seq_len: tokens per training row; None: the stored row's length.
         rows: training rows per batch.
 
     Returns:
-        first_batch_at_step_0_seconds and first_batch_at_step_1000000000_seconds (from opening the dataset to the first
-        batch of a run that goes on there, with two workers, by the clock), rows_tokens_per_s (read and checked),
-        batches_tokens_per_s (in order, made up for training), webdataset_rows_tokens_per_s and
-        webdataset_batches_tokens_per_s (its pipeline, neither checked nor in an order that can be resumed; not at an
-        address), waiting_share (of a consumer's time with two workers, spent in calls of `next` for batches that were
-        not there yet), next_share (spent in all calls of `next`, most of it in fetching code and data to cold caches),
-        next_floor (the same of an iterator that does nothing: the measure's own cost), memory_bytes (of the process, by
-        batches made) and what was measured.
+        The settings measured, and:
+        first_batch_at_step_0_seconds, first_batch_at_step_1000000000_seconds: wall time from opening the dataset to
+        the first batch of a run that resumes at this step, with two workers.
+        rows_tokens_per_s: reading and verifying rows.
+        batches_tokens_per_s: complete training batches, in order.
+        webdataset_rows_tokens_per_s, webdataset_batches_tokens_per_s: webdataset's pipeline, without verification and
+        without a resumable order; absent for an address.
+        waiting_share: share of a consumer's time in calls of `next` whose batch was not ready, with two workers.
+        next_share: share of its time in all calls of `next`, mostly cache misses on code and data.
+        next_floor: the same for an iterator that does nothing, which is the cost of measuring.
+        memory_bytes: resident bytes of the process, by number of batches made.
 
     Raises:
-        UserError: no dataset there, or `seq_len` does not divide its rows.
+        UserError: there is no dataset, or `seq_len` does not divide its rows.
     """
     sources = Sources({"": Dataset(folder)})
     length = seq_len or sources.row_len
@@ -56,7 +59,7 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
         "rows_tokens_per_s": lambda: _rows(sources),
         "batches_tokens_per_s": lambda: (batch.labels.size for batches in stream for batch in batches),
     }
-    if not is_address(folder):  # of which our cache has rows, and no shards for others to read
+    if not is_address(folder):  # the cache of an address has single rows, which webdataset cannot read
         measures |= {
             "webdataset_rows_tokens_per_s": lambda: _webdataset_rows(sources),
             "webdataset_batches_tokens_per_s": lambda: _webdataset_batches(sources, length, rows),
@@ -64,7 +67,7 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
     figures: dict[str, Any] = {"data": str(folder), "seq_len": length, "rows_per_batch": rows}
     with progress_bar() as bar:
         task = bar.add_task("bench loader", total=len(measures) + 3, note="first batch")
-        for step in (0, FAR):
+        for step in (0, LATE_STEP):
             seconds = [_first_batch(folder, length, rows, step) for _ in range(REPEATS)]
             figures[f"first_batch_at_step_{step}_seconds"] = statistics.median(seconds)
         bar.advance(task)
@@ -81,7 +84,7 @@ def bench_loader(folder: Path | str, seq_len: int | None = None, rows: int = 1) 
 
 
 def _first_batch(folder: Path | str, seq_len: int, rows: int, step: int) -> float:
-    """Seconds from opening the dataset to the first batch of a run that goes on at `step`."""
+    """Return the seconds from opening the dataset to the first batch of a run that resumes at `step`."""
     started = time.perf_counter()
     stream = TrainStream(
         Sources({"": Dataset(folder)}), single_source_recipe(0, seq_len * rows, seq_len), rows, workers=WORKERS
@@ -94,7 +97,7 @@ def _first_batch(folder: Path | str, seq_len: int, rows: int, step: int) -> floa
 
 
 def _rate(counts: Iterator[int]) -> float:
-    """Tokens per second of CPU time; what comes first warms up."""
+    """Return tokens per second of CPU time; the first count is the warmup."""
     next(counts)
     tokens, started, deadline = 0, time.thread_time(), time.perf_counter() + SECONDS
     for count in counts:
@@ -124,20 +127,20 @@ def _webdataset_rows(sources: Sources) -> Iterator[int]:
 
 
 def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[int]:
-    """Its samples cut and collated as ours are, in the order on disk."""
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    """Cut and collate webdataset's samples as `TrainStream` does, in disk order."""
+    pending: list[tuple[np.ndarray, np.ndarray]] = []
     for tokens, ends in _webdataset_samples(sources):
         for row, row_ends in zip(tokens, ends, strict=True):
             for cut in zip(row.reshape(-1, seq_len), cut_ends(row_ends[row_ends != 0], seq_len), strict=True):
-                waiting.append(cut)
-                if len(waiting) == rows:
-                    batch = collate(np.stack([cut for cut, _ in waiting]), [ends for _, ends in waiting])
-                    waiting = []
+                pending.append(cut)
+                if len(pending) == rows:
+                    batch = collate(np.stack([cut for cut, _ in pending]), [ends for _, ends in pending])
+                    pending = []
                     yield batch.labels.size
 
 
 def _waiting(sources: Sources, seq_len: int, rows: int) -> dict[str, float]:
-    """What a consumer of WORKERS threads' batches spends on waiting, and on asking; and what asking costs at least."""
+    """Measure the shares of a consumer's time spent in `next`: waiting, in total, and for an iterator without work."""
     stream = TrainStream(sources, single_source_recipe(0, seq_len * rows, seq_len), rows, workers=WORKERS)
     next(stream)
     measures: dict[str, Callable[[], float]] = {
@@ -151,24 +154,30 @@ def _waiting(sources: Sources, seq_len: int, rows: int) -> dict[str, float]:
 
 
 def _share_in_next(steps: Iterator[list[Batch]], step_tokens: int, counts: Callable[[], bool] = lambda: True) -> float:
-    """Share of its time that a consumer of CONSUMER tokens/s spends in those calls of `next` that count when made."""
+    """Return the share of its time that a consumer of CONSUMER tokens/s spends in calls of `next`.
+
+    Args:
+        steps: iterator of a step's batches.
+        step_tokens: tokens per step.
+        counts: evaluated before each call; whether the call counts.
+    """
     spent, started = 0.0, time.perf_counter()
     while time.perf_counter() < started + SECONDS:
         counted, asked = counts(), time.perf_counter()
         batches = next(steps)
         spent += counted * (time.perf_counter() - asked)
-        time.sleep(step_tokens / CONSUMER)  # as one that waits for its device
-        del batches  # its memory is given back in the consumer's own time
+        time.sleep(step_tokens / CONSUMER)  # like a consumer that waits for its device
+        del batches  # free the memory outside the measured calls
     return spent / (time.perf_counter() - started)
 
 
 def _memory(sources: Sources, seq_len: int, rows: int) -> dict[str, int]:
-    """Resident bytes of the process after a tenth of MANY_BATCHES, and after all."""
+    """Return the resident bytes of the process after a tenth of MEMORY_BATCHES and after all."""
     stream = TrainStream(sources, single_source_recipe(0, seq_len * rows, seq_len), rows, workers=WORKERS)
     found = {}
-    for number in range(1, MANY_BATCHES + 1):
+    for number in range(1, MEMORY_BATCHES + 1):
         next(stream)
-        if number in (MANY_BATCHES // 10, MANY_BATCHES):
+        if number in (MEMORY_BATCHES // 10, MEMORY_BATCHES):
             found[f"after_{number}_batches"] = _resident()
     stream.close()
     return found

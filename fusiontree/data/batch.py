@@ -1,4 +1,4 @@
-"""Rows to batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or a stretch of padding."""
+"""Collation of rows into batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or padding."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from functools import lru_cache
 
 import numpy as np
 
-IGNORE = -100  # the label that carries no loss
+IGNORE = -100  # label without loss
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A stored row that could not be read, or not as it was written: training has a masked row in its place."""
+    """A stored row that could not be read or failed its checksum; training uses a masked row instead."""
 
     source: str
-    shard: str  # its name in the dataset
-    row: int  # in the shard
-    location: str = field(compare=False)  # the shard's path or address: a dataset that has moved has the same rows
+    shard: str  # name within the dataset
+    row: int  # within the shard
+    location: str = field(compare=False)  # the shard's path or address; a dataset that was moved has the same rows
     reason: str = field(compare=False)
 
     def __str__(self) -> str:
@@ -26,20 +26,20 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of L tokens, with everything that keeps their documents apart."""
+    """B rows of L tokens, with the bounds that keep their documents apart."""
 
     input_ids: np.ndarray  # int64 [B, L]
     labels: np.ndarray  # int64 [B, L], the next token of the segment; IGNORE at its last token and on padding
     position_ids: np.ndarray  # int64 [B, L], from 0 at each segment's start
-    seq_idx: np.ndarray  # int32 [B, L], the segment's number in its row, from 0, never falling along the row
+    seq_idx: np.ndarray  # int32 [B, L], index of the segment within its row, from 0, nondecreasing along the row
     cu_seqlens: np.ndarray  # int32 [segments + 1], bounds of all segments over the flattened B·L tokens
     max_seqlen: int  # tokens of the longest segment
-    damaged: tuple[BadRow, ...] = ()  # stored rows that a masked row stands for
-    sources: tuple[int, ...] = ()  # number of each row's dataset in the run; rows beyond only fill the batch
+    damaged: tuple[BadRow, ...] = ()  # stored rows that are replaced by masked rows
+    sources: tuple[int, ...] = ()  # each row's index among the run's datasets; further rows only fill the batch
 
     @property
     def real_tokens(self) -> int:
-        """Tokens whose label carries loss."""
+        """Number of tokens whose label carries loss."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
     @property
@@ -49,18 +49,18 @@ class Batch:
 
 
 def cut_ends(ends: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Segment ends of each slice of `seq_len` tokens of a packed row, counted from the slice's start.
+    """Split the segment ends of a packed row into those of its slices, counted from each slice's start.
 
     Args:
-        ends: int32 [segments] of the whole row, as in the format.
-        seq_len: tokens per slice; it divides the row.
+        ends: int32 [segments] of the packed row, as in the format.
+        seq_len: tokens per slice; divides the row length.
     """
     bounds = np.abs(ends)
     if bounds[-1] == seq_len:
         return [ends]
     stops = np.arange(seq_len, bounds[-1] + 1, seq_len, dtype=ends.dtype)
     cuts = np.sort(np.concatenate([bounds, stops]))
-    cuts = cuts[np.diff(cuts, prepend=0) > 0]  # where a segment and a slice end together, once
+    cuts = cuts[np.diff(cuts, prepend=0) > 0]  # a segment and a slice that end together give one cut
     signed = np.sign(ends)[bounds.searchsorted(cuts)] * ((cuts - 1) % seq_len + 1)
     at = [0, *(cuts.searchsorted(stops) + 1).tolist()]
     return [signed[first:last] for first, last in itertools.pairwise(at)]
@@ -77,7 +77,7 @@ def collate(
     Args:
         tokens: any integer dtype [B, L].
         ends: for each row int32 [segments], as in the format: exclusive ends, negative for padding, the last ±L.
-        damaged: stored rows that a masked row stands for.
+        damaged: stored rows that are replaced by masked rows.
         sources: as in `Batch`.
     """
     B, L = tokens.shape
@@ -94,12 +94,12 @@ def collate(
 
     flat = tokens.reshape(-1)
     labels = np.empty(B * L, dtype=np.int64)
-    labels[:-1] = flat[1:]  # from the narrow tokens: between two equal buffers a shifted copy is many times slower
+    labels[:-1] = flat[1:]  # from the narrow tokens: a shifted copy between two int64 buffers is many times slower
     labels[stops - 1] = IGNORE
     for padding in (signed < 0).nonzero()[0]:
         labels[starts[padding] : stops[padding]] = IGNORE
     position_ids = starts.repeat(lengths)
-    np.subtract(_counting(B * L), position_ids, out=position_ids)
+    np.subtract(_cached_arange(B * L), position_ids, out=position_ids)
     return Batch(
         input_ids=tokens.astype(np.int64),
         labels=labels.reshape(B, L),
@@ -113,8 +113,8 @@ def collate(
 
 
 @lru_cache(maxsize=2)
-def _counting(count: int) -> np.ndarray:
-    """0, 1, 2, …: int64 [count], kept because making it takes as long as using it."""
+def _cached_arange(count: int) -> np.ndarray:
+    """Return 0, 1, 2, …: int64 [count], cached because making it takes as long as using it."""
     numbers = np.arange(count)
     numbers.flags.writeable = False
     return numbers

@@ -1,10 +1,10 @@
 """The order of training as a function of (seed, token): nothing to store, nothing to replay on resume.
 
-The packed rows of all sources stand in one endless sequence, which depends on no length: the mixture says which source
-gives the next, and each source permutes its rows anew in every epoch. A training row is a slice of a packed row, as
-long as the curriculum's stage says; the slices are permuted inside consecutive windows of the sequence. That mixes
-thoroughly, while a packed row's slices stay near enough to be read once. No window crosses a change of length or of
-weights, so a change leaves nothing out and repeats nothing.
+The packed rows of all sources form one endless sequence, independent of the training row length: the mixture assigns
+each position to a source, and each source permutes its rows anew in every epoch. A training row is a slice of a packed
+row, as long as the curriculum stage requires; slices are permuted within consecutive windows of the sequence. This
+mixes thoroughly, and the slices of a packed row stay close enough to be served by one read. No window crosses a change
+of length or of weights, so a change neither skips nor repeats rows.
 """
 
 import hashlib
@@ -18,34 +18,34 @@ import numpy as np
 from fusiontree.data.mixture import Mixture
 
 WINDOW_SLICES = 4096
-KEPT_WINDOWS = 4  # a batch lies in one or two; prefetching reaches into the next
+KEPT_WINDOWS = 4  # a batch spans one or two windows; prefetching reaches into the next
 _ROUNDS = 6
 
 
 class Place(NamedTuple):
-    """Where a training row lies."""
+    """The location of a training row."""
 
-    source: int  # its place among the mixture's sources
+    source: int  # index among the mixture's sources
     epoch: int  # of the source, from 0
-    row: int  # packed row of the source
-    part: int  # slice of the packed row, of the stage's length
+    row: int  # packed row within the source
+    part: int  # index of the slice, of the stage's length, within the packed row
 
 
 class Stage(NamedTuple):
-    """A stretch of training with rows of one length."""
+    """A range of training with rows of one length."""
 
-    first_token: int  # of the global sequence, a multiple of the packed row's length
+    first_token: int  # in the global sequence; a multiple of the packed row's length
     seq_len: int  # tokens per training row
 
 
 class RowOrder:
-    """Where the training rows lie.
+    """The locations of all training rows.
 
     Args:
-        mixture: the sequence of the packed rows.
-        row_len: tokens of a packed row.
+        mixture: the sequence of packed rows.
+        row_len: tokens per packed row.
         stages: ascending, the first at token 0; every length divides `row_len`.
-        seed: chooses the order.
+        seed: selects the order.
     """
 
     def __init__(self, mixture: Mixture, row_len: int, stages: Sequence[Stage], seed: int):
@@ -56,14 +56,14 @@ class RowOrder:
         cuts = {stage.first_token // row_len for stage in stages} | {phase.first for phase in mixture.phases}
         self._cuts = sorted(cuts if mixture.end is None else cuts | {mixture.end})
         self._window = lru_cache(KEPT_WINDOWS)(self._make_window)
-        self._recent = _Window(0, 0, 1, [], [], [], [])  # most rows lie where the one before did
+        self._recent = _Window(0, 0, 1, [], [], [], [])  # most rows are in the same window as the row before
 
     def stage(self, token: int) -> Stage:
-        """The stage that trains on `token` of the global sequence."""
+        """Return the stage that trains on `token` of the global sequence."""
         return self.stages[bisect_right(self._stage_starts, token) - 1]
 
     def locate(self, token: int) -> Place:
-        """The place of the training row that begins at `token` of the global sequence, in O(1)."""
+        """Locate the training row that begins at `token` of the global sequence, in O(1)."""
         window = self._recent
         if not window.first_token <= token < window.end_token:
             seq_len = self.stage(token).seq_len
@@ -71,10 +71,10 @@ class RowOrder:
         return window.place(token)
 
     def _window_bounds(self, row: int, seq_len: int) -> tuple[int, int, str]:
-        """First packed row of the window around packed row `row`, the one behind it, and the name of its key."""
+        """Return the window around packed row `row` as (first row, end row, name of its permutation key)."""
         cut = bisect_right(self._cuts, row)
         begin, ends, epoch = self._cuts[cut - 1], self._cuts[cut : cut + 1], 0
-        if len(self.mixture.sources) == 1:  # its epochs are those of the whole: keep them apart
+        if len(self.mixture.sources) == 1:  # the source's epochs are the sequence's: no window crosses them
             rows = self.mixture.sources[0].rows
             epoch = row // rows
             begin, ends = max(begin, epoch * rows), [*ends, (epoch + 1) * rows]
@@ -92,7 +92,7 @@ class RowOrder:
         return _Window(first * self.row_len, end * self.row_len, seq_len, *lists)
 
     def _packed_rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, epoch and row in the source of the packed rows from `first` to before `end`, int64 each."""
+        """Return source, epoch and row within the source, int64 each, of packed rows `first` to `end` - 1."""
         located = np.array([self.mixture.locate(row) for row in range(first, end)])
         found, ordinals = located[:, 0], located[:, 1]
         sizes = np.array([source.rows for source in self.mixture.sources])
@@ -110,7 +110,7 @@ class RowOrder:
 
 
 class _Window(NamedTuple):
-    """The training rows of a window, in their order."""
+    """The training rows of a window, in training order."""
 
     first_token: int
     end_token: int
@@ -127,9 +127,10 @@ class _Window(NamedTuple):
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The images of `index`, int64 [n], under the permutation of range(size) that the 64-bit `key` chooses.
+    """Map `index`, int64 [n], through the permutation of range(size) that the 64-bit `key` selects.
 
-    A Feistel network permutes the next power of four; walking on from an image outside the range keeps it a bijection.
+    A Feistel network permutes the next power of four. Images outside the range are permuted again until they fall
+    inside (cycle walking), which keeps the map a bijection.
     """
     assert len(index) == 0 or 0 <= index.min() <= index.max() < size, size
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -147,7 +148,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every bit of the result depends on every bit of `value`, uint64, modulo 2^64."""
+    """Apply SplitMix64's finalizer: every bit of the result depends on every bit of `value`, uint64, modulo 2^64."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""What a run will train on, before it runs; and what it trained on at a step, for the forensics of a loss spike."""
+"""Preview of a run's data: token counts by source and stage, and the rows of one step (to explain a loss spike)."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -8,21 +8,21 @@ from fusiontree.data.order import Place
 from fusiontree.data.packing import CELL, Span
 from fusiontree.data.stream import TrainStream
 
-MANY_EPOCHS = 4  # up to here repeated tokens are worth nearly as much as new ones (arXiv 2305.16264)
+MANY_EPOCHS = 4  # up to this number repeated tokens are worth nearly as much as new ones (arXiv 2305.16264)
 
 
 def preview_run(stream: TrainStream, steps: int) -> dict[str, Any]:
-    """The tokens of a run of `steps` steps: in all, by source and by stage (padding counted unless said otherwise).
+    """Count the tokens of a run of `steps` steps: in total, by source and by stage, all including padding.
 
     Returns:
         steps, tokens, batch_tokens, padding (share of all tokens), sources (by name: tokens_per_epoch, tokens, share,
         epochs, padding, used_up_at_step or None), stages_from_step (by first step: steps, seq_len, rows_per_step,
-        tokens, padding, sources: tokens and epochs by name) and warnings, a line each.
+        tokens, padding, sources: tokens and epochs by name) and warnings, one line each.
     """
     recipe, sources = stream.recipe, stream.sources
     total = steps * recipe.batch_tokens
     cuts = sorted({step for step, _ in (*recipe.lengths, *recipe.weights) if step < steps})
-    given = _given(stream, total)
+    tokens_by_source = _tokens_by_source(stream, total)
     epoch_tokens = [dataset.num_rows * sources.row_len for dataset in sources.datasets]
     padding = [1 - int(d.valid_tokens.sum()) / epoch for d, epoch in zip(sources.datasets, epoch_tokens, strict=True)]
     by_source: dict[str, dict[str, Any]] = {
@@ -34,16 +34,18 @@ def preview_run(stream: TrainStream, steps: int) -> dict[str, Any]:
             "padding": pad,
             "used_up_at_step": _used_up_at(stream, i, steps),
         }
-        for i, (label, epoch, tokens, pad) in enumerate(zip(sources.labels, epoch_tokens, given, padding, strict=True))
+        for i, (label, epoch, tokens, pad) in enumerate(
+            zip(sources.labels, epoch_tokens, tokens_by_source, padding, strict=True)
+        )
     }
     return {
         "steps": steps,
         "tokens": total,
         "batch_tokens": recipe.batch_tokens,
-        "padding": sum(tokens * pad for tokens, pad in zip(given, padding, strict=True)) / total,
+        "padding": sum(tokens * pad for tokens, pad in zip(tokens_by_source, padding, strict=True)) / total,
         "sources": by_source,
         "stages_from_step": {
-            str(first): _stage(stream, first, end, epoch_tokens, padding)
+            str(first): _stage_figures(stream, first, end, epoch_tokens, padding)
             for first, end in zip(cuts, [*cuts[1:], steps], strict=True)
         },
         "warnings": [*_too_many_epochs(by_source), *_rows_shorter_than_a_cell(stream, steps)],
@@ -54,8 +56,8 @@ def _too_many_epochs(by_source: dict[str, dict[str, Any]]) -> Iterator[str]:
     for label, figures in by_source.items():
         if figures["epochs"] > MANY_EPOCHS:
             yield (
-                f"{label} is read {figures['epochs']:.1f} times: beyond {MANY_EPOCHS} epochs repeated tokens teach "
-                "less and less; give it a smaller weight or max_epochs, or more data"
+                f"{label} is read {figures['epochs']:.1f} times: after {MANY_EPOCHS} epochs repeated tokens are worth "
+                "less and less; lower its weight or max_epochs, or add data"
             )
 
 
@@ -64,55 +66,59 @@ def _rows_shorter_than_a_cell(stream: TrainStream, steps: int) -> Iterator[str]:
     short = sorted({length for first, length in stream.recipe.lengths if first < steps and length < cell})
     if short:
         yield (
-            f"rows of {' and '.join(map(str, short))} tokens are shorter than the cells of {cell} that documents were "
-            f"packed in: some are cut that would fit; take rows of {cell} or more, or build with a smaller --row-len"
+            f"rows of {' and '.join(map(str, short))} tokens are shorter than the cells of {cell} tokens used for "
+            f"packing, which cuts documents that would fit; use rows of {cell} tokens or more, or rebuild with a "
+            "smaller --row-len"
         )
 
 
-def _stage(stream: TrainStream, first: int, end: int, epoch_tokens: list[int], padding: list[float]) -> dict[str, Any]:
+def _stage_figures(
+    stream: TrainStream, first: int, end: int, epoch_tokens: list[int], padding: list[float]
+) -> dict[str, Any]:
     batch_tokens = stream.recipe.batch_tokens
     total = (end - first) * batch_tokens
-    before, after = _given(stream, first * batch_tokens), _given(stream, end * batch_tokens)
-    given = [b - a for a, b in zip(before, after, strict=True)]
+    before = _tokens_by_source(stream, first * batch_tokens)
+    after = _tokens_by_source(stream, end * batch_tokens)
+    tokens_by_source = [b - a for a, b in zip(before, after, strict=True)]
     seq_len = stream.order.stage(first * batch_tokens).seq_len
     return {
         "steps": end - first,
         "seq_len": seq_len,
         "rows_per_step": batch_tokens // seq_len,
         "tokens": total,
-        "padding": sum(tokens * pad for tokens, pad in zip(given, padding, strict=True)) / total,
+        "padding": sum(tokens * pad for tokens, pad in zip(tokens_by_source, padding, strict=True)) / total,
         "sources": {
             label: {"tokens": tokens, "epochs": tokens / epoch}
-            for label, tokens, epoch in zip(stream.sources.labels, given, epoch_tokens, strict=True)
+            for label, tokens, epoch in zip(stream.sources.labels, tokens_by_source, epoch_tokens, strict=True)
         },
     }
 
 
-def _given(stream: TrainStream, tokens: int) -> list[int]:
-    """Of the first `tokens` tokens, those of each source; a packed row that is begun counts as far as it is begun."""
+def _tokens_by_source(stream: TrainStream, tokens: int) -> list[int]:
+    """Return how many of the first `tokens` tokens come from each source; a partly used packed row counts in part."""
     rows, rest = divmod(tokens, stream.sources.row_len)
-    given = [count * stream.sources.row_len for count in stream.order.mixture.counts(rows)]
+    by_source = [count * stream.sources.row_len for count in stream.order.mixture.counts(rows)]
     if rest:
-        given[stream.order.mixture.locate(rows)[0]] += rest
-    return given
+        by_source[stream.order.mixture.locate(rows)[0]] += rest
+    return by_source
 
 
 def _used_up_at(stream: TrainStream, source: int, steps: int) -> int | None:
-    """The step in which a source gives its last row to the mixture, if one of the first `steps` is."""
+    """Return the step that uses the last row of a source, or None if none of the first `steps` does."""
     mixture = stream.order.mixture
     limit = mixture.sources[source].limit
-    ends = [phase.first for phase in mixture.phases if limit is not None and phase.given[source] >= limit]
+    ends = [phase.first for phase in mixture.phases if limit is not None and phase.rows_before[source] >= limit]
     step = (ends[0] * stream.sources.row_len - 1) // stream.recipe.batch_tokens if ends else None
     return step if step is not None and step < steps else None
 
 
 def documents_at(stream: TrainStream, steps: int) -> dict[str, Any]:
-    """The rows that the stream's rank trains on when `steps` more steps are done, and their documents.
+    """Return the rows and documents of the stream's rank in the step after `steps` more steps.
 
     Returns:
-        rank, world_size, seq_len and rows, in order: batch (of the rank's accumulation), source, epoch, shard, row (in
-        the shard), first_token (of the stored row) and documents: id, start (in the training row), length, offset
-        (tokens of the document before), continues (whether it goes on after this row).
+        rank, world_size, seq_len and rows, in order: batch (index in the rank's gradient accumulation), source, epoch,
+        shard, row (within the shard), first_token (within the stored row) and documents: id, start (within the
+        training row), length, offset (tokens of the document before), continues (whether it continues after this row).
 
     Raises:
         RunError: a shard cannot be read.
@@ -126,13 +132,13 @@ def documents_at(stream: TrainStream, steps: int) -> dict[str, Any]:
 
 
 def rows_at(stream: TrainStream, rows_consumed: int) -> list[dict[str, Any]]:
-    """Where the rows lie of the rank's step behind `rows_consumed`, as of `documents_at`; no shard is read for it."""
+    """Return the rows of the rank's step after `rows_consumed`, as `documents_at` does; this reads no shard."""
     seq_len, places = _places(stream, rows_consumed)
     return [_row(stream, place, seq_len) for _, place in places]
 
 
 def _places(stream: TrainStream, rows_consumed: int) -> tuple[int, list[tuple[int, Place]]]:
-    """Tokens of a row there, and the rank's rows with the number of the batch that each belongs to."""
+    """Return the step's row length in tokens, and (batch index, place) of each of the rank's rows."""
     seq_len = stream.order.stage(rows_consumed * stream.recipe.seq_len).seq_len
     batches = enumerate(stream.places(rows_consumed))
     return seq_len, [(number, place) for number, places in batches for place in places]
@@ -157,7 +163,7 @@ def _documents(stream: TrainStream, place: Place, seq_len: int) -> list[dict[str
 
 
 def _clip(span: Span, first: int, end: int) -> Span:
-    """The part of a document that lies in tokens `first` to `end` of its row; without length if none does."""
+    """Clip a document's span to tokens `first` to `end` of its row; without overlap its length is not positive."""
     start, stop = max(span.start, first), min(span.start + span.length, end)
     offset, continues = span.offset + start - span.start, span.continues or span.start + span.length > end
     return replace(span, start=start - first, length=stop - start, offset=offset, continues=continues)

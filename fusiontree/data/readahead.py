@@ -1,4 +1,4 @@
-"""Steps of training made ahead by threads, in a known order: what takes their time releases the interpreter's lock."""
+"""Threads that make training steps ahead of time, in order; their expensive work releases the interpreter lock."""
 
 import threading
 from collections import deque
@@ -9,73 +9,73 @@ from typing import Any, TypeAlias
 
 from fusiontree.data.batch import Batch
 
-AHEAD = 8  # batches per worker that wait or are being made, at least; at most twice as many, or two steps
+AHEAD = 8  # minimum of batches per worker that are ready or in progress; the maximum is twice that, or two steps
 
-Make: TypeAlias = Callable[[], Batch]
+BatchMaker: TypeAlias = Callable[[], Batch]
 
 
 @dataclass(slots=True)
 class Step:
-    """A rank's batches of a step."""
+    """One rank's batches of a step."""
 
-    rows_consumed: int = 0  # by all ranks together, when it is done
-    batches: list[Any] = field(default_factory=list)  # a Batch each, once it is ready
+    rows_consumed: int = 0  # by all ranks, after this step
+    batches: list[Any] = field(default_factory=list)  # a Batch each, once the step is ready
     missing: int = 1  # batches still to be made
-    frees: bool = False  # whether others may be begun when it is taken
-    failure: BaseException | None = None  # instead of it, and of all behind it
+    ends_group: bool = False  # the consumer starts another group of steps after taking this one
+    failure: BaseException | None = None  # raised instead of this step and of all later ones
 
 
 class ReadAhead:
     """Makes steps ahead of their consumer.
 
-    A consumer that comes back from its device finds cold caches, where every call of Python's costs it microseconds. So
-    all that it does for a step that is ready is one `take`, written in C: the workers keep the order and put the steps
-    together, and are woken once for many steps.
+    A consumer that returns from its device finds cold caches, where each Python call costs it microseconds. A ready
+    step therefore costs it a single `take`, implemented in C. The workers keep the order and assemble the steps, and
+    are woken once per group of steps.
 
     Args:
-        steps: of each step the rows consumed behind it, and what makes its batches.
+        steps: (rows consumed after the step, makers of its batches) of each step.
         workers: threads; 0: a step is made when it is taken.
-        step_batches: batches of a step.
+        step_batches: batches per step.
     """
 
-    def __init__(self, steps: Iterator[tuple[int, list[Make]]], workers: int, step_batches: int):
+    def __init__(self, steps: Iterator[tuple[int, list[BatchMaker]]], workers: int, step_batches: int):
         self._steps = steps
         self._ready: SimpleQueue[Step] = SimpleQueue()
         self.take: Callable[[], Step] = self._ready.get if workers else self._make_now
-        self._room: SimpleQueue[None] = SimpleQueue()  # an entry for each bunch of steps that may be begun
-        self._bunch = max(1, AHEAD * workers // step_batches)
-        self._allowed = 0  # steps of the bunch that may still be begun
-        self._begun: deque[Step] = deque()  # and not ready, in order
-        self._unmade: deque[tuple[Step, int, Make]] = deque()  # batches of the last of them that nobody has begun
-        self._turn = threading.Lock()  # who holds it chooses what to make next
-        self._order = threading.Lock()  # who holds it passes steps on
+        self._groups: SimpleQueue[None] = SimpleQueue()  # one entry per group of steps that may be started
+        self._group_size = max(1, AHEAD * workers // step_batches)
+        self._left_in_group = 0  # steps of the current group not started yet
+        self._started: deque[Step] = deque()  # steps started but not ready, in order
+        self._unmade: deque[tuple[Step, int, BatchMaker]] = deque()  # batches of the last of them, not yet in progress
+        self._choose_lock = threading.Lock()  # guards the choice of the next batch
+        self._deliver_lock = threading.Lock()  # guards the delivery of ready steps in order
         self._closed = False
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        self.free()
-        self.free()
+        self.start_group()
+        self.start_group()
         for thread in self._threads:
             thread.start()
 
     @property
     def ready(self) -> bool:
-        """Whether a step can be taken without waiting for it."""
+        """Whether a step can be taken without waiting."""
         return not self._ready.empty()
 
-    def free(self) -> None:
-        """Let a bunch of steps be begun: one that `frees` was taken."""
-        self._room.put(None)
+    def start_group(self) -> None:
+        """Allow the workers another group of steps; the consumer calls it after a step that `ends_group`."""
+        self._groups.put(None)
 
     def fail(self, step: Step) -> None:
-        """Raise what stands instead of a step, as its worker raised it; the next one taken is that again."""
+        """Raise the failure of a step, with its worker's traceback; every later `take` returns this step again."""
         assert step.failure is not None
         self._ready.put(step)
         raise step.failure
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._closed = True
         for _ in self._threads:
-            self.free()
+            self.start_group()
         for thread in self._threads:
             thread.join()
 
@@ -89,43 +89,43 @@ class ReadAhead:
             pass
 
     def _make_next(self) -> bool:
-        """Make the next batch, if there is one and it is still wanted."""
-        with self._turn:
+        """Make the next batch; return False at the end of the steps and after `close`."""
+        with self._choose_lock:
             if not self._unmade:
-                self._begin()
+                self._start_step()
             if self._closed or not self._unmade:
                 return False
             step, number, make = self._unmade.popleft()
         try:
             step.batches[number] = make()
-        except BaseException as error:  # the consumer's to handle, as below
+        except BaseException as error:  # raised again in the consumer, see `fail`
             step.failure = error
-        self._pass_on(step)
+        self._deliver(step)
         return True
 
-    def _begin(self) -> None:
-        """Begin the next step, if there is one, when there is room for it."""
-        if not self._allowed:
-            self._room.get()
-            self._allowed = self._bunch
-        self._allowed -= 1
-        step = Step(frees=not self._allowed)
-        self._begun.append(step)
+    def _start_step(self) -> None:
+        """Start the next step, if there is one, as soon as its group may be started."""
+        if not self._left_in_group:
+            self._groups.get()
+            self._left_in_group = self._group_size
+        self._left_in_group -= 1
+        step = Step(ends_group=not self._left_in_group)
+        self._started.append(step)
         try:
-            step.rows_consumed, makes = next(self._steps)
+            step.rows_consumed, makers = next(self._steps)
         except BaseException as error:  # StopIteration at the end
             step.failure = error
-            self._pass_on(step)
+            self._deliver(step)
             return
-        step.missing, step.batches = len(makes), [None] * len(makes)
-        self._unmade += [(step, number, make) for number, make in enumerate(makes)]
+        step.missing, step.batches = len(makers), [None] * len(makers)
+        self._unmade += [(step, number, make) for number, make in enumerate(makers)]
 
-    def _pass_on(self, step: Step) -> None:
-        """Count what `step` was missing and has now; hand over the steps that are ready, up to one that failed."""
-        with self._order:
+    def _deliver(self, step: Step) -> None:
+        """Count one batch of `step` as made, then deliver the steps that are ready, up to one that failed."""
+        with self._deliver_lock:
             step.missing -= 1
-            while self._begun and not self._begun[0].missing:
-                self._ready.put(self._begun[0])
-                if self._begun[0].failure is not None:
+            while self._started and not self._started[0].missing:
+                self._ready.put(self._started[0])
+                if self._started[0].failure is not None:
                     return
-                self._begun.popleft()
+                self._started.popleft()

@@ -1,9 +1,9 @@
-"""Datasets at an address (s3://, gs://, http(s)://): ranged reads of single rows into a cache that a node shares.
+"""Datasets at an address (s3://, gs://, http(s)://): ranged reads of single rows into a cache per node.
 
-A row is the unit, because the order of training draws rows from anywhere: whole shards would be fetched for one row
-each wherever the cache is smaller than the dataset. The cache lies in files that appear whole; a lock makes one of the
-node's processes fetch what several want; what was used longest ago goes first. A process may be killed at any time:
-what it leaves half-written is never read, and of rows it is removed later.
+The unit is a row, because the order of training draws rows from anywhere: with a cache smaller than the dataset, every
+row would fetch a complete shard. Cached files are written atomically. A lock makes one process of the node fetch a row
+that several request. The least recently used rows are evicted first. A process may be killed at any time: a partly
+written file is never read, and the next write overwrites it.
 """
 
 import contextlib
@@ -22,53 +22,54 @@ from typing import Any
 from fusiontree.errors import RunError, UserError
 
 ATTEMPTS = 6
-FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, and drawn from half of it to all
-TIMEOUT = 45.0  # seconds for one request: gcsfs asks again by itself for 36, and then says what it was told
-PIECE = 8 << 20  # bytes of one request for a whole file: what a lost connection costs at most
-PARALLEL = 16  # requests for whole files at once
+FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, times a random factor of 0.5 to 1
+TIMEOUT = 45.0  # seconds per request; gcsfs retries for 36 s before it reports the server's error
+PIECE = 8 << 20  # bytes per request of a complete file, which limits the loss when a connection breaks
+PARALLEL = 16  # simultaneous requests for complete files
 LOCKS = 256
-_TOLD = 200  # characters of a server's own words; some send a page
+_MAX_REASON = 200  # characters of a server's message; some send a page
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
 class UnreachableError(RunError):
-    """An address does not answer, or the cache takes nothing in: no damage, so nothing stands in for a missing row."""
+    """An address that does not respond, or an unusable cache: the data is not damaged, so no row is masked."""
 
 
-class RefusedError(UserError):
-    """An address does not let us read: no damage of the data either, and nobody but the user can change it."""
+class AccessDeniedError(UserError):
+    """An address that denies access: the data is not damaged, and only the user can grant access."""
 
 
-class CutShortError(OSError):
-    """A file at an address ends before what is asked of it."""
+class TruncatedError(OSError):
+    """A file at an address that ends before the requested bytes."""
 
 
-_FINAL = (FileNotFoundError, PermissionError, CutShortError)  # no further attempt can change them
-_REFUSALS = (401, 403, 407)
+_FINAL = (FileNotFoundError, PermissionError, TruncatedError)  # errors that a retry cannot change
+_DENIALS = (401, 403, 407)
 _NO_CREDENTIALS = ("CredentialsError", "RefreshError", "SSOTokenLoadError", "UnauthorizedSSOTokenError")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where fetched rows are kept on this node, and how many bytes of them."""
+    """The folder and size limit of this node's cache of fetched rows."""
 
     folder: Path = Path("~/.cache/fusiontree")
-    limit: int = 100 << 30  # bytes, whatever the number of processes
+    limit: int = 100 << 30  # bytes, over all processes
 
 
 def is_address(location: Path | str) -> bool:
-    """Whether a dataset's location is an address rather than a folder."""
+    """Return whether a dataset's location is an address rather than a folder."""
     return "://" in str(location)
 
 
 class Store:
     """A dataset at an address, its small files mirrored in `folder`.
 
-    All that asks the address raises UnreachableError if it does not answer, and RefusedError if it may not be read.
+    Every method that sends requests raises UnreachableError if the address does not respond, and AccessDeniedError if
+    it denies access.
 
     Args:
-        address: of the dataset's folder, e.g. s3://bucket/books.
-        cache: where to keep what is fetched.
+        address: address of the dataset's folder, e.g. s3://bucket/books.
+        cache: cache of the fetched files.
 
     Raises:
         UserError: the address has no dataset, or its protocol needs a package that is missing.
@@ -78,66 +79,68 @@ class Store:
         self.address, self.cache = address.rstrip("/"), cache
         self.fs, self.root = _open(self.address)
         try:
-            manifest = self._whole("manifest.json")
+            manifest = self._fetch_file("manifest.json")
         except OSError as error:
-            raise UserError(f"{self.address} holds no manifest.json that can be read ({error}); check it") from None
+            raise UserError(
+                f"{self.address} has no manifest.json that can be read ({error}); check the address"
+            ) from None
         digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
         self.cached = cache.folder.expanduser()
         self.folder = self.cached / digest
-        self._put(self.folder / "manifest.json", manifest)
+        self._write(self.folder / "manifest.json", manifest)
 
-    def files(self, names: Sequence[str], sound: Callable[[str], bool]) -> None:
-        """Fetch whole files into `folder`, unless `sound` says of their names that they are there as they should be.
+    def mirror(self, names: Sequence[str], is_valid: Callable[[str], bool]) -> None:
+        """Fetch complete files into `folder`, except those whose mirrored copy `is_valid` accepts by name.
 
         Raises:
-            OSError: one is not at the address.
+            OSError: a file is not at the address.
         """
 
-        def mirror(name: str) -> None:
+        def mirror_one(name: str) -> None:
             with self._lock(name):
-                if not sound(name):
-                    self._put(self.folder / name, self._whole(name))
+                if not is_valid(name):
+                    self._write(self.folder / name, self._fetch_file(name))
 
         with ThreadPoolExecutor(PARALLEL) as pool:
-            for _ in pool.map(mirror, names):
+            for _ in pool.map(mirror_one, names):
                 pass
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Bytes of whole files at the address; None: the server does not tell.
+        """Return the sizes of files at the address, in bytes; None: the server does not report it.
 
         Raises:
-            OSError: one is not there.
+            OSError: a file is not at the address.
         """
         with ThreadPoolExecutor(PARALLEL) as pool:
             return [*pool.map(self._size, names)]
 
     def row(self, shard: str, row: int, ranges: Sequence[tuple[int, int]]) -> bytes:
-        """The bytes at `ranges`, (offset, length) each, of a row, one after the other; from the cache if it is there.
+        """Return the concatenated bytes of a row at `ranges`, (offset, length) each; from the cache if present.
 
         Raises:
-            OSError: the shard is not at the address, or cut short.
+            OSError: the shard is not at the address, or is cut short.
         """
         path = self._row_path(shard, row)
         with contextlib.suppress(FileNotFoundError):
-            return _use(path)
+            return _read_cached(path)
         with self._lock(str(path)):
-            with contextlib.suppress(FileNotFoundError):  # another process has fetched it meanwhile
-                return _use(path)
-            content = b"".join(self.part(shard, offset, length) for offset, length in ranges)
-            self._put(path, content, self._make_room)
+            with contextlib.suppress(FileNotFoundError):  # another process may have fetched it meanwhile
+                return _read_cached(path)
+            content = b"".join(self.read_range(shard, offset, length) for offset, length in ranges)
+            self._write(path, content, self._make_room)
         return content
 
-    def part(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes of a file at the address, which are not kept.
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Fetch a byte range of a file at the address, without caching it.
 
         Raises:
-            OSError: the file is not there, or ends before.
+            OSError: the file is not at the address, or ends before the range does.
         """
-        content: bytes = self._ask(name, lambda timeout: self._part_now(name, offset, length, timeout))
+        content: bytes = self._retry(name, lambda timeout: self._range_once(name, offset, length, timeout))
         return content
 
-    def forget(self, shard: str, row: int) -> None:
-        """Take a row out of the cache: it did not match its checksum.
+    def drop_row(self, shard: str, row: int) -> None:
+        """Remove a row that failed its checksum from the cache.
 
         Raises:
             UnreachableError: it cannot be removed.
@@ -146,43 +149,43 @@ class Store:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise _unusable(path, "removed", error) from None
+            raise _cache_error(path, "removed", error) from None
 
     def _row_path(self, shard: str, row: int) -> Path:
         return self.folder / f"{shard}.rows" / str(row)
 
-    def _whole(self, name: str) -> bytes:
-        """A whole file, in pieces, so that a connection that is lost costs one of them only."""
+    def _fetch_file(self, name: str) -> bytes:
+        """Fetch a complete file in pieces; a broken connection costs only one of them."""
         size = self._size(name)
         if size is None:
             path = f"{self.root}/{name}"
-            return self._ask(name, lambda timeout: self._call(self.fs._cat_file, path, timeout=timeout))
+            return self._retry(name, lambda timeout: self._call(self.fs._cat_file, path, timeout=timeout))
         pieces = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
-        return b"".join(self.part(name, offset, length) for offset, length in pieces)
+        return b"".join(self.read_range(name, offset, length) for offset, length in pieces)
 
     def _size(self, name: str) -> int | None:
-        return self._ask(name, lambda timeout: self._size_now(name, timeout))
+        return self._retry(name, lambda timeout: self._size_once(name, timeout))
 
-    def _size_now(self, name: str, timeout: float) -> int | None:
+    def _size_once(self, name: str, timeout: float) -> int | None:
         return self._call(self.fs._info, f"{self.root}/{name}", timeout=timeout)["size"]
 
-    def _part_now(self, name: str, offset: int, length: int, timeout: float) -> bytes:
+    def _range_once(self, name: str, offset: int, length: int, timeout: float) -> bytes:
         path = f"{self.root}/{name}"
         try:
             content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
             if len(content) != length:
-                raise ConnectionError(f"{len(content)} bytes came instead of {length}")
+                raise ConnectionError(f"received {len(content)} bytes instead of {length}")
         except (*_FINAL, TimeoutError):
             raise
-        except Exception:  # each protocol has its own errors for a range that lies behind the end
-            size = self._size_now(name, timeout)
+        except Exception:  # each protocol has its own error for a range past the end, so compare with the size
+            size = self._size_once(name, timeout)
             if size is not None and size < offset + length:
-                raise CutShortError(f"cut short at byte {size}") from None
+                raise TruncatedError(f"cut short at byte {size}") from None
             raise
         return content
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout: float, **options: Any) -> Any:
-        """What a protocol answers; of its errors, those that are final are `_FINAL` and nothing else is."""
+        """Run a protocol's coroutine; raise an error of `_FINAL` exactly if a retry cannot change it."""
         from fsspec.asyn import sync
 
         try:
@@ -190,43 +193,45 @@ class Store:
         except Exception as error:
             cause = error.__cause__
             if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) != 404:
-                error = cause  # over HTTP whatever keeps a size from being told is a file that is not found
-            if _refuses(error):
-                raise PermissionError(_words(error)) from error
+                error = cause  # over HTTP, fsspec reports every failure to get a size as FileNotFoundError
+            if _is_denial(error):
+                raise PermissionError(_format_error(error)) from error
             raise error from None
 
-    def _ask(self, name: str, request: Callable[[float], Any]) -> Any:
-        """The answer to a request, tried again with growing delays.
+    def _retry(self, name: str, request: Callable[[float], Any]) -> Any:
+        """Return the result of a request, which is retried with growing delays.
 
         Raises:
-            OSError: no such file, or one that is cut short. RefusedError: it may not be read. UnreachableError: every
+            OSError: the file is missing or cut short. AccessDeniedError: it may not be read. UnreachableError: every
                 attempt failed.
         """
         for attempt in range(ATTEMPTS):
             try:
                 return request(TIMEOUT)
             except PermissionError as error:
-                raise RefusedError(
-                    f"{self.address}/{name} may not be read ({error}); check that it is there, and that the "
-                    "credentials are given, have not expired and allow it"
+                raise AccessDeniedError(
+                    f"{self.address}/{name}: access denied ({error}); check that the file exists, and that the "
+                    "credentials are set, have not expired and grant access to it"
                 ) from None
             except _FINAL:
                 raise
             except Exception as error:  # each protocol has its own errors for lost connections and busy servers
-                last = _words(error)
+                last = _format_error(error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))
-        raise UnreachableError(f"{self.address}/{name} does not answer after {ATTEMPTS} attempts ({last}); check it")
+        raise UnreachableError(
+            f"{self.address}/{name} does not respond after {ATTEMPTS} attempts ({last}); check the server and network"
+        )
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Hold one of the node's locks, chosen by `name`."""
+        """Acquire one of the node's locks, selected by `name`."""
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % LOCKS
         with _locked(self.cached / "locks" / str(number)):
             yield
 
-    def _put(self, path: Path, content: bytes, make_room: Callable[[int, int], None] | None = None) -> None:
-        """Write a cached file, whole or not at all; rows are checked when they are read, so it need not be durable.
+    def _write(self, path: Path, content: bytes, make_room: Callable[[int, int], None] | None = None) -> None:
+        """Write a cached file atomically; it need not be durable, because rows are verified on every read.
 
         Raises:
             UnreachableError: it cannot be written.
@@ -240,12 +245,13 @@ class Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial, path)
         except OSError as error:
-            raise _unusable(self.cached, "written", error) from None
+            raise _cache_error(self.cached, "written", error) from None
 
     def _make_room(self, counter: int, size: int) -> None:
-        """Let `size` bytes more be rows of this node, which the file `counter` counts for all processes.
+        """Add `size` bytes to the total in the file `counter`, shared by all processes; evict rows at the limit.
 
-        One that is killed before it writes leaves the count too high: it only says when to look at the rows themselves.
+        A process killed before it writes leaves the total too high. This is harmless: at the limit the rows themselves
+        are measured.
         """
         counted = os.pread(counter, 8, 0)
         total = int.from_bytes(counted, "little")
@@ -254,13 +260,10 @@ class Store:
         os.pwrite(counter, (total + size).to_bytes(8, "little"), 0)
 
     def _evict(self, limit: int) -> int:
-        """Bring the rows on this node, if they pass `limit`, below nine tenths of it; returns the bytes that stay.
-
-        The longest unused go first.
-        """
+        """Evict the least recently used rows, to 90% of `limit`, if they exceed it; return the bytes that remain."""
         rows = []
         for path in self.cached.glob("*/*/*.rows/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process has found it damaged
+            with contextlib.suppress(FileNotFoundError):  # another process may have dropped it as damaged
                 status = path.stat()
                 rows.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in rows)
@@ -275,16 +278,16 @@ class Store:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Hold a lock of the node, and the descriptor of its file; the system releases it when a process dies.
+    """Lock a file of the node and yield its descriptor; the system releases the lock when the process dies.
 
     Raises:
-        UnreachableError: there can be no such file.
+        UnreachableError: the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _unusable(path, "written", error) from None
+        raise _cache_error(path, "written", error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
@@ -292,72 +295,76 @@ def _locked(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _unusable(path: Path, what: str, error: OSError) -> UnreachableError:
-    """Trouble of the cache, which is no damage of the data."""
+def _cache_error(path: Path, action: str, error: OSError) -> UnreachableError:
+    """Return the error for an unusable cache, which is not damage of the data."""
     return UnreachableError(
-        f"data.cache: {path} cannot be {what} ({error.strerror}); mend it, make room, or give another folder"
+        f"data.cache: {path} cannot be {action} ({error.strerror}); repair it, free space, or set another folder"
     )
 
 
-def _refuses(error: Exception) -> bool:
-    """Whether an error means that we may not read, or have nothing to show that we may."""
+def _is_denial(error: Exception) -> bool:
+    """Return whether an error means that access is denied or that credentials are missing."""
     if isinstance(error, TimeoutError):
         return False
     return (
         isinstance(error, PermissionError)
-        or (type(error) is OSError and str(error).startswith("Forbidden: "))  # gcsfs makes it of a 403
+        or (type(error) is OSError and str(error).startswith("Forbidden: "))  # gcsfs's form of a 403
         or type(error).__name__.endswith(_NO_CREDENTIALS)
-        or _s3_status(error) == 400  # of an expired token, where the request is a HEAD and the answer says no more
-        or _status(error) in _REFUSALS
+        or _s3_status(error) == 400  # an expired token; the answer to a HEAD request has no further details
+        or _status(error) in _DENIALS
     )
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error is made of, wherever its protocol keeps it."""
-    told = _s3_status(error) or getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's, gcsfs's
-    return int(str(told)) if str(told).isdecimal() else None
+    """Return the HTTP status of an error, wherever its protocol stores it."""
+    status = _s3_status(error) or getattr(error, "status", None) or getattr(error, "code", None)  # aiohttp's, gcsfs's
+    return int(str(status)) if str(status).isdecimal() else None
 
 
 def _s3_status(error: BaseException) -> int | None:
-    for made in (error, error.__cause__):
-        answer = getattr(made, "response", None)
-        if isinstance(answer, dict):
-            status: int | None = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status
     return None
 
 
-def _words(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:_TOLD]}"
+def _format_error(error: Exception) -> str:
+    """Format an error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_REASON]}"
 
 
-def _use(path: Path) -> bytes:
-    """The content of a cached row, marked as used now.
+def _read_cached(path: Path) -> bytes:
+    """Read a cached row and mark it as just used.
 
     Raises:
-        FileNotFoundError: it is not there. UnreachableError: it cannot be read.
+        FileNotFoundError: it is not cached. UnreachableError: it cannot be read.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _unusable(path, "read", error) from None
-    with contextlib.suppress(OSError):  # the mark only orders evictions, and not every row is ours to mark
+        raise _cache_error(path, "read", error) from None
+    with contextlib.suppress(OSError):  # the time only orders evictions, and another user's file cannot be touched
         os.utime(path)
     return content
 
 
 def _open(address: str) -> tuple[Any, str]:
-    """The file system of an address and the path in it."""
+    """Open the file system of an address; return it with the path within it."""
     protocol = address.partition("://")[0]
     if protocol not in EXTRAS:
-        raise UserError(f"{address}: protocol {protocol} is none of {', '.join(EXTRAS)}; copy the dataset, or use one")
-    logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # or it prints tracebacks of what is asked for again
+        raise UserError(
+            f"{address}: unknown protocol {protocol}; use one of {', '.join(EXTRAS)}, or copy the dataset to a folder"
+        )
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # otherwise it prints a traceback of each retry
     try:
         from fsspec.core import url_to_fs
 
         return url_to_fs(address)
     except ImportError as error:
-        raise UserError(f"{address} needs {EXTRAS[protocol]} ({error}); pip install 'fusiontree[remote]'") from None
+        raise UserError(
+            f"{address} needs {EXTRAS[protocol]} ({error}); install it: pip install 'fusiontree[remote]'"
+        ) from None

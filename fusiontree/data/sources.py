@@ -1,4 +1,4 @@
-"""The datasets that a run trains on, read as one: they must agree on what a token is."""
+"""The datasets of a run, read as one; they must agree on tokenizer, token type and row length."""
 
 import hashlib
 import time
@@ -13,17 +13,17 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.remote import UnreachableError
 from fusiontree.errors import RunError, UserError
 
-RETRY_DELAYS = (0.05, 0.5)  # seconds before a row that could not be read is tried again
+RETRY_DELAYS = (0.05, 0.5)  # seconds before each retry of a row that could not be read
 
 
 class Sources:
     """One split of several datasets.
 
     Args:
-        datasets: by the name that the run gives them; "" for a dataset that stands alone.
+        datasets: each by its name in the run; "" for the single unnamed dataset of data.path.
 
     Raises:
-        UserError: one is empty, or two do not agree on tokenizer, token type, special tokens or row length.
+        UserError: one is empty, or two disagree on tokenizer, token type, special tokens or row length.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset]):
@@ -32,7 +32,7 @@ class Sources:
         for dataset in self.datasets:
             if dataset.num_rows == 0:
                 raise UserError(f"{dataset.location}: split {dataset.split} is empty; build it from more documents")
-            _require_alike(self.datasets[0], dataset)
+            _require_compatible(self.datasets[0], dataset)
 
     @property
     def row_len(self) -> int:
@@ -41,35 +41,35 @@ class Sources:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the stored tokens."""
+        """Type of the stored tokens."""
         return np.dtype(self.datasets[0].manifest.dtype).newbyteorder("<")
 
     @property
     def pad_id(self) -> int:
-        """The token that padding is filled with."""
+        """Padding token."""
         return self.datasets[0].manifest.tokenizer.pad_id
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each source is called in reports: the run's name for it, else the dataset's own."""
+        """Name of each source in reports: its name in the run, or else the dataset's own."""
         return tuple(n or d.manifest.source for n, d in zip(self.names, self.datasets, strict=True))
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any byte of any shard does, or a name."""
+        """Digest of the sources: it changes with any byte of any shard, and with any name."""
         if self.names == ("",):
             return self.datasets[0].fingerprint
         lines = [f"{name} {dataset.fingerprint}" for name, dataset in zip(self.names, self.datasets, strict=True)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def read(self, source: int, row: int) -> tuple[np.ndarray, np.ndarray, BadRow | None]:
-        """Tokens [row_len] and segment ends, int32 [segments], of a packed row, and None.
+        """Read a packed row: tokens [row_len], segment ends, int32 [segments], and None.
 
-        A row that cannot be read, or does not match its checksum, is tried again; then a row of padding alone comes in
-        its place, and what was wrong.
+        A row that cannot be read, or fails its checksum, is retried. If all retries fail, the result is a row of
+        padding and a `BadRow` with the reason.
 
         Raises:
-            UnreachableError: the dataset's address does not answer. RefusedError: it does not let us read.
+            UnreachableError: the dataset's address does not respond. AccessDeniedError: it denies access.
         """
         reason = ""
         for delay in (*RETRY_DELAYS, None):
@@ -90,22 +90,22 @@ class Sources:
 
 
 class Ledger:
-    """The stored rows that training met and could not use, each once.
+    """The damaged stored rows that training has met, each counted once.
 
     Args:
-        limit: how many may be met before the run stops.
+        limit: maximum number of such rows before the run stops.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.rows: dict[BadRow, None] = {}  # of all ranks, as far as they have told one another
-        self.unshared: list[BadRow] = []  # of this rank, that the others do not know
+        self.rows: dict[BadRow, None] = {}  # of all ranks, up to the last `merge`
+        self.unshared: list[BadRow] = []  # of this rank, since the last `merge`
 
     def record(self, batches: Iterable[Batch]) -> None:
-        """Enter what a rank's batches could not hold.
+        """Record the damaged rows of this rank's batches.
 
         Raises:
-            RunError: that alone is more than the limit.
+            RunError: the rows known to this rank exceed the limit.
         """
         for row in (row for batch in batches for row in batch.damaged):
             if row not in self.rows and row not in self.unshared:
@@ -113,34 +113,34 @@ class Ledger:
         self.check()
 
     def merge(self, unshared: Iterable[list[BadRow]]) -> list[BadRow]:
-        """Enter what each rank has met since the last time; returns what is new."""
+        """Merge the unshared rows of all ranks, and return those that are new."""
         new = [row for row in dict.fromkeys(row for rows in unshared for row in rows) if row not in self.rows]
         self.rows |= dict.fromkeys(new)
         self.unshared = []
         return new
 
     def restore(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Enter what a checkpoint has kept."""
+        """Add the rows of a checkpoint, in the form of `to_json`."""
         self.rows |= {BadRow(**entry): None for entry in entries}
 
     def check(self) -> None:
-        """Raise RunError if there are more rows than the limit."""
+        """Raise RunError if the rows exceed the limit."""
         rows = [*self.rows, *self.unshared]
         if len(rows) > self.limit:
             raise RunError(
                 f"{len(rows)} stored rows could not be used, more than data.max_bad_rows {self.limit}; the last: "
-                f"{rows[-1]}; run `fusiontree data verify`, restore the shards and start again"
+                f"{rows[-1]}; run `fusiontree data verify`, restore the shards and restart"
             )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """What a checkpoint keeps."""
+        """Return the rows for a checkpoint."""
         return [asdict(row) for row in self.rows]
 
 
-def _require_alike(one: Dataset, other: Dataset) -> None:
-    """Raise UserError, naming both datasets, if a model cannot be trained on their rows alike."""
+def _require_compatible(one: Dataset, other: Dataset) -> None:
+    """Raise UserError, naming both datasets, unless one model can train on the rows of both."""
     first, second = one.manifest, other.manifest
-    for what, a, b in (
+    for kind, a, b in (
         ("tokenizers", first.tokenizer.fingerprint[:12], second.tokenizer.fingerprint[:12]),
         ("vocabulary sizes", first.tokenizer.vocab_size, second.tokenizer.vocab_size),
         ("token types", first.dtype, second.dtype),
@@ -150,5 +150,6 @@ def _require_alike(one: Dataset, other: Dataset) -> None:
     ):
         if a != b:
             raise UserError(
-                f"sources {one.location} and {other.location} have different {what} ({a}, {b}); build both alike"
+                f"sources {one.location} and {other.location} have different {kind} ({a}, {b}); "
+                "build both with the same settings"
             )

@@ -1,4 +1,4 @@
-"""Which rows a rank trains on, as a function of how many were consumed, and the held-out rows it validates on."""
+"""The training rows of each rank as a function of the rows consumed so far, and the rows for validation."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,17 @@ import numpy as np
 from fusiontree.data.batch import BadRow, Batch, collate, cut_ends
 from fusiontree.data.mixture import Mixture, SourceRows
 from fusiontree.data.order import Place, RowOrder, Stage
-from fusiontree.data.readahead import Make, ReadAhead
+from fusiontree.data.readahead import BatchMaker, ReadAhead
 from fusiontree.data.sources import Sources
 from fusiontree.errors import UserError
 
-CACHED_ROWS = 512  # packed rows kept, 32 MiB of 16-bit tokens: a whole window of the order from 8 slices a row on
-_LARGEST_BLOCK = 24 << 20  # bytes; below glibc's own limit for its threshold, 32 MiB
+CACHED_ROWS = 512  # packed rows; 32 MiB at 32,768 16-bit tokens each. Enough for a window with 8 slices per row or more
+_LARGEST_BLOCK = 24 << 20  # bytes; glibc caps its threshold at 32 MiB
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the global sequence of training rows, besides the shards."""
+    """The settings that, with the shards, determine the global sequence of training rows."""
 
     seed: int
     batch_tokens: int  # per optimizer step, over all ranks
@@ -32,7 +32,7 @@ class Recipe:
 
     @property
     def seq_len(self) -> int:
-        """Tokens per training row at the end of the curriculum: the unit in which rows are counted."""
+        """Tokens per training row at the end of the curriculum; rows are counted at this length."""
         return self.lengths[-1][1]
 
     @property
@@ -42,26 +42,26 @@ class Recipe:
 
 
 def single_source_recipe(seed: int, batch_tokens: int, seq_len: int) -> Recipe:
-    """The recipe of a single source, always at one length."""
+    """Return the recipe of a single source with one row length."""
     return Recipe(seed, batch_tokens, ((0, seq_len),), ((0, (Fraction(1),)),), (None,))
 
 
 def make_order(sources: Sources, recipe: Recipe) -> RowOrder:
-    """The order that `recipe` makes of the rows of `sources`.
+    """Return the order of the rows of `sources` under `recipe`.
 
     Raises:
-        UserError: a length does not divide the packed row, or a step of the tables lies inside a packed row.
+        UserError: a length does not divide the packed row, or a table entry's step falls inside a packed row.
     """
     for _, length in recipe.lengths:
         _check_length(sources, length)
     row_len, tokens = sources.row_len, recipe.batch_tokens
-    whole = row_len // math.gcd(row_len, tokens)  # so many steps end with a packed row
+    period = row_len // math.gcd(row_len, tokens)  # a step ends together with a packed row every `period` steps
     for step, _ in (*recipe.lengths, *recipe.weights):
-        if step % whole:
-            below = step // whole * whole
+        if step % period:
+            below = step // period * period
             raise UserError(
-                f"step {step} of data.curriculum or data.weights lies inside a packed row of {row_len} tokens; nearest "
-                f"steps that do not, at {tokens} tokens a step: {below} or {below + whole}"
+                f"step {step} of data.curriculum or data.weights begins inside a packed row of {row_len} tokens; the "
+                f"nearest steps that do not, at {tokens} tokens per step: {below} or {below + period}"
             )
     rows = [
         SourceRows(name, dataset.num_rows, cap)
@@ -72,21 +72,21 @@ def make_order(sources: Sources, recipe: Recipe) -> RowOrder:
 
 
 class TrainStream:
-    """The training batches of one rank, step by step: an iterator whose whole state is `rows_consumed`.
+    """The training batches of one rank, step by step: an iterator whose only state is `rows_consumed`.
 
-    A step owns the next `batch_tokens` tokens of the global sequence, whatever the number of ranks and workers. Rows
-    are counted at the final length, so one integer tells the place over all lengths.
+    A step consists of the next `batch_tokens` tokens of the global sequence, for any number of ranks and workers. Rows
+    are counted at the final length, so one integer is a position for all lengths.
 
     Args:
         sources: the packed rows.
-        recipe: decides the order.
-        micro_rows: rows of the final length per batch returned; earlier in the curriculum as many tokens in more rows.
-        rank: this process, from 0.
-        world_size: processes that share each step.
-        workers: threads that make batches ahead; 0: none, they are made when they are asked for.
+        recipe: determines the order.
+        micro_rows: rows of the final length per batch; earlier in the curriculum, as many tokens in more rows.
+        rank: rank of this process, from 0.
+        world_size: number of ranks.
+        workers: prefetching threads; 0: each batch is made on demand.
 
     Raises:
-        UserError: the batch does not divide among the ranks, or see `make_order`.
+        UserError: the batch does not divide among the ranks; also see `make_order`.
     """
 
     def __init__(
@@ -104,33 +104,33 @@ class TrainStream:
             fitting = f"{below} or {below + share}" if below else f"{share}"
             raise UserError(
                 f"a batch of {recipe.batch_rows} rows does not divide among {world_size} ranks of {micro_rows} rows "
-                f"each; nearest that do: {fitting} rows"
+                f"each; use {fitting} rows"
             )
         self.recipe, self.sources, self.order = recipe, sources, make_order(sources, recipe)
         self.rank, self.world_size, self.micro_tokens = rank, world_size, micro_rows * recipe.seq_len
-        self.rows_consumed = 0  # of the final length, by all ranks together
-        self._left_out: list[tuple[int, int]] = []
+        self.rows_consumed = 0  # rows of the final length, over all ranks
+        self._skipped: list[tuple[int, int]] = []  # ranges of rows consumed, sorted
         self._slices = _Slices(sources)
         self._workers = workers
         _keep_freed_memory()
         self._ahead: ReadAhead | None = None
 
     def seek(self, rows_consumed: int) -> None:
-        """Go to the place behind `rows_consumed` rows, in O(1)."""
+        """Move to the position after `rows_consumed` rows, in O(1)."""
         assert rows_consumed % self.recipe.batch_rows == 0, "not the end of a step"
         self.close()
         self.rows_consumed = rows_consumed
 
     def skip_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """From the next step on, pass over those between the two rows consumed of each of `ranges`."""
+        """Skip the steps within each of `ranges`, (first, end) in rows consumed, from the next step on."""
         self.close()
-        self._left_out = sorted(ranges)
+        self._skipped = sorted(ranges)
 
     def __iter__(self) -> "TrainStream":
         return self
 
     def __next__(self) -> list[Batch]:
-        """This rank's batches of the next step, in order; StopIteration where the sources are used up."""
+        """Return this rank's batches of the next step, in order; raise StopIteration when the sources are used up."""
         if self._ahead is None:
             step_batches = self.recipe.batch_tokens // (self.micro_tokens * self.world_size)
             self._ahead = ReadAhead(self._steps(self.rows_consumed), self._workers, step_batches)
@@ -138,28 +138,28 @@ class TrainStream:
         step = ahead.take()
         if step.failure is not None:
             ahead.fail(step)
-        if step.frees:
-            ahead.free()
+        if step.ends_group:
+            ahead.start_group()
         self.rows_consumed = step.rows_consumed
         return step.batches
 
     @property
     def ready(self) -> bool:
-        """Whether the next step's batches are made already, and nobody has to wait for them."""
+        """Whether the next step's batches can be taken without waiting."""
         return self._ahead is not None and self._ahead.ready
 
     def close(self) -> None:
-        """End the workers; the next step starts them again."""
+        """Stop the workers; the next step restarts them."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
 
     def rows_consumed_after(self, steps: int) -> int:
-        """Rows consumed when `steps` more steps are done and what is left out behind them is passed over."""
-        return self._past(self.rows_consumed + steps * self.recipe.batch_rows, self.rows_consumed)
+        """Return the rows consumed after `steps` more steps and the skipped ranges up to the step after them."""
+        return self._skip(self.rows_consumed + steps * self.recipe.batch_rows, self.rows_consumed)
 
     def places(self, rows_consumed: int) -> list[list[Place]]:
-        """Where the rows of this rank's batches lie, for the step behind `rows_consumed` rows."""
+        """Return the places of the rows of this rank's batches in the step after `rows_consumed` rows."""
         first = rows_consumed * self.recipe.seq_len
         length = self.order.stage(first).seq_len
         starts = range(
@@ -172,23 +172,23 @@ class TrainStream:
 
     @property
     def last_step(self) -> int | None:
-        """Steps that the sources are enough for; None: without end."""
+        """Number of steps until the sources are used up; None: never."""
         end = self.order.mixture.end
         return None if end is None else end * self.sources.row_len // self.recipe.batch_tokens
 
-    def _steps(self, rows_consumed: int) -> Iterator[tuple[int, list[Make]]]:
-        """Of each step behind `rows_consumed` rows, those consumed behind it and what makes its batches."""
-        row = self._past(rows_consumed, rows_consumed)
+    def _steps(self, rows_consumed: int) -> Iterator[tuple[int, list[BatchMaker]]]:
+        """Yield (rows consumed after the step, makers of its batches) for each step after `rows_consumed` rows."""
+        row = self._skip(rows_consumed, rows_consumed)
         while self.last_step is None or row // self.recipe.batch_rows < self.last_step:
             length = self.order.stage(row * self.recipe.seq_len).seq_len
-            makes: list[Make] = [partial(self._slices.batch, places, length) for places in self.places(row)]
+            makers: list[BatchMaker] = [partial(self._slices.batch, places, length) for places in self.places(row)]
             row += self.recipe.batch_rows
-            yield row, makes
-            row = self._past(row, row)
+            yield row, makers
+            row = self._skip(row, row)
 
-    def _past(self, row: int, since: int) -> int:
-        """The place `row`, moved on by all that is left out between `since` and there."""
-        for first, end in self._left_out:
+    def _skip(self, row: int, since: int) -> int:
+        """Return position `row` advanced by all ranges skipped between `since` and the result."""
+        for first, end in self._skipped:
             if first <= row and since < end:
                 row += end - max(first, since)
         return row
@@ -197,10 +197,10 @@ class TrainStream:
 def validation_batches(
     sources: Sources, seq_len: int, micro_rows: int, rank: int, world_size: int, limit_rows: int | None = None
 ) -> Iterator[Batch]:
-    """This rank's share of the held-out slices, the same slices over all ranks for any number of them.
+    """Return this rank's batches of held-out slices; all ranks together read the same slices, however many they are.
 
-    Slices that are all padding are left out; of the others, `limit_rows` (None: all) are taken at even distances.
-    Every rank yields equally many batches of `micro_rows` rows: the last ones are filled up with masked rows.
+    Slices of padding alone are omitted; of the others, `limit_rows` (None: all) are taken at equal distances. Every
+    rank gets the same number of batches of `micro_rows` rows; the last batches are filled with masked rows.
 
     Raises:
         UserError: `seq_len` does not divide the packed row.
@@ -224,21 +224,21 @@ class _CutRow(NamedTuple):
 
 
 class _Slices:
-    """The packed rows of all sources, cut to a length."""
+    """The packed rows of all sources, cut to a given length."""
 
     def __init__(self, sources: Sources):
         self.sources = sources
-        self._kept = lru_cache(CACHED_ROWS)(self._cut)
+        self._cached_cut = lru_cache(CACHED_ROWS)(self._cut)
 
     def _cut(self, source: int, row: int, seq_len: int) -> _CutRow:
         tokens, ends, damage = self.sources.read(source, row)
         return _CutRow(tokens.reshape(-1, seq_len), cut_ends(ends, seq_len), damage)
 
     def batch(self, places: Sequence[Place], seq_len: int, rows: int | None = None) -> Batch:
-        """The slices at `places`, filled up to `rows` with masked rows."""
+        """Collate the slices at `places`, filled up to `rows` with masked rows."""
         B = len(places) if rows is None else rows
-        # a row's slices are used near one another: read, check and cut it once
-        cut = self._kept if seq_len < self.sources.row_len else self._cut
+        # the slices of a packed row are used close together: read, verify and cut the row once
+        cut = self._cached_cut if seq_len < self.sources.row_len else self._cut
         tokens = np.empty((B, seq_len), dtype=self.sources.dtype)
         tokens[len(places) :] = self.sources.pad_id
         ends = [np.array([-seq_len], dtype=np.int32)] * B
@@ -251,24 +251,24 @@ class _Slices:
         return collate(tokens, ends, tuple(bad), tuple(place.source for place in places))
 
     def with_documents(self, seq_len: int) -> list[Place]:
-        """All slices that hold more than padding, in the order on disk."""
+        """Return all slices that contain documents, in disk order."""
         found = []
         for source, dataset in enumerate(self.sources.datasets):
             padding = self.sources.row_len - dataset.valid_tokens
             for row in range(dataset.num_rows):
                 parts = [*range(self.sources.row_len // seq_len)]
-                if padding[row] >= seq_len:  # in the others no slice can be empty
-                    parts = [
-                        part for part, ends in enumerate(self._kept(source, row, seq_len).ends) if (ends > 0).any()
-                    ]
+                if padding[row] >= seq_len:  # with less padding no slice can be empty, and the row need not be read
+                    ends_by_part = self._cached_cut(source, row, seq_len).ends
+                    parts = [part for part, ends in enumerate(ends_by_part) if (ends > 0).any()]
                 found += [Place(source, 0, row, part) for part in parts]
         return found
 
 
 def _keep_freed_memory() -> None:
-    """Let the allocator reuse the memory of batches: unmapped and mapped anew, their pages cost most of their time.
+    """Make the allocator reuse the memory of batches; unmapping and remapping it would take most of a batch's time.
 
-    glibc maps blocks above a threshold on their own, and raises it to the size of the largest such block it has freed.
+    glibc maps each block above a threshold separately, and raises the threshold to the size of the largest such block
+    freed so far (mallopt(3), M_MMAP_THRESHOLD). Freeing one large block here therefore keeps batches on the heap.
     """
     np.empty(_LARGEST_BLOCK, dtype=np.uint8)
 
@@ -280,5 +280,5 @@ def _check_length(sources: Sources, seq_len: int) -> None:
         near = sorted(sorted(fitting, key=lambda length: abs(length - seq_len))[:2])
         raise UserError(
             f"data.seq_len {seq_len} does not divide the {row_len}-token rows of {sources.datasets[0].location}; "
-            f"nearest that do: {' or '.join(map(str, near))}"
+            f"use {' or '.join(map(str, near))}"
         )

@@ -1,13 +1,13 @@
-"""What holds a dataset to the tokenizer that made it: the reference library's ids of a few texts, kept as golden."""
+"""Tokenizer check of a dataset: the ids of a few golden texts, recorded with the reference library."""
 
 from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import UserError
 
-TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # what a dataset keeps of one
-# what libraries and versions have disagreed on: spaces, digits, contractions, line ends, scripts, combining marks,
-# emoji, white space that is not ASCII, a token spelled out
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # the tokenizer files of a dataset
+# cases in which libraries and versions have disagreed: spaces, digits, contractions, line ends, scripts, combining
+# marks, emoji, non-ASCII white space, a special token spelled out
 GOLDEN_TEXTS = (
     "The quick brown fox didn't jump over 1,234,567 lazy dogs; it'll rest.",
     "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": None}  # done\r\n\n\n\tif x!=0:\n",
@@ -17,23 +17,23 @@ GOLDEN_TEXTS = (
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a folder, the reference for all ids.
+    """Load the `tokenizers.Tokenizer` of a folder, the reference for all ids.
 
-    Text is data: a special token spelled out in a text is encoded as its characters, and nothing is padded or cut.
+    Text is data: a special token spelled out in a text is encoded as characters; nothing is padded or truncated.
 
     Raises:
-        UserError: there is no tokenizer.json, or it cannot be read.
+        UserError: tokenizer.json is missing or cannot be read.
     """
-    from tokenizers import Tokenizer  # readers of a dataset need none
+    from tokenizers import Tokenizer  # imported here because reading a dataset does not need it
 
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise UserError(f"tokenizer folder {folder} holds no tokenizer.json; make one with `fusiontree data tokenizer`")
+        raise UserError(f"tokenizer folder {folder} has no tokenizer.json; train one with `fusiontree data tokenizer`")
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
         line = " ".join(str(error).split())
-        raise UserError(f"tokenizer folder {folder} cannot be read ({line}); train or download it again") from None
+        raise UserError(f"tokenizer folder {folder} cannot be read ({line}); retrain or download it again") from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -41,24 +41,28 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def golden_samples(tokenizer: Any) -> dict[str, list[int]]:
-    """The ids of each of GOLDEN_TEXTS."""
+    """Return the token ids of each of GOLDEN_TEXTS."""
     return {text: tokenizer.encode(text, add_special_tokens=False).ids for text in GOLDEN_TEXTS}
 
 
 def require_golden(golden: dict[str, list[int]], where: Path | str) -> None:
-    """Raise UserError unless the tokenizer in folder `where` encodes each text to its ids, as when they were kept."""
+    """Check that the tokenizer in folder `where` encodes each golden text to its recorded ids.
+
+    Raises:
+        UserError: a text gets different ids or is damaged, or the tokenizer cannot be loaded.
+    """
     if not golden:
         return
     try:
         "".join(golden).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"a golden text for tokenizer {where} is damaged ({error}); restore it, or build the dataset again"
+            f"a golden text for tokenizer {where} is damaged ({error}); restore it, or rebuild the dataset"
         ) from None
     tokenizer = open_tokenizer(Path(where))
     for text, ids in golden.items():
         if tokenizer.encode(text, add_special_tokens=False).ids != ids:
             raise UserError(
-                f"tokenizer {where} encodes {text[:24]!r} otherwise than when the shards were made; "
-                "install the version of `tokenizers` of that time, or build the dataset again"
+                f"tokenizer {where} encodes {text[:24]!r} differently than when the shards were made; "
+                "install the version of `tokenizers` used then, or rebuild the dataset"
             )
