@@ -28,7 +28,18 @@ LISTED = {name for names in LISTS.values() for name in names}
 
 # documented by DeepSpeed, or of a torch optimizer, whose interface the engine's optimizer has
 DOCUMENTED = {
-    *("Init", "device", "initialize", "module", "optimizer", "param_groups", "save_checkpoint", "state", "zero"),
+    *(
+        "Init",
+        "device",
+        "init_distributed",
+        "initialize",
+        "module",
+        "optimizer",
+        "param_groups",
+        "save_checkpoint",
+        "state",
+        "zero",
+    ),
     *("is_compatible", "zero_grad", "zero_optimization_stage"),
 }
 # types and modules whose attributes are not DeepSpeed's
@@ -132,6 +143,15 @@ def test_every_attribute_of_deepspeed_that_is_used_is_listed() -> None:
 def test_every_attribute_that_is_listed_is_used() -> None:
     others = [path for path in FILES if path.stem != "internals"]
     assert LISTED - set().union(*map(attributes, others)) == set()
+
+
+def test_only_the_package_zero_imports_deepspeed() -> None:
+    for package in ("fusiontree", "launcher", "data_tools"):
+        for path in (path for path in (ROOT / package).rglob("*.py") if path not in FILES):
+            nodes = [*ast.walk(ast.parse(path.read_text()))]
+            names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+            assert not [name for name in names if name.split(".")[0] == "deepspeed"], path
 
 
 def test_no_attribute_that_is_listed_is_used_elsewhere() -> None:

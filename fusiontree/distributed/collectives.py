@@ -13,7 +13,7 @@ from torch import Tensor
 from fusiontree.device import accelerator
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import RunError, UserError
-from fusiontree.zero.setup import disable_shared_memory_comm
+from fusiontree.zero.setup import init_distributed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes shared output: metrics, manifests, the console."""
+        """True on the rank that writes shared output: metrics, manifests, the console."""
         return self.rank == 0
 
 
@@ -43,14 +43,11 @@ def start() -> World:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
 
-    import deepspeed
-
-    disable_shared_memory_comm()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    init_distributed("nccl" if cuda else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

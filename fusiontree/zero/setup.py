@@ -1,4 +1,4 @@
-"""Setup of DeepSpeed: the engine, parameters partitioned at creation, and its compiled operations."""
+"""Setup of DeepSpeed: the process group, the engine, parameters partitioned at creation, compiled operations."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +7,22 @@ from torch import Tensor, nn
 
 from fusiontree.errors import UserError
 from fusiontree.zero import internals
+
+
+def init_distributed(backend: str) -> None:
+    """Initialize the process group through DeepSpeed, without its shared-memory all-reduce for CPUs.
+
+    That all-reduce needs a compiler and leaks files in /dev/shm, and training never calls it.
+
+    Args:
+        backend: ``nccl`` or ``gloo``.
+    """
+    import deepspeed
+    from deepspeed import ops
+
+    internals.require(ops, internals.OPS)
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def initialize(model: nn.Module, optimizer: Any, settings: dict[str, Any]) -> Any:
@@ -51,17 +67,6 @@ def muon_class() -> Any:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam
-
-
-def disable_shared_memory_comm() -> None:
-    """Keep DeepSpeed from building its shared-memory all-reduce for CPUs; call before `deepspeed.init_distributed`.
-
-    It needs a compiler and leaks files in /dev/shm, and training never calls it.
-    """
-    from deepspeed import ops
-
-    internals.require(ops, internals.OPS)
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def require_async_io(zero: dict[str, Any]) -> None:
