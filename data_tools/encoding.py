@@ -1,4 +1,7 @@
-"""Text to token ids: those of the reference library, by one that is some fifty times faster where it gives the same."""
+"""Encoding of text to token ids, identical to those of the reference library `tokenizers`.
+
+`gigatoken` is about fifty times faster. It is used where it gives the same ids.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,25 +16,25 @@ from fusiontree.data.tokenizer import GOLDEN_TEXTS
 from fusiontree.errors import RunError, UserError
 
 FAST, REFERENCE = "gigatoken", "tokenizers"
-_AUDITED = 512  # characters of a text that an audit encodes twice
-_RENEWED = 1 << 30  # characters after which the fast encoder starts anew: it keeps all words it has met
+_AUDIT_CHARS = 512  # characters at the head of a text that an audit encodes with both libraries
+_RECREATE_CHARS = 1 << 30  # characters after which the fast encoder is recreated: its cache keeps every word it saw
 
 _Encode = Callable[[str], Any]
 
 
 class Encoder:
-    """Encodes documents with a tokenizer folder.
+    """Encoder of documents for a tokenizer folder.
 
-    `name` is the library that encodes: `gigatoken` where it loads the tokenizer and agrees with `tokenizers` on the
-    golden samples and around every added token, else `tokenizers`; `note` then says why.
+    `name` is the library in use: `gigatoken` if it loads the tokenizer and agrees with `tokenizers` on the golden texts
+    and around every added token, else `tokenizers`. `note` is then the reason.
 
     Args:
         folder: a Hugging Face tokenizer folder.
         eos: the end-of-document token, see `load_tokenizer`.
-        library: "auto", as above; or one of the two, which is then used or refused.
+        library: "auto" for the choice above, or the name of a library to require.
 
     Raises:
-        UserError: see `load_tokenizer`; or the library cannot do it.
+        UserError: see `load_tokenizer`; or the required library does not support the tokenizer.
     """
 
     def __init__(self, folder: Path, eos: str | None = None, library: str = "auto"):
@@ -40,42 +43,42 @@ class Encoder:
         self._dtype = token_dtype(self.info.vocab_size)
         self._fast, self.note = (None, "") if library == REFERENCE else self._trusted_fast_encoder()
         if library == FAST and self._fast is None:
-            raise UserError(f"--encoder {FAST}: {self.note}; leave --encoder out")
+            raise UserError(f"--encoder {FAST}: {self.note}; omit --encoder")
         self.name = REFERENCE if self._fast is None else FAST
-        self._characters = 0
+        self._chars_since_creation = 0
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a document, the end-of-document token last: uint16 or uint32 [tokens]."""
+        """Return the ids of a document, followed by the end-of-document token: uint16 or uint32 [tokens]."""
         if self._fast is None:
             return np.array([*self._ids(text), self.info.eos_id], self._dtype)
-        self._characters += len(text)
-        if self._characters > _RENEWED:
-            self._fast, self._characters = _fast_encoder(self._json), len(text)
+        self._chars_since_creation += len(text)
+        if self._chars_since_creation > _RECREATE_CHARS:
+            self._fast, self._chars_since_creation = _fast_encoder(self._json), len(text)
         ids = self._fast(text)
         tokens = np.empty(len(ids) + 1, self._dtype)
         tokens[:-1], tokens[-1] = ids, self.info.eos_id
         return tokens
 
     def audit(self, text: str) -> None:
-        """Hold the fast encoder to the reference on the beginning of a text.
+        """Compare the fast encoder with the reference on the head of a text.
 
         Raises:
-            RunError: they disagree.
+            RunError: the ids differ.
         """
-        head = text[:_AUDITED]
+        head = text[:_AUDIT_CHARS]
         if self._fast is not None and self._fast(head).tolist() != self._ids(head):
             raise RunError(f"{FAST} and {REFERENCE} encode {head[:40]!r} differently; build with --encoder {REFERENCE}")
 
     def _ids(self, text: str) -> list[int]:
-        # of the batch call, because it skips the offsets; one text starts no threads
+        # the batch call skips the character offsets; with one text it starts no threads
         ids: list[int] = self._reference.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def _trusted_fast_encoder(self) -> tuple[_Encode | None, str]:
         try:
             fast = _fast_encoder(self._json)
-        except Exception as error:  # whatever its loader raises, the reference can do without it
-            return None, f"{FAST} cannot load it: {' '.join(str(error).split())}"
+        except Exception as error:  # the loader's exceptions are not specified; the reference encodes instead
+            return None, f"{FAST} cannot load the tokenizer: {' '.join(str(error).split())}"
         added = [token.content for token in self._reference.get_added_tokens_decoder().values()]
         for text in [*GOLDEN_TEXTS, *(f"a {token} b{token}{token}c" for token in added)]:
             if fast(text).tolist() != self._ids(text):
@@ -91,7 +94,7 @@ def _fast_encoder(definition: str) -> _Encode:
 
 
 def _without_special_tokens(definition: str) -> str:
-    """A tokenizer.json in which a special token spelled out is but its characters, as text is data."""
+    """Return tokenizer.json without its special tokens, so that one spelled out in a text is encoded as characters."""
     values = json.loads(definition)
     values["added_tokens"] = [token for token in values.get("added_tokens") or [] if not token.get("special")]
     return json.dumps(values)

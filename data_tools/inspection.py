@@ -1,4 +1,4 @@
-"""Looking into a dataset: totals, and the documents of one row."""
+"""Inspection of a dataset: totals, and the documents of one row."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +11,10 @@ _SHOWN_TOKENS = 32
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What a dataset folder holds: format, tokenizer, skipped inputs, and per split shards, rows, tokens, padding.
+    """Return a dataset's row format, tokenizer, skipped inputs, and the shards, rows, tokens and padding of each split.
 
     Raises:
-        UserError: `folder` is no dataset.
+        UserError: `folder` is not a dataset.
     """
     manifest = Manifest.load(folder)
     tokenizer = asdict(manifest.tokenizer)
@@ -35,28 +35,33 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def show_row(folder: Path, row: int, split: str = "train", tokenizer: Path | None = None) -> dict[str, Any]:
-    """A packed row: {split, row, shard, shard_row, valid_tokens, documents}.
+    """Return a packed row: {split, row, shard, shard_row, valid_tokens, documents}.
 
-    Each document has id, start, length and offset (tokens) and `text`, its first tokens decoded: by the tokenizer
-    folder given, else by the dataset's own, else (it has none) None.
+    Each document has id, start, length, offset (all in tokens) and `text`, its first 32 tokens decoded.
+
+    Args:
+        folder: the dataset.
+        row: number of the row in the split.
+        split: train or validation.
+        tokenizer: a tokenizer folder; None: the dataset's own, or no decoding (`text` is None) if it has none.
 
     Raises:
-        UserError: no such dataset, split or row, or the tokenizer is not the one that made the shards.
+        UserError: the dataset, split or row does not exist, or the tokenizer is not that of the shards.
         RunError: the row is damaged.
     """
     dataset = Dataset(folder, split)
     shard, shard_row = dataset.place(row)
     tokens, _ = dataset.row(row)
     own = folder / "tokenizer"
-    source = tokenizer or (own if own.is_dir() else None)
+    tokenizer = tokenizer or (own if own.is_dir() else None)
     decoder = None
-    if source is not None:
-        decoder, info = load_tokenizer(source)
-        dataset.manifest.require_tokenizer(info.fingerprint, source)
+    if tokenizer is not None:
+        decoder, info = load_tokenizer(tokenizer)
+        dataset.manifest.require_tokenizer(info.fingerprint, tokenizer)
     documents = []
     for span in dataset.spans(row):
-        shown = tokens[span.start : span.start + min(span.length, _SHOWN_TOKENS)].tolist()
-        documents.append(asdict(span) | {"text": decoder.decode(shown, skip_special_tokens=False) if decoder else None})
+        head = tokens[span.start : span.start + min(span.length, _SHOWN_TOKENS)].tolist()
+        documents.append(asdict(span) | {"text": decoder.decode(head, skip_special_tokens=False) if decoder else None})
     return {
         "split": split,
         "row": row,

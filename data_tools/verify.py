@@ -1,4 +1,4 @@
-"""Verification: every byte of the shards and indexes against the manifest, and the manifest against the tokenizer."""
+"""Verification of a dataset: shards and indexes against the manifest, and the manifest against the tokenizer."""
 
 import functools
 import json
@@ -17,14 +17,17 @@ from fusiontree.errors import UserError
 
 
 def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
-    """Check a dataset folder: {shards, rows, tokens, bytes, problems}, the problems one line each, with shard and row.
+    """Check every byte of a dataset folder.
 
     Args:
         folder: the dataset.
         workers: processes that read shards.
 
+    Returns:
+        {shards, rows, tokens, bytes, problems}; each problem is one line that names the shard and the row.
+
     Raises:
-        UserError: `folder` is no dataset (it has no manifest).
+        UserError: `folder` has no manifest.
     """
     if workers < 1:
         raise UserError(f"workers {workers} is too few; give at least 1")
@@ -35,7 +38,11 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
             raise
         return {"shards": 0, "rows": 0, "tokens": 0, "bytes": 0, "problems": [str(error)]}
     infos = [info for shards in manifest.splits.values() for info in shards]
-    problems = [*_unlisted(folder, manifest), *_totals(folder, manifest), *_tokenizer(folder, manifest)]
+    problems = [
+        *_unlisted_files(folder, manifest),
+        *_wrong_totals(folder, manifest),
+        *_tokenizer_mismatches(folder, manifest),
+    ]
     size = sum(info.bytes for info in infos)
     check = functools.partial(_check, folder, manifest.row_len, manifest.dtype, manifest.vocab_size)
     with process_pool(workers) as pool, progress_bar(in_bytes=True) as bar:
@@ -53,7 +60,7 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
 
 
 def scan_all(folder: Path, names: list[str], workers: int) -> list[ShardScan]:
-    """ShardScan the shards of a folder, in order."""
+    """Scan the named shards of a folder and return the scans in order."""
     if workers < 1:
         raise UserError(f"workers {workers} is too few; give at least 1")
     paths = [folder / name for name in names]
@@ -66,7 +73,7 @@ def scan_all(folder: Path, names: list[str], workers: int) -> list[ShardScan]:
     return scans
 
 
-def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _unlisted_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     listed = {folder / info.name for shards in manifest.splits.values() for info in shards}
     listed |= {index_path(path) for path in listed}
     for split in manifest.splits:
@@ -75,12 +82,12 @@ def _unlisted(folder: Path, manifest: Manifest) -> Iterator[str]:
                 yield f"{path.relative_to(folder)}: not in the manifest"
 
 
-def _totals(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _wrong_totals(folder: Path, manifest: Manifest) -> Iterator[str]:
     if json.loads((folder / MANIFEST).read_text(encoding="utf-8")) != manifest.to_json():
-        yield "manifest.json: its totals are not the sums over its shards"
+        yield "manifest.json: the totals are not the sums over the shards"
 
 
-def _tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _tokenizer_mismatches(folder: Path, manifest: Manifest) -> Iterator[str]:
     own = folder / "tokenizer"
     try:
         manifest.require_tokenizer(tokenizer_fingerprint(own), own)
@@ -89,15 +96,15 @@ def _tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"tokenizer: {error}"
         return
     for name in ("eos_id", "pad_id", "vocab_size"):
-        said, found = getattr(manifest.tokenizer, name), getattr(info, name)
-        if said != found:
-            yield f"manifest.json: its {name} is {said}, that of {own} {found}"
+        recorded, found = getattr(manifest.tokenizer, name), getattr(info, name)
+        if recorded != found:
+            yield f"manifest.json: {name} is {recorded}, in {own} it is {found}"
 
 
 def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardInfo) -> list[str]:
-    """The problems of a shard and its index, without those that follow from others."""
+    """Return the problems of a shard and its index, without consequential ones."""
     path = folder / info.name
-    problems: dict[str, None] = {}  # a set in order: the shard and its index may tell of the same
+    problems: dict[str, None] = {}  # an ordered set: shard and index can have the same problem
     index = None
     try:
         index = read_index(path)
@@ -106,52 +113,50 @@ def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardI
     try:
         scan = scan_shard(path)
     except FileNotFoundError:
-        return [f"{info.name}: it is missing"]
+        return [f"{info.name}: missing"]
     except OSError as error:
-        return [f"{info.name}: it cannot be read ({error.strerror})"]
-    for problem in (*_content(scan, row_len, dtype), *_against(scan, index, info, vocab_size)):
+        return [f"{info.name}: cannot be read ({error.strerror})"]
+    for problem in (*_content_faults(scan, row_len, dtype), *_mismatches(scan, index, info, vocab_size)):
         problems[problem] = None
     return [f"{info.name}: {problem}" for problem in problems]
 
 
-def _content(scan: ShardScan, row_len: int, dtype: str) -> Iterator[str]:
-    """What no shard of this dataset may hold."""
+def _content_faults(scan: ShardScan, row_len: int, dtype: str) -> Iterator[str]:
+    """Yield structural faults, and row shapes that differ from the dataset's."""
     yield from scan.faults
     for other_len, other_dtype in scan.shapes - {(row_len, dtype)}:
-        yield f"its rows are {other_len} tokens of {other_dtype}, the manifest says {row_len} of {dtype}"
+        yield f"rows have {other_len} tokens of {other_dtype}, in the manifest {row_len} of {dtype}"
 
 
-def _against(scan: ShardScan, index: np.ndarray | None, info: ShardInfo, vocab_size: int) -> Iterator[str]:
-    """What differs from the index and from the manifest."""
+def _mismatches(scan: ShardScan, index: np.ndarray | None, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+    """Yield the differences from the index and from the manifest."""
     if index is not None:
-        yield from _against_index(scan, index, info)
-    yield from faults_against_manifest(scan, info, vocab_size)
+        yield from _index_mismatches(scan, index, info)
+    yield from manifest_mismatches(scan, info, vocab_size)
 
 
-def _against_index(scan: ShardScan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
+def _index_mismatches(scan: ShardScan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
     changed = scan.sha256 != info.sha256
     if len(index) != info.rows:
-        yield f"its index lists {len(index)} rows, the manifest {info.rows}"
+        yield f"the index lists {len(index)} rows, the manifest {info.rows}"
     else:
         for row, entry in zip(scan.row_numbers, scan.index, strict=True):
             if row < len(index) and index[row] != entry:
-                # of a shard that is as it was written, whatever disagrees is the index
-                yield (
-                    f"row {row}: checksum differs" if changed else f"row {row}: its index entry differs from the shard"
-                )
+                # a shard with the manifest's SHA-256 is intact, so the index is wrong
+                yield f"row {row}: checksum differs" if changed else f"row {row}: index entry differs from the shard"
 
 
-def faults_against_manifest(scan: ShardScan, info: ShardInfo, vocab_size: int) -> Iterator[str]:
-    """What differs from what the manifest says of a shard, a line each."""
+def manifest_mismatches(scan: ShardScan, info: ShardInfo, vocab_size: int) -> Iterator[str]:
+    """Yield the differences between a shard and its entry in the manifest, one line each."""
     if scan.bytes != info.bytes:
-        yield f"it has {scan.bytes} bytes, the manifest says {info.bytes}"
+        yield f"has {scan.bytes} bytes, in the manifest {info.bytes}"
     if scan.sha256 != info.sha256:
-        yield "sha256 differs from the manifest's: it was changed since it was written"
+        yield "SHA-256 differs from the manifest: the shard was changed after it was written"
         return
     yield from scan.out_of_vocabulary(vocab_size)
     found = scan.info(info.name)
     for name in ("rows", "tokens", "documents"):
         if getattr(found, name) != getattr(info, name):
-            yield f"has {getattr(found, name)} {name}, the manifest says {getattr(info, name)}"
+            yield f"has {getattr(found, name)} {name}, in the manifest {getattr(info, name)}"
     if found.index_sha256 != info.index_sha256:
-        yield "calls for another index than the manifest lists"
+        yield "the index listed in the manifest is not that of the shard"

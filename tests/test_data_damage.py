@@ -20,7 +20,7 @@ from fusiontree.data.tokenizer import open_tokenizer
 from fusiontree.errors import RunError, UserError
 
 ROW, ROWS, SHARD_ROWS = 64, 200, 96  # shards of 96, 96 and 8 rows; samples of 32, so three in the first
-CHANGED = "sha256 differs from the manifest's: it was changed since it was written"
+CHANGED = "SHA-256 differs from the manifest: the shard was changed after it was written"
 
 
 @pytest.fixture(scope="module")
@@ -138,21 +138,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         [
             "000000.tar: member '000000032.json' is cut short",
             "000000.tar: the sample that begins at row 32 cannot be read (json and tok.npy missing)",
-            "000000.tar: it has ",
+            "000000.tar: has ",
             CHANGED,
         ],
     ),
-    "a missing shard": (lambda f: (f / "train/000002.tar").unlink(), ["train/000002.tar: it is missing"]),
+    "a missing shard": (lambda f: (f / "train/000002.tar").unlink(), ["train/000002.tar: missing"]),
     "a replaced shard": (replace_shard, [f"train/000001.tar: {CHANGED}"]),
     "a wrong index": (
         wrong_index,
-        [f"train/000001.tar: row {row}: its index entry differs from the shard" for row in (3, 4)],
+        [f"train/000001.tar: row {row}: index entry differs from the shard" for row in (3, 4)],
     ),
     "a missing index": (lambda f: (f / "train/000001.idx").unlink(), ["000001.idx is missing"]),
-    "an index without entries": (empty_index, ["train/000001.tar: its index lists 0 rows, the manifest 96"]),
+    "an index without entries": (empty_index, ["train/000001.tar: the index lists 0 rows, the manifest 96"]),
     "an index of other rows": (
         lambda f: shutil.copy(f / "train/000002.idx", f / "train/000001.idx"),
-        ["train/000001.tar: its index lists 8 rows, the manifest 96"],
+        ["train/000001.tar: the index lists 8 rows, the manifest 96"],
     ),
 }
 
@@ -202,7 +202,7 @@ def test_verify_reports_manifest_that_contradicts_the_tokenizer(folder: Path, na
     right = values["tokenizer"][name]
     values["tokenizer"][name] += 1
     path.write_text(json.dumps(values))
-    expected = f"manifest.json: its {name} is {right + 1}, that of {folder / 'tokenizer'} {right}"
+    expected = f"manifest.json: {name} is {right + 1}, in {folder / 'tokenizer'} it is {right}"
     assert verify(folder)["problems"] == [expected]
 
 
@@ -278,7 +278,7 @@ def test_lost_indexes_and_manifest_are_rebuilt_bit_for_bit(bare: Path, intact: P
 
 def test_tokenizer_may_come_from_another_folder(bare: Path, intact: Path, tokenizer_folder: Path) -> None:
     shutil.rmtree(bare / "tokenizer")
-    with pytest.raises(UserError, match="holds no tokenizer; give the one that made the shards with --tokenizer"):
+    with pytest.raises(UserError, match="contains no tokenizer; pass the tokenizer of the shards as --tokenizer"):
         reindex(bare)
     assert reindex(bare, tokenizer_folder)["adopted"]
     assert contents(bare).keys() == contents(intact).keys()
@@ -309,7 +309,7 @@ def test_remaining_index_is_checked_against_its_shard(folder: Path) -> None:
     replace_shard(folder)
     shutil.copy(folder / "train/000001.tar", folder / "train/000000.tar")  # sound, but not the shard of its index
     (folder / "manifest.json").unlink()
-    assert any("000000.tar: row 0: differs from its index" in problem for problem in reindex(folder)["problems"])
+    assert any("000000.tar: row 0: differs from the index" in problem for problem in reindex(folder)["problems"])
 
 
 def test_lost_shard_is_reported_by_its_rows(bare: Path) -> None:
@@ -350,7 +350,7 @@ def test_under_a_manifest_only_its_shards_get_an_index(folder: Path) -> None:
     for path in folder.glob("*/*.idx"):
         path.unlink()
     refused = reindex(folder)
-    assert refused["problems"][0] == "train/000000.tar: it is missing"
+    assert refused["problems"][0] == "train/000000.tar: missing"
     assert refused["problems"][-1] == f"train/000001.tar: {CHANGED}"
     assert not refused["adopted"]
     assert list(folder.glob("*/*.idx")) == []
@@ -379,8 +379,8 @@ def test_complete_dataset_is_not_reindexed(folder: Path) -> None:
     with pytest.raises(UserError, match="nothing to reindex"):
         reindex(folder / "tokenizer")
     (folder / "train/000001.idx").unlink()
-    with pytest.raises(UserError, match="leave --tokenizer and --eos out"):
+    with pytest.raises(UserError, match="omit --tokenizer and --eos"):
         reindex(folder, folder / "tokenizer")
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="or remove it to reindex"):
+    with pytest.raises(UserError, match="or remove it to rebuild it with reindex"):
         reindex(folder)

@@ -420,7 +420,7 @@ def test_a_flipped_bit_in_a_row_is_named(damaged: Path) -> None:
     shard.path.write_bytes(content)
     assert verify(damaged)["problems"] == [
         "train/000000.tar: row 2: checksum differs",
-        "train/000000.tar: sha256 differs from the manifest's: it was changed since it was written",
+        "train/000000.tar: SHA-256 differs from the manifest: the shard was changed after it was written",
     ]
 
 
@@ -434,7 +434,7 @@ def test_a_flipped_bit_outside_the_rows_is_found(damaged: Path) -> None:
     path.write_bytes(content)
     assert verify(damaged)["problems"] == [
         f"train/000000.tar: tar header at byte {end_mark} is damaged",
-        "train/000000.tar: sha256 differs from the manifest's: it was changed since it was written",
+        "train/000000.tar: SHA-256 differs from the manifest: the shard was changed after it was written",
     ]
 
 
@@ -445,18 +445,18 @@ def test_a_wrong_index_entry_is_named(damaged: Path, field: str) -> None:
     index[field][1] += 1
     with open(path, "wb") as stream:
         np.save(stream, index)
-    assert any("000000.tar: row 1: its index entry differs" in problem for problem in verify(damaged)["problems"])
+    assert any("000000.tar: row 1: index entry differs" in problem for problem in verify(damaged)["problems"])
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ('"vocab_size": 600', '"vocab_size": 300', "is not below the vocabulary size 300"),
-        ('"documents": ', '"documents": 1', "documents, the manifest says 1"),
+        ('"documents": ', '"documents": 1', "documents, in the manifest 1"),
         (
             '"totals": {\n  "train": {\n   "shards": 1',
             '"totals": {\n  "train": {\n   "shards": 2',
-            "its totals are not",
+            "the totals are not",
         ),
         ('"fingerprint": "', '"fingerprint": "0', "is not the one that made the shards"),
         ('"format": 1', '"format": [', "is not a dataset's manifest"),
@@ -489,7 +489,7 @@ def test_segments_that_do_not_cover_their_row_are_named(damaged: Path, ends: lis
 def test_missing_and_unknown_files_are_named(damaged: Path) -> None:
     (damaged / "train" / "000000.tar").rename(damaged / "train" / "000007.tar")
     problems = verify(damaged)["problems"]
-    assert "train/000000.tar: it is missing" in problems
+    assert "train/000000.tar: missing" in problems
     assert "train/000007.tar: not in the manifest" in problems
 
 

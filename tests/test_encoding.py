@@ -108,7 +108,7 @@ def test_memory_is_bounded_by_starting_anew(folder: Path, monkeypatch: pytest.Mo
     made = []
     fast = encoding._fast_encoder
     monkeypatch.setattr(encoding, "_fast_encoder", lambda definition: made.append(1) or fast(definition))
-    monkeypatch.setattr(encoding, "_RENEWED", 1000)
+    monkeypatch.setattr(encoding, "_RECREATE_CHARS", 1000)
     encoder = Encoder(folder)
     first = encoder.encode("tree " * 100)
     for _ in range(3):
@@ -137,9 +137,9 @@ def write_wordpiece(folder: Path) -> Path:
 def test_what_the_fast_library_cannot_load_is_encoded_by_the_reference(tmp_path: Path) -> None:
     encoder = Encoder(write_wordpiece(tmp_path / "tok"))
     assert encoder.name == "tokenizers"
-    assert encoder.note.startswith("gigatoken cannot load it: ")
+    assert encoder.note.startswith("gigatoken cannot load the tokenizer: ")
     assert encoder.encode("tree leaf").tolist() == [2, 0, 1]
-    with pytest.raises(UserError, match="--encoder gigatoken: gigatoken cannot load it"):
+    with pytest.raises(UserError, match="--encoder gigatoken: gigatoken cannot load the tokenizer"):
         Encoder(tmp_path / "tok", library="gigatoken")
 
 
