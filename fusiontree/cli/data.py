@@ -1,4 +1,4 @@
-"""``fusiontree data``: tokenizers and datasets, and what a run makes of them."""
+"""``fusiontree data``: tokenizers, datasets, and previews of the data that a run trains on."""
 
 import argparse
 from pathlib import Path
@@ -88,12 +88,12 @@ def _data_at(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     if not 0 <= args.step < config.schedule.steps:
-        raise UserError(f"--step is {args.step}; the steps of the run are 0 to {config.schedule.steps - 1}")
+        raise UserError(f"--step {args.step} is out of range; the run has steps 0 to {config.schedule.steps - 1}")
     if args.rank is not None and args.world_size is None:
-        raise UserError(f"--rank is {args.rank}, of how many? give the run's ranks at that step as --world-size, too")
+        raise UserError(f"--rank {args.rank} needs --world-size; give the number of ranks at that step")
     rank, world_size = args.rank or 0, args.world_size or 1
     if not 0 <= rank < world_size:
-        raise UserError(f"--rank is {rank}; the ranks are 0 to {world_size - 1}: give another, or another --world-size")
+        raise UserError(f"--rank {rank} is out of range; --world-size {world_size} has ranks 0 to {world_size - 1}")
     stream = open_stream(config, open_training(config), rank, world_size)
     figures = {"step": args.step, **documents_at(stream, seek_before(args.step, config, stream))}
     if args.json:
@@ -109,8 +109,8 @@ def _data_at(args: argparse.Namespace) -> int:
 
 
 def add(commands: Any) -> None:
-    """Add the subcommands."""
-    summary = "Make, check and look at datasets."
+    """Add `data` and its subcommands."""
+    summary = "Build, verify, repair and inspect datasets."
     data = commands.add_parser(
         "data",
         help=summary,
@@ -128,81 +128,96 @@ def add(commands: Any) -> None:
         "data tokenizer --input books/ --vocab-size 8192 --output data/tokenizer",
     )
     _add_inputs(tokenizer)
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="vocabulary size, including 2 special tokens"
+    )
 
     build = command(
         data_commands,
         "build",
         _data_build,
-        "Tokenise text and pack it into WebDataset shards.",
+        "Tokenize text and pack it into WebDataset shards.",
         "data build --input books/ --tokenizer data/tokenizer --output data/books",
     )
     _add_inputs(build)
-    build.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     build.add_argument(
-        "--holdout", type=float, default=0.02, metavar="SHARE", help="validation documents (default 0.02)"
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer folder, with tokenizer.json"
+    )
+    build.add_argument(
+        "--holdout",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="fraction of the documents in the validation split (default 0.02)",
     )
     build.add_argument(
         "--holdout-from",
         choices=("spread", "end"),
         default="spread",
-        help="spread: evenly over the documents (default); end: the last files",
+        help="spread: hold out documents at even distances (default); end: hold out the last files",
     )
-    build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
-    build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per stored row (default 32768)")
-    build.add_argument("--dedup", action="store_true", help="leave out documents whose text came before")
-    build.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    build.add_argument("--workers", type=int, default=1, metavar="N", help="tokenizing processes (default 1)")
+    build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per packed row (default 32768)")
+    build.add_argument("--dedup", action="store_true", help="drop documents whose text occurred earlier in the input")
+    build.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: the tokenizer's)")
     build.add_argument(
         "--encoder",
         choices=("auto", "gigatoken", "tokenizers"),
         default="auto",
-        help="library that encodes (default: the faster one if it agrees with the other)",
+        help="encoding library (default: gigatoken if it gives the ids of tokenizers)",
     )
 
     verify = command(
         data_commands,
         "verify",
         _data_verify,
-        "Check every byte of the shards, and indexes, manifest and tokenizer by them; exit 1 if any is wrong.",
+        "Check every byte of the shards, the indexes, the manifest and the tokenizer; exit 1 on any problem.",
         "data verify data/books",
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
-    verify.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+    verify.add_argument("--workers", type=int, default=1, metavar="N", help="reading processes (default 1)")
 
     reindex = command(
         data_commands,
         "reindex",
         _data_reindex,
-        "Make lost indexes and a lost manifest again from the shards; exit 1 if a shard is damaged.",
+        "Repair a dataset: rebuild lost indexes and a lost manifest from the shards; exit 1 if a shard is damaged.",
         "data reindex data/books",
     )
     reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
     reindex.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="that of the shards, if no manifest is left (default: DIR's copy)"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer of the shards, if the manifest is lost (default: that in the dataset)",
     )
-    reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: as the tokenizer says)")
+    reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: the tokenizer's)")
     reindex.add_argument(
-        "--skip-damaged", action="store_true", help="adopt the sound shards, though others are damaged"
+        "--skip-damaged", action="store_true", help="adopt the intact shards even if others are damaged"
     )
-    reindex.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+    reindex.add_argument("--workers", type=int, default=1, metavar="N", help="reading processes (default 1)")
 
     inspect = command(
         data_commands,
         "inspect",
         _data_inspect,
-        "Describe a dataset, or show one of its rows.",
+        "Describe a dataset, or one of its rows.",
         "data inspect data/books --row 7",
     )
     inspect.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
-    inspect.add_argument("--row", type=int, metavar="N", help="show stored row N, from 0")
-    inspect.add_argument("--split", choices=("train", "validation"), default="train", help="the row's split")
-    inspect.add_argument("--tokenizer", type=Path, metavar="DIR", help="decode the row with this tokenizer")
+    inspect.add_argument("--row", type=int, metavar="N", help="show packed row N, counted from 0")
+    inspect.add_argument(
+        "--split", choices=("train", "validation"), default="train", help="split of the row (default train)"
+    )
+    inspect.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="decode with this tokenizer (default: that in the dataset)"
+    )
 
     plan = command(
         data_commands,
         "plan",
         _data_plan,
-        "Show what a run will train on: tokens and epochs by source and stage. Nothing is trained.",
+        "Preview the data of a run: tokens and epochs by source and stage. Trains nothing.",
         "data plan run.yaml",
     )
     add_config(plan)
@@ -211,34 +226,38 @@ def add(commands: Any) -> None:
         data_commands,
         "at",
         _data_at,
-        "Show the documents that a run trains on at a step.",
+        "Show the documents that a run trains on at one step.",
         "data at run.yaml --step 1200 --rank 3 --world-size 8",
     )
     add_config(at)
-    at.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, from 0")
-    at.add_argument("--rank", type=int, metavar="R", help="only that rank's documents; needs --world-size")
-    at.add_argument("--world-size", type=int, metavar="W", help="ranks of the run (default 1, so the whole batch)")
+    at.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, counted from 0")
+    at.add_argument("--rank", type=int, metavar="R", help="only the documents of this rank; needs --world-size")
+    at.add_argument("--world-size", type=int, metavar="W", help="number of ranks (default 1: the complete batch)")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted glob patterns of text"
+        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted glob patterns"
     )
     parser.add_argument(
-        "--include", action="append", default=[], metavar="GLOB", help="only files that match; repeatable"
+        "--include", action="append", default=[], metavar="GLOB", help="read only matching files; repeatable"
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="no files that match; repeatable"
+        "--exclude", action="append", default=[], metavar="GLOB", help="skip matching files; repeatable"
     )
     parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="key or column of the text in JSON and parquet (default text)"
+        "--text-key", default="text", metavar="KEY", help="key or column of the text in JSON and Parquet (default text)"
     )
     parser.add_argument(
         "--doc-separator",
         metavar="TEXT",
-        help=r"what ends a document in plain text, \n for a new line (default: a file)",
+        help=r"separator of documents in plain text, \n for a newline (default: one document per file)",
     )
-    parser.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents (default 0)")
-    parser.add_argument("--max-chars", type=int, metavar="N", help="leave out longer documents")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--min-chars", type=int, default=0, metavar="N", help="drop shorter documents, in characters (default 0)"
+    )
+    parser.add_argument(
+        "--max-chars", type=int, metavar="N", help="drop longer documents, in characters (default: no limit)"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
     add_overwrite(parser)
