@@ -1,1 +1,1 @@
-"""From raw text to packed shards: tokenizer training, the builder, verification, inspection; never torch."""
+"""Dataset tools: tokenizer training, and building, verification, repair and inspection of shards. Free of torch."""

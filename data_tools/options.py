@@ -8,6 +8,12 @@ from fusiontree.data.packing import check_row_len
 from fusiontree.errors import UserError
 
 
+def require_workers(workers: int) -> None:
+    """Raise UserError unless there is at least one worker."""
+    if workers < 1:
+        raise UserError(f"workers {workers} is too few; give at least 1")
+
+
 @dataclass(frozen=True)
 class InputOptions:
     """Selection of input files and extraction of documents from them.
@@ -56,6 +62,5 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout {self.holdout} is out of range; give a fraction with 0 <= holdout < 1")
-        if self.workers < 1:
-            raise UserError(f"workers {self.workers} is too few; give at least 1")
+        require_workers(self.workers)
         check_row_len(self.row_len)

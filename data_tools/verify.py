@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.options import require_workers
 from data_tools.tokenizers import load_tokenizer
 from data_tools.workers import process_pool
 from fusiontree.console import progress_bar
@@ -29,8 +30,7 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
     Raises:
         UserError: `folder` has no manifest.
     """
-    if workers < 1:
-        raise UserError(f"workers {workers} is too few; give at least 1")
+    require_workers(workers)
     try:
         manifest = Manifest.load(folder)
     except UserError as error:
@@ -61,8 +61,7 @@ def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
 
 def scan_all(folder: Path, names: list[str], workers: int) -> list[ShardScan]:
     """Scan the named shards of a folder and return the scans in order."""
-    if workers < 1:
-        raise UserError(f"workers {workers} is too few; give at least 1")
+    require_workers(workers)
     paths = [folder / name for name in names]
     scans = []
     with process_pool(workers) as pool, progress_bar(in_bytes=True) as bar:

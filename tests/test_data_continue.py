@@ -1,4 +1,4 @@
-"""One corpus, one dataset: for any number of workers, with interruptions or without, duplicates once if asked."""
+"""One corpus gives one dataset, for any number of workers and interruptions; deduplication."""
 
 import dataclasses
 import gzip
@@ -25,7 +25,7 @@ from fusiontree.errors import RunError, UserError
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = BuildOptions(row_len=256, holdout=0.1, dedup=True, encoder="tokenizers")  # slow enough to be interrupted
-SMALL = {  # so that a small corpus has many chunks, windows and shards
+SMALL = {  # gives a small corpus many chunks, windows and shards
     "data_tools.build._CHUNK_RECORDS": 16,
     "data_tools.build.SAVE_SECONDS": 0.0,
     "data_tools.build.SAVE_SHARE": 1.0,
@@ -41,9 +41,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,500 documents in files of three kinds, a fifth of them duplicates, with bad lines and a broken file."""
-    folder = tmp_path_factory.mktemp("many")
+    folder = tmp_path_factory.mktemp("documents")
     draw = random.Random(1)
     words = ["tree", "gate", "branch", "scan", "window", "naïve", "東京", "row\n"]
     texts = [" ".join(draw.choices(words, k=draw.randint(1, 300))) for _ in range(1200)]
@@ -61,13 +61,13 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(many: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of `many`, built without a disturbance."""
+def uninterrupted(documents: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of `documents`, built without interruption."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(name, value)
-        folder = tmp_path_factory.mktemp("whole") / "set"
-        build_shards([many], tokenizer_folder, folder, OPTIONS)
+        folder = tmp_path_factory.mktemp("uninterrupted") / "set"
+        build_shards([documents], tokenizer_folder, folder, OPTIONS)
     return folder
 
 
@@ -77,15 +77,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_workers_builds_the_same_bytes(
-    whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path, workers: int
+    uninterrupted: Path, documents: Path, tokenizer_folder: Path, tmp_path: Path, workers: int
 ) -> None:
-    build_shards([many], tokenizer_folder, tmp_path / "set", dataclasses.replace(OPTIONS, workers=workers))
-    assert contents(tmp_path / "set") == contents(whole)
-    assert len(list((whole / "train").glob("*.tar"))) > 4
+    build_shards([documents], tokenizer_folder, tmp_path / "set", dataclasses.replace(OPTIONS, workers=workers))
+    assert contents(tmp_path / "set") == contents(uninterrupted)
+    assert len(list((uninterrupted / "train").glob("*.tar"))) > 4
 
 
-def run_killed(many: Path, tokenizer: Path, output: Path, steps: int, workers: int) -> int:
-    """Start a build that is killed when it has done so much to its files; returns its exit code."""
+def run_killed(documents: Path, tokenizer: Path, output: Path, steps: int, workers: int) -> int:
+    """Start a build that is killed after `steps` file operations; return its exit code."""
     settings = "\n".join(f"{name} = {value}" for name, value in SMALL.items())
     path = output.parent / "script.py"
     path.write_text(f"""
@@ -94,24 +94,24 @@ import data_tools.assembly, data_tools.build
 from data_tools.options import BuildOptions, InputOptions
 from pathlib import Path
 {settings}
-left = {steps}
+remaining = {steps}
 def count(event, arguments):
-    global left
+    global remaining
     if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and ".set" in str(arguments):
-        left -= 1
-        if left < 0:
+        remaining -= 1
+        if remaining < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     sys.addaudithook(count)
-    inputs, tokenizer, output = [{str(many)!r}], Path({str(tokenizer)!r}), Path({str(output)!r})
+    inputs, tokenizer, output = [{str(documents)!r}], Path({str(tokenizer)!r}), Path({str(output)!r})
     data_tools.build.build_shards(inputs, tokenizer, output, {dataclasses.replace(OPTIONS, workers=workers)})
 """)
     command, environment = [sys.executable, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, timeout=100, check=False, stderr=subprocess.DEVNULL).returncode
 
 
-def test_a_build_killed_again_and_again_ends_as_if_it_had_not_been(
-    whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path
+def test_a_repeatedly_killed_build_gives_the_same_bytes(
+    uninterrupted: Path, documents: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(0)
     output = tmp_path / "set"
@@ -119,33 +119,33 @@ def test_a_build_killed_again_and_again_ends_as_if_it_had_not_been(
     while not output.exists():
         assert len(shards) < 40, shards
         workers = 2 if len(shards) % 4 == 3 else 1
-        code = run_killed(many, tokenizer_folder, output, draw.randint(0, 100) * draw.choice([1, 2, 8]), workers)
+        code = run_killed(documents, tokenizer_folder, output, draw.randint(0, 100) * draw.choice([1, 2, 8]), workers)
         assert code in (0, -signal.SIGKILL)
         shards.append(len(list(tmp_path.glob(".set.partial/train/*.tar"))))
-    assert len([count for count in shards if count]) > 1, shards  # it went on from where it was killed
-    assert contents(output) == contents(whole)
+    assert len([count for count in shards if count]) > 1, shards  # it resumed from saved states
+    assert contents(output) == contents(uninterrupted)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".set")] == []
 
 
 @pytest.fixture
-def interrupted(many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a build that ended in the middle."""
-    interrupt(many, tokenizer_folder, tmp_path / "set", monkeypatch)
+def interrupted(documents: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The partial folder of an interrupted build."""
+    interrupt(documents, tokenizer_folder, tmp_path / "set", monkeypatch)
     return tmp_path / ".set.partial"
 
 
 @pytest.fixture(scope="module")
-def left(many: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, to be copied."""
-    folder = tmp_path_factory.mktemp("left")
+def partial_template(documents: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, built once for the module and copied by each test."""
+    folder = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(name, value)
-        interrupt(many, tokenizer_folder, folder / "set", patch)
+        interrupt(documents, tokenizer_folder, folder / "set", patch)
     return folder / ".set.partial"
 
 
-def interrupt(many: Path, tokenizer_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(documents: Path, tokenizer_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_tools.assembly import Assembly
 
     added = []
@@ -160,67 +160,69 @@ def interrupt(many: Path, tokenizer_folder: Path, output: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(Assembly, "add", add)
         with pytest.raises(KeyboardInterrupt):
-            build_shards([many], tokenizer_folder, output, OPTIONS)
+            build_shards([documents], tokenizer_folder, output, OPTIONS)
 
 
-def test_a_build_goes_on_inside_a_window_of_packing(
-    many: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_build_resumes_inside_a_packing_window(
+    documents: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.assembly.WINDOW_DOCUMENTS", 10_000)  # which holds them all
-    build_shards([many], tokenizer_folder, tmp_path / "whole", OPTIONS)
-    interrupt(many, tokenizer_folder, tmp_path / "set", monkeypatch)
+    monkeypatch.setattr("data_tools.assembly.WINDOW_DOCUMENTS", 10_000)  # more than there are documents
+    build_shards([documents], tokenizer_folder, tmp_path / "uninterrupted", OPTIONS)
+    interrupt(documents, tokenizer_folder, tmp_path / "set", monkeypatch)
     assert list((tmp_path / ".set.partial/train").iterdir()) == []
-    figures = build_shards([many], tokenizer_folder, tmp_path / "set", OPTIONS)
+    figures = build_shards([documents], tokenizer_folder, tmp_path / "set", OPTIONS)
     assert figures["continued"]
-    assert figures["seconds"] * figures["tokens_per_s"] < 0.6 * figures["tokens"]  # of which 60 chunks were kept
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert figures["seconds"] * figures["tokens_per_s"] < 0.6 * figures["tokens"]  # 60 chunks were kept
+    assert contents(tmp_path / "set") == contents(tmp_path / "uninterrupted")
 
 
-def test_the_same_arguments_go_on(interrupted: Path, whole: Path, many: Path, tokenizer_folder: Path) -> None:
+def test_the_same_arguments_resume_the_build(
+    interrupted: Path, uninterrupted: Path, documents: Path, tokenizer_folder: Path
+) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in interrupted.glob("train/*.tar")}
     assert before
-    for stray in (".state.pickle.partial-1", "train/.000099.tar.partial"):  # of a kill at the wrong moment
+    for stray in (".state.pickle.partial-1", "train/.000099.tar.partial"):  # left by a kill during a write
         (interrupted / stray).touch()
-    figures = build_shards([many], tokenizer_folder, interrupted.parent / "set", OPTIONS)
+    figures = build_shards([documents], tokenizer_folder, interrupted.parent / "set", OPTIONS)
     assert figures["continued"]
     after = {path.name: path.stat().st_mtime_ns for path in (interrupted.parent / "set").glob("train/*.tar")}
     kept = [name for name in before if before[name] == after[name]]
-    assert kept  # not written again
-    assert contents(interrupted.parent / "set") == contents(whole)
+    assert kept  # not rewritten
+    assert contents(interrupted.parent / "set") == contents(uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"row_len": 512}, "row len"), ({"holdout": 0.2}, "holdout"), ({"dedup": False}, "dedup")],
 )
-def test_other_arguments_are_refused_or_start_again(
-    interrupted: Path, many: Path, tokenizer_folder: Path, change: dict, named: str
+def test_other_arguments_are_refused_or_restart_the_build(
+    interrupted: Path, documents: Path, tokenizer_folder: Path, change: dict, named: str
 ) -> None:
     options = dataclasses.replace(OPTIONS, **change)
     with pytest.raises(UserError, match=f"interrupted build with different {named}; pass the same") as caught:
-        build_shards([many], tokenizer_folder, interrupted.parent / "set", options)
+        build_shards([documents], tokenizer_folder, interrupted.parent / "set", options)
     assert "\n" not in str(caught.value)
     figures = build_shards(
-        [many], tokenizer_folder, interrupted.parent / "set", dataclasses.replace(options, overwrite=True)
+        [documents], tokenizer_folder, interrupted.parent / "set", dataclasses.replace(options, overwrite=True)
     )
     assert not figures["continued"]
     assert verify(interrupted.parent / "set")["problems"] == []
 
 
-def test_other_inputs_are_refused(interrupted: Path, many: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_other_inputs_are_refused(interrupted: Path, documents: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("tree")
     with pytest.raises(UserError, match="interrupted build with different input files"):
-        build_shards([many, tmp_path / "more.txt"], tokenizer_folder, interrupted.parent / "set", OPTIONS)
+        build_shards([documents, tmp_path / "more.txt"], tokenizer_folder, interrupted.parent / "set", OPTIONS)
 
 
-def test_golden_samples_are_encoded_again_before_a_build_goes_on(
-    interrupted: Path, many: Path, tokenizer_folder: Path
+def test_golden_samples_are_checked_before_a_build_resumes(
+    interrupted: Path, documents: Path, tokenizer_folder: Path
 ) -> None:
     job = json.loads((interrupted / "job.json").read_text())
     job["golden_samples"] = {text: ids[1:] for text, ids in job["golden_samples"].items()}
     (interrupted / "job.json").write_text(json.dumps(job))
     with pytest.raises(UserError, match="encodes 'The quick brown fox didn"):
-        build_shards([many], tokenizer_folder, interrupted.parent / "set", OPTIONS)
+        build_shards([documents], tokenizer_folder, interrupted.parent / "set", OPTIONS)
 
 
 def flip_middle(path: Path) -> None:
@@ -229,38 +231,38 @@ def flip_middle(path: Path) -> None:
     path.write_bytes(content)
 
 
-LEFT: dict[str, tuple[str, Callable[[Path], object]]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a lost shard": ("train/000000.tar", Path.unlink),
     "a lost index": ("train/000000.idx", Path.unlink),
-    "a cut state": ("state.pickle", lambda path: os.truncate(path, 1000)),
+    "a truncated state": ("state.pickle", lambda path: os.truncate(path, 1000)),
     "a flipped state": ("state.pickle", flip_middle),
     "a lost job": ("job.json", Path.unlink),
-    "a cut job": ("job.json", lambda path: os.truncate(path, 10)),
+    "a truncated job": ("job.json", lambda path: os.truncate(path, 10)),
     "lost digests": ("digests.bin", Path.unlink),
-    "cut digests": ("digests.bin", lambda path: os.truncate(path, 16)),
+    "truncated digests": ("digests.bin", lambda path: os.truncate(path, 16)),
 }
 
 
-@pytest.mark.parametrize("kind", list(LEFT))
-def test_what_is_not_as_the_build_left_it_is_refused_or_started_again(
-    left: Path, whole: Path, many: Path, tokenizer_folder: Path, tmp_path: Path, kind: str
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_a_damaged_state_is_refused_or_restarts_the_build(
+    partial_template: Path, uninterrupted: Path, documents: Path, tokenizer_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    partial = shutil.copytree(left, tmp_path / left.name)
-    name, damage = LEFT[kind]
+    partial = shutil.copytree(partial_template, tmp_path / partial_template.name)
+    name, damage = DAMAGE[kind]
     damage(partial / name)
     with pytest.raises(
         RunError, match=f"{name} is missing, damaged or changed since the interruption; pass --overwrite to restart"
     ) as caught:
-        build_shards([many], tokenizer_folder, tmp_path / "set", OPTIONS)
+        build_shards([documents], tokenizer_folder, tmp_path / "set", OPTIONS)
     assert "\n" not in str(caught.value)
-    if kind in ("a lost shard", "a cut job"):
+    if kind in ("a lost shard", "a truncated job"):
         assert not build_shards(
-            [many], tokenizer_folder, tmp_path / "set", dataclasses.replace(OPTIONS, overwrite=True)
+            [documents], tokenizer_folder, tmp_path / "set", dataclasses.replace(OPTIONS, overwrite=True)
         )["continued"]
-        assert contents(tmp_path / "set") == contents(whole)
+        assert contents(tmp_path / "set") == contents(uninterrupted)
 
 
-def test_two_builds_of_one_folder_are_told_apart(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+def test_a_second_build_of_the_same_folder_is_refused(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
     from fusiontree.files import resumable_folder
 
     with resumable_folder(tmp_path / "set", False, "manifest.json", ["state.pickle"]):
@@ -271,10 +273,10 @@ def test_two_builds_of_one_folder_are_told_apart(tmp_path: Path, corpus: Path, t
     assert message.count("\n") == 1
 
 
-# --- duplicates ------------------------------------------------------------------------------------------------------
+# --- deduplication ---------------------------------------------------------------------------------------------------
 
 
-def test_the_first_of_equal_documents_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_the_first_of_several_equal_documents_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
     texts = ["tree", "gate", "tree", "tree ", "gate", "scan"]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     figures = build_shards(
@@ -286,7 +288,7 @@ def test_the_first_of_equal_documents_is_kept(tmp_path: Path, tokenizer_folder: 
     assert sorted(names) == ["in.jsonl:1", "in.jsonl:2", "in.jsonl:4", "in.jsonl:6"]
 
 
-def test_seen_texts_are_those_of_a_set(tmp_path: Path) -> None:
+def test_seen_texts_behave_like_a_set(tmp_path: Path) -> None:
     draw = random.Random(1)
     seen, truth = SeenTexts(tmp_path / "digests", 0), set()
     saved: tuple[int, set[bytes]] = (0, set())

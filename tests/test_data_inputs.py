@@ -1,4 +1,4 @@
-"""Every kind of input gives its documents; what is broken in one is named, left out whole, and stops nothing."""
+"""Readers of every input format; damaged input is reported, never used in part, and never stops a build."""
 
 import bz2
 import codecs
@@ -42,7 +42,7 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
 
 
 def write_kind(path: Path) -> None:
-    """TEXTS in a file of the kind that its name says."""
+    """Write TEXTS in the format that the file name implies."""
     numbered = {f"a/{i}.txt": text.encode() for i, text in enumerate(TEXTS)}
     plain = "<end>".join(TEXTS).encode()
     match path.name.partition(".")[2]:
@@ -55,7 +55,7 @@ def write_kind(path: Path) -> None:
         case "jsonl.bz2":
             path.write_bytes(bz2.compress(LINES[:90]) + bz2.compress(LINES[90:]))
         case "jsonl.zst":
-            options = {zstd.CompressionParameter.checksum_flag: 1}  # as the command does
+            options = {zstd.CompressionParameter.checksum_flag: 1}  # the default of the zstd command
             path.write_bytes(b"".join(zstd.compress(part, options=options) for part in (LINES[:90], LINES[90:])))
         case "parquet":
             table = pyarrow.table({"n": [0, 1, 2], "text": TEXTS})
@@ -80,7 +80,7 @@ KINDS += ["tar", "tar.gz", "tgz", "tar.xz", "tar.bz2", "txt", "txt.gz", "txt.xz"
 
 
 def read(path: Path, options: InputOptions | None = None) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-    """Documents by id, and (file, place, reason) of what is none."""
+    """Return the documents by id, and (file, place, reason) of each rejected record."""
     options = options or InputOptions(separator="<end>")
     texts, rejected = {}, []
     for file in find_files([path])[0]:
@@ -93,7 +93,7 @@ def read(path: Path, options: InputOptions | None = None) -> tuple[dict[str, str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_of_every_kind_gives_its_documents_in_order(tmp_path: Path, kind: str) -> None:
+def test_every_format_gives_its_documents_in_order(tmp_path: Path, kind: str) -> None:
     write_kind(tmp_path / f"in.{kind}")
     texts, rejected = read(tmp_path)
     assert list(texts.values()) == TEXTS
@@ -101,23 +101,23 @@ def test_a_file_of_every_kind_gives_its_documents_in_order(tmp_path: Path, kind:
     assert len({name.removeprefix(f"in.{kind}") for name in texts} - {""}) == len(TEXTS)
 
 
-def test_json_alone_is_a_text(tmp_path: Path) -> None:
+def test_uncompressed_json_is_plain_text(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text('{"name": 1}')
     assert read(tmp_path, InputOptions())[0] == {"package.json": '{"name": 1}'}
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + LINES + codecs.BOM_UTF8 + LINES)  # two files in one
+def test_a_byte_order_mark_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + LINES + codecs.BOM_UTF8 + LINES)  # two concatenated files
     (tmp_path / "b.txt").write_bytes(codecs.BOM_UTF8 + b"one<end>two")
     (tmp_path / "c.md").write_bytes(codecs.BOM_UTF8)
-    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "\ufeffkept, being written out"}))
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "\ufeffkept, as an escape"}))
     texts, rejected = read(tmp_path)
-    assert [*texts.values()] == [*TEXTS, *TEXTS, "one", "two", "\ufeffkept, being written out"]
+    assert [*texts.values()] == [*TEXTS, *TEXTS, "one", "two", "\ufeffkept, as an escape"]
     assert rejected == [("c.md", "document 1, line 1", "empty")]
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
-def test_a_column_of_words_in_a_dictionary_is_text(tmp_path: Path, kind: pyarrow.DataType) -> None:
+def test_a_dictionary_encoded_column_is_text(tmp_path: Path, kind: pyarrow.DataType) -> None:
     column = pyarrow.array([*TEXTS, None, TEXTS[0]], kind).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
     texts, rejected = read(tmp_path)
@@ -125,7 +125,7 @@ def test_a_column_of_words_in_a_dictionary_is_text(tmp_path: Path, kind: pyarrow
     assert rejected == [("in.parquet", "row 3", "null")]
 
 
-def test_patterns_and_folders_keep_the_order_given(tmp_path: Path) -> None:
+def test_patterns_and_folders_keep_the_given_order(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "b/1.jsonl", "a/x/3.txt", "a/4.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(LINES)
@@ -133,7 +133,7 @@ def test_patterns_and_folders_keep_the_order_given(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["1.jsonl", "2.jsonl", "4.md", "x/3.txt"]
 
 
-def test_long_documents_survive_the_separator(tmp_path: Path) -> None:
+def test_long_documents_are_split_at_the_separator(tmp_path: Path) -> None:
     texts = ["x" * 3_000_000, "", "  \n", "y" * 10]
     (tmp_path / "in.txt").write_text("--\n".join(texts))
     found, _ = read(tmp_path, InputOptions(separator="--\n"))
@@ -153,7 +153,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_a_bad_line_costs_only_itself(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_only_the_bad_line_is_skipped(tmp_path: Path, line: bytes, reason: str) -> None:
     (tmp_path / "in.jsonl").write_bytes(LINES + b"\n" + line + b"\n" + LINES)
     texts, rejected = read(tmp_path)
     assert list(texts.values()) == TEXTS * 2
@@ -164,16 +164,16 @@ def test_a_bad_line_costs_only_itself(tmp_path: Path, line: bytes, reason: str) 
     "kind", ["jsonl.gz", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "parquet", "tar", "tar.gz", "tar.xz", "txt.gz"]
 )
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_container_never_half_enters(tmp_path: Path, kind: str, damage: str) -> None:
+def test_a_damaged_container_is_skipped_entirely(tmp_path: Path, kind: str, damage: str) -> None:
     path = tmp_path / f"in.{kind}"
     write_kind(path)
     content = bytearray(path.read_bytes())
-    if kind == "tar":  # between two members, or a header inside: what `tarfile` takes for the end
+    if kind == "tar":  # between two members, or a zeroed header: `tarfile` takes both for the end
         content = content[:5120] if damage == "cut" else content[:1536] + bytes(512) + content[2048:]
     elif damage == "cut":
         del content[len(content) * 2 // 3 :]
     else:
-        at = content.find(b"gate")  # where it is not compressed away, the text itself
+        at = content.find(b"gate")  # the text itself, unless it is compressed
         content[at if at > 0 else len(content) // 2] ^= 0x55
     path.write_bytes(content)
     texts, rejected = read(tmp_path)
@@ -183,7 +183,7 @@ def test_a_damaged_container_never_half_enters(tmp_path: Path, kind: str, damage
     assert reason.startswith("broken ")
 
 
-def test_columns_and_members_without_text_are_named(tmp_path: Path) -> None:
+def test_columns_and_members_without_text_are_reported(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "c.parquet")
@@ -200,14 +200,14 @@ def test_columns_and_members_without_text_are_named(tmp_path: Path) -> None:
     assert list(read(tmp_path / "a.parquet", InputOptions(text_key="body"))[0].values()) == TEXTS
 
 
-def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, tokenizer_folder: Path, monkeypatch) -> None:
+def test_parquet_without_pyarrow_is_a_user_error(tmp_path: Path, tokenizer_folder: Path, monkeypatch) -> None:
     write_kind(tmp_path / "in.parquet")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"in\.parquet needs pyarrow; run pip install 'fusiontree\[parquet\]'"):
         build_shards([tmp_path], tokenizer_folder, tmp_path / "out")
 
 
-def test_a_file_that_changes_meanwhile_ends_the_build(tmp_path: Path) -> None:
+def test_a_file_that_changes_during_the_build_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl.gz"
     write_kind(path)
     [file] = find_files([path])[0]
@@ -216,7 +216,7 @@ def test_a_file_that_changes_meanwhile_ends_the_build(tmp_path: Path) -> None:
         list(read_records(file, InputOptions(), ""))
 
 
-def test_the_lengths_are_counted_not_named(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_documents_outside_the_length_limits_are_counted_not_listed(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(LINES)
     options = BuildOptions(row_len=512, input=InputOptions(min_chars=11, max_chars=999))
     figures = build_shards([tmp_path / "in.jsonl"], tokenizer_folder, tmp_path / "set", options)
@@ -225,14 +225,12 @@ def test_the_lengths_are_counted_not_named(tmp_path: Path, tokenizer_folder: Pat
 
 
 @pytest.mark.parametrize("lengths", [{"min_chars": -1}, {"min_chars": 5, "max_chars": 4}, {"max_chars": 0}])
-def test_lengths_that_leave_nothing_are_refused(lengths: dict) -> None:
+def test_length_limits_that_exclude_everything_are_refused(lengths: dict) -> None:
     with pytest.raises(UserError, match="--min-chars"):
         InputOptions(**lengths)
 
 
-def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
-    tmp_path: Path, tokenizer_folder: Path
-) -> None:
+def test_all_formats_and_two_broken_files_from_build_to_training(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for kind in KINDS:
@@ -268,7 +266,7 @@ def test_a_folder_of_everything_with_two_broken_files_from_build_to_training(
     assert json.loads((tmp_path / "run/checkpoints/step-3/state.json").read_text())["bad_rows"] == []
 
 
-def test_the_pieces_of_a_long_document_say_that_it_continues(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_the_pieces_of_a_long_document_are_marked_as_continuing(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "in.txt").write_text("".join(chr(33 + i % 90) for i in range(3000)))
     build_shards([tmp_path / "in.txt"], tokenizer_folder, tmp_path / "set", BuildOptions(row_len=512, holdout=0))
     with tarfile.open(tmp_path / "set" / "train" / "000000.tar") as tar:

@@ -1,4 +1,4 @@
-"""From text to shards: nothing lost, nothing invented, the same bytes every time, and every mistake named."""
+"""Tokenizer training, building, verification and inspection: complete, reproducible, and strict about mistakes."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ EXOTIC = "naïve — 東京 🌲\r\n\ttabs  and   spaces\0end <|endoftext|> <|pa
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 sources of this repository's kind, one with everything unusual, and files that are no documents."""
+    """30 Python sources, one text with unusual characters, and two files that are not documents."""
     folder = tmp_path_factory.mktemp("inputs")
     sources = sorted((ROOT / "fusiontree").rglob("*.py"))[:10]
     for number in range(30):
@@ -67,7 +67,7 @@ def built(inputs: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def damaged(built: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the dataset, to be damaged."""
     return shutil.copytree(built, tmp_path / "set")
 
 
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def texts_in(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The text of each document under a folder, and why each of the others is none."""
+    """Return the text of each document under a folder, and the reason for each rejected record."""
     texts, rejected = {}, {}
     for file in find_files([folder])[0]:
         for record in read_records(file, InputOptions(), find_fault(file, InputOptions())):
@@ -88,7 +88,7 @@ def texts_in(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def documents_in(folder: Path, split: str) -> dict[str, list[int]]:
-    """Tokens of each document of a split, its pieces joined."""
+    """Return the tokens of each document of a split, with its pieces joined."""
     dataset = Dataset(folder, split)
     pieces: dict[str, list[tuple[int, list[int]]]] = {}
     for number in range(dataset.num_rows):
@@ -99,10 +99,10 @@ def documents_in(folder: Path, split: str) -> dict[str, list[int]]:
     return {name: [token for _, piece in sorted(found) for token in piece] for name, found in pieces.items()}
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_text_is_skipped_and_named(inputs: Path) -> None:
+def test_files_without_text_are_skipped_with_a_reason(inputs: Path) -> None:
     texts, rejected = texts_in(inputs)
     assert len(texts) == 31
     assert rejected == {"latin.txt": "not UTF-8 (line 1, byte 3)", "void.txt": "empty"}
@@ -118,7 +118,7 @@ def test_ids_are_sorted_relative_paths_without_hidden_entries(tmp_path: Path) ->
     assert skipped == []
 
 
-def test_patterns_choose_by_name_or_path(tmp_path: Path) -> None:
+def test_patterns_match_name_or_path(tmp_path: Path) -> None:
     for name in ["a.py", "b.txt", "test/c.py", "lib/d.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -126,7 +126,7 @@ def test_patterns_choose_by_name_or_path(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["a.py", "lib/d.py"]
 
 
-def test_links_neither_loop_nor_count_twice(tmp_path: Path) -> None:
+def test_links_cause_no_loops_and_no_repetition(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "text").write_text("x")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
@@ -143,7 +143,7 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     assert [entry.path for entry in find_files([tmp_path])[1]] == ["pipe"]
 
 
-def test_inputs_of_equal_relative_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+def test_files_with_a_shared_relative_name_are_named_by_path(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "part").write_text("x")
@@ -155,7 +155,7 @@ def test_inputs_of_equal_relative_name_are_told_apart_by_their_paths(tmp_path: P
     assert [entry.path for entry in skipped] == [f"{a}/pipe", f"{b}/pipe"]
 
 
-def test_a_name_that_is_another_files_path_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_equals_another_files_path_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("x/a/part", "a/part", "b/part"):
         Path(name).parent.mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def test_training_repeats_to_the_byte(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_tokenizer_training_is_reproducible(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
     figures = train_tokenizer([inputs], 600, tmp_path / "again")
     assert figures["output"] == str(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tokenizer)
@@ -183,7 +183,7 @@ def test_training_repeats_to_the_byte(inputs: Path, tokenizer: Path, tmp_path: P
     assert figures["fingerprint"] == load_tokenizer(tokenizer)[1].fingerprint
 
 
-def test_every_text_comes_back(tokenizer: Path) -> None:
+def test_encoding_round_trips(tokenizer: Path) -> None:
     loaded, info = load_tokenizer(tokenizer)
     for text in (EXOTIC, bytes(range(128)).decode(), "\u0800\uffff\U0010ffff"):
         ids = loaded.encode(text).ids
@@ -192,7 +192,7 @@ def test_every_text_comes_back(tokenizer: Path) -> None:
         assert info.pad_id not in ids
 
 
-def test_transformers_loads_it_and_agrees(tokenizer: Path) -> None:
+def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(tokenizer: Path) -> None:
     ours, info = load_tokenizer(tokenizer)
     theirs = AutoTokenizer.from_pretrained(tokenizer)
     assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (info.eos_id, info.pad_id, info.vocab_size)
@@ -203,7 +203,7 @@ def test_transformers_loads_it_and_agrees(tokenizer: Path) -> None:
     assert theirs.decode(theirs("naïve 東京 , x .")["input_ids"]) == "naïve 東京 , x ."
 
 
-def test_the_fingerprint_is_of_the_content_not_of_its_layout(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_ignores_json_formatting(tokenizer: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tokenizer, tmp_path / "copy")
     path = copy / "tokenizer.json"
     path.write_text(path.read_text().replace("\n", "\n "))
@@ -237,11 +237,11 @@ def test_a_vocabulary_without_all_bytes_is_refused(inputs: Path, tmp_path: Path)
 # --- build -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_shards_hold_every_document_in_tokens(built: Path, inputs: Path, tokenizer: Path) -> None:
+def test_the_shards_contain_the_tokens_of_every_document(built: Path, inputs: Path, tokenizer: Path) -> None:
     loaded, info = load_tokenizer(tokenizer)
     found = documents_in(built, "train") | documents_in(built, "validation")
     assert found == {name: [*loaded.encode(text).ids, info.eos_id] for name, text in texts_in(inputs)[0].items()}
-    assert any(len(tokens) > 1024 for tokens in found.values())  # one is cut over rows, too
+    assert any(len(tokens) > 1024 for tokens in found.values())  # at least one is cut across rows
 
 
 def test_the_held_out_documents_are_spread_evenly(built: Path) -> None:
@@ -249,7 +249,7 @@ def test_the_held_out_documents_are_spread_evenly(built: Path) -> None:
 
 
 @pytest.mark.parametrize(("holdout", "expected"), [(0.1, 4), (0.001, 1), (0.0, 0), (0.999, 30)])
-def test_the_last_files_can_be_held_out(tokenizer: Path, tmp_path: Path, holdout: float, expected: int) -> None:
+def test_holdout_from_end_takes_the_last_files(tokenizer: Path, tmp_path: Path, holdout: float, expected: int) -> None:
     names = [f"{number:02d}.txt" for number in range(31)]
     for name in names:
         (tmp_path / name).write_text(f"text {name}")
@@ -259,7 +259,7 @@ def test_the_last_files_can_be_held_out(tokenizer: Path, tmp_path: Path, holdout
 
 
 @pytest.mark.parametrize(("parts", "holdout", "expected"), [(2, 0.25, ["b/1.jsonl:1"]), (1, 0.5, ["b/0.jsonl:1"])])
-def test_the_last_of_files_of_equal_name_are_held_out(
+def test_holdout_from_end_distinguishes_files_with_a_shared_name(
     tokenizer: Path, tmp_path: Path, parts: int, holdout: float, expected: list[str]
 ) -> None:
     for name in (f"{folder}/{part}.jsonl" for folder in "ab" for part in range(parts)):
@@ -275,7 +275,7 @@ def test_the_last_of_files_of_equal_name_are_held_out(
     ]
 
 
-def test_a_single_file_cannot_be_held_out_whole(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_holdout_from_end_refuses_a_single_file(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use --holdout-from spread"):
         build_shards([inputs / "01.txt"], tokenizer, tmp_path / "set", BuildOptions(row_len=1024, holdout_from="end"))
     assert not (tmp_path / "set").exists()
@@ -292,7 +292,7 @@ def test_the_holdout_is_at_least_one_document_and_never_all(
     assert describe(tmp_path / "set")["splits"]["validation"]["documents"] == expected
 
 
-def test_the_figures_are_those_of_the_shards(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_the_figures_match_the_shards(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
     figures = build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(row_len=1024))
     found = documents_in(tmp_path / "set", "train") | documents_in(tmp_path / "set", "validation")
     lengths = [len(tokens) for tokens in found.values()]
@@ -306,13 +306,13 @@ def test_the_figures_are_those_of_the_shards(inputs: Path, tokenizer: Path, tmp_
     assert describe(tmp_path / "set")["skipped"] == figures["skipped"]
 
 
-def test_a_terminal_sees_bytes_tokens_and_time_left_while_a_build_works(
+def test_the_progress_bar_shows_bytes_tokens_and_time_left(
     inputs: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     screen = io.StringIO()
     monkeypatch.setattr(console_module, "console", Console(file=screen, force_terminal=True, width=120))
-    monkeypatch.setattr(build_module, "_CHUNK_RECORDS", 1)  # so that there are two measurements of the speed at least
+    monkeypatch.setattr(build_module, "_CHUNK_RECORDS", 1)  # at least two measurements of the speed
     build_shards([inputs], tokenizer, tmp_path / "set", BuildOptions(row_len=512))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).strip().splitlines()[-1]
     size = r"[\d.]+ ?(bytes|[kMG]B)"
@@ -329,7 +329,7 @@ def test_a_terminal_sees_bytes_tokens_and_time_left_while_a_build_works(
         ({"row_len": 5000}, "row length 5000"),
     ],
 )
-def test_wrong_arguments_are_refused_before_any_work(
+def test_invalid_options_are_refused_before_any_work(
     inputs: Path, tokenizer: Path, tmp_path: Path, arguments: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -337,7 +337,7 @@ def test_wrong_arguments_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_replaced_only_when_told(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_an_existing_dataset_is_replaced_only_with_overwrite(inputs: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").write_text("x")
     with pytest.raises(UserError, match="contains something else"):
@@ -362,7 +362,7 @@ from pathlib import Path
 from data_tools.build import build_shards
 from data_tools.options import BuildOptions
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell makes its children ignore it
     here = Path({str(tmp_path)!r})
     build_shards([here / "in"], Path({str(tokenizer)!r}), here / "set", BuildOptions(workers=2))
 """
@@ -376,7 +376,7 @@ if __name__ == "__main__":
     )
 
     def group() -> int:
-        """Processes of the build's session that run."""
+        """Return the number of running processes in the build's session."""
         count = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -386,9 +386,9 @@ if __name__ == "__main__":
             count += int(fields[3]) == process.pid and fields[0] != "Z"
         return count
 
-    def wait_until(holds) -> None:
+    def wait_until(condition) -> None:
         deadline = time.monotonic() + 30
-        while not holds():
+        while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -407,10 +407,10 @@ if __name__ == "__main__":
 # --- verify and inspect ----------------------------------------------------------------------------------------------
 
 
-def test_a_sound_dataset_verifies(built: Path) -> None:
-    report = verify(built)
-    assert report["problems"] == []
-    assert report["rows"] == sum(Dataset(built, split).num_rows for split in ("train", "validation"))
+def test_an_intact_dataset_has_no_problems(built: Path) -> None:
+    figures = verify(built)
+    assert figures["problems"] == []
+    assert figures["rows"] == sum(Dataset(built, split).num_rows for split in ("train", "validation"))
 
 
 def test_a_flipped_bit_in_a_row_is_named(damaged: Path) -> None:
@@ -462,7 +462,7 @@ def test_a_wrong_index_entry_is_named(damaged: Path, field: str) -> None:
         ('"format": 1', '"format": [', "is not a dataset's manifest"),
     ],
 )
-def test_a_manifest_that_disagrees_is_found(damaged: Path, old: str, new: str, message: str) -> None:
+def test_a_manifest_that_contradicts_the_dataset_is_found(damaged: Path, old: str, new: str, message: str) -> None:
     path = damaged / "manifest.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
@@ -493,12 +493,12 @@ def test_missing_and_unknown_files_are_named(damaged: Path) -> None:
     assert "train/000007.tar: not in the manifest" in problems
 
 
-def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         verify(tmp_path)
 
 
-def test_a_row_shows_its_documents(built: Path, inputs: Path) -> None:
+def test_show_row_lists_the_documents(built: Path, inputs: Path) -> None:
     shown = show_row(built, 0, split="validation")
     dataset = Dataset(built, "validation")
     assert shown["valid_tokens"] == dataset.valid_tokens[0]
@@ -509,7 +509,7 @@ def test_a_row_shows_its_documents(built: Path, inputs: Path) -> None:
             assert text.startswith(document["text"].removesuffix("<|endoftext|>"))
 
 
-def test_a_row_is_not_shown_by_another_tokenizer(built: Path, inputs: Path, tmp_path: Path) -> None:
+def test_show_row_refuses_another_tokenizer(built: Path, inputs: Path, tmp_path: Path) -> None:
     train_tokenizer([inputs], 300, tmp_path / "other")
     with pytest.raises(UserError, match="is not the one that made the shards"):
         show_row(built, 0, tokenizer=tmp_path / "other")

@@ -1,4 +1,4 @@
-"""The fast encoder gives the reference library's ids, on real text and on what trips tokenizers; or it is not used."""
+"""The fast encoder gives the ids of the reference library, on real and adversarial text, or it is not used."""
 
 import dataclasses
 import json
@@ -32,12 +32,12 @@ def split_by(pattern: str) -> pre_tokenizers.Sequence:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), last])
 
 
-BYTES = {
+SUPPORTED = {
     "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "llama3": split_by(LLAMA3),
     "qwen2": split_by(LLAMA3.replace("{1,3}", "")),
 }
-UNKNOWN = {
+UNSUPPORTED = {
     "digits": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
@@ -53,7 +53,7 @@ POOLS = [
 
 def train(kind: str, folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = (BYTES | UNKNOWN)[kind]
+    tokenizer.pre_tokenizer = (SUPPORTED | UNSUPPORTED)[kind]
     tokenizer.decoder = decoders.ByteLevel()
     if kind == "llama3":
         tokenizer.normalizer = normalizers.NFC()
@@ -71,12 +71,12 @@ def train(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=list(BYTES))
+@pytest.fixture(scope="module", params=list(SUPPORTED))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(request.param, tmp_path_factory.mktemp("tok") / request.param)
 
 
-def test_real_text_gets_the_references_ids(folder: Path) -> None:
+def test_real_text_gets_the_ids_of_the_reference(folder: Path) -> None:
     encoder = Encoder(folder)
     reference, info = load_tokenizer(folder)
     assert (encoder.name, encoder.note) == ("gigatoken", "")
@@ -85,7 +85,7 @@ def test_real_text_gets_the_references_ids(folder: Path) -> None:
         assert encoder.encode(text).tolist() == [*reference.encode(text, add_special_tokens=False).ids, info.eos_id]
 
 
-def test_torture_gets_the_references_ids(folder: Path) -> None:
+def test_adversarial_text_gets_the_ids_of_the_reference(folder: Path) -> None:
     encoder = Encoder(folder)
     reference, info = load_tokenizer(folder)
     draw = random.Random(0)
@@ -96,7 +96,7 @@ def test_torture_gets_the_references_ids(folder: Path) -> None:
         assert encoder.encode(text).tolist() == expected, repr(text[:80])
 
 
-def test_the_ids_of_either_library_make_the_same_shards(folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_both_libraries_give_the_same_shards(folder: Path, corpus: Path, tmp_path: Path) -> None:
     for library in ("gigatoken", "tokenizers"):
         figures = build_shards([corpus], folder, tmp_path / library, BuildOptions(row_len=512, encoder=library))
         assert figures["encoder"] == library
@@ -104,7 +104,7 @@ def test_the_ids_of_either_library_make_the_same_shards(folder: Path, corpus: Pa
     assert manifests[0] == manifests[1]
 
 
-def test_memory_is_bounded_by_starting_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recreating_the_fast_encoder_bounds_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     fast = encoding._fast_encoder
     monkeypatch.setattr(encoding, "_fast_encoder", lambda definition: made.append(1) or fast(definition))
@@ -116,8 +116,8 @@ def test_memory_is_bounded_by_starting_anew(folder: Path, monkeypatch: pytest.Mo
     assert len(made) == 1 + 1
 
 
-@pytest.mark.parametrize("kind", list(UNKNOWN))
-def test_a_rule_that_the_fast_library_does_not_know_is_left_to_the_reference(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", list(UNSUPPORTED))
+def test_unsupported_split_rules_use_the_reference(kind: str, tmp_path: Path) -> None:
     encoder = Encoder(train(kind, tmp_path / "tok"))
     reference, info = load_tokenizer(tmp_path / "tok")
     assert encoder.name == "tokenizers"
@@ -134,7 +134,7 @@ def write_wordpiece(folder: Path) -> Path:
     return folder
 
 
-def test_what_the_fast_library_cannot_load_is_encoded_by_the_reference(tmp_path: Path) -> None:
+def test_unsupported_models_use_the_reference(tmp_path: Path) -> None:
     encoder = Encoder(write_wordpiece(tmp_path / "tok"))
     assert encoder.name == "tokenizers"
     assert encoder.note.startswith("gigatoken cannot load the tokenizer: ")
@@ -166,7 +166,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-def test_the_end_of_document_token_is_found_where_it_is_named(copy: Path) -> None:
+def test_the_end_of_document_token_is_read_from_the_configuration(copy: Path) -> None:
     assert load_tokenizer(copy)[1].eos_id == 1  # </s>, the only well-known one
     (copy / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|end|>"}, "pad_token": "<s>"}')
     info = load_tokenizer(copy)[1]
@@ -176,7 +176,7 @@ def test_the_end_of_document_token_is_found_where_it_is_named(copy: Path) -> Non
     assert load_tokenizer(copy, "<s>")[1].eos_id == 0
 
 
-def test_an_uncertain_end_of_document_token_is_one_line_with_candidates(copy: Path) -> None:
+def test_an_ambiguous_end_of_document_token_is_refused_with_candidates(copy: Path) -> None:
     path = copy / "tokenizer.json"
     path.write_text(path.read_text(encoding="utf-8").replace("</s>", "<eos>"), encoding="utf-8")
     assert load_tokenizer(copy)[1].eos_id == 1
@@ -189,14 +189,14 @@ def test_an_uncertain_end_of_document_token_is_one_line_with_candidates(copy: Pa
         load_tokenizer(copy, "<none>")
 
 
-def test_the_copy_in_the_dataset_names_the_token_that_was_given(copy: Path, corpus: Path, tmp_path: Path) -> None:
+def test_the_copied_tokenizer_names_the_given_eos_token(copy: Path, corpus: Path, tmp_path: Path) -> None:
     build_shards([corpus], copy, tmp_path / "set", BuildOptions(row_len=512, eos="<|end|>"))
     assert load_tokenizer(tmp_path / "set" / "tokenizer")[1] == load_tokenizer(copy, "<|end|>")[1]
     config = json.loads((tmp_path / "set" / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["eos_token"] == "<|end|>"
 
 
-def test_the_copy_in_the_dataset_names_the_padding_that_only_another_file_named(
+def test_the_copied_tokenizer_names_padding_from_special_tokens_map(
     tokenizer_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     bare = shutil.copytree(tokenizer_folder, tmp_path / "bare")
@@ -208,7 +208,7 @@ def test_the_copy_in_the_dataset_names_the_padding_that_only_another_file_named(
     assert Manifest.load(tmp_path / "set").tokenizer == load_tokenizer(tmp_path / "set" / "tokenizer")[1]
 
 
-def test_golden_samples_are_encoded_again(copy: Path) -> None:
+def test_golden_samples_are_compared(copy: Path) -> None:
     info = load_tokenizer(copy)[1]
     manifest = Manifest(512, "uint16", "s", info, {})
     assert list(info.golden) == list(GOLDEN_TEXTS)

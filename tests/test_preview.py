@@ -169,6 +169,9 @@ def test_commands_print_readable_text_and_refuse_in_one_line(shards: Path, tmp_p
     assert (
         "--step 20 is out of range; the run has steps 0 to 19" in cli("data", "at", *words, "--step", 20, code=2).stderr
     )
-    assert "--rank 2 is out of range; --world-size 2 has ranks 0 to 1" in cli("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr
+    assert (
+        "--rank 2 is out of range; --world-size 2 has ranks 0 to 1"
+        in cli("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr
+    )
     alone = cli("data", "at", *words, "--step", 2, "--rank", 0, code=2).stderr
     assert "--rank 0 needs --world-size; give the number of ranks at that step" in alone
