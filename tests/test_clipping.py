@@ -1,4 +1,4 @@
-"""Clipping in the optimizer's kernel is torch's clipping; an update whose gradient is not finite changes nothing."""
+"""Clipping in the optimizer's kernel equals torch's; an update with a non-finite gradient changes nothing."""
 
 import json
 import subprocess
@@ -20,13 +20,13 @@ from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.step import TrainingStep
 
 WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
-BROKEN, UPDATES, broken = 2, 5, [False]
+BAD, UPDATES, bad = 2, 5, [False]
 tokens = np.arange(512).reshape(4, 128) % 500
 batches = [collate(tokens[i : i + 2], [np.array([100, 128])] * 2) for i in (0, 2)]
 
 
-class Looks(TorchDispatchMode):
-    # remembers where the host asks for a value of the device, for which it would have to wait
+class Syncs(TorchDispatchMode):
+    # records every operation by which the host would wait for a value of the device
 
     def __init__(self):
         super().__init__()
@@ -38,8 +38,8 @@ class Looks(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def breakable(model):
-    model.embedding.weight.register_hook(lambda g: g * float("inf") if broken[0] else g)
+def with_bad_gradients(model):
+    model.embedding.weight.register_hook(lambda g: g * float("inf") if bad[0] else g)
     return model
 
 
@@ -47,18 +47,18 @@ def plain(config):
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialize(model, seeded_init(config.seed), torch.device("cpu")))
-    breakable(model)
+    with_bad_gradients(model)
     optimizer = build_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = config.optimizer.lr
     norms = []
     for update in range(UPDATES):
-        broken[0] = update == BROKEN
+        bad[0] = update == BAD
         for batch in batches:
             ids, labels, documents = to_device(batch, "cpu")
             (model(ids, documents, labels=labels).loss_sum / sum(b.real_tokens for b in batches)).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip).item())
-        if not broken[0]:
+        if not bad[0]:
             optimizer.step()
         optimizer.zero_grad()
     return norms, model
@@ -66,27 +66,27 @@ def plain(config):
 
 def engine(config, world):
     training = TrainingStep(config, world)
-    model = breakable(training.engine.module)
-    norms, kept, looks = [], True, Looks()
+    model = with_bad_gradients(training.engine.module)
+    norms, kept, syncs = [], True, Syncs()
     for update in range(UPDATES):
-        broken[0] = update == BROKEN
+        bad[0] = update == BAD
         before = [p.detach().clone() for p in model.parameters()]
-        with looks:
+        with syncs:
             made = training.update(batches, update)
         norms.append(float(made.grad_norm))
-        if broken[0]:
+        if bad[0]:
             kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    return norms, model, kept, looks.found
+    return norms, model, kept, syncs.found
 
 
 world, results = collectives.start(), []
 for stage in ("zero0", "zero1", "zero2"):
     config = load_config("tiny", [f"deepspeed={stage}", "batch.tokens=512", *sys.argv[1:]])
     expected_norms, expected = plain(config)
-    norms, model, kept, looks = engine(config, world)
+    norms, model, kept, syncs = engine(config, world)
     apart = max((a - b).abs().max().item() for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     found = {"stage": stage, "norms": norms, "expected": expected_norms}
-    results.append(found | {"kept": kept, "apart": apart, "looks": looks})
+    results.append(found | {"kept": kept, "apart": apart, "syncs": syncs})
 collectives.leave()
 print(json.dumps(results))
 """
@@ -95,7 +95,7 @@ CLIP, RATE = 0.3, 1e-3
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    """What the program has found at each ZeRO stage whose clipping is fused."""
+    """Run the program; return its results for each ZeRO stage with fused clipping."""
     shape = [f"{key}={value}" for key, value in MICRO.items() if key != "batch.tokens"]
     shape += [f"optimizer.grad_clip={CLIP}", f"optimizer.lr={RATE}", "schedule.kind=constant", "batch.micro_rows=2"]
     shape += ["precision=fp32", "schedule.warmup_steps=0"]
@@ -104,17 +104,17 @@ def results() -> list[dict]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_clipping_equals_torchs_and_a_broken_update_is_skipped(results: list[dict]) -> None:
+def test_clipping_equals_torchs_and_a_non_finite_update_is_skipped(results: list[dict]) -> None:
     assert [result["stage"] for result in results] == ["zero0", "zero1", "zero2"]
     for result in results:
         finite = [norm for i, norm in enumerate(result["norms"]) if i != 2]
         assert finite == pytest.approx([norm for i, norm in enumerate(result["expected"]) if i != 2], rel=1e-4)
         assert min(finite) > CLIP, "nothing was clipped"
         assert not abs(result["norms"][2]) < float("inf")
-        assert result["kept"], "the broken update changed weights"
+        assert result["kept"], "the non-finite update changed weights"
         assert result["apart"] < 0.02 * RATE, result["stage"]
 
 
-def test_an_ordinary_update_asks_for_no_value_of_the_device(results: list[dict]) -> None:
-    """But for those that a `HostSum` brings while the optimizer works; a CPU shows where a GPU would be waited for."""
-    assert [result["looks"] for result in results] == [[], [], []]
+def test_an_ordinary_update_does_not_wait_for_the_device(results: list[dict]) -> None:
+    """The figures of a `HostSum` are the exception. On a CPU the same operations show where a GPU would stall."""
+    assert [result["syncs"] for result in results] == [[], [], []]

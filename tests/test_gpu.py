@@ -1,4 +1,4 @@
-"""What only a GPU shows of training: every engine there, copies that overlap, and a model that leaves it whole."""
+"""Training on GPUs: every engine, overlapping copies, resume, and export of the trained model."""
 
 import json
 import os
@@ -32,20 +32,20 @@ SHAPE = {
 }
 PLAIN = [f"kernels.{op}=reference" for op in OPERATIONS]
 RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
-JOBS = {  # by name: overrides and how far the losses may be from the plain loop's
+JOBS = {  # by name: overrides, and relative tolerance of the losses to the plain loop's
     "zero0": (PLAIN, 1e-4),
     "zero1": ([*PLAIN, RECOMPUTED], 1e-4),
     "zero2": ([*PLAIN, "activation_checkpointing=branch"], 1e-4),
     "zero3": ([*PLAIN, RECOMPUTED], 1e-4),
     "zero3_offload": ([*PLAIN, "activation_checkpointing=every_n"], 1e-4),
-    "zero3 muon": ([*PLAIN, *test_zero.MUON], 1e-3),  # whose iterations are in bf16, in another order on a CPU
+    "zero3 muon": ([*PLAIN, *test_zero.MUON], 1e-3),  # its iterations are in bf16, and a CPU sums in another order
     "zero3_nvme wide": ([*PLAIN, *test_zero.WIDE], 1e-4),
     "zero1 kernels": (["precision=bf16", RECOMPUTED], 2e-2),
 }
 
 
 def curves(folder: Path) -> None:
-    """What each rank does: engine after engine on its share of the same rows."""
+    """Train with each engine on this rank's share of the same rows, and save the curves."""
     from fusiontree.distributed import collectives
 
     world = collectives.start()
@@ -63,7 +63,7 @@ def curves(folder: Path) -> None:
 
 
 def in_a_process(code: str, *arguments: object, ends: int = 0, ranks: int = 1) -> None:
-    """Run a program, or one for each GPU that work together."""
+    """Run a program on `ranks` GPUs and check its exit code."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -83,7 +83,7 @@ def in_a_process(code: str, *arguments: object, ends: int = 0, ranks: int = 1) -
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the teacher is."""
+    """Return a folder with a teacher."""
     folder = tmp_path_factory.mktemp("gpu")
     test_zero.write_teacher(folder / "teacher")
     return folder
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def found(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The curves of so many ranks, each with a GPU."""
+    """Return the curves of one or two ranks, one per GPU."""
     if torch.cuda.device_count() < request.param:
         pytest.skip(f"needs {request.param} GPUs")
     code = "import sys, pathlib, test_gpu; test_gpu.curves(pathlib.Path(sys.argv[1]))"
@@ -101,11 +101,11 @@ def found(request: pytest.FixtureRequest, folder: Path) -> dict[str, dict[str, l
 
 @pytest.fixture(scope="module")
 def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The plain loop's curves on a CPU, by optimizer."""
+    """Return the plain loop's curves on a CPU, by optimizer."""
     from fusiontree.inference.loading import load_export
 
     teacher, _ = load_export(folder / "teacher", torch.device("cpu"))
-    with torch.compiler.set_stance("force_eager"):  # Muon would be compiled for a CPU, for minutes
+    with torch.compiler.set_stance("force_eager"):  # compiling Muon for a CPU takes minutes
         return {
             kind: test_zero.plain_curve(test_zero.config_of(folder, more, SHAPE), teacher)
             for kind, more in test_zero.KINDS.items()
@@ -113,16 +113,16 @@ def truths(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_curve_is_the_plain_loops(name: str, found: dict, truths: dict) -> None:
+def test_the_curve_matches_the_plain_loop(name: str, found: dict, truths: dict) -> None:
     if test_zero.skipped(name):
         pytest.skip(NO_ASYNC_IO)
     expected = truths[next((kind for kind in test_zero.KINDS if kind in name), "adamw")]
-    near = JOBS[name][1]
+    tolerance = JOBS[name][1]
     assert set(found[name]) == set(expected)
     for figure in ("loss", "z_loss", "distill_loss", "gate_penalty"):
-        assert found[name][figure] == pytest.approx(expected[figure], rel=near, abs=1e-4), figure
-    if "muon" not in name:  # whose norm is that of its update
-        assert found[name]["norm"] == pytest.approx(expected["norm"], rel=10 * near)
+        assert found[name][figure] == pytest.approx(expected[figure], rel=tolerance, abs=1e-4), figure
+    if "muon" not in name:  # Muon's norm is that of its update
+        assert found[name]["norm"] == pytest.approx(expected["norm"], rel=10 * tolerance)
 
 
 TRAIN = """
@@ -147,7 +147,7 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs that leave one update out; the second is stopped before its update 6, saves, and goes on."""
+    """Train two runs that skip one update; stop the second before update 6 and resume it."""
     output = tmp_path_factory.mktemp("runs")
     words = ["train", "tiny", *settings(shards, output, **RUN)]
     in_a_process(TRAIN, 0, *words, "name=whole")
@@ -156,24 +156,24 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(runs: Path) -> None:
+def test_a_stopped_and_resumed_run_matches_an_uninterrupted_one(runs: Path) -> None:
     whole, stopped = metrics(runs / "whole"), metrics(runs / "stopped")
     assert [line["step"] for line in whole] == [line["step"] for line in stopped] == [0, 1, 2, 4, 4, 5, 6, 7, 8, 8]
     for a, b in zip(whole, stopped, strict=True):
-        # where the kernels add up in any order, the last bits are anybody's
+        # kernels with nondeterministic sums change the last bits
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(b, rel=2e-3)
     assert [line["kind"] for line in incidents.read(runs / "stopped")] == ["skipped_update", "signal", "resume"]
 
 
 @pytest.mark.skipif(not has_async_io(), reason=NO_ASYNC_IO)
-def test_states_on_nvme_are_saved_and_taken_up(shards: Path, tmp_path: Path) -> None:
+def test_states_on_nvme_are_saved_and_restored(shards: Path, tmp_path: Path) -> None:
     small = {"model__mlp_size": 6000, "checkpoint__every": 1, "checkpoint__keep_last": 9, "schedule__steps": 6}
     plain = {"kernels": dict.fromkeys(OPERATIONS, "reference"), "deepspeed": "zero3_nvme", "validation__every": 0}
 
     def train(name: str, stop_before: int = 0, ends: int = 0) -> None:
         words = ["train", "tiny", *settings(shards, tmp_path, nvme_path=tmp_path / name, **small | plain)]
         in_a_process(TRAIN, stop_before, *words, f"name={name}", ends=ends)
-        shutil.rmtree(tmp_path / name / "zero_stage_3")  # the next job has another disk
+        shutil.rmtree(tmp_path / name / "zero_stage_3")  # the next job runs on another disk
 
     train("whole")
     train("stopped", 5, ends=75)
@@ -183,7 +183,7 @@ def test_states_on_nvme_are_saved_and_taken_up(shards: Path, tmp_path: Path) -> 
     assert [line["kind"] for line in incidents.read(tmp_path / "stopped")] == ["skipped_update", "signal", "resume"]
 
 
-def test_what_was_trained_leaves_as_a_model_that_is_the_same_on_both_devices(runs: Path) -> None:
+def test_the_exported_model_has_the_same_outputs_on_both_devices(runs: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     cli("export", runs / "stopped", runs / "export")

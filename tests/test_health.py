@@ -1,4 +1,4 @@
-"""What goes wrong in training is left out, rolled back, stepped past, or ended with every rank's stacks."""
+"""Non-finite updates are skipped or rolled back; a hung step ends the job with every rank's stacks."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from fusiontree.run.folder import GATES_FILE, list_checkpoints
 from fusiontree.training.health import Health, Watchdog, robust_score
 from fusiontree.training.step import Update
 
-ROWS = 8  # of a step of the micro run
+ROWS = 8  # per step of the micro run
 SMALLER = {"model__hidden_size": 32, "validation__every": 0, "checkpoint__keep_last": 9, "batch__micro_rows": 1}
 
 
@@ -37,7 +37,7 @@ def update(loss: float, norm: float = 1.0, skipped: bool = False) -> Update:
     return Update(loss, torch.tensor(loss), norm, torch.zeros(1, 1), {}, skipped, stop=False)
 
 
-def test_updates_left_out_in_a_row_are_counted_and_their_rows_kept() -> None:
+def test_consecutive_skipped_updates_are_counted_and_their_rows_kept() -> None:
     health = Health(HealthConfig(max_bad_steps=3))
     assert health.judge(update(math.nan, math.inf, True), (0, 8)).action == "continue"
     assert health.judge(update(2.0), (8, 16)) is None
@@ -53,79 +53,79 @@ def test_updates_left_out_in_a_row_are_counted_and_their_rows_kept() -> None:
 
 
 @pytest.mark.parametrize(("on_spike", "action"), [("ignore", "continue"), ("rollback", "rollback"), ("stop", "stop")])
-def test_a_spike_is_a_loss_far_above_the_last_ones(on_spike: str, action: str) -> None:
+def test_a_spike_is_a_loss_far_above_the_recent_ones(on_spike: str, action: str) -> None:
     health = Health(HealthConfig(spike_window=16, on_spike=on_spike))
     draw = random.Random(0)
-    assert health.judge(update(50.0), (0, 8)) is None  # nothing to compare it with yet
+    assert health.judge(update(50.0), (0, 8)) is None  # too few losses to compare with
     for _ in range(200):
         assert health.judge(update(3 + draw.gauss(0, 0.05)), (0, 8)) is None
-    assert health.judge(update(1.0), (0, 8)) is None  # a fall is none
+    assert health.judge(update(1.0), (0, 8)) is None  # a drop is no spike
     trouble = health.judge(update(4.5), (8, 16))
     assert (trouble.kind, trouble.action, trouble.rows) == ("loss_spike", action, (8, 16))
 
 
-def test_the_score_is_the_usual_one_for_a_normal_and_deaf_to_outliers() -> None:
+def test_the_robust_score_counts_standard_deviations_and_ignores_outliers() -> None:
     draw = random.Random(0)
     values = [draw.gauss(5, 0.5) for _ in range(20_000)]
     assert robust_score(values, 6.5) == pytest.approx(3, rel=0.05)
     assert robust_score([*values, *[1000.0] * 500], 6.5) == pytest.approx(3, rel=0.1)
-    assert robust_score([2.0] * 20, 2.05) == pytest.approx(5)  # even values: half a percent is a deviation
+    assert robust_score([2.0] * 20, 2.05) == pytest.approx(5)  # equal values: the deviation is at least 0.5 %
 
 
-# --- stepping past ---------------------------------------------------------------------------------------------------
+# --- skipping rows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_left_out_is_stepped_past_from_wherever_the_stream_goes_on(workers: int, tmp_path: Path) -> None:
+def test_skipped_ranges_are_skipped_from_any_position_of_the_stream(workers: int, tmp_path: Path) -> None:
     sources = Sources({"": counting_dataset(tmp_path / "set", 100, 2)})
 
     def stream() -> TrainStream:
         return TrainStream(sources, single_source_recipe(3, 4 * 32, 32), 4, workers=workers)
 
-    whole = stream()
-    steps = [next(whole)[0].input_ids.tolist() for _ in range(12)]
-    left_out = [(28, 32), (8, 16), (16, 20)]
+    complete = stream()
+    steps = [next(complete)[0].input_ids.tolist() for _ in range(12)]
+    ranges = [(28, 32), (8, 16), (16, 20)]
     expected = [steps[i] for i in (0, 1, 5, 6, 8, 9)]
     at_once = stream()
-    at_once.skip_ranges(left_out)
+    at_once.skip_ranges(ranges)
     rows = []
     for step in expected:
         assert next(at_once)[0].input_ids.tolist() == step
         rows.append(at_once.rows_consumed)
     again = stream()
     for i, step in enumerate(expected):
-        place = again.rows_consumed
+        position = again.rows_consumed
         again = stream()
-        again.skip_ranges(left_out)
-        again.seek(place)
+        again.skip_ranges(ranges)
+        again.seek(position)
         ahead = [again.rows_consumed_after(steps) for steps in range(len(expected) - i)]
         assert next(again)[0].input_ids.tolist() == step, i
-        assert ahead == [behind - 4 for behind in rows[i:]]
+        assert ahead == [consumed - 4 for consumed in rows[i:]]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
 def poison(rank: int, steps: tuple[int, ...], stop_before: int | None = None) -> None:
-    """One rank's loss is not finite over the rows of some steps; the run is asked to stop before a step."""
+    """Make one rank's loss infinite over the rows of `steps`; request a stop before step `stop_before`."""
     import signal
 
     from fusiontree.data.stream import TrainStream
     from fusiontree.distributed import signals
     from fusiontree.training.objective import Objective
 
-    fetch, objective, place = TrainStream.__next__, Objective.combine, [0]
+    fetch, objective, current = TrainStream.__next__, Objective.combine, [0]
 
     def fetched(self: TrainStream) -> list:
         batches = fetch(self)
-        place[0] = self.rows_consumed // ROWS - 1
-        if place[0] + 1 == stop_before:
+        current[0] = self.rows_consumed // ROWS - 1
+        if current[0] + 1 == stop_before:
             signals.requested = lambda: signal.SIGTERM
         return batches
 
     def poisoned(self: Objective, *arguments: object) -> tuple:
         total, reported = objective(self, *arguments)
-        if place[0] in steps and int(os.environ["RANK"]) == rank:  # the loss alone: its gradient stays finite
+        if current[0] in steps and int(os.environ["RANK"]) == rank:  # only the loss: its gradient stays finite
             return total + math.inf, {**reported, "loss": reported["loss"] + math.inf}
         return total, reported
 
@@ -133,15 +133,13 @@ def poison(rank: int, steps: tuple[int, ...], stop_before: int | None = None) ->
 
 
 @pytest.mark.parametrize(("stage", "size"), [(0, 1), (2, 2), (3, 2)])
-def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
-    stage: int, size: int, shards: Path, tmp_path: Path
-) -> None:
+def test_a_non_finite_loss_skips_the_update_on_all_ranks(stage: int, size: int, shards: Path, tmp_path: Path) -> None:
     changes = {**SMALLER, "deepspeed": f"zero{stage}", "checkpoint__every": 1, "schedule__steps": 5}
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     said = ranks.run(words, tmp_path, size, setup=partial(poison, size - 1, (3,)))
     saved = [tmp_path / "r" / "checkpoints" / f"step-{step}" for step in (3, 4, 5)]
-    before, behind, later = map(store.read_weights, saved)
-    assert all(torch.equal(before[name], behind[name]) for name in before)
+    before, after, later = map(store.read_weights, saved)
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(torch.equal(before[name], later[name]) for name in before if name.endswith("proj.weight"))
     assert [line["step"] for line in metrics(tmp_path / "r")] == [1, 2, 3, 5]
     assert torch.isfinite(store.read_gates(saved[1])).all()
@@ -152,7 +150,7 @@ def test_a_loss_that_is_not_finite_leaves_the_update_out_on_all_ranks(
 
 
 def poison_and_damage(rank: int, steps: tuple[int, ...]) -> None:
-    """As `poison`, and before a rollback the newest checkpoint is damaged."""
+    """Like `poison`, and damage the newest checkpoint before a rollback."""
     from fusiontree.training.trainer import Trainer
 
     poison(rank, steps)
@@ -167,7 +165,7 @@ def poison_and_damage(rank: int, steps: tuple[int, ...]) -> None:
     Trainer._roll_back = damaged
 
 
-def test_a_rollback_passes_over_a_damaged_checkpoint_and_says_so(shards: Path, tmp_path: Path) -> None:
+def test_a_rollback_reports_and_skips_a_damaged_checkpoint(shards: Path, tmp_path: Path) -> None:
     changes = {**SMALLER, "deepspeed": "zero0", "checkpoint__every": 2, "health__max_bad_steps": 2}
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     said = ranks.run(words, tmp_path, setup=partial(poison_and_damage, 0, (5, 6)))
@@ -180,17 +178,17 @@ def test_a_rollback_passes_over_a_damaged_checkpoint_and_says_so(shards: Path, t
 
 
 @pytest.mark.parametrize(("stage", "size", "stop_before"), [(0, 1, None), (2, 1, 9), (3, 2, None)])
-def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
+def test_consecutive_bad_updates_are_rolled_back_and_their_rows_skipped(
     stage: int, size: int, stop_before: int | None, shards: Path, tmp_path: Path
 ) -> None:
     changes = {**SMALLER, "deepspeed": f"zero{stage}", "checkpoint__every": 4, "health__max_bad_steps": 2}
     changes["validation__every"] = 100
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
-    if stop_before is not None:  # and a job that goes on later steps past them too
+    if stop_before is not None:  # a later job that resumes skips them too
         ranks.run(words, tmp_path, size, setup=partial(poison, 0, (5, 6), stop_before), code=75)
     ranks.run(words, tmp_path, size, setup=partial(poison, 0, (5, 6)))
     run = tmp_path / "r"
-    expected, norms, _ = plain_losses(load_config(str(run / "config.yaml")), left_out=[(5 * ROWS, 7 * ROWS)])
+    expected, norms, _ = plain_losses(load_config(str(run / "config.yaml")), skipped=[(5 * ROWS, 7 * ROWS)])
     lines = [line for line in metrics(run) if "loss" in line]
     assert [line["step"] for line in lines] == [*range(1, 9)]
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
@@ -200,9 +198,9 @@ def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
     assert store.read_state(run / "checkpoints" / "step-8")["left_out"] == [[5 * ROWS, 7 * ROWS]]
     known = ("shard", "row", "first_token")
     bad = [{key: row[key] for key in known} for line in incidents.read(run)[:2] for row in line["rows"]]
-    for step in (4, 5, 7):  # the rows that were stepped past belong to none
-        told = json.loads(cli("data", "at", run / "config.yaml", "--step", step, "--json").stdout)["rows"]
-        assert not any({key: row[key] for key in known} in bad for row in told), step
+    for step in (4, 5, 7):  # no step contains the skipped rows
+        rows = json.loads(cli("data", "at", run / "config.yaml", "--step", step, "--json").stdout)["rows"]
+        assert not any({key: row[key] for key in known} in bad for row in rows), step
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_a_row_of_bad_updates_is_rolled_back_and_stepped_past(
         ({}, "rolled back to "),
     ],
 )
-def test_what_cannot_be_mended_stops_the_run_with_a_report(
+def test_persistent_trouble_stops_the_run_with_a_report(
     changes: dict, words: str, shards: Path, tmp_path: Path
 ) -> None:
     setting = {**SMALLER, "checkpoint__every": 4, "health__max_bad_steps": 1, "schedule__steps": 20, **changes}
@@ -232,7 +230,7 @@ def test_what_cannot_be_mended_stops_the_run_with_a_report(
 
 
 def hang(rank: int, step: int, seconds: float) -> None:
-    """A rank comes no further than the forward pass of a step, for a while."""
+    """Hang one rank for `seconds` between the forward and the backward pass of a step."""
     from fusiontree.training.step import TrainingStep
 
     update, backward, current = TrainingStep.update, TrainingStep._backward, [0]
@@ -249,7 +247,7 @@ def hang(rank: int, step: int, seconds: float) -> None:
     TrainingStep.update, TrainingStep._backward = updated, asleep
 
 
-def test_a_step_may_take_some_times_their_median_and_the_least_that_counts_as_a_hang(
+def test_the_watchdogs_limit_is_a_multiple_of_the_median_and_at_least_hang_seconds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ticks = itertools.count()
@@ -262,12 +260,12 @@ def test_a_step_may_take_some_times_their_median_and_the_least_that_counts_as_a_
             assert watchdog.limit == limit
 
 
-def test_a_run_that_waits_for_an_address_is_not_taken_for_one_that_hangs() -> None:
+def test_waiting_for_a_remote_address_stays_below_the_hang_limit() -> None:
     delays = [remote.FIRST_DELAY * 2**attempt for attempt in range(remote.ATTEMPTS - 1)]
     assert remote.ATTEMPTS * remote.TIMEOUT + sum(delays) < HealthConfig().hang_seconds
 
 
-def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:
+def test_a_hung_step_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:
     changes = {**SMALLER, "schedule__steps": 20, "health__hang_seconds": 6}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 8, 600))
@@ -283,7 +281,7 @@ def test_a_step_that_never_ends_writes_all_stacks_and_ends_the_job(shards: Path,
 
 
 def hang_in_a_write(rank: int, seconds: float) -> None:
-    """A rank's disk answers no more, for a while."""
+    """Hang one rank's disk writes for `seconds`."""
     from fusiontree.checkpoint import saver
 
     write = saver._write_files
@@ -296,7 +294,7 @@ def hang_in_a_write(rank: int, seconds: float) -> None:
     saver._write_files = asleep
 
 
-def test_a_rank_that_hangs_in_a_save_runs_into_the_time_out(shards: Path, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_a_save_times_out(shards: Path, tmp_path: Path) -> None:
     changes = {**SMALLER, "health__timeout_seconds": 4}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     job = ranks.start(argv, tmp_path, 2, partial(hang_in_a_write, 1, 30))
@@ -307,8 +305,8 @@ def test_a_rank_that_hangs_in_a_save_runs_into_the_time_out(shards: Path, tmp_pa
     assert job.codes() == [76, 1]
 
 
-def test_a_rank_that_hangs_where_no_step_is_watched_runs_into_the_time_out(shards: Path, tmp_path: Path) -> None:
-    """In a group that DeepSpeed has made, which a time-out given at the start does not reach."""
+def test_a_rank_that_hangs_before_steps_are_timed_times_out(shards: Path, tmp_path: Path) -> None:
+    """The hang is in a process group created by DeepSpeed, which a timeout set at the start does not reach."""
     changes = {**SMALLER, "deepspeed": "zero2", "health__timeout_seconds": 3}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
     job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 2, 20))

@@ -1,4 +1,4 @@
-"""A run's record of incidents: whole lines, whoever writes them and whatever cuts them short."""
+"""A run's incidents: complete lines despite concurrent writers, crashes and full disks."""
 
 import multiprocessing
 import resource
@@ -16,7 +16,7 @@ def _write(folder: Path, rank: int) -> None:
         incidents.record(folder, "skipped_update", step, "x" * 500, rank=rank)
 
 
-def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+def test_lines_of_several_processes_are_never_mixed(tmp_path: Path) -> None:
     ranks = [multiprocessing.Process(target=_write, args=(tmp_path, rank)) for rank in range(3)]
     for process in ranks:
         process.start()
@@ -27,7 +27,7 @@ def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
     assert all([line["step"] for line in found if line["rank"] == rank] == list(range(200)) for rank in range(3))
 
 
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     assert incidents.read(tmp_path) == []
     incidents.record(tmp_path, "resume", 4, "resumed")
     with open(tmp_path / INCIDENTS_FILE, "a") as stream:
@@ -39,7 +39,7 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in incidents.read(tmp_path)] == [4, 2]
 
 
-def test_what_a_full_disk_refuses_is_said_once_and_written_before_the_next(
+def test_lines_rejected_by_a_full_disk_are_reported_once_and_written_later(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     sent = [{"step": step, "text": "x" * 5000} for step in range(5)]

@@ -1,4 +1,4 @@
-"""A run starts from an exported model: the same weights at any ZeRO stage, and only what may differ differs."""
+"""A run that starts from an exported model has its weights at any ZeRO stage and its shape."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ KINDS = "[mamba,hybrid,attention]"
 
 @pytest.fixture(scope="module")
 def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model's folder."""
+    """Export a pruned model."""
     folder = tmp_path_factory.mktemp("runs")
     shape = {"vocab_size": 512, "layer_kinds": ("mamba", "hybrid", "attention")}
     config = dataclasses.replace(SMALL, **shape)
@@ -51,23 +51,23 @@ def test_the_model_starts_with_the_exported_weights(exported: Path) -> None:
     assert model.config.rope_base == 2_000_000
 
 
-def test_weights_that_are_given_or_loaded_are_not_drawn_before(
+def test_exported_or_resumed_weights_are_not_initialized_at_random_first(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, settings = World(0, 1, torch.device("cpu")), {"zero_optimization": {"stage": 1}}
 
-    def drawing(*_: object, **options: object) -> None:
-        assert options["generator"] is None, "drawn"  # torch's own modules start on meta, where it costs nothing
+    def forbid(*_: object, **options: object) -> None:
+        assert options["generator"] is None, "random"  # torch's own modules start on meta, at no cost
 
-    monkeypatch.setattr(torch.nn.init, "normal_", drawing)
+    monkeypatch.setattr(torch.nn.init, "normal_", forbid)
     build_model(config_for(exported), world, settings)
     resuming = build_model(config_for(tmp_path / "gone"), world, settings, resuming=True)
     assert not any(parameter.any() for parameter in resuming.parameters())
-    with pytest.raises(AssertionError, match="drawn"):
+    with pytest.raises(AssertionError, match="random"):
         build_model(config_for(exported, "init_from=null"), world, settings)
 
 
-def test_a_run_at_zero3_goes_on_where_the_export_stands_and_outlives_it(
+def test_a_run_at_zero3_starts_at_the_exports_loss_and_resumes_without_it(
     exported: Path, shards: Path, tmp_path: Path
 ) -> None:
     values = {f"model.{name}": value for name, value in SHAPE.items() if value is not None}
@@ -96,7 +96,7 @@ def test_a_run_at_zero3_goes_on_where_the_export_stands_and_outlives_it(
         ("model.fusion=token", r"set model\.fusion=channel"),
     ],
 )
-def test_another_shape_is_refused_with_what_to_set(exported: Path, shards: Path, change: str, words: str) -> None:
+def test_another_shape_is_refused_with_the_values_to_set(exported: Path, shards: Path, change: str, words: str) -> None:
     manifest = Dataset(shards).manifest
     check_init_from(config_for(exported, "model.max_positions=256", "model.branch_drop=0.1"), manifest)
     with pytest.raises(UserError, match=words) as caught:
@@ -104,7 +104,9 @@ def test_another_shape_is_refused_with_what_to_set(exported: Path, shards: Path,
     assert "\n" not in str(caught.value)
 
 
-def test_another_tokenizer_and_no_export_are_refused(exported: Path, shards: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_and_a_folder_without_an_export_are_refused(
+    exported: Path, shards: Path, tmp_path: Path
+) -> None:
     manifest = Dataset(shards).manifest
     with pytest.raises(UserError, match="is not an exported model"):
         check_init_from(config_for(tmp_path), manifest)
@@ -116,21 +118,21 @@ def test_another_tokenizer_and_no_export_are_refused(exported: Path, shards: Pat
         check_init_from(config_for(tmp_path), manifest)
 
 
-def test_a_damaged_export_is_refused_before_there_is_a_run(
+def test_a_damaged_export_is_refused_before_the_run_folder_is_made(
     exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     start = shutil.copytree(exported, tmp_path / "start")
     values = [f"model.{name}={value}" for name, value in SHAPE.items() if value is not None and name != "layer_kinds"]
-    words = [*settings(shards, tmp_path, name="next"), *values, f"model.layer_kinds={KINDS}", f"init_from={start}"]
-    whole = (start / "model.safetensors").read_bytes()
-    for content, told in (
-        (whole[:-1], "model.safetensors is damaged (Error while deserializing header: incomplete metadata"),
-        (whole[:100], "model.safetensors is damaged (Error while deserializing header: invalid header length"),
+    overrides = [*settings(shards, tmp_path, name="next"), *values, f"model.layer_kinds={KINDS}", f"init_from={start}"]
+    intact = (start / "model.safetensors").read_bytes()
+    for content, words in (
+        (intact[:-1], "model.safetensors is damaged (Error while deserializing header: incomplete metadata"),
+        (intact[:100], "model.safetensors is damaged (Error while deserializing header: invalid header length"),
         (b"", "model.safetensors is damaged (Error while deserializing header: header too small"),
     ):
         (start / "model.safetensors").write_bytes(content)
-        said = ranks.run(["train", "tiny", *words], tmp_path, code=1)
-        assert told in said, said
+        said = ranks.run(["train", "tiny", *overrides], tmp_path, code=1)
+        assert words in said, said
         assert not (tmp_path / "next").exists()
     for index in ("{}", "[]", '{"weight_map": 3}'):
         (start / INDEX).write_text(index)
@@ -138,7 +140,7 @@ def test_a_damaged_export_is_refused_before_there_is_a_run(
             from_safetensors(start)
 
 
-def test_weights_that_are_not_those_of_their_configuration_are_named(exported: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_their_configuration_are_refused(exported: Path, tmp_path: Path) -> None:
     changed = json.loads((exported / "config.json").read_text()) | {"mlp_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(changed))
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())

@@ -1,4 +1,4 @@
-"""The newest start of a run holds its folder; an older one that lives on puts nothing in its way."""
+"""The newest start of a run has the lease; a stale start that still runs cannot publish files."""
 
 import subprocess
 import sys
@@ -17,18 +17,18 @@ TAKE = "import sys; from pathlib import Path; from fusiontree.run import lease; 
 
 
 def in_a_new_process(code: str, *arguments: object) -> str:
-    """What `code` prints there."""
+    """Run `code` in a new process and return its output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def take_elsewhere(folder) -> None:
-    """Let another process take the lease and end."""
+    """Take the lease in another process, which then exits."""
     in_a_new_process(TAKE, folder)
 
 
-def test_the_holder_may_write_until_another_takes_over(tmp_path):
-    lease.check(tmp_path)  # nobody ever started: nothing to hold
+def test_the_holder_may_write_until_another_start_takes_the_lease(tmp_path):
+    lease.check(tmp_path)  # the run never started: no lease
     lease.take(tmp_path)
     lease.check(tmp_path)
     take_elsewhere(tmp_path)
@@ -38,7 +38,7 @@ def test_the_holder_may_write_until_another_takes_over(tmp_path):
     lease.check(tmp_path)
 
 
-def test_whether_the_holder_lives_is_told_where_it_can_be_seen(tmp_path):
+def test_the_holders_liveness_is_known_on_its_own_host_only(tmp_path):
     assert lease.read(tmp_path) is None
     lease.take(tmp_path)
     assert lease.is_alive(lease.read(tmp_path)) is True
@@ -47,7 +47,7 @@ def test_whether_the_holder_lives_is_told_where_it_can_be_seen(tmp_path):
     assert lease.is_alive(lease.read(tmp_path)) is False
 
 
-def test_starts_that_write_the_same_step_never_meet_in_one_file(tmp_path):
+def test_starts_that_write_the_same_step_never_share_a_file(tmp_path):
     final = tmp_path / "step-8"
     folders = [store.partial_path(final, start) for start in (lease.TOKEN, in_a_new_process(WHO))]
     for folder in folders:
@@ -59,7 +59,7 @@ def test_starts_that_write_the_same_step_never_meet_in_one_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-8"]
 
 
-def test_what_a_start_that_lost_the_run_writes_stays_out_of_the_way(tmp_path):
+def test_a_start_that_lost_the_lease_publishes_nothing(tmp_path):
     folder = tmp_path / "checkpoints"
     for name in ("step-4", ".step-8.partial"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What is minimised beside the cross-entropy is what the configuration says, and what cannot be is refused."""
+"""The objective's terms follow the configuration, and impossible settings are refused."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_balance_penalises_only_layers_outside_the_band() -> None:
     torch.testing.assert_close(slope, torch.tensor([0, 0, 2.0, -2.0])[:, None].expand(4, 4) / 16)
 
 
-def test_entropy_above_zero_drives_gates_apart_and_below_zero_together() -> None:
+def test_positive_entropy_weights_push_gates_apart_and_negative_ones_together() -> None:
     value, slope = penalty([0.25, 0.75], gate_entropy={0: 1.0})
     assert value == pytest.approx(torch.distributions.Bernoulli(torch.tensor(0.25)).entropy().item())
     assert (slope[0] > 0).all()
@@ -41,7 +41,7 @@ def test_the_slope_is_the_penaltys_gradient(settings: dict) -> None:
     torch.testing.assert_close(slope, torch.autograd.grad(value, mean)[0])
 
 
-def test_gates_that_are_closed_for_good_have_a_finite_slope() -> None:
+def test_saturated_gates_have_a_finite_slope() -> None:
     assert torch.isfinite(penalty([0.0, 1.0], gate_entropy={0: 1.0})[1]).all()
 
 
@@ -76,7 +76,7 @@ def test_weights_are_one_value_or_a_table_by_step(tmp_path: Path) -> None:
         (["distill.temperature=0"], "distill.temperature is 0"),
     ],
 )
-def test_losses_that_make_no_sense_are_refused(overrides: list[str], words: str) -> None:
+def test_invalid_losses_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config("tiny", overrides)
     assert words in str(caught.value)
@@ -84,7 +84,7 @@ def test_losses_that_make_no_sense_are_refused(overrides: list[str], words: str)
 
 @pytest.fixture
 def student(tmp_path: Path) -> list[str]:
-    """Settings of a run on a dataset of tokenizer "abc"; the teacher's folder is beside it."""
+    """Return settings of a run with an empty teacher folder, on a dataset of tokenizer "abc"."""
     (tmp_path / "data").mkdir()
     write_manifest(tmp_path / "data", 8192, "abc")
     (tmp_path / "teacher").mkdir()
@@ -100,7 +100,7 @@ def student(tmp_path: Path) -> list[str]:
         (None, "abc", "is not an exported folder; name one made by `fusiontree export`"),
     ],
 )
-def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(
+def test_a_teacher_with_another_vocabulary_is_refused_in_one_line(
     vocab_size: int | None, fingerprint: str, words: str | None, student: list[str], tmp_path: Path
 ) -> None:
     if vocab_size is not None:

@@ -1,4 +1,4 @@
-"""Every parameter is updated by the right optimizer with the right weight decay, by its name."""
+"""Every parameter has the optimizer and the weight decay that its name implies."""
 
 import re
 
@@ -11,8 +11,8 @@ from fusiontree.errors import UserError
 from fusiontree.training.optimizer import build_optimizer, parameter_groups
 
 MATRICES = r"blocks\.\d+\.(mamba\.(in|out)_proj|attention\.(qkv|out)_proj|mlp\.(gate_up|down))\.weight"
-# never decayed: norms, biases, the scan's state parameters, the gate
-SPARED = r".*(norm|norm\.weight|bias|A_log|D|dt_bias|fusion\..*)"
+# no weight decay: norms, biases, the scan's state parameters, the gate
+NO_DECAY = r".*(norm|norm\.weight|bias|A_log|D|dt_bias|fusion\..*)"
 SHAPES = [
     {},
     {"srte": "learned", "tie_embeddings": False},
@@ -34,11 +34,11 @@ def names_by_group(config: OptimizerConfig, **changes: object) -> list[tuple[dic
 def test_norms_biases_state_parameters_and_the_gate_never_decay(kind: str, changes: dict) -> None:
     for group, names in names_by_group(OptimizerConfig(kind=kind, lr=1e-3, weight_decay=0.1, grad_clip=0.0), **changes):
         for name in names:
-            assert (group["weight_decay"] == 0) == (re.fullmatch(SPARED, name) is not None), name
+            assert (group["weight_decay"] == 0) == (re.fullmatch(NO_DECAY, name) is not None), name
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(changes: dict) -> None:
+def test_muon_updates_exactly_the_matrices_of_the_blocks(changes: dict) -> None:
     config = OptimizerConfig(kind="muon", lr=1e-3, grad_clip=0.0)
     for group, names in names_by_group(config, **changes):
         for name in names:
@@ -46,7 +46,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(changes: dict) -
         assert group["use_muon"] or group["lr"] == 1e-3
 
 
-def test_an_update_of_muon_has_the_size_of_adamws_and_decays_like_it() -> None:
+def test_muon_updates_and_decays_by_as_much_as_adamw() -> None:
     config = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.0, grad_clip=0.0)
     model = build()
     optimizer = build_optimizer(model, config)

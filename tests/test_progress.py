@@ -1,4 +1,4 @@
-"""The progress line keeps what matters most, at any width."""
+"""The progress line keeps the most important figures at any width."""
 
 import io
 import math
@@ -20,7 +20,7 @@ FIGURES = {
     "mfu": 0.431,
     "memory_gib": 33.4,
 }
-WHOLE = (
+FULL = (
     "step 1,234/5,000  loss 2.346  ppl 10.4  lr 1.0e-03  gate 0.523  grad 0.531  46,700 tokens/s  MFU 43.1%  "
     "33.4 GiB  ETA 1:23:45"
 )
@@ -30,15 +30,15 @@ def parts(**changes: float) -> list[tuple[int, str]]:
     return line_parts({**FIGURES, **changes}, 5000, 5025)
 
 
-def test_a_wide_terminal_shows_everything() -> None:
-    assert fit(parts(), None) == fit(parts(), len(WHOLE)) == WHOLE
+def test_a_wide_terminal_shows_all_parts() -> None:
+    assert fit(parts(), None) == fit(parts(), len(FULL)) == FULL
 
 
-def test_parts_go_by_rank_as_the_terminal_narrows() -> None:
+def test_parts_disappear_by_rank_as_the_terminal_narrows() -> None:
     assert fit(parts(), 80) == "step 1,234/5,000  loss 2.346  grad 0.531  46,700 tokens/s  ETA 1:23:45"
     assert fit(parts(), 40) == "step 1,234/5,000  loss 2.346"
     assert fit(parts(), 1) == "step 1,234/5,000"
-    for width in range(16, len(WHOLE)):
+    for width in range(16, len(FULL)):
         assert len(fit(parts(), width)) <= width
 
 
@@ -47,7 +47,7 @@ def test_a_device_without_a_known_peak_shows_no_mfu() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e304])
-def test_a_run_that_diverges_still_has_a_line(value: float) -> None:
+def test_a_diverging_run_still_has_a_line(value: float) -> None:
     assert len(fit(parts(loss=value, perplexity=value, grad_norm=value), 60)) <= 60
 
 
@@ -61,10 +61,10 @@ def test_the_line_fits_the_terminal(width: int, bar: bool, monkeypatch: pytest.M
     assert isinstance(console.file, io.StringIO)
     drawn = console.file.getvalue()
     assert ("━" in drawn) is bar
-    assert line.progress.tasks[0].fields["line"] in drawn  # whole: nothing has squeezed it
+    assert line.progress.tasks[0].fields["line"] in drawn  # complete: rich has not truncated it
 
 
-def test_a_log_file_gets_whole_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_file_gets_full_lines_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=80, soft_wrap=True)
     monkeypatch.setattr(progress, "console", console)
     line = ProgressLine(5000, 0)
@@ -73,4 +73,4 @@ def test_a_log_file_gets_whole_lines_now_and_then(monkeypatch: pytest.MonkeyPatc
     line.show({**FIGURES, "step": 1235}, 5024)
     line.stop()
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == WHOLE + "\n"
+    assert console.file.getvalue() == FULL + "\n"

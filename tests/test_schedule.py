@@ -1,4 +1,4 @@
-"""Whatever changes with the step is a pure function of it, in steps or tokens, and makes sense as a whole."""
+"""Schedules are pure functions of the step, settable in steps or tokens, and inconsistent ones are refused."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_every_kind_warms_up_in_equal_steps_to_the_peak() -> None:
         assert max(rates) == PEAK
 
 
-def test_constant_stays_and_cosine_halves_midway() -> None:
+def test_constant_stays_at_the_peak_and_cosine_halves_midway() -> None:
     assert curve(kind="constant", steps=9, warmup_steps=2)[2:] == [PEAK] * 7
     rates = curve(kind="cosine", steps=13, warmup_steps=2, min_lr_ratio=0.0)
     assert rates[7] == pytest.approx(PEAK / 2)
@@ -31,7 +31,7 @@ def test_constant_stays_and_cosine_halves_midway() -> None:
     assert curve(kind="cosine", steps=13, warmup_steps=2, min_lr_ratio=0.1)[-1] == pytest.approx(0.1 * PEAK)
 
 
-def test_wsd_stays_at_the_peak_and_falls_by_the_square_root_at_the_end() -> None:
+def test_wsd_stays_at_the_peak_and_decays_by_the_square_root_at_the_end() -> None:
     rates = curve(kind="wsd", steps=20, warmup_steps=2, decay_steps=4, min_lr_ratio=0.2)
     assert rates[2:16] == [PEAK] * 14
     expected = [PEAK * (0.2 + 0.8 * (1 - math.sqrt(done / 4))) for done in (1, 2, 3, 4)]
@@ -40,7 +40,7 @@ def test_wsd_stays_at_the_peak_and_falls_by_the_square_root_at_the_end() -> None
     assert curve(kind="wsd", steps=20) == curve(kind="wsd", steps=20, decay_steps=4)
 
 
-def test_lengths_in_tokens_are_those_in_steps() -> None:
+def test_lengths_in_tokens_equal_those_in_steps() -> None:
     in_steps = ["schedule.kind=wsd", "schedule.steps=1000", "schedule.warmup_steps=11", "schedule.decay_steps=200"]
     in_tokens = [
         *("schedule.kind=wsd", f"schedule.tokens={1000 * 4096}", f"schedule.warmup_tokens={10 * 4096 + 1}"),
@@ -74,7 +74,7 @@ def test_lengths_in_tokens_are_those_in_steps() -> None:
         (["schedule.steps=null"], "schedule.steps is missing"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused_with_the_numbers(overrides: list[str], words: str) -> None:
+def test_inconsistent_schedules_are_refused_with_the_numbers(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config("tiny", overrides)
     assert words in str(caught.value)
@@ -82,7 +82,7 @@ def test_schedules_that_cannot_be_are_refused_with_the_numbers(overrides: list[s
 
 @pytest.mark.parametrize("kind", ["cosine", "constant", "wsd"])
 @pytest.mark.parametrize("decay", [None, 7])
-def test_the_steps_that_a_refusal_names_are_the_fewest_that_fit(kind: str, decay: int | None) -> None:
+def test_a_refusal_names_the_smallest_number_of_steps_that_fits(kind: str, decay: int | None) -> None:
     words = [f"schedule.kind={kind}", *([f"schedule.decay_steps={decay}"] if decay and kind == "wsd" else [])]
     for warmup in (1, 2, 4, 5, 6, 9, 80, 97):
         words_now = [*words, f"schedule.warmup_steps={warmup}"]
@@ -101,7 +101,7 @@ def test_a_length_given_twice_in_one_file_is_refused(tmp_path) -> None:
         load_config(str(path))
 
 
-def test_a_value_follows_its_points_in_straight_lines() -> None:
+def test_values_are_interpolated_linearly_between_points() -> None:
     points = {10: 1.0, 20: 3.0, 40: 0.0}
     assert [value_at(points, step) for step in (0, 10, 15, 20, 30, 40, 99)] == [1, 1, 2, 3, 1.5, 0, 0]
     assert value_at({0: 0.5}, 7) == 0.5

@@ -1,4 +1,4 @@
-"""Figures reach the trackers that are asked for and installed; one that is absent costs a line."""
+"""Figures reach the configured trackers; a missing package costs one line of output."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def run_config(output: Path, *words: str) -> RunConfig:
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every scalar in the event files of `folder`."""
+    """Return (step, value) of every scalar in the event files of `folder`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder))
@@ -33,7 +33,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def test_tensorboard_has_what_the_metrics_have(tmp_path: Path) -> None:
+def test_tensorboard_has_the_figures_of_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     config = run_config(tmp_path, "logging.tensorboard=true")
     with Metrics(config, None, None) as metrics:
@@ -48,7 +48,7 @@ def test_tensorboard_has_what_the_metrics_have(tmp_path: Path) -> None:
     assert found == written
 
 
-def test_a_tracker_that_cannot_write_is_said_once_and_costs_nothing_else(
+def test_a_tracker_that_cannot_write_is_reported_once_and_dropped(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     class TensorBoardSink:
@@ -64,13 +64,13 @@ def test_a_tracker_that_cannot_write_is_said_once_and_costs_nothing_else(
     assert said.count("TensorBoard: No space left on device; no more figures are sent to it") == 1
 
 
-def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+def test_tensorboard_replaces_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     config = run_config(tmp_path)
-    for begun, steps in ((None, range(1, 5)), (2, range(3, 6))):
-        sink = TensorBoardSink(config, begun)
+    for resumed_step, steps in ((None, range(1, 5)), (2, range(3, 6))):
+        sink = TensorBoardSink(config, resumed_step)
         for step in steps:
-            sink.log(step, {"loss": 10.0 * step + (0 if begun is None else 1)})
+            sink.log(step, {"loss": 10.0 * step + (0 if resumed_step is None else 1)})
         sink.close()
     assert events(tmp_path / "r" / "tensorboard")["loss"] == [(1, 10), (2, 20), (3, 31), (4, 41), (5, 51)]
 
@@ -90,7 +90,7 @@ def test_tensorboard_shows_a_histogram(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_an_absent_tracker_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tracker_prints_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=200, soft_wrap=True)
     monkeypatch.setattr(sinks, "console", console)
     monkeypatch.setitem(sys.modules, name, None)
@@ -102,5 +102,5 @@ def test_an_absent_tracker_is_one_line(name: str, tmp_path: Path, monkeypatch: p
     )
 
 
-def test_nothing_is_opened_unasked(tmp_path: Path) -> None:
+def test_no_tracker_is_opened_by_default(tmp_path: Path) -> None:
     assert open_sinks(run_config(tmp_path), None, None) == []

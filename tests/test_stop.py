@@ -1,4 +1,4 @@
-"""Asked to stop, all ranks save together and leave with a code of their own; the same command goes on from there."""
+"""After a stop signal all ranks save and exit with code 75; the same command resumes."""
 
 import os
 import signal
@@ -25,7 +25,9 @@ def wait_for_step(run: Path, step: int, job: ranks.Job) -> None:
 
 
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
-def test_a_signal_to_any_rank_saves_on_all(number: signal.Signals, to: list[int], shards: Path, tmp_path: Path) -> None:
+def test_a_signal_to_any_rank_saves_on_all_ranks(
+    number: signal.Signals, to: list[int], shards: Path, tmp_path: Path
+) -> None:
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", schedule__steps=10_000, **SMALLER)]
     job = ranks.start(words, tmp_path, 2)
     run = tmp_path / "r"
@@ -53,7 +55,7 @@ def test_a_second_signal_kills(shards: Path, tmp_path: Path) -> None:
 
 
 def stubborn() -> None:
-    """Never come to a place where the run could be saved, and take a signal of two to be meant the sooner."""
+    """Ignore stop requests, and accept a second signal as a repetition after 0.1 s."""
     from fusiontree.distributed import signals
 
     signals.REPEAT = 0.1

@@ -1,4 +1,4 @@
-"""Training with real ranks: the loss is that of a plain loop, whatever the ranks, and a resume continues it exactly."""
+"""Training with real ranks equals a plain loop at any number of ranks, and a resume continues it exactly."""
 
 import json
 import math
@@ -28,29 +28,35 @@ from fusiontree.training.schedule import learning_rate
 
 @pytest.fixture(scope="module")
 def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run: 2 ranks, ZeRO-2, 2 accumulation steps, clipping, activation checkpointing."""
+    """Train a run: 2 ranks, ZeRO-2, 2 accumulation steps, clipping, activation checkpointing."""
     output = tmp_path_factory.mktemp("runs")
     cli("launch", "tiny", "--local", 2, *settings(shards, output, name="two"))
     return output / "two"
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of every update."""
+    """Return the training loss of every update."""
     return [line["loss"] for line in metrics(run) if "loss" in line]
 
 
 def plain_losses(
     config: RunConfig,
-    look: Callable[[HybridLM, Batch], None] | None = None,
-    left_out: Sequence[tuple[int, int]] = (),
+    inspect: Callable[[HybridLM, Batch], None] | None = None,
+    skipped: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[float], list[float], float]:
-    """The same run without DeepSpeed, accumulation or ranks: losses, gradient norms, last validation loss.
+    """Train the same run without DeepSpeed, accumulation or ranks.
 
-    `look` is shown the model, and the batch, before each update; `left_out` are ranges of rows.
+    Args:
+        config: the run.
+        inspect: called with the model, whose gradients are set, and the batch before each update.
+        skipped: ranges of rows to skip.
+
+    Returns:
+        Losses, gradient norms and the last validation loss.
     """
     data = open_data(config)
     stream = TrainStream(data.train, make_recipe(config), config.batch.tokens // config.data.seq_len)
-    stream.skip_ranges(left_out)
+    stream.skip_ranges(skipped)
     with torch.device("meta"):
         model = HybridLM(config.model)
     list(materialize(model, seeded_init(config.seed), torch.device("cpu")))
@@ -65,8 +71,8 @@ def plain_losses(
         ids, labels, documents = to_device(batch, "cpu")
         loss = torch.nn.functional.cross_entropy(model(ids, documents).logits.flatten(0, 1), labels.flatten())
         loss.backward()
-        if look is not None:
-            look(model, batch)
+        if inspect is not None:
+            inspect(model, batch)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -81,7 +87,7 @@ def plain_losses(
     return curve, norms, total / tokens
 
 
-def test_two_ranks_follow_the_curve_of_a_plain_loop(two_ranks: Path) -> None:
+def test_two_ranks_match_a_plain_loop(two_ranks: Path) -> None:
     expected, norms, last_validation = plain_losses(load_config(str(two_ranks / "config.yaml")))
     assert losses(two_ranks) == pytest.approx(expected, rel=1e-5)
     assert [line["grad_norm"] for line in metrics(two_ranks) if "loss" in line] == pytest.approx(norms, rel=1e-4)
@@ -92,13 +98,13 @@ def test_two_ranks_follow_the_curve_of_a_plain_loop(two_ranks: Path) -> None:
 
 @pytest.fixture(scope="module", params=["zero0", "zero1", "zero3", "zero3_offload"])
 def other_stage(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `two_ranks` at another ZeRO stage."""
+    """Train the run of `two_ranks` at another ZeRO stage."""
     output = tmp_path_factory.mktemp("runs")
     ranks.run(["train", "tiny", *settings(shards, output, name="other", deepspeed=request.param)], output, 2)
     return output / "other"
 
 
-def test_other_zero_stages_follow_the_same_curve(two_ranks: Path, other_stage: Path) -> None:
+def test_other_zero_stages_match_the_same_curve(two_ranks: Path, other_stage: Path) -> None:
     assert losses(other_stage) == pytest.approx(losses(two_ranks), rel=1e-5)
     weights = store.read_weights(other_stage / "checkpoints" / "step-8")
     reference = store.read_weights(two_ranks / "checkpoints" / "step-8")
@@ -107,9 +113,7 @@ def test_other_zero_stages_follow_the_same_curve(two_ranks: Path, other_stage: P
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_at_every_stage_a_resumed_run_is_the_undisturbed_run_bit_for_bit(
-    other_stage: Path, shards: Path, tmp_path: Path
-) -> None:
+def test_a_resume_at_every_stage_is_bitwise_exact(other_stage: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(other_stage, tmp_path)
     stage = load_config(str(other_stage / "config.yaml")).deepspeed
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="other", deepspeed=stage)], tmp_path, 2)
@@ -123,7 +127,7 @@ def layer_lines(run: Path) -> list[dict]:
 
 
 def layer_truth(model: HybridLM, batch: Batch) -> dict[str, list]:
-    """What a watched update must find, of a model whose gradients are there: from its branches' own outputs."""
+    """Return the expected layer figures of a model with gradients, from its branches' outputs."""
     ids, labels, documents = to_device(batch, "cpu")
     real, outputs = labels != IGNORE, {}
     branches = [(name, block, getattr(block, name)) for block in model.blocks for name in ("mamba", "attention")]
@@ -149,9 +153,9 @@ def layer_truth(model: HybridLM, batch: Batch) -> dict[str, list]:
     }
 
 
-def test_layer_figures_are_those_of_a_plain_loop(two_ranks: Path) -> None:
+def test_layer_figures_match_a_plain_loop(two_ranks: Path) -> None:
     truths: list[dict] = []
-    plain_losses(load_config(str(two_ranks / "config.yaml")), lambda *seen: truths.append(layer_truth(*seen)))
+    plain_losses(load_config(str(two_ranks / "config.yaml")), lambda *state: truths.append(layer_truth(*state)))
     lines = layer_lines(two_ranks)
     assert [line["step"] for line in lines] == [4, 8]
     for line in lines:
@@ -165,25 +169,25 @@ def test_layer_figures_are_those_of_a_plain_loop(two_ranks: Path) -> None:
     assert min(lines[1]["gate_std"]) > 1e-4
 
 
-def test_layers_have_the_whole_gradient_at_every_stage(two_ranks: Path, other_stage: Path) -> None:
+def test_layer_gradient_norms_add_up_to_the_global_norm_at_every_stage(two_ranks: Path, other_stage: Path) -> None:
     for line in layer_lines(other_stage):
         (update,) = [u for u in metrics(other_stage) if "loss" in u and u["step"] == line["step"]]
-        whole = sum(norm**2 for norm in [*line["grad_norm"], *line["other_grad_norm"]])
-        assert math.sqrt(whole) == pytest.approx(update["grad_norm"], rel=1e-4)
+        square = sum(norm**2 for norm in [*line["grad_norm"], *line["other_grad_norm"]])
+        assert math.sqrt(square) == pytest.approx(update["grad_norm"], rel=1e-4)
     for ours, theirs in zip(layer_lines(other_stage), layer_lines(two_ranks), strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert ours["mamba_rms"] == pytest.approx(theirs["mamba_rms"], rel=1e-3)
 
 
-def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
+def test_metrics_have_their_documented_keys_and_values(two_ranks: Path) -> None:
     lines = [json.loads(line) for line in (two_ranks / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
     for line in training:
-        assert line.keys() - {"save_seconds"} == {  # of a checkpoint, in the line behind it
+        assert line.keys() - {"save_seconds"} == {  # in the line after a checkpoint
             *("step", "tokens", "loss", "perplexity", "lr", "grad_norm", "gate_mean"),
             *("tokens_per_s", "tflop_per_s", "memory_gib"),
-        }  # no MFU: a CPU states no peak
+        }  # no MFU: a CPU has no known peak
         assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
         assert 0.1 < line["memory_gib"] < 8
         assert line["tokens"] == line["step"] * 1024
@@ -198,7 +202,7 @@ def test_metrics_have_what_they_promise(two_ranks: Path) -> None:
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 4, 8]
 
 
-def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
+def test_the_run_folder_has_its_documented_files(two_ranks: Path) -> None:
     assert {path.name for path in two_ranks.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
@@ -215,7 +219,7 @@ def test_the_run_folder_has_what_it_promises(two_ranks: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of a run over two sources, one damaged, with a curriculum, other weights and a cap that is reached."""
+    """Return settings of a mixture with a damaged source, a curriculum, changing weights and a reached epoch cap."""
     words = [word for word in settings(shards, tmp_path_factory.mktemp("mixed")) if not word.startswith("data.path")]
     second = shards.parent / "second"
     shutil.copytree(shards, second)
@@ -224,8 +228,8 @@ def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("data.sources.b.max_epochs=0.3", "data.weights={4: {a: 3}}", "data.curriculum={0: 32, 3: 64, 5: 128}"),
     ]
     config = load_config("tiny", words)
-    (met, *_) = [p for batch in open_stream(config, open_training(config)).places(0) for p in batch if p.source == 1]
-    shard, row = Dataset(second).place(met.row)
+    (first, *_) = [p for batch in open_stream(config, open_training(config)).places(0) for p in batch if p.source == 1]
+    shard, row = Dataset(second).place(first.row)
     with open(shard.path, "r+b") as stream:
         stream.seek(int(shard.index["tokens"][row]))
         stream.write(b"\xff\xff")
@@ -234,7 +238,7 @@ def mixed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @torch.no_grad()
 def loss_by_source(run: Path) -> dict[str, float]:
-    """Held-out loss of each source's rows under the run's last weights, one row at a time."""
+    """Compute the held-out loss of each source with the run's last weights, one row at a time."""
     config = load_config(str(run / "config.yaml"))
     model = HybridLM(config.model)
     model.load_state_dict(store.read_weights(run / "checkpoints" / "step-8"))
@@ -249,7 +253,7 @@ def loss_by_source(run: Path) -> dict[str, float]:
     return {f"val_loss/{name}": loss / tokens for name, (loss, tokens) in sums.items()}
 
 
-def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(mixed: list[str]) -> None:
+def test_a_curriculum_over_two_sources_matches_a_plain_loop_and_resumes_exactly(mixed: list[str]) -> None:
     run = load_config("tiny", mixed).run_dir
     cli("train", "tiny", *mixed)
     whole = metrics(run)
@@ -273,7 +277,7 @@ def test_a_curriculum_over_two_sources_follows_a_plain_loop_and_resumes_exactly(
 
 
 def interrupted_copy(run: Path, output: Path) -> Path:
-    """The run as it was when its first checkpoint had been written and a few more steps were done."""
+    """Copy a run in the state of an interruption a few steps after its first checkpoint."""
     copy = output / run.name
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "step-8")
@@ -282,11 +286,11 @@ def interrupted_copy(run: Path, output: Path) -> Path:
     return copy
 
 
-def test_nothing_is_left_in_shared_memory(two_ranks: Path) -> None:
+def test_shared_memory_is_empty_afterwards(two_ranks: Path) -> None:
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
 
 
-def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_resume_is_bitwise_exact(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
     done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
     assert "from step 4" in done.stderr
@@ -343,7 +347,7 @@ def test_a_finished_run_is_left_as_it_is(two_ranks: Path, shards: Path) -> None:
         ({"seed": 1, "schedule__steps": 9}, "schedule.steps"),  # seed is allowed
     ],
 )
-def test_another_configuration_is_refused_by_name(
+def test_a_resume_with_other_values_is_refused_by_key(
     changes: dict, words: str, two_ranks: Path, shards: Path, tmp_path: Path
 ) -> None:
     argv = ["train", "tiny", "--allow-changed", "seed", *settings(shards, two_ranks.parent, name="two", **changes)]
@@ -351,7 +355,7 @@ def test_another_configuration_is_refused_by_name(
     assert load_config(str(two_ranks / "config.yaml")).optimizer.lr == 3e-3
 
 
-def test_a_value_that_may_change_when_asked_is_recorded(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_allowed_change_is_recorded(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
     words = ["--allow-changed", "optimizer.lr", *settings(shards, tmp_path, name="two", optimizer__lr=1e-3)]
     done = cli("launch", "tiny", "--local", 2, *words)
@@ -369,7 +373,7 @@ def test_a_value_that_may_change_when_asked_is_recorded(two_ranks: Path, shards:
         ({"batch__tokens": 1536}, "was saved after 8192 tokens, inside a batch of batch.tokens 1536;"),
     ],
 )
-def test_what_cannot_go_on_is_refused_though_allowed(
+def test_an_impossible_change_is_refused_even_if_allowed(
     changes: dict, words: str, two_ranks: Path, shards: Path, tmp_path: Path
 ) -> None:
     (key,) = changes
@@ -378,14 +382,14 @@ def test_what_cannot_go_on_is_refused_though_allowed(
     assert words in said
 
 
-def test_a_key_that_is_none_cannot_be_allowed(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_unknown_key_cannot_be_allowed(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     for key in ("lr", "data.weight", "losses.gate_balances.0"):
         words = ["train", "tiny", "--allow-changed", key, *settings(shards, two_ranks.parent, name="two")]
         assert f"--allow-changed {key}: no such key" in ranks.run(words, tmp_path, code=2)
 
 
 @pytest.mark.parametrize("allowed", ["losses.gate_balance.0", "losses.gate_balance"])
-def test_an_entry_of_a_table_is_allowed_by_its_name_and_by_the_tables(
+def test_a_table_entry_is_allowed_by_its_key_or_the_tables(
     allowed: str, two_ranks: Path, shards: Path, tmp_path: Path
 ) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
@@ -395,7 +399,7 @@ def test_an_entry_of_a_table_is_allowed_by_its_name_and_by_the_tables(
     assert incidents.read(resumed)[0]["keys"] == ["losses.gate_balance.0"]
 
 
-def test_tokens_are_counted_on_from_the_checkpoint_though_the_batch_is_another(
+def test_tokens_continue_from_the_checkpoint_with_another_batch_size(
     two_ranks: Path, shards: Path, tmp_path: Path
 ) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
@@ -406,14 +410,14 @@ def test_tokens_are_counted_on_from_the_checkpoint_though_the_batch_is_another(
     assert store.read_state(resumed / "checkpoints" / "step-8")["tokens"] == 12288
 
 
-def test_what_does_not_change_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_keys_that_do_not_affect_the_mathematics_may_change(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
     free = {"batch__micro_rows": 4, "activation_checkpointing": "none", "logging__every": 2}
     ranks.run(["train", "tiny", *settings(shards, tmp_path, name="two", **free)], tmp_path, 2)
     assert losses(resumed)[-1] == pytest.approx(losses(two_ranks)[-1], rel=1e-5)
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(shards: Path, tmp_path: Path) -> None:
+def test_a_run_that_died_before_its_first_checkpoint_restarts_its_metrics(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.yaml").touch()
     (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "val_loss": 1.0}\n{"step": 1, "lo')
@@ -422,7 +426,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_its_metrics_anew(sha
     assert metrics(tmp_path / "r")[0]["val_loss"] > 5
 
 
-def test_scan_parameters_stay_fp32_in_bf16_and_the_loss_is_near(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_parameters_stay_fp32_in_bf16_and_the_loss_is_close(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     cli("train", "tiny", *settings(shards, tmp_path, name="half", precision="bf16"))
     weights = store.read_weights(tmp_path / "half" / "checkpoints" / "step-8")
     assert {value.dtype for value in weights.values()} == {torch.float32}
@@ -442,7 +446,7 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
     assert len(saved) == 2
     (run_id,) = ids
     shutil.rmtree(saved[-1])
-    cli(*words)  # goes on
+    cli(*words)  # resumes
     starts = [path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*")]
     assert len(starts) == 2
     assert all(name.endswith(run_id) for name in starts)
