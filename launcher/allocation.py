@@ -1,7 +1,11 @@
-"""What the sbatch script asks inside an allocation: how a start begins, and what becomes of the job when it has ended.
+"""The sbatch script's helper inside an allocation: it begins an attempt of the job, and requeues the job afterwards.
 
-``python -m launcher.allocation begin RUN ...`` prints shell assignments, ``... end RUN CODE`` ends with the script's
-exit code. The record of a job's starts is ``attempts.json`` in the run's folder.
+``python -m launcher.allocation begin RUN ...`` prints shell assignments for the script; ``... end RUN CODE`` exits with
+the script's exit code. An attempt is one start of a job: SLURM requeues the job under the same id, and the next attempt
+resumes from the newest checkpoint. ``attempts.json`` in the run's folder records the newest attempt.
+
+After a network partition a stale attempt may still be running. Its ranks are fenced off by the run's lease
+(`fusiontree.run.lease`); its script finds a newer attempt in the record and leaves the job alone.
 """
 
 import argparse
@@ -18,66 +22,66 @@ from typing import Any
 
 from fusiontree.config import RunConfig, load_config
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
-from fusiontree.distributed.ports import free_port
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import ATTEMPTS_FILE, CONFIG_FILE, LOGS, newest_step
 from launcher import rank_reports, sbatch, slurm
-from launcher.job import FIRST_PORT, PORTS, network_settings
+from launcher.job import network_settings, rendezvous_port
 
-FAILURES = 2  # ends in a row without progress after which a job is not requeued
-STARTS = 5  # starts in a row without progress after which it is not begun: SLURM requeues by itself after a lost node
+MAX_FAILURES = 2  # consecutive attempts that ended without a new checkpoint, after which the job is not requeued
+MAX_ATTEMPTS = 5  # the same for attempts that began: after a lost node SLURM requeues, and the script never ends
 
 
-def begin(run: Path, ranks_per_node: int, least: int, most: int, save_ahead: int) -> dict[str, str]:
-    """Begin a start of the job: shell variables for the rest of the script; the facts go to the job's log.
+def begin(run: Path, ranks_per_node: int, min_nodes: int, max_nodes: int, save_ahead: int) -> dict[str, str]:
+    """Record a new attempt, log its nodes and rendezvous, and return the script's shell variables.
 
     Args:
         save_ahead: seconds before the time limit at which the ranks are asked to save.
 
     Raises:
-        RunError: the job has started too often without progress.
-        UserError: no number of the nodes there are fits the batch.
+        RunError: too many attempts without a new checkpoint.
+        UserError: the batch is not divisible by the ranks of any number of the allocated nodes.
     """
-    job, step = slurm.this_job(), newest_step(run)
-    nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+    job, step = slurm.current_job_id(), newest_step(run)
+    allocated = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
     config = load_config(str(run / CONFIG_FILE))
-    taken = nodes[: fitting_nodes(config, len(nodes), ranks_per_node, least)]
-    record = _next(read_attempts(run), job, step, taken)
-    if record["failed_attempts"] >= STARTS:
+    nodes = allocated[: fitting_nodes(config, len(allocated), ranks_per_node, min_nodes)]
+    record = _next_record(read_attempts(run), job, step, nodes)
+    if record["failed_attempts"] >= MAX_ATTEMPTS:
         raise RunError(
-            f"job {job} has started {STARTS} times from step {step} without getting further; see {run / LOGS}"
+            f"job {job} has begun {MAX_ATTEMPTS} attempts from step {step} without a new checkpoint; fix the cause, "
+            f"see {run / LOGS}, and submit the script again"
         )
     write_atomic(run / ATTEMPTS_FILE, json.dumps(record, indent=1))
     logs = run / LOGS / f"{job}-{record['start']}"
     logs.mkdir(parents=True, exist_ok=True)
-    port = free_port(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS)
-    where = f"{' '.join(taken)}, meeting at {taken[0]}:{port}"
-    _say(f"start {record['start']} from step {step} on {where}; the ranks' output is in {logs}")
-    if len(taken) < most:
-        spare = f", {len(nodes)} given" if len(nodes) > len(taken) else ""
-        _say(f"on {len(taken)} of {most} nodes ({least} at least{spare}): the batch of the run divides among these")
-    if step and (needed := sbatch.save_ahead(config, len(taken))) > save_ahead:
-        _say(f"steps and saves are slower than foreseen: submit the next job with --save-ahead {needed}")
+    port = rendezvous_port(int(os.environ["SLURM_JOB_ID"]))
+    place = f"{' '.join(nodes)}, rendezvous at {nodes[0]}:{port}"
+    _log(f"attempt {record['start']} from step {step} on {place}; the ranks' output is in {logs}")
+    if len(nodes) < max_nodes:
+        spare = f", {len(allocated)} allocated" if len(allocated) > len(nodes) else ""
+        _log(f"using {len(nodes)} of {max_nodes} nodes (at least {min_nodes}{spare}): their ranks divide the batch")
+    if step and (needed := sbatch.estimate_save_ahead(config, len(nodes))) > save_ahead:
+        _log(f"steps and saves take longer than reserved: submit the next job with --save-ahead {needed}")
     for line in network_settings(os.environ):
-        _say(line)
+        _log(line)
     return {
-        "nodes": str(len(taken)),
+        "nodes": str(len(nodes)),
         "logs": str(logs),
-        "MASTER_ADDR": taken[0],
+        "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(port),
-        "WORLD_INFO": _world_info(taken, ranks_per_node),
+        "WORLD_INFO": _world_info(nodes, ranks_per_node),
         LAUNCH_FOLDER: str(logs),
     }
 
 
-def fitting_nodes(config: RunConfig, given: int, ranks_per_node: int, least: int) -> int:
-    """The largest number of `given` nodes, `least` at least, among whose ranks the batch divides.
+def fitting_nodes(config: RunConfig, allocated: int, ranks_per_node: int, min_nodes: int) -> int:
+    """Return the largest number of nodes, from `min_nodes` to `allocated`, whose ranks divide the batch.
 
     Raises:
-        UserError: there is none; the message is that for all of them.
+        UserError: there is none; the message is that for `min_nodes`.
     """
-    for nodes in range(given, least - 1, -1):
+    for nodes in range(allocated, min_nodes - 1, -1):
         try:
             config.accumulation_steps(nodes * ranks_per_node)
         except UserError as error:
@@ -88,41 +92,35 @@ def fitting_nodes(config: RunConfig, given: int, ranks_per_node: int, least: int
 
 
 def _world_info(nodes: Sequence[str], ranks_per_node: int) -> str:
-    """What DeepSpeed's node launcher reads: the ranks' devices by node, as it encodes them."""
+    """Encode the devices of every node for DeepSpeed's node launcher (``--world_info``)."""
     return base64.urlsafe_b64encode(json.dumps({node: list(range(ranks_per_node)) for node in nodes}).encode()).decode()
 
 
-def _next(before: dict[str, Any], job: str, step: int, nodes: list[str]) -> dict[str, Any]:
-    """The record of a start at `step`; a job that was submitted anew begins to count anew."""
-    again = before.get("job") == job
-    failed_attempts = before["failed_attempts"] + 1 if again and step <= before["step"] else 0
-    start = before["start"] + 1 if again else 0
-    return {
-        "job": job,
-        "start": start,
-        "step": step,
-        "failed_attempts": failed_attempts,
-        "nodes": nodes,
-        "time": time.time(),
-    }
+def _next_record(previous: dict[str, Any], job: str, step: int, nodes: list[str]) -> dict[str, Any]:
+    """Return the record of an attempt from `step`; a newly submitted job starts to count from 0."""
+    requeued = previous.get("job") == job
+    failed_attempts = previous["failed_attempts"] + 1 if requeued and step <= previous["step"] else 0
+    start = previous["start"] + 1 if requeued else 0
+    counts = {"job": job, "start": start, "step": step, "failed_attempts": failed_attempts}
+    return counts | {"nodes": nodes, "time": time.time()}
 
 
 def end(run: Path, code: int) -> int:
-    """Say how a start ended and requeue the job if it has more to do; the exit code of the script.
+    """Log the end of an attempt, requeue the job if it is unfinished, and return the script's exit code.
 
     Args:
-        code: what srun returned, which is the largest of all ranks' codes.
+        code: exit code of srun: the largest of all ranks' codes.
     """
     record = read_attempts(run)
     logs = run / LOGS / f"{record['job']}-{record['start']}"
     if os.environ[LAUNCH_FOLDER] != str(logs):
-        _say(f"a newer start of the run has taken over ({logs.name}); this one ends")
+        _log(f"a newer attempt of the run has taken over ({logs.name}); this stale attempt ends")
         return code
     if code == 0:
         return 0
     failure = rank_reports.first_failure(logs)
     message = f"srun ended with code {code}; see {logs}" if failure is None else failure.message
-    _say(message)
+    _log(message)
     if failure is not None and failure.code is not None:
         code = failure.code
     step = newest_step(run)
@@ -132,58 +130,58 @@ def end(run: Path, code: int) -> int:
     )
     if code == UserError.exit_code:
         return code
-    if failed_attempts >= FAILURES:
-        _say(f"not requeued: {failed_attempts} starts from step {step} without a checkpoint beyond it; see {logs}")
+    if failed_attempts >= MAX_FAILURES:
+        _log(f"not requeued: {failed_attempts} attempts from step {step} without a new checkpoint; see {logs}")
         return code
     return _requeue(record["job"], step, code)
 
 
 def _requeue(job: str, step: int, code: int) -> int:
-    """Give the job back to the queue, unless it is being ended from outside; the exit code if that fails."""
-    if [task.get("JobState") for task in slurm.tasks(job)] != ["RUNNING"]:
+    """Requeue the job unless SLURM or a user is ending it, and return the exit code of the script."""
+    if [task.get("JobState") for task in slurm.query_tasks(job)] != ["RUNNING"]:
         return code
-    _say(f"requeued: goes on from step {step}")
+    _log(f"requeued: resumes from step {step}")
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
-        _say(f"scontrol requeue {job} failed: {' '.join(done.stderr.split())}; submit the script again")
+        _log(f"scontrol requeue {job} failed: {' '.join(done.stderr.split())}; submit the script again")
     else:
-        time.sleep(60)  # SLURM ends this script; to return would be a failed job
+        time.sleep(60)  # wait for SLURM to kill this script: if it returned, the job would count as failed
     return code
 
 
 def read_attempts(run: Path) -> dict[str, Any]:
-    """The record of the newest start of the run's newest job; empty if it never had one."""
+    """Return the record of the newest attempt of the run's newest job, or an empty one."""
     path = run / ATTEMPTS_FILE
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"fusiontree: {line}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The two commands of the sbatch script."""
+    """Run one of the sbatch script's two commands and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m launcher.allocation", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    beginning = commands.add_parser("begin")
-    beginning.add_argument("run", type=Path)
-    beginning.add_argument("--ranks-per-node", type=int, required=True)
-    beginning.add_argument("--nodes", required=True, metavar="LEAST-MOST")
-    beginning.add_argument("--save-ahead", type=int, required=True)
-    ending = commands.add_parser("end")
-    ending.add_argument("run", type=Path)
-    ending.add_argument("code", type=int)
+    begin_parser = commands.add_parser("begin")
+    begin_parser.add_argument("run", type=Path)
+    begin_parser.add_argument("--ranks-per-node", type=int, required=True)
+    begin_parser.add_argument("--nodes", required=True, metavar="MIN-MAX")
+    begin_parser.add_argument("--save-ahead", type=int, required=True)
+    end_parser = commands.add_parser("end")
+    end_parser.add_argument("run", type=Path)
+    end_parser.add_argument("code", type=int)
     args = parser.parse_args(argv)
     try:
         if args.command == "end":
             return end(args.run, args.code)
-        least, _, most = args.nodes.partition("-")
-        facts = begin(args.run, args.ranks_per_node, int(least), int(most), args.save_ahead)
+        fewest, _, most = args.nodes.partition("-")
+        variables = begin(args.run, args.ranks_per_node, int(fewest), int(most), args.save_ahead)
     except (UserError, RunError) as error:
-        _say(f"error: {error}")
+        _log(f"error: {error}")
         return error.exit_code
-    for name, value in facts.items():
+    for name, value in variables.items():
         print(f"{'export ' * name.isupper()}{name}={shlex.quote(value)}")
     return 0
 

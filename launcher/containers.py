@@ -1,6 +1,6 @@
-"""How a task of the sbatch script gets into a container: by apptainer, by SLURM itself, or by pyxis.
+"""Containers for the ranks of an sbatch script: apptainer, SLURM's own OCI containers, pyxis.
 
-Options as in apptainer 1.4's ``exec --help``, srun(1) of SLURM 22.05, and the usage page of pyxis.
+Sources of the options: ``apptainer exec --help`` of apptainer 1.4, srun(1) of SLURM 22.05, the usage page of pyxis.
 """
 
 import os
@@ -15,30 +15,30 @@ _OCI = "oci:"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What stands where in the srun command, so that a task runs inside; by default, outside of any container."""
+class ContainerCommand:
+    """The parts of an srun command that run a task inside a container; by default there is no container."""
 
-    options: tuple[str, ...] = ()  # of srun, a line each
-    first: str = ""  # what a task's shell does before all else
-    before: str = ""  # words before the ranks' program, of a process that stays around it
-    python: str | None = None  # the image's; None: the one that launched
+    srun_options: tuple[str, ...] = ()  # one per line of the script
+    shell_setup: str = ""  # shell commands before all others of a task
+    prefix: str = ""  # words before the ranks' program, of a process that stays its parent
+    python: str | None = None  # the image's Python; None: the Python of the launch
 
 
-def entry(image: str | None, mounts: str | None, folders: Sequence[Path], gpus: bool) -> Entry:
-    """The way into `image`.
+def container_command(image: str | None, mounts: str | None, folders: Sequence[Path], gpus: bool) -> ContainerCommand:
+    """Return the parts of the srun command that run a task inside `image`.
 
     Args:
-        image: ``oci:BUNDLE`` for SLURM's own containers; a .sif file or a folder for apptainer; else one for pyxis.
-        mounts: further ones, SOURCE:TARGET[,...].
-        folders: whole paths that must be inside as they are outside; the current one is, always.
+        image: ``oci:BUNDLE`` for SLURM's own containers; a .sif file or a folder for apptainer; any other for pyxis.
+        mounts: further mounts, SOURCE:TARGET[,...].
+        folders: absolute paths to mount at the same path; the current folder always is.
         gpus: whether the ranks compute on GPUs.
 
     Raises:
-        UserError: mounts for a bundle, which has its own.
+        UserError: mounts for an OCI bundle, which defines its own.
     """
     if image is None:
-        return Entry()
-    bound = _apart([Path(os.getcwd()), *folders])
+        return ContainerCommand()
+    bound = _outermost([Path(os.getcwd()), *folders])
     if image.startswith(_OCI):
         return _oci(image.removeprefix(_OCI), mounts)
     if image.endswith(".sif") or Path(image).is_dir():
@@ -46,8 +46,8 @@ def entry(image: str | None, mounts: str | None, folders: Sequence[Path], gpus: 
     return _pyxis(image, [*(f"{folder}:{folder}" for folder in bound), *([mounts] if mounts else [])])
 
 
-def _apart(folders: Sequence[Path]) -> list[Path]:
-    """`folders` without those that lie in another of them."""
+def _outermost(folders: Sequence[Path]) -> list[Path]:
+    """Return `folders` without those inside another of them."""
     kept: list[Path] = []
     for folder in sorted(folders, key=lambda path: len(path.parts)):
         if not any(folder.is_relative_to(other) for other in kept):
@@ -55,19 +55,19 @@ def _apart(folders: Sequence[Path]) -> list[Path]:
     return kept
 
 
-def _apptainer(image: str, binds: Sequence[str], gpus: bool) -> Entry:
+def _apptainer(image: str, binds: Sequence[str], gpus: bool) -> ContainerCommand:
     words = ["apptainer", "exec", *(["--nv"] if gpus else []), *(word for bind in binds for word in ("--bind", bind))]
-    return Entry(before=f"{shlex.join([*words, image])} ", python="python")
+    return ContainerCommand(prefix=f"{shlex.join([*words, image])} ", python="python")
 
 
-def _oci(bundle: str, mounts: str | None) -> Entry:
+def _oci(bundle: str, mounts: str | None) -> ContainerCommand:
     if mounts:
         raise UserError(f"--container-mounts {mounts}: an OCI bundle has its own; add them to {bundle}/config.json")
-    # a bundle has a folder of its own to begin in, and not every SLURM hands the task's variables in
-    first = f': "${{SLURM_PROCID:?is not set inside}}"; cd {shlex.quote(os.getcwd())} || exit; '
-    return Entry((f"--container={shlex.quote(bundle)}",), first, python="python")
+    # a bundle starts in its own folder, and some versions of SLURM do not set the task's variables inside
+    setup = f': "${{SLURM_PROCID:?is not set inside}}"; cd {shlex.quote(os.getcwd())} || exit; '
+    return ContainerCommand((f"--container={shlex.quote(bundle)}",), setup, python="python")
 
 
-def _pyxis(image: str, mounts: Sequence[str]) -> Entry:
+def _pyxis(image: str, mounts: Sequence[str]) -> ContainerCommand:
     words = f"--container-image={shlex.quote(image)} --container-mounts={shlex.quote(','.join(mounts))}"
-    return Entry((f"{words} --container-workdir={shlex.quote(os.getcwd())}",), python="python")
+    return ContainerCommand((f"{words} --container-workdir={shlex.quote(os.getcwd())}",), python="python")

@@ -1,4 +1,4 @@
-"""A hostfile: which slots of which hosts a job takes."""
+"""Hostfiles: the slots of each host that a job uses."""
 
 import re
 from collections.abc import Mapping
@@ -8,28 +8,28 @@ from fusiontree.errors import UserError
 
 
 def read(path: Path, include: str = "", exclude: str = "") -> dict[str, tuple[int, ...]]:
-    """The slots to use on each host, in the file's order.
+    """Return the slots to use on each host, in the order of the file.
 
     Args:
-        path: a hostfile as DeepSpeed and Open MPI take it: ``NAME slots=N`` a line, # comments.
-        include: only these, ``HOST[:SLOT,...]`` joined by @; empty: all.
-        exclude: all but these.
+        path: a hostfile in the format of DeepSpeed and Open MPI: one ``NAME slots=N`` per line, # comments.
+        include: slots to use, ``HOST[:SLOT,...]`` joined by @; empty: all.
+        exclude: slots to leave out, in the same form.
 
     Raises:
-        UserError: no such file, a line of another form, a host named twice or without slots, an unknown host or slot.
+        UserError: no such file, a malformed line, a host listed twice or without slots, an unknown host or slot.
     """
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file")
     if include and exclude:
-        raise UserError("--include and --exclude are both given; one of them says all")
+        raise UserError("--include and --exclude cannot be combined; give one of them")
     hosts = _parse(path)
     if include:
         chosen = _selection("--include", include, hosts)
         return {host: slots for host in hosts if (slots := chosen.get(host))}
-    left = _selection("--exclude", exclude, hosts) if exclude else {}
-    kept = {host: tuple(s for s in slots if s not in left.get(host, ())) for host, slots in hosts.items()}
+    excluded = _selection("--exclude", exclude, hosts) if exclude else {}
+    kept = {host: tuple(s for s in slots if s not in excluded.get(host, ())) for host, slots in hosts.items()}
     if not any(kept.values()):
-        raise UserError(f"--exclude {exclude}: no host of {path} is left")
+        raise UserError(f"--exclude {exclude} leaves no slot of {path}; exclude fewer")
     return {host: slots for host, slots in kept.items() if slots}
 
 
@@ -44,12 +44,12 @@ def _parse(path: Path) -> dict[str, tuple[int, ...]]:
             raise UserError(f"{path}, line {number}: '{line}' is not of the form NAME slots=N")
         host, slots = match[1], int(match[2])
         if host in hosts:
-            raise UserError(f"{path}, line {number}: {host} is named twice; give all its slots in one line")
+            raise UserError(f"{path}, line {number}: {host} is listed twice; give all its slots in one line")
         if slots == 0:
-            raise UserError(f"{path}, line {number}: {host} has no slots; give at least 1 or take the line out")
+            raise UserError(f"{path}, line {number}: {host} has no slots; give at least 1 or delete the line")
         hosts[host] = tuple(range(slots))
     if not hosts:
-        raise UserError(f"{path} names no host; give lines of the form NAME slots=N")
+        raise UserError(f"{path} lists no host; give lines of the form NAME slots=N")
     return hosts
 
 

@@ -1,4 +1,4 @@
-"""The plan of a job: which ranks run what, with which environment and meeting where. Made before any process starts."""
+"""The plan of a job: its ranks, program, environment and rendezvous, complete before any process starts."""
 
 import os
 import re
@@ -16,9 +16,10 @@ from fusiontree.run.changes import check_changes
 from fusiontree.run.data import check_data
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LOGS
 
-FIRST_PORT, PORTS = 20_000, 10_000  # of a rendezvous: below the range from which systems give ports to clients
+# rendezvous ports: below the ephemeral ports that Linux gives to clients (32,768 and up)
+_FIRST_PORT, _PORTS = 20_000, 10_000
 
-# what the network libraries and the kernels take from the environment; a user's settings reach every rank
+# prefixes of the variables that every rank gets from the environment of the launch
 _NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_")
 FORWARDED = (
     *_NETWORK,
@@ -31,48 +32,48 @@ FORWARDED = (
     "DS_",
     "TRITON_",
 )
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")  # never written into a script or shown in a process list
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")  # must not appear in a script or a process list
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What a user puts around the ranks' program."""
+    """A user's additions to the environment of the ranks."""
 
-    environment: Mapping[str, str] = field(default_factory=dict)  # variables, on top of all others
-    setup: tuple[str, ...] = ()  # shell lines that run first on every node: modules, conda
+    environment: Mapping[str, str] = field(default_factory=dict)  # overrides all other variables
+    setup: tuple[str, ...] = ()  # shell lines that run first on every node, e.g. for modules or conda
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job that can start; each kind of launch renders it in its own way."""
+    """A checked job; each launch target renders it as its own command or script."""
 
     nodes: int
     ranks_per_node: int
     program: tuple[str, ...]  # Python module that every rank runs, then its arguments
-    environment: Mapping[str, str]  # variables on top of the caller's own
-    master_address: str  # rendezvous: where rank 0 listens; empty: on the first node that the scheduler gives
-    master_port: int  # 0: one that is free there when the job starts
-    devices: tuple[int, ...] | None = None  # GPUs of a node by index, one a rank; None: the first ones, or CPUs
-    hosts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # a hostfile's: the slots taken on each host
+    environment: Mapping[str, str]  # overrides the environment of the launch
+    master_address: str  # host of rank 0; empty: the first node of the allocation
+    master_port: int  # 0: chosen when the job starts
+    devices: tuple[int, ...] | None = None  # index of each rank's GPU; None: the first GPUs, or CPUs
+    hosts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # slots to use on each host of a hostfile
     setup: tuple[str, ...] = ()  # shell lines that run first on every node
 
     @property
     def world_size(self) -> int:
-        """Ranks of the whole job."""
+        """Number of ranks in the job."""
         return sum(map(len, self.hosts.values())) or self.nodes * self.ranks_per_node
 
 
 def plan_local(
     config: RunConfig, source: str, overrides: Sequence[str], ranks: int, options: LaunchOptions = LaunchOptions()
 ) -> Plan:
-    """Plan `ranks` ranks of training on this machine, after checking all that can be checked without starting them.
+    """Check a training job of `ranks` ranks on this machine and plan it.
 
     Args:
-        config: what `source` and `overrides` say; the ranks read them again.
+        config: the configuration that the ranks will read from `source` and `overrides`.
 
     Raises:
-        UserError: the batch does not divide, the dataset or the DeepSpeed settings are missing or wrong, or there are
-            fewer GPUs than ranks.
+        UserError: the batch is not divisible by the ranks, the dataset or the DeepSpeed settings are missing or
+            invalid, or there are fewer GPUs than ranks.
     """
     if ranks < 1:
         raise UserError(f"--local {ranks}: give the number of ranks, at least 1")
@@ -83,7 +84,11 @@ def plan_local(
         nodes=1,
         ranks_per_node=ranks,
         program=("fusiontree", "train", source, *overrides),
-        environment={"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": _threads(ranks), **options.environment},
+        environment={
+            "DS_ACCELERATOR": accelerator,
+            "OMP_NUM_THREADS": _omp_threads(len(os.sched_getaffinity(0)) // ranks),
+            **options.environment,
+        },
         master_address="127.0.0.1",
         master_port=free_port(),
         devices=_devices(gpus, ranks) if accelerator == "cuda" else None,
@@ -94,13 +99,14 @@ def plan_local(
 def plan_hosts(
     config: RunConfig, hosts: Mapping[str, tuple[int, ...]], arguments: Sequence[str], options: LaunchOptions
 ) -> Plan:
-    """Plan a rank on every slot of `hosts`, which a hostfile gave; rank 0 is on the first host.
+    """Check a training job with one rank on every slot of `hosts` and plan it; rank 0 is on the first host.
 
     Args:
-        arguments: further ones of `fusiontree train`.
+        arguments: further arguments of `fusiontree train`.
 
     Raises:
-        UserError: the batch does not divide, or the dataset or the DeepSpeed settings are missing or wrong.
+        UserError: the batch is not divisible by the ranks, or the dataset or the DeepSpeed settings are missing or
+            invalid.
     """
     _check(config, sum(map(len, hosts.values())))
     return plan_program(_program(config, arguments), hosts, options)
@@ -114,12 +120,12 @@ def plan_program(program: tuple[str, ...], hosts: Mapping[str, tuple[int, ...]],
         program=program,
         environment={
             **forwarded(os.environ),
-            "OMP_NUM_THREADS": _threads_there(),
-            **_deepspeed_file(),
+            "OMP_NUM_THREADS": _omp_threads(1),
+            **_deepspeed_environment(),
             **options.environment,
         },
         master_address=next(iter(hosts)),
-        master_port=free_port(FIRST_PORT + os.getpid() % PORTS),
+        master_port=rendezvous_port(os.getpid()),
         hosts=hosts,
         setup=options.setup,
     )
@@ -134,21 +140,21 @@ def plan_slurm(
     options: LaunchOptions,
     cores: int = 1,
 ) -> Plan:
-    """Plan `ranks_per_node` ranks on each of `nodes` nodes that SLURM will give.
+    """Check a training job with `ranks_per_node` ranks on each of `nodes` SLURM nodes and plan it.
 
     Args:
         gpus: whether the ranks compute on GPUs.
-        cores: of each rank.
-        arguments: further ones of `fusiontree train`.
+        arguments: further arguments of `fusiontree train`.
+        cores: cores of each rank.
 
     Raises:
-        UserError: as `plan_hosts`.
+        UserError: as in `plan_hosts`.
     """
     if nodes < 1 or ranks_per_node < 1:
-        raise UserError(f"{nodes} nodes of {ranks_per_node} ranks: give at least 1 of each")
+        raise UserError(f"{nodes} nodes with {ranks_per_node} ranks each: give at least 1 of both")
     _check(config, nodes * ranks_per_node)
     accelerator = "cuda" if gpus else "cpu"
-    threads = {} if gpus and "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": _threads_there(cores)}
+    threads = {} if gpus and "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": _omp_threads(cores)}
     return Plan(
         nodes=nodes,
         ranks_per_node=ranks_per_node,
@@ -161,10 +167,10 @@ def plan_slurm(
 
 
 def launch_options(pairs: Iterable[str], file: Path | None, setup: Iterable[str]) -> LaunchOptions:
-    """Read ``--env``, ``--env-file`` (KEY=VALUE lines, # comments) and ``--pre-command``; pairs win over the file.
+    """Read ``--env``, ``--env-file`` (KEY=VALUE lines, # comments) and ``--pre-command``; pairs override the file.
 
     Raises:
-        UserError: no such file, or a line that is none of KEY=VALUE.
+        UserError: no such file, or a line that is not KEY=VALUE.
     """
     entries = [("--env", pair) for pair in pairs]
     if file is not None:
@@ -179,36 +185,36 @@ def launch_options(pairs: Iterable[str], file: Path | None, setup: Iterable[str]
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", key):
             raise UserError(f"{where}: '{text}' is not of the form KEY=VALUE")
-        environment[key] = _unquoted(value)
+        environment[key] = _unquote(value)
     return LaunchOptions(environment, tuple(setup))
 
 
-def _unquoted(value: str) -> str:
-    """`value` without the quotes that may stand around the whole of it."""
+def _unquote(value: str) -> str:
+    """Return `value` without enclosing quotes."""
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
         return "".join(shlex.split(value))
     return value
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of `environment` that every rank needs as they are here; never a secret."""
+    """Return the variables of `environment` that every rank gets unchanged, without secrets."""
     names = sorted(name for name in environment if name.startswith(FORWARDED) and not _SECRET.search(name))
     return {name: environment[name] for name in names if name not in (LAUNCH_FOLDER, "CUDA_VISIBLE_DEVICES")}
 
 
 def network_settings(environment: Mapping[str, str]) -> list[str]:
-    """The network libraries' variables, a NAME=value line each, for a job's log."""
+    """Return the network libraries' variables as NAME=value lines for a job's log."""
     return [f"{name}={environment[name]}" for name in sorted(environment) if name.startswith(_NETWORK)]
 
 
-def _deepspeed_file() -> dict[str, str]:
-    """The variables of DeepSpeed's own environment file, which a launch's takes the place of."""
+def _deepspeed_environment() -> dict[str, str]:
+    """Return the variables of the user's DeepSpeed environment file, which the file of the launch replaces."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = [
         line
-        for place in (Path.home(), Path())
-        if (place / name).is_file()
-        for line in (place / name).read_text().splitlines()
+        for folder in (Path.home(), Path())
+        if (folder / name).is_file()
+        for line in (folder / name).read_text().splitlines()
     ]
     return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
 
@@ -232,24 +238,29 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
 
 
 def _check(config: RunConfig, ranks: int) -> None:
-    """Raise UserError if `config` cannot run on `ranks` ranks, as far as it can be told here."""
+    """Raise UserError if batch, DeepSpeed settings or dataset cannot run on `ranks` ranks."""
     config.accumulation_steps(ranks)
     deepspeed_json(config)
     check_data(config)
 
 
 def _program(config: RunConfig, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Train from the run's own copy of its configuration: a file edited while a job waits must not change it."""
+    """Return the training program; it reads the run's copy of the configuration, safe from edits while a job waits."""
     return ("fusiontree", "train", str(config.run_dir.absolute() / CONFIG_FILE), *arguments)
 
 
-def _threads_there(cores: int = 1) -> str:
-    """Threads per rank on machines that cannot be seen from here: the caller's OMP_NUM_THREADS, else one a core."""
-    return os.environ.get("OMP_NUM_THREADS") or str(cores)
+def _omp_threads(cores: int) -> str:
+    """Return a rank's threads: OMP_NUM_THREADS of the launch if set, else one for each of the rank's `cores`."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores))
+
+
+def rendezvous_port(offset: int) -> int:
+    """Return a free port for rank 0; jobs that start at once on one node search from different `offset` values."""
+    return free_port(_FIRST_PORT + offset % _PORTS)
 
 
 def visible_gpus() -> list[str]:
-    """NVIDIA GPUs that a process started here may use, as CUDA_VISIBLE_DEVICES would list them."""
+    """Return the NVIDIA GPUs that a process started here may use, as CUDA_VISIBLE_DEVICES would list them."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = sorted((p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*")), key=int)
     if not present or chosen is None:
@@ -258,20 +269,15 @@ def visible_gpus() -> list[str]:
 
 
 def _devices(gpus: list[str], ranks: int) -> tuple[int, ...] | None:
-    """The GPUs that `ranks` ranks take; None leaves the choice to DeepSpeed, which takes the first ones."""
-    if not gpus:  # asked for by DS_ACCELERATOR on a machine that shows its GPUs in another way
+    """Return the GPUs of `ranks` ranks, or None if DeepSpeed's default, the first GPUs, is right."""
+    if not gpus:  # DS_ACCELERATOR asks for GPUs that have no /dev/nvidia*
         return None
     if ranks > len(gpus):
         raise UserError(
-            f"--local {ranks} needs {ranks} GPUs, here are {len(gpus)} ({','.join(gpus)}); start fewer ranks"
+            f"--local {ranks} needs {ranks} GPUs, this machine has {len(gpus)} ({','.join(gpus)}); start fewer ranks"
         )
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         return None
     if not all(name.isdecimal() for name in gpus):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: DeepSpeed's launcher takes indices only, e.g. 0,1")
+        raise UserError(f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: DeepSpeed's launcher takes only indices, e.g. 0,1")
     return tuple(map(int, gpus[:ranks]))
-
-
-def _threads(ranks: int) -> str:
-    """Threads per rank: the caller's OMP_NUM_THREADS, else the cores shared out."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -1,4 +1,4 @@
-"""The rank's side of a launch: it shows that it is alive and ends with its launcher."""
+"""The rank's side of a launch: its start report, its liveness lock, and its end when the launch dies."""
 
 import fcntl
 import os
@@ -12,31 +12,36 @@ from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.files import write_atomic
 from launcher import heartbeat
 
-GRACE = 120.0  # seconds between the request to stop and the kill: what is left of a step, and a checkpoint
-ALIVE = "alive"  # in the folder that ranks share with `run`: locked for as long as that lives
-_held: list[Any] = []  # the lock that shows that this rank lives, until it ends
+GRACE = 120.0  # seconds between the request to stop and SIGKILL: the rest of a step, and a checkpoint
+LAUNCH_LOCK = "alive"  # file in a local launch's folder, locked while `launcher.local.run` is alive
+_open_locks: list[Any] = []  # keeps this rank's liveness lock open until the process ends
 
 
 def join_launcher() -> None:
-    """Called first on each rank: takes signals again and ends this process when the `run` that started it is gone."""
+    """Report this rank as started, restore default signal handlers, and watch the launch; call it first on each rank.
+
+    Without a launch, this does nothing.
+    """
     if LAUNCH_FOLDER not in os.environ:
         return
     folder, rank = Path(os.environ[LAUNCH_FOLDER]), os.environ.get("RANK", "0")
-    _held.append(open(folder / f".running-{rank}", "w"))  # noqa: SIM115
-    fcntl.flock(_held[0], fcntl.LOCK_EX)
-    os.replace(folder / f".running-{rank}", folder / f"running-{rank}")  # seen before, it would be free: a death
+    # lock the file before it gets its final name: the launch takes an unlocked running-N for a dead rank
+    _open_locks.append(open(folder / f".running-{rank}", "w"))  # noqa: SIM115
+    fcntl.flock(_open_locks[0], fcntl.LOCK_EX)
+    os.replace(folder / f".running-{rank}", folder / f"running-{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     write_atomic(folder / f"rank-{rank}.started", f"{os.uname().nodename} {os.getpid()}")
-    if (folder / ALIVE).exists():  # SLURM ends its ranks itself
-        threading.Thread(target=_end_with_launcher, args=(folder,), name="launcher-watch", daemon=True).start()
-    if (folder / heartbeat.FILE).exists():  # it is on another machine
-        threading.Thread(target=heartbeat.watch, args=(folder, GRACE), name="launcher-watch", daemon=True).start()
+    # neither file exists under SLURM, which ends the ranks of a job itself
+    if (folder / LAUNCH_LOCK).exists():  # the launch is on this machine
+        threading.Thread(target=_end_with_launch, args=(folder,), name="launch-watch", daemon=True).start()
+    if (folder / heartbeat.FILE).exists():  # the launch is on another machine
+        threading.Thread(target=heartbeat.watch, args=(folder, GRACE), name="launch-watch", daemon=True).start()
 
 
-def _end_with_launcher(folder: Path) -> None:
-    with open(folder / ALIVE) as alive:
-        fcntl.flock(alive, fcntl.LOCK_SH)  # returns when `run` has let go of it, however it ended
+def _end_with_launch(folder: Path) -> None:
+    with open(folder / LAUNCH_LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # blocks until the launch releases its lock, also by being killed
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,12 +1,27 @@
-"""A job on this machine, through DeepSpeed's launcher, with what that leaves out.
+"""A job on this machine, started through DeepSpeed's launcher and supervised by ``fusiontree launch``.
 
-DeepSpeed starts a runner, the runner a launcher, the launcher the ranks. That chain hands on the positive exit code of
-the first rank it sees fail, and little more: death by signal N becomes 256 - N; a stop asked for by signal becomes 1,
-whatever the ranks answer, and after half a minute their death; a killed launcher becomes 0; a rank that aborts after
-its work is done becomes a failure; ranks outlive a chain that is killed; and when one rank has failed, the others have
-half a minute. So each rank reports its own end in a folder it shares with `run`, holds a lock there that shows whether
-it still lives, and watches another that shows whether `run` does; signals go to the ranks past the chain; and the whole
-chain stands in a process group that `run` ends.
+The processes form a chain, in one process group that ends with the job::
+
+    fusiontree launch               `run`
+      deepspeed.launcher.runner     reads the resources; exits with the launcher's code
+        deepspeed.launcher.launch   starts the ranks; polls them every second
+          fusiontree train          rank 0, 1, ...
+
+The chain loses most exit codes and signals:
+
+| event                           | exit code of the chain       | here                                             |
+|---------------------------------|------------------------------|--------------------------------------------------|
+| every rank exits with 0         | 0                            | 0                                                |
+| a rank exits with N > 0         | N of the first one polled    | code and message of the first report             |
+| a rank dies of signal N         | 256 - N                      | error that names the rank and the signal         |
+| a rank aborts after its report  | 256 - 6, a failure           | 0: the work was done                             |
+| SIGINT or SIGTERM to the chain  | 1; ranks killed after 30 s   | only ranks get signals; their code, `GRACE`      |
+| the launcher is killed          | 0; ranks survive             | error; the process group is killed               |
+| a rank fails, others still run  | others killed after 30 s     | others killed after `FAILURE_GRACE`              |
+| ``fusiontree launch`` is killed | ranks survive                | ranks save and exit (`launcher.join`)            |
+
+So the exit codes come from the ranks' own reports in the launch folder (`launcher.rank_reports`), a lock per rank shows
+whether the rank is alive, and DeepSpeed's code counts only if no report explains the end.
 """
 
 import contextlib
@@ -27,131 +42,128 @@ from fusiontree.distributed.signals import REPEAT
 from fusiontree.errors import RunError, from_exit_code
 from launcher import rank_reports
 from launcher.job import Plan
-from launcher.join import ALIVE, GRACE
+from launcher.join import GRACE, LAUNCH_LOCK
 
-ENDING = 8.0  # seconds that the other ranks have to end when one has failed
-LOOK = 0.2  # seconds between two looks at how they are doing
-_LAST_LINES = 10  # of a rank's log, shown when it died without a word
+FAILURE_GRACE = 8.0  # seconds that the other ranks have to end after one has failed
+POLL_INTERVAL = 0.2  # seconds between two polls of the ranks
+_LAST_LINES = 10  # of the log of a rank that died without an exit report
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
 
 
-# --- the launching side ----------------------------------------------------------------------------------------------
-
-
 def render(plan: Plan) -> list[str]:
-    """The command that starts `plan` through DeepSpeed's launcher."""
+    """Return the command that starts `plan` through DeepSpeed's launcher."""
     if plan.devices is None:
-        where = ["--num_nodes", str(plan.nodes), "--num_gpus", str(plan.ranks_per_node)]
-    else:  # told a number, DeepSpeed would forget CUDA_VISIBLE_DEVICES and take the first GPUs
-        where = ["--include", f"localhost:{','.join(map(str, plan.devices))}"]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, *where]
+        resources = ["--num_nodes", str(plan.nodes), "--num_gpus", str(plan.ranks_per_node)]
+    else:  # with --num_gpus, DeepSpeed ignores CUDA_VISIBLE_DEVICES and takes the first GPUs
+        resources = ["--include", f"localhost:{','.join(map(str, plan.devices))}"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, *resources]
     rendezvous = ["--master_addr", plan.master_address, "--master_port", str(plan.master_port)]
     setup = ["bash", "-c", "\n".join(["set -e", *plan.setup, 'exec "$@"']), "setup"] if plan.setup else []
-    # at level `error`, and so with --quiet, it would add a line of its own to each failing rank's
+    # at level `error`, which --quiet also sets, DeepSpeed adds a line of its own for each failing rank
     return [*setup, *runner, *rendezvous, "--log_level", "critical", "--no_local_rank", "--module", *plan.program]
 
 
 def command_line(plan: Plan) -> str:
-    """What `run` would start, as one line to paste into a shell."""
+    """Return the command of `run` as one line to paste into a shell."""
     return shlex.join(["env", *(f"{key}={value}" for key, value in plan.environment.items()), *render(plan)])
 
 
 def run(plan: Plan, logs: Path | None = None) -> int:
-    """Run `plan` to its end and return its exit code: 0 when every rank ended well, else the first failing rank's.
+    """Run `plan` to its end and return its exit code: 0 if every rank succeeded, else the first failing rank's.
 
-    SIGINT, SIGTERM and SIGUSR1 go to all ranks; after the first two, what still runs `GRACE` seconds later, or when
-    another one comes, is killed. For SIGUSR1, which asks the ranks to save and leave too, they may take their time.
-    When a rank fails, the others have `ENDING` seconds.
+    SIGINT, SIGTERM and SIGUSR1 are forwarded to all ranks. After SIGINT or SIGTERM, ranks are killed once `GRACE`
+    seconds have passed or a second signal comes. After SIGUSR1, which also asks the ranks to save and exit, they have
+    unlimited time. After a rank has failed, the others have `FAILURE_GRACE` seconds.
 
     Args:
         plan: the job.
-        logs: folder with rank-N.log, of which the last lines are shown if rank N dies without a word.
+        logs: folder with rank-N.log; its last lines are printed if rank N dies without an exit report.
 
     Raises:
-        UserError, RunError: what the first failing rank said, or that a rank died without a word.
-        KeyboardInterrupt: stopped by SIGINT; all ranks are gone.
+        UserError, RunError: the first failing rank reported it, or a rank died without an exit report.
+        KeyboardInterrupt: stopped by SIGINT; no rank is left.
     """
     with tempfile.TemporaryDirectory(prefix="fusiontree-launch-") as name:
         folder = Path(name)
-        with open(folder / ALIVE, "w") as alive:
-            fcntl.flock(alive, fcntl.LOCK_EX)
+        with open(folder / LAUNCH_LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             end = _supervise(plan, folder)
-        said = rank_reports.read(folder)
-    if end.silent is not None and logs is not None:
-        _show_last_lines(logs / f"rank-{end.silent}.log")
-    return _verdict(said, plan.world_size, *end)
+        reports = rank_reports.read(folder)
+    if end.dead_rank is not None and logs is not None:
+        _print_last_lines(logs / f"rank-{end.dead_rank}.log")
+    return _exit_code(reports, plan.world_size, *end)
 
 
 class _End(NamedTuple):
-    """How a job ended, seen from outside."""
+    """The end of a job as its supervisor saw it."""
 
-    returned: int  # by DeepSpeed's launcher
-    stopped_by: int | None = None  # the first signal that asked it to stop
-    silent: int | None = None  # the rank that ended first, if it did not say why
+    returned: int  # exit code of DeepSpeed's runner
+    stopped_by: int | None = None  # the first signal that asked the job to stop
+    dead_rank: int | None = None  # the rank that ended first, if it wrote no exit report
 
 
-class _Stop:
-    """Hands a job's signals on to its ranks, and holds when those must have ended that are asked to.
+class _SignalForwarder:
+    """Signal handler that forwards to the ranks and sets the deadline by which they must have ended.
 
-    To the ranks alone: DeepSpeed's launcher, told as well, kills them half a minute later, whatever they have to save.
+    The signals bypass DeepSpeed's launcher: it would kill the ranks after 30 seconds, in the middle of a save.
     """
 
     def __init__(self, folder: Path, ranks: int):
         self.folder, self.ranks = folder, ranks
-        self.signal: int | None = None  # the first that asked to stop
+        self.signal: int | None = None  # the first one that asked the job to stop
         self.since = 0.0
         self.deadline = float("inf")
 
     def __call__(self, number: int, frame: object) -> None:
-        now, begun = time.monotonic(), rank_reports.processes(self.folder)
-        if len(begun) < self.ranks:  # there is nothing to save yet
+        now, started = time.monotonic(), rank_reports.process_ids(self.folder)
+        if len(started) < self.ranks:  # training has not begun: nothing to save
             self.signal, self.since, self.deadline = number, now, now
         elif number in _STOPS and self.signal is None:
             self.signal, self.since, self.deadline = number, now, now + GRACE
         elif number in _STOPS and now - self.since > REPEAT:
             self.deadline = now
-        for rank in begun:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.kill(rank, number)
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):  # this rank has ended
+                os.kill(process, number)
 
 
 def _supervise(plan: Plan, folder: Path) -> _End:
-    """Run `plan` in a process group of its own; its ranks report to `folder`."""
+    """Run `plan` in a process group of its own, with `folder` as the launch folder of its ranks."""
     environment = {**os.environ, **plan.environment, LAUNCH_FOLDER: str(folder)}
     process = subprocess.Popen(
-        render(plan), env=environment, start_new_session=True, preexec_fn=leave_signals_to_the_ranks
+        render(plan), env=environment, start_new_session=True, preexec_fn=ignore_forwarded_signals
     )
-    stop, failed, silent = _Stop(folder, plan.world_size), False, None
-    with handling(stop):
+    forwarder, failed, dead_rank = _SignalForwarder(folder, plan.world_size), False, None
+    with handling_signals(forwarder):
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return _End(process.wait(timeout=LOOK), stop.signal, silent)
+                    return _End(process.wait(timeout=POLL_INTERVAL), forwarder.signal, dead_rank)
                 if not failed:
-                    failed, silent = _failed(folder)
+                    failed, dead_rank = _find_failure(folder)
                     if failed:
-                        stop.deadline = min(stop.deadline, time.monotonic() + ENDING)
-                if time.monotonic() > stop.deadline:
+                        forwarder.deadline = min(forwarder.deadline, time.monotonic() + FAILURE_GRACE)
+                if time.monotonic() > forwarder.deadline:
                     signal_group(process.pid, signal.SIGKILL)
         finally:
-            signal_group(process.pid, signal.SIGKILL)  # whatever the chain has left behind
+            signal_group(process.pid, signal.SIGKILL)  # orphans: data workers, ranks of a killed launcher
             process.wait()
 
 
-def _failed(folder: Path) -> tuple[bool, int | None]:
-    """Whether a rank has failed, and which one if none has said why."""
+def _find_failure(folder: Path) -> tuple[bool, int | None]:
+    """Return whether a rank has failed, and the rank that died if no report names the cause."""
     failed = rank_reports.failures(rank_reports.read(folder))
-    if rank_reports.names_a_cause(failed):
+    if rank_reports.includes_cause(failed):
         return True, None
     for path in sorted(folder.glob("running-*")):
         rank = int(path.name.removeprefix("running-"))
-        if _is_free(path) and not (folder / f"rank-{rank}.json").exists():
+        if _is_unlocked(path) and not (folder / f"rank-{rank}.json").exists():
             return True, rank
     return bool(failed), None
 
 
-def _is_free(path: Path) -> bool:
+def _is_unlocked(path: Path) -> bool:
     with open(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -160,21 +172,21 @@ def _is_free(path: Path) -> bool:
     return True
 
 
-def _show_last_lines(path: Path) -> None:
+def _print_last_lines(path: Path) -> None:
     if path.exists():
         lines = path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         print(f"the last lines of {path}:", *lines, sep="\n  ", file=sys.stderr)
 
 
-def leave_signals_to_the_ranks() -> None:
-    """Make the chain ignore what is forwarded: its runner would die, with a traceback, before its ranks have ended."""
+def ignore_forwarded_signals() -> None:
+    """Ignore the signals that are forwarded to the ranks; DeepSpeed's runner would exit before its ranks have saved."""
     for number in _FORWARDED:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def handling(handler: Any) -> Iterator[None]:
-    """Let `handler` have what is forwarded to the ranks."""
+def handling_signals(handler: Any) -> Iterator[None]:
+    """Install `handler` for the signals that are forwarded to the ranks, and restore the previous handlers."""
     previous = {number: signal.signal(number, handler) for number in _FORWARDED}
     try:
         yield
@@ -184,46 +196,45 @@ def handling(handler: Any) -> Iterator[None]:
 
 
 def signal_group(group: int, number: int) -> None:
-    """Send signal `number` to process group `group`, if it is still there."""
-    with contextlib.suppress(ProcessLookupError):  # the group has ended: there is nothing left to tell
+    """Send signal `number` to process group `group`, if it still exists."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
 
-def _verdict(
-    said: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, silent: int | None = None
+def _exit_code(
+    reports: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, dead_rank: int | None = None
 ) -> int:
-    """The job's exit code, from what the ranks reported and, where they could not, from what DeepSpeed returned."""
-    failures = rank_reports.failures(said)
-    if len(said) == ranks and not failures:
-        return 0  # also when a rank aborted afterwards, in the interpreter's shutdown
+    """Return the job's exit code from the ranks' reports or, without one that explains the end, DeepSpeed's code."""
+    failures = rank_reports.failures(reports)
+    if len(reports) == ranks and not failures:
+        return 0  # also if a rank aborted after its report, during the interpreter's shutdown
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
-    if failures and silent is None:
-        shared = len(said) == ranks and len({report["message"] for report in said}) == 1
+    if failures and dead_rank is None:
+        shared = len(reports) == ranks and len({report["message"] for report in reports}) == 1
         return _raise_or_return(failures[0], shared)
     if stopped_by is not None:
-        raise RunError(f"stopped by {signal.Signals(stopped_by).name}; the last checkpoint is where it goes on from")
+        raise RunError(
+            f"stopped by {signal.Signals(stopped_by).name}; start again to resume from the newest checkpoint"
+        )
     if 0 < returned < 128 and not failures:
-        return returned  # the rank has written why before it could report
-    raise RunError(f"{_cause(returned, silent)}, then start again")
+        return returned  # the rank failed before it could report, and printed the reason
+    raise RunError(f"{_cause_of_death(returned, dead_rank)}, then start again")
 
 
 def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:
     code, message = failure["code"], failure["message"]
     if message is None:
-        return int(code)  # its traceback has been shown
+        return int(code)  # the rank printed a traceback
     raise from_exit_code(code, message if shared else f"rank {failure['rank']}: {message}")
 
 
-def _cause(returned: int, silent: int | None) -> str:
-    who = "a rank" if silent is None else f"rank {silent}"
+def _cause_of_death(returned: int, dead_rank: int | None) -> str:
+    rank = "a rank" if dead_rank is None else f"rank {dead_rank}"
     if 256 - returned == signal.SIGKILL:
-        return f"{who} was killed by SIGKILL, often for want of memory; free some or lower batch.micro_rows"
+        return f"{rank} was killed by SIGKILL, often for lack of memory; free memory or lower batch.micro_rows"
     if 256 - returned in set(signal.Signals):
-        return f"{who} was killed by {signal.Signals(256 - returned).name}; see the logs in the run's folder"
-    if silent is not None:
-        return f"{who} died without a word, often killed for want of memory; see the logs in the run's folder"
-    return f"DeepSpeed's launcher was killed (code {returned}), and its ranks with it; see the logs in the run's folder"
-
-
-# --- the rank's side -------------------------------------------------------------------------------------------------
+        return f"{rank} was killed by {signal.Signals(256 - returned).name}; see the logs in the run's folder"
+    if dead_rank is not None:
+        return f"{rank} died without an exit report, often for lack of memory; see the logs in the run's folder"
+    return f"DeepSpeed's launcher was killed (code {returned}) with its ranks; see the logs in the run's folder"

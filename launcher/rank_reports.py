@@ -1,7 +1,10 @@
-"""What ranks leave in the folder of a launch, which all hosts share, and who of them failed first.
+"""Files that ranks write into the launch folder, and the failure that caused the others.
 
-``rank-N.started`` (host, process id) when it has begun, ``rank-N.json`` when it has ended by itself (`launcher.local`),
-and under SLURM ``rank-N.out``, its output.
+The launch folder is on a disk that all hosts of the job share::
+
+    rank-N.started  host and process id, written when the rank starts
+    rank-N.json     exit report of a rank that ended on its own (`fusiontree.distributed.outcome`)
+    rank-N.out      output of the rank's SLURM task
 """
 
 import json
@@ -10,70 +13,70 @@ from typing import Any, NamedTuple
 
 from fusiontree.errors import LOST_PEER
 
-_TAIL = 15  # lines of a rank's output that are shown where it has said nothing itself
+_TAIL = 15  # lines of a rank's output to show if its report has no message
 
 
 class Failure(NamedTuple):
-    """The first rank that failed, and what is known of why."""
+    """The first rank that failed, and the reason as far as it is known."""
 
-    code: int | None  # its exit code; None: it was killed, or could not even begin
+    code: int | None  # exit code; None: the rank was killed, or never started
     message: str
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks have said of their ends: rank, host, code, message (None: it wrote a traceback), time."""
+    """Return the exit reports: rank, host, code, message (None: the rank printed a traceback), time (ns)."""
     return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
 
 
-def joined(folder: Path) -> dict[int, str]:
-    """Host of every rank that has begun."""
+def started_hosts(folder: Path) -> dict[int, str]:
+    """Return the host of every rank that has started."""
     return {_rank(path): path.read_text().split()[0] for path in folder.glob("rank-*.started")}
 
 
-def processes(folder: Path) -> list[int]:
-    """Process ids of the ranks that have begun, each on its host."""
+def process_ids(folder: Path) -> list[int]:
+    """Return the process ids of the ranks that have started, each valid on its own host."""
     return [int(path.read_text().split()[1]) for path in folder.glob("rank-*.started")]
 
 
-def silent(folder: Path) -> list[int]:
-    """Ranks that have begun and not said how they ended."""
-    begun = {_rank(path) for pattern in ("rank-*.started", "rank-*.out") for path in folder.glob(pattern)}
-    return sorted(begun - {report["rank"] for report in read(folder)})
+def unreported(folder: Path) -> list[int]:
+    """Return the ranks that have started and have not written an exit report."""
+    started = {_rank(path) for pattern in ("rank-*.started", "rank-*.out") for path in folder.glob(pattern)}
+    return sorted(started - {report["rank"] for report in read(folder)})
 
 
-def failures(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the reports that tell of a failure, the first in time first; one that only lost another rank, which is
-    no cause, behind all others.
-    """
-    failed = [report for report in said if report["code"]]
+def failures(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the reports with a non-zero code by time, consequences of a lost peer last."""
+    failed = [report for report in reports if report["code"]]
     return sorted(failed, key=lambda report: (report["message"] == LOST_PEER, report["time"]))
 
 
-def names_a_cause(failed: list[dict[str, Any]]) -> bool:
-    """Whether the first of `failures` is more than the consequence of another rank's end."""
+def includes_cause(failed: list[dict[str, Any]]) -> bool:
+    """Return whether the first of `failures` is more than the consequence of a lost peer."""
     return bool(failed) and failed[0]["message"] != LOST_PEER
 
 
 def first_failure(folder: Path) -> Failure | None:
-    """The failure that the others come from; None if no rank failed, or none that left a trace.
+    """Return the failure that caused the others, or None if no rank failed or left a trace.
 
-    A rank that only lost another is no cause; one that ended without a word may be.
+    A reported cause comes first, then a rank without an exit report, then the report of a lost peer.
     """
     failed = failures(read(folder))
-    if names_a_cause(failed):
+    if includes_cause(failed):
         first = failed[0]
-        words = first["message"] or f"failed{_output(folder, first['rank'])}"
-        return Failure(first["code"], f"rank {first['rank']} on {first['host']}: {words}")
-    for rank in silent(folder):
-        where = f" on {host}" if (host := joined(folder).get(rank)) else ""
-        return Failure(None, f"rank {rank}{where} ended without a word{_output(folder, rank)}")
+        reason = first["message"] or f"failed; {_last_output(folder, first['rank'])}"
+        return Failure(first["code"], f"rank {first['rank']} on {first['host']}: {reason}")
+    for rank in unreported(folder):
+        where = f" on {host}" if (host := started_hosts(folder).get(rank)) else ""
+        return Failure(None, f"rank {rank}{where} ended without an exit report; {_last_output(folder, rank)}")
     return Failure(failed[0]["code"], failed[0]["message"]) if failed else None
 
 
-def _output(folder: Path, rank: int) -> str:
+def _last_output(folder: Path, rank: int) -> str:
     path = folder / f"rank-{rank}.out"
     lines = path.read_text(errors="replace").splitlines()[-_TAIL:] if path.exists() else []
-    return ", its output ends:\n" + "\n".join(f"  {line}" for line in lines) if lines else "; see its host's log"
+    if not lines:
+        return "see the system log of its host"
+    return "the last lines of its output:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _rank(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""How a run is doing, from its folder and, if SLURM is here, from the queue. Free of torch: it answers at once."""
+"""Status of a run, from its folder and SLURM's queue. Free of torch, so that it answers at once."""
 
 import shutil
 import time
@@ -12,42 +12,42 @@ from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LATEST, METRICS_FILE
 from fusiontree.run.records import read_metrics
 from launcher import allocation, slurm
 
-_SHOWN = 3  # incidents, the newest
+_INCIDENTS_SHOWN = 3  # the newest
 _FIGURES = ("tokens", "loss", "lr", "grad_norm", "gate_mean", "tokens_per_s", "mfu", "memory_gib")
-_QUIET = 600.0  # seconds without a line of metrics after which a run that cannot be seen is not called running
+_STALE_SECONDS = 600.0  # age of the newest metrics from which a run on another host no longer counts as running
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """The state of the run at `run_dir`.
+    """Return the status of the run at `run_dir`.
 
     Returns:
-        run, state (finished, running, pending, stopped or failed, with what is known of it), step, steps, last figures,
-        validation loss (nats per token), checkpoint, job (None without SLURM), incidents (how many, and the newest).
+        run, state (finished, running, pending, stopped or ended, with details), step, steps, last figures of training,
+        validation loss (nats per token), checkpoint, job (None without SLURM), incidents (count and newest).
 
     Raises:
         UserError: there is no run.
     """
     if not (run_dir / CONFIG_FILE).is_file():
-        raise UserError(f"no run at {run_dir}; give a folder such as runs/NAME")
+        raise UserError(f"no run at {run_dir}; give a run's folder, e.g. runs/NAME")
     config = load_config(str(run_dir / CONFIG_FILE))
     lines = read_metrics(run_dir)
     saved, step = newest_step(run_dir), max((line["step"] for line in lines), default=0)
     job = _job(run_dir)
-    happened = incidents.read(run_dir)
+    records = incidents.read(run_dir)
     return {
         "run": str(run_dir),
-        "state": _state(run_dir, config, saved, job, bool(happened and happened[-1]["kind"] == "signal")),
+        "state": _state(run_dir, config, saved, job, bool(records and records[-1]["kind"] == "signal")),
         "step": step,
         "steps": config.schedule.steps,
         **_newest(lines),
         "checkpoint": {"step": saved, "age_seconds": _age(run_dir / CHECKPOINTS / LATEST)} if saved else None,
         "job": job,
-        "incidents": {"count": len(happened), "newest": [_incident(entry) for entry in happened[-_SHOWN:]]},
+        "incidents": {"count": len(records), "newest": [_incident(entry) for entry in records[-_INCIDENTS_SHOWN:]]},
     }
 
 
 def _newest(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest figures of training and of validation."""
+    """Return the newest figures of training and of validation."""
     nothing: dict[str, Any] = {}
     training = next((line for line in reversed(lines) if "loss" in line), nothing)
     validation = next((line for line in reversed(lines) if "val_loss" in line), nothing)
@@ -58,9 +58,9 @@ def _newest(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def _state(run_dir: Path, config: RunConfig, saved: int, job: dict[str, Any] | None, was_stopped: bool) -> str:
     if saved >= config.schedule.steps:
         return "finished"
-    queue = (job or {}).get("state")
-    if queue in slurm.LIVING:
-        return str(queue).lower()
+    queue_state = (job or {}).get("state")
+    if queue_state in slurm.ACTIVE_STATES:
+        return str(queue_state).lower()
     holder = lease.read(run_dir)
     alive = None if holder is None else lease.is_alive(holder)
     if holder is not None and alive:
@@ -68,21 +68,25 @@ def _state(run_dir: Path, config: RunConfig, saved: int, job: dict[str, Any] | N
     if holder is None:
         return "not started"
     age = _age(run_dir / METRICS_FILE)
-    if alive is None and age is not None and age < _QUIET:
-        return f"running on {holder['host']}, as far as its files tell"
+    if alive is None and age is not None and age < _STALE_SECONDS:
+        return f"running on {holder['host']}, judging by its files"
     return "stopped, saved" if was_stopped else "ended before its last step"
 
 
 def _job(run_dir: Path) -> dict[str, Any] | None:
-    """The newest job of the run: what its starts have recorded and, if SLURM is here, the queue's view."""
-    record = allocation.read_attempts(run_dir) or {"job": slurm.submitted(run_dir)}
+    """Return the newest job of the run: the record of its attempts and, where SLURM is available, its queue entry."""
+    record = allocation.read_attempts(run_dir) or {"job": slurm.submitted_job_id(run_dir)}
     if record["job"] is None:
         return None
-    known = slurm.tasks(record["job"])[:1] if shutil.which("scontrol") else []
-    queue = {"JobState": "state", "Reason": "reason", "RunTime": "run_time", "TimeLimit": "time_limit"}
-    seen = {ours: task[theirs] for task in known for theirs, ours in queue.items() if task.get(theirs) != "None"}
-    kept = {name: record[name] for name in ("job", "start", "nodes", "failed_attempts", "message") if name in record}
-    return kept | seen
+    tasks = slurm.query_tasks(record["job"])[:1] if shutil.which("scontrol") else []
+    names = {"JobState": "state", "Reason": "reason", "RunTime": "run_time", "TimeLimit": "time_limit"}
+    queued = {
+        name: task[slurm_name] for task in tasks for slurm_name, name in names.items() if task.get(slurm_name) != "None"
+    }
+    recorded = {
+        name: record[name] for name in ("job", "start", "nodes", "failed_attempts", "message") if name in record
+    }
+    return recorded | queued
 
 
 def _incident(entry: dict[str, Any]) -> str:
@@ -91,5 +95,5 @@ def _incident(entry: dict[str, Any]) -> str:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since `path` was written; None if it is not there."""
+    """Return the seconds since `path` was written, or None if it does not exist."""
     return round(time.time() - path.stat().st_mtime, 1) if path.exists() else None

@@ -1,8 +1,8 @@
 """A real SLURM cluster and real ssh hosts inside one machine, for the tests that need them.
 
-Each host is a set of kernel namespaces of its own (network, host name, process table, mounts, IPC), joined to the rest
-by a bridge that lives in the network of ``head``. The file system is shared, as a cluster's is; /run, /dev/shm and the
-configuration in /etc are each host's own. Nothing outside is touched, and all of it dies with the process that made it.
+Each host is a set of kernel namespaces (network, host name, process table, mounts, IPC). A bridge in the network of
+``head`` connects the hosts. They share the file system, as on a cluster; /run, /dev/shm and the configuration in /etc
+are separate. Nothing outside the namespaces changes, and all hosts end with the process that created them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = ("node1", "node2")
 NETWORK = "10.83.7"
 
-# first process of a host; NAME ROOT
+# first process of a host; arguments: NAME ROOT
 _INIT = """
 set -e
 hostname "$1"; ip link set lo up; mount -t proc proc /proc
@@ -41,7 +41,7 @@ SlurmctldHost=head({network}.1)
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# how long a requeued job is held before it may start again; the least that SLURM takes
+# seconds that SLURM holds a requeued job before its next start; 5 is the minimum
 AuthInfo=cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
@@ -74,8 +74,8 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=2 PreemptMode=OFF
 """
 
-# SLURM's own containers; each is a task's, called after its node, job, step and rank. Without exec, the shell that
-# SLURM puts in front would end by the signal that asks the ranks to save
+# SLURM's own containers, one per task, named by node, user, job, step and task. Without exec, the shell that SLURM
+# starts first would die of the signal that asks the ranks to save
 _OCI_CONF = """
 RunTimeQuery="{root}/runtime state %n.%u.%j.%s.%t"
 RunTimeRun="exec {root}/runtime run --bundle %b %n.%u.%j.%s.%t"
@@ -83,8 +83,8 @@ RunTimeKill="{root}/runtime kill --all %n.%u.%j.%s.%t KILL"
 RunTimeDelete="{root}/runtime delete --force %n.%u.%j.%s.%t"
 """
 
-# SLURM 22.05 tells a container nothing of its task, here the only one of its node; crun refuses to start where control
-# groups of both versions are mounted, even if it is to use none
+# SLURM 22.05 does not set a task's variables in its container; here each node has one task. crun does not start where
+# cgroups v1 and v2 are both mounted, even with --cgroup-manager=disabled
 _RUNTIME = """#!/bin/sh
 [ "$1" != run ] || python3 -c '
 import json, os, subprocess, sys
@@ -127,7 +127,7 @@ Host *
 
 
 def why_not() -> str | None:
-    """Why there will be no cluster here; None if there will."""
+    """Return the reason why no cluster can start here, or None."""
     if not os.environ.get("FUSIONTREE_CLUSTER"):
         return "the tests on a real SLURM cluster and real ssh hosts run by `make test-cluster`"
     lacking = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
@@ -138,11 +138,11 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """``head``, where users work and the controller runs, and two compute nodes. Use as a context manager."""
+    """Context manager for a cluster: ``head``, with users and the controller, and two compute nodes."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.inits: dict[str, subprocess.Popen[bytes]] = {}  # by host: the process that holds it
+        self.inits: dict[str, subprocess.Popen[bytes]] = {}  # by host: the process that keeps its namespaces
 
     def __enter__(self) -> "Cluster":
         try:
@@ -168,7 +168,7 @@ class Cluster:
         for name in list(self.inits):
             self._kill(name)
 
-    # --- what tests do
+    # --- operations of the tests
 
     def run(self, *words: object, on: str = "head", code: int | None = 0, timeout: float = 120, **environment: str):
         """Run a command on a host and check its exit code (None: any)."""
@@ -194,7 +194,7 @@ class Cluster:
         )
 
     def command(self, host: str, *words: object) -> list[str]:
-        """The words that run `words` on `host`, in this process's folder."""
+        """Return the command that runs `words` on `host` in the current folder."""
         return [
             "nsenter",
             "-t",
@@ -211,21 +211,21 @@ class Cluster:
         ]
 
     def pid(self, host: str) -> int:
-        """The host's first process, as seen from outside."""
+        """Return the process id of the host's first process, outside its namespaces."""
         unshare = self.inits[host].pid
         return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
 
     def cut(self, node: str) -> None:
-        """Pull the node's cable: silence, and all on it goes on."""
+        """Disconnect the node from the network; its processes keep running."""
         self._net("head", "ip", "link", "set", node, "down")
 
     def crash(self, node: str) -> None:
-        """The node's power fails: silence, and nothing is left on it."""
+        """Disconnect the node and kill all its processes, like a power failure."""
         self.cut(node)
         self._kill(node)
 
     def boot(self, node: str) -> None:
-        """Start a node that is not there, or put back its cable."""
+        """Start a node that is down, or reconnect one that runs."""
         if node in self.inits:
             self._net("head", "ip", "link", "set", node, "up")
             return
@@ -244,7 +244,7 @@ class Cluster:
         )
 
     def settle(self) -> None:
-        """Wait until both nodes are idle, whatever befell them."""
+        """Bring both nodes up and wait until they are idle."""
         for node in NODES:
             self.boot(node)
 
@@ -258,11 +258,11 @@ class Cluster:
         until(idle, 60)
 
     def state(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job, by its own names."""
+        """Return SLURM's record of a job."""
         line = self.run("scontrol", "show", "job", "-o", job).stdout
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    # --- making it
+    # --- setup
 
     def _configure(self) -> None:
         etc = self.root / "etc"
@@ -289,7 +289,7 @@ class Cluster:
         up = self.root / f"{host}.up"
         up.unlink(missing_ok=True)
         spaces = ["--net", "--uts", "--ipc", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child"]
-        holder = [
+        command = [
             "setpriv",
             "--pdeathsig",
             "KILL",
@@ -304,7 +304,7 @@ class Cluster:
         ]
         with open(self.root / f"{host}.log", "ab") as log:
             self.inits[host] = subprocess.Popen(
-                holder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_clean({}), start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_clean({}), start_new_session=True
             )
         until(up.exists, 10)
 
@@ -326,7 +326,7 @@ class Cluster:
         self._logged(host, self.command(host, *words))
 
     def _net(self, host: str, *words: str) -> None:
-        """Run a command in the network of a host and otherwise outside, where process ids are ours."""
+        """Run a command in the network namespace of a host only, so that process ids are those outside."""
         self._logged(host, ["nsenter", "-t", str(self.pid(host)), "-n", "--", *words])
 
     def _logged(self, host: str, command: list[str]) -> None:
@@ -334,44 +334,44 @@ class Cluster:
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, env=_clean({}))
 
     def _kill(self, host: str) -> None:
-        holder = self.inits.pop(host)
-        holder.kill()  # and with it, by --kill-child, the host's first process and so everything on the host
-        holder.wait()
+        unshare = self.inits.pop(host)
+        unshare.kill()  # --kill-child also kills the host's first process, and the kernel then kills all others
+        unshare.wait()
 
 
 def _clean(more: Mapping[str, str]) -> dict[str, str]:
     return {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", **more}
 
 
-def until(condition: Callable[[], object], seconds: float, what: str = "") -> None:
-    """Wait until `condition` holds."""
+def until(condition: Callable[[], object], seconds: float, event: str = "") -> None:
+    """Wait until `condition` is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what or condition}"
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {event or condition}"
         time.sleep(0.1)
 
 
 def steps(run: Path) -> list[int]:
-    """Steps that the run has recorded so far."""
+    """Return the steps in the run's metrics."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
 def training(run: Path, step: int) -> None:
-    """Wait until the run has made `step` updates."""
+    """Wait until the run has recorded step `step`."""
     until(lambda: max(steps(run), default=0) >= step, 120, f"step {step} of {run}")
 
 
 def ranks(cluster: Cluster, run: Path) -> list[tuple[str, str]]:
-    """Node and id of every process that trains `run`, those that started others first; a crashed node has none."""
-    pattern, there = f"[-]m fusiontree train {run}/config.yaml", [node for node in NODES if node in cluster.inits]
-    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in there}
+    """Return node and id of every process that trains `run`, parents first; a crashed node has none."""
+    pattern, nodes = f"[-]m fusiontree train {run}/config.yaml", [node for node in NODES if node in cluster.inits]
+    found = {node: cluster.run("pgrep", "-f", pattern, on=node, code=None).stdout.split() for node in nodes}
     return [(node, pid) for node, pids in found.items() for pid in pids]
 
 
 def image(folder: Path) -> Path:
-    """An OCI bundle: this machine's files under a root of its own, where Python lies at /image/bin."""
+    """Create an OCI bundle: this machine's files under another root, with Python at /image/bin."""
     root = folder / "rootfs"
     shared = [path for path in Path("/").iterdir() if path.is_dir() and path.name not in ("proc", "run")]
     for path in [*shared, Path("/proc"), Path("/run"), Path("/image/bin")]:
@@ -393,7 +393,7 @@ def image(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def full_disk(cluster: Cluster, host: str, folder: Path) -> Iterator[None]:
-    """Let `folder` be a full disk on `host` alone."""
+    """Mount a full disk on `folder`, on `host` only, while the block runs."""
     cluster.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder, on=host)
     yield
     cluster.run("umount", folder, on=host)

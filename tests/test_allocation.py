@@ -1,4 +1,4 @@
-"""Inside an allocation: which nodes take part, where they meet, what becomes of a job when a start has ended."""
+"""Attempts of a SLURM job: selection of nodes and rendezvous, requeueing, the first failure."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from fusiontree.distributed.ports import free_port
 from fusiontree.errors import LOST_PEER, RunError, UserError
 from launcher import allocation
 
-# stands in for SLURM's command: lists hosts, tells a state, notes what it was asked to requeue
+# stands in for SLURM's command: expands a node list, prints a job's state, records requests to requeue
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
 "show hostnames") echo "$3" | tr , '\\n' ;;
@@ -27,7 +27,7 @@ esac
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run's folder in an allocation of two nodes."""
+    """Return a run's folder in an allocation of two nodes."""
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "scontrol").write_text(SCONTROL)
@@ -45,14 +45,14 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def begin(run, monkeypatch):
-    """Begins a start on up to two nodes and gives the rest of the script what it said."""
+    """Return a function that begins an attempt on up to two nodes and exports its variables."""
 
-    def start() -> dict[str, str]:
-        facts = allocation.begin(run, 1, 1, 2, 60)
-        monkeypatch.setenv("FUSIONTREE_LAUNCH", facts["FUSIONTREE_LAUNCH"])
-        return facts
+    def begin_attempt() -> dict[str, str]:
+        variables = allocation.begin(run, 1, 1, 2, 60)
+        monkeypatch.setenv("FUSIONTREE_LAUNCH", variables["FUSIONTREE_LAUNCH"])
+        return variables
 
-    return start
+    return begin_attempt
 
 
 def save(run, step: int) -> None:
@@ -65,7 +65,7 @@ def requeued(run) -> list[str]:
 
 
 def report(run, monkeypatch, rank: int, code: int, message: str | None, start: int = 0) -> None:
-    """What a rank leaves behind, by its own code."""
+    """Write a rank's exit report with the code that ranks use."""
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(run / "logs" / f"12345-{start}"))
     monkeypatch.setenv("RANK", str(rank))
     assert outcome.report(code, message)
@@ -86,15 +86,15 @@ def test_the_script_gets_nodes_rendezvous_and_logs(run, capsys, monkeypatch):
     assert (variables["MASTER_ADDR"], variables["FUSIONTREE_LAUNCH"]) == ("n1", logs)
     assert 20_000 + 12345 % 10_000 <= int(variables["MASTER_PORT"]) < 32_768
     assert "NCCL_DEBUG=INFO" in printed.err
-    assert "start 0 from step 0 on n1 n2" in printed.err
+    assert "attempt 0 from step 0 on n1 n2, rendezvous at n1:" in printed.err
 
 
-def test_deepspeeds_node_launcher_reads_the_nodes_as_meant(run):
-    facts = allocation.begin(run, 2, 2, 2, 60)
-    assert json.loads(base64.urlsafe_b64decode(facts["WORLD_INFO"])) == {"n1": [0, 1], "n2": [0, 1]}
+def test_the_world_info_lists_the_devices_of_every_node(run):
+    variables = allocation.begin(run, 2, 2, 2, 60)
+    assert json.loads(base64.urlsafe_b64decode(variables["WORLD_INFO"])) == {"n1": [0, 1], "n2": [0, 1]}
 
 
-def test_saves_that_take_longer_than_they_are_given_are_told(run, begin, capsys):
+def test_saves_that_take_longer_than_reserved_are_logged(run, begin, capsys):
     config = load_config(str(run / "config.yaml")).model_copy(update={"output": run.parent, "name": run.name})
     (run / "config.yaml").write_text(to_yaml(config))
     save(run, 4)
@@ -105,43 +105,45 @@ def test_saves_that_take_longer_than_they_are_given_are_told(run, begin, capsys)
     assert "submit the next job with --save-ahead 260" in capsys.readouterr().err
 
 
-def test_two_jobs_on_one_node_meet_at_different_ports():
+def test_two_jobs_on_one_node_use_different_ports():
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]
         assert free_port(port) > port
 
 
-@pytest.mark.parametrize(("given", "least", "expected"), [(2, 2, 2), (4, 1, 4), (5, 1, 4), (7, 2, 6), (12, 1, 12)])
-def test_the_largest_number_of_nodes_among_which_the_batch_divides_takes_part(given, least, expected, run):
-    assert allocation.fitting_nodes(load_config(str(run / "config.yaml")), given, 1, least) == expected
+@pytest.mark.parametrize(
+    ("allocated", "min_nodes", "expected"), [(2, 2, 2), (4, 1, 4), (5, 1, 4), (7, 2, 6), (12, 1, 12)]
+)
+def test_the_largest_number_of_nodes_that_divides_the_batch_is_used(allocated, min_nodes, expected, run):
+    assert allocation.fitting_nodes(load_config(str(run / "config.yaml")), allocated, 1, min_nodes) == expected
 
 
-def test_no_fitting_number_of_nodes_is_an_error_that_says_which_would_fit(run, capsys):
+def test_an_allocation_that_cannot_divide_the_batch_is_an_error(run, capsys):
     code = allocation.main(["begin", str(run), "--ranks-per-node", "5", "--nodes", "1-2", "--save-ahead", "60"])
     assert code == 2
     assert "does not divide among 5 ranks" in capsys.readouterr().err
 
 
-def test_fewer_nodes_than_asked_for_are_said(run, monkeypatch, capsys):
+def test_using_fewer_nodes_is_logged(run, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1,n2,n3,n4,n5")
-    facts = allocation.begin(run, 1, 2, 6, 60)
-    assert facts["nodes"] == "4"
-    assert "on 4 of 6 nodes (2 at least, 5 given)" in capsys.readouterr().err
+    variables = allocation.begin(run, 1, 2, 6, 60)
+    assert variables["nodes"] == "4"
+    assert "using 4 of 6 nodes (at least 2, 5 allocated)" in capsys.readouterr().err
 
 
-def test_a_job_that_only_ever_starts_is_not_begun_for_ever(run):
-    for start in range(allocation.STARTS):
+def test_a_job_is_refused_after_too_many_attempts_without_a_checkpoint(run):
+    for start in range(allocation.MAX_ATTEMPTS):
         assert allocation.begin(run, 1, 1, 2, 60)["logs"].endswith(f"12345-{start}")
-    with pytest.raises(RunError, match="job 12345 has started 5 times from step 0 without getting further"):
+    with pytest.raises(RunError, match="job 12345 has begun 5 attempts from step 0 without a new checkpoint"):
         allocation.begin(run, 1, 1, 2, 60)
     save(run, 4)
     allocation.begin(run, 1, 1, 2, 60)
     assert allocation.read_attempts(run)["failed_attempts"] == 0
 
 
-def test_a_job_submitted_anew_counts_anew(run, monkeypatch):
-    for _ in range(allocation.STARTS):
+def test_a_new_job_starts_to_count_from_zero(run, monkeypatch):
+    for _ in range(allocation.MAX_ATTEMPTS):
         allocation.begin(run, 1, 1, 2, 60)
     monkeypatch.setenv("SLURM_JOB_ID", "12346")
     allocation.begin(run, 1, 1, 2, 60)
@@ -153,13 +155,13 @@ def test_a_job_submitted_anew_counts_anew(run, monkeypatch):
 # --- end -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_ends_its_job(run, begin):
+def test_a_finished_run_is_not_requeued(run, begin):
     begin()
     assert allocation.end(run, 0) == 0
     assert requeued(run) == []
 
 
-def test_a_stopped_run_is_requeued_as_often_as_it_takes(run, begin, monkeypatch, capsys):
+def test_a_stopped_run_is_requeued_as_long_as_it_saves(run, begin, monkeypatch, capsys):
     for start in range(4):
         begin()
         save(run, 10 * (start + 1))
@@ -169,7 +171,7 @@ def test_a_stopped_run_is_requeued_as_often_as_it_takes(run, begin, monkeypatch,
     assert "stopped by SIGUSR1 at step 10, saved" in capsys.readouterr().err
 
 
-def test_a_start_that_was_cut_off_leaves_the_newer_one_alone(run, begin, monkeypatch, capsys):
+def test_a_stale_attempt_leaves_the_newer_one_alone(run, begin, monkeypatch, capsys):
     old = begin()
     begin()
     save(run, 8)
@@ -178,29 +180,29 @@ def test_a_start_that_was_cut_off_leaves_the_newer_one_alone(run, begin, monkeyp
     assert allocation.end(run, 76) == 76
     assert requeued(run) == []
     assert allocation.read_attempts(run) == before
-    assert "a newer start of the run has taken over (12345-1)" in capsys.readouterr().err
+    assert "a newer attempt of the run has taken over (12345-1)" in capsys.readouterr().err
 
 
-def test_a_users_mistake_is_not_repeated(run, begin, monkeypatch, capsys):
+def test_a_user_error_is_not_requeued(run, begin, monkeypatch, capsys):
     begin()
     save(run, 10)
     report(run, monkeypatch, 1, 2, "data.path nowhere: no manifest.json there")
-    assert allocation.end(run, 137) == 2  # srun's code is that of a rank it has killed for it
+    assert allocation.end(run, 137) == 2  # srun returns the code of a rank that it killed afterwards
     assert requeued(run) == []
     assert f"rank 1 on {os.uname().nodename}: data.path nowhere" in capsys.readouterr().err
 
 
-def test_failing_twice_without_progress_ends_the_job(run, begin, capsys):
+def test_two_failures_without_a_checkpoint_end_the_job(run, begin, capsys):
     begin()
     assert allocation.end(run, 1) == 1
     assert requeued(run) == ["requeue 12345"]
     begin()
     assert allocation.end(run, 1) == 1
     assert requeued(run) == ["requeue 12345"]
-    assert "not requeued: 2 starts from step 0 without a checkpoint beyond it" in capsys.readouterr().err
+    assert "not requeued: 2 attempts from step 0 without a new checkpoint" in capsys.readouterr().err
 
 
-def test_progress_between_two_failures_keeps_the_job_going(run, begin):
+def test_a_checkpoint_between_failures_keeps_the_job_requeued(run, begin):
     for step in (0, 4, 8):
         save(run, step)
         begin()
@@ -210,7 +212,7 @@ def test_progress_between_two_failures_keeps_the_job_going(run, begin):
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "COMPLETING", "NODE_FAIL"])
-def test_a_job_that_is_ended_from_outside_does_not_come_back(state, run, begin, monkeypatch):
+def test_a_job_that_slurm_is_ending_is_not_requeued(state, run, begin, monkeypatch):
     begin()
     save(run, 3)
     monkeypatch.setenv("STATE", state)
@@ -218,10 +220,10 @@ def test_a_job_that_is_ended_from_outside_does_not_come_back(state, run, begin, 
     assert requeued(run) == []
 
 
-# --- the first error -------------------------------------------------------------------------------------------------
+# --- the first failure -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_failure_in_time_is_shown_not_what_came_of_it(run, begin, monkeypatch, capsys):
+def test_the_earliest_cause_is_shown_and_not_its_consequences(run, begin, monkeypatch, capsys):
     begin()
     report(run, monkeypatch, 0, 1, LOST_PEER)
     report(run, monkeypatch, 3, 1, "checkpoint could not be written: disk full")
@@ -230,7 +232,7 @@ def test_the_first_failure_in_time_is_shown_not_what_came_of_it(run, begin, monk
     assert f"rank 3 on {os.uname().nodename}: checkpoint could not be written: disk full" in capsys.readouterr().err
 
 
-def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, begin, monkeypatch, capsys):
+def test_a_killed_rank_is_named_with_the_last_lines_of_its_output(run, begin, monkeypatch, capsys):
     logs = run / "logs" / "12345-0"
     begin()
     (logs / "rank-0.out").write_text("step 1\n")
@@ -238,10 +240,10 @@ def test_a_rank_that_was_killed_is_named_with_the_end_of_its_output(run, begin, 
     (logs / "rank-1.started").write_text("n2 77")
     report(run, monkeypatch, 0, 1, LOST_PEER)
     allocation.end(run, 137)
-    said = capsys.readouterr().err
-    assert "rank 1 on n2 ended without a word, its output ends:\n  line 15\n" in said
-    assert "line 14" not in said
-    assert "line 29" in said
+    errors = capsys.readouterr().err
+    assert "rank 1 on n2 ended without an exit report; the last lines of its output:\n  line 15\n" in errors
+    assert "line 14" not in errors
+    assert "line 29" in errors
 
 
 def test_a_traceback_is_shown_from_the_ranks_output(run, begin, monkeypatch, capsys):
@@ -249,11 +251,14 @@ def test_a_traceback_is_shown_from_the_ranks_output(run, begin, monkeypatch, cap
     (run / "logs" / "12345-0" / "rank-1.out").write_text("Traceback\nZeroDivisionError: division by zero\n")
     report(run, monkeypatch, 1, 1, None)
     allocation.end(run, 1)
-    said = capsys.readouterr().err
-    assert f"rank 1 on {os.uname().nodename}: failed, its output ends:\n  Traceback\n  ZeroDivisionError" in said
+    errors = capsys.readouterr().err
+    assert (
+        f"rank 1 on {os.uname().nodename}: failed; the last lines of its output:\n  Traceback\n  ZeroDivisionError"
+        in errors
+    )
 
 
-def test_the_words_of_the_script_stay_words(run, monkeypatch, capsys):
+def test_paths_with_blanks_are_quoted_for_the_script(run, monkeypatch, capsys):
     odd = run.parent / "a b"
     run.rename(odd)
     allocation.main(["begin", str(odd), "--ranks-per-node", "1", "--nodes", "1-2", "--save-ahead", "60"])

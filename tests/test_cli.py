@@ -326,7 +326,7 @@ def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypa
     capsys.readouterr()
     assert cli.main(["doctor", "tiny", "--json", "--ranks", "4", f"data.path={tmp_path}"]) == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert re.fullmatch(r"about \d\.\d GiB needed by 4 ranks on this machine, 1\.0 GiB there; lower .*", problem)
+    assert re.fullmatch(r"4 ranks on this machine need about \d\.\d GiB, 1\.0 GiB available; lower .*", problem)
 
 
 @pytest.mark.parametrize(

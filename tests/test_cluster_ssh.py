@@ -1,4 +1,4 @@
-"""Jobs on real ssh hosts by pdsh and Open MPI: run, stopped, killed, cut off; no host keeps what was started there."""
+"""Jobs on real ssh hosts by pdsh and Open MPI: complete, stopped, killed, partitioned; no host keeps a rank."""
 
 import json
 import re
@@ -18,7 +18,7 @@ if reason := why_not():
 
 @pytest.fixture
 def hosts(tmp_path) -> Path:
-    """A hostfile of both nodes."""
+    """Return a hostfile of both nodes."""
     path = tmp_path / "hostfile"
     path.write_text("node1 slots=1\nnode2 slots=1\n")
     return path
@@ -26,7 +26,7 @@ def hosts(tmp_path) -> Path:
 
 @pytest.fixture(params=["pdsh", "openmpi"])
 def launcher(request) -> list[str]:
-    """Each of the launchers, as options."""
+    """Return the options of each launcher."""
     if request.param == "openmpi" and shutil.which("mpirun", path=PATH) is None:
         pytest.skip("no mpirun here (Debian: openmpi-bin)")
     return ["--launcher", request.param]
@@ -36,59 +36,59 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 def words(shards: Path, run: Path, hosts: Path, *options: object, **changes: object) -> list[object]:
-    """A launch's command."""
+    """Return the command of a launch."""
     target = ["--hostfile", hosts, "--env", "DS_ACCELERATOR=cpu", *options]
     values = settings(shards, run.parent, name=run.name, **LONG | changes)
     return [sys.executable, "-m", "fusiontree", "launch", "tiny", *target, *values]
 
 
 def refusal(cluster: Cluster, *command: object) -> str:
-    """The line with which a launch is refused."""
+    """Return the error message of a launch that is refused."""
     return cluster.run(*command, code=2).stderr.splitlines()[-1]
 
 
 def stop(cluster: Cluster, run: Path, number: signal.Signals) -> None:
-    """Send a signal to the launch of `run`, as a user at the head would."""
+    """Send a signal to the launch of `run`, as a user on the head node would."""
     cluster.run("pkill", f"-{number.name[3:]}", "-f", f"fusiontree launch .* name={run.name}$")
 
 
-def test_two_hosts_train_as_one_machine_does_and_go_on_after_a_stop(calm, shards, tmp_path, hosts, truth, launcher):
+def test_two_hosts_train_like_one_machine_and_resume_after_a_stop(calm, shards, tmp_path, hosts, truth, launcher):
     run = tmp_path / "run"
-    around = ["--env", "GREETING=a 'b' $c", "--pre-command", "export MADE=by-setup"]
-    first = calm.start(*words(shards, run, hosts, *launcher, *around), **AS_ROOT)
+    options = ["--env", "GREETING=a 'b' $c", "--pre-command", "export MADE=by-setup"]
+    first = calm.start(*words(shards, run, hosts, *launcher, *options), **AS_ROOT)
     training(run, 12)
     pid = next(pid for node, pid in ranks(calm, run) if node == "node2")
     environment = calm.run("cat", f"/proc/{pid}/environ", on="node2").stdout.split("\0")
     seen = dict(line.split("=", 1) for line in environment if "=" in line)
     assert (seen["GREETING"], seen["MADE"], seen["RANK"], seen["MASTER_ADDR"]) == ("a 'b' $c", "by-setup", "1", "node1")
     stop(calm, run, signal.SIGTERM)
-    said = first.communicate(timeout=120)[0]
-    assert first.returncode == 75, said
-    assert "stopped by SIGTERM" in said
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode == 75, output
+    assert "stopped by SIGTERM" in output
     assert not ranks(calm, run)
     calm.run(*words(shards, run, hosts, *launcher), **AS_ROOT)
     assert metrics(run) == metrics(truth)
     assert {path.name for path in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
 
 
-def test_the_doctor_looks_at_the_hosts_of_a_hostfile(calm, shards, tmp_path, hosts):
+def test_the_doctor_probes_the_hosts_of_a_hostfile(calm, shards, tmp_path, hosts):
     words = settings(shards, tmp_path / "out")
     doctor = [sys.executable, "-m", "fusiontree", "doctor", "tiny", "--json", "--nodes", 2, "--hostfile", hosts, *words]
     done = calm.run(*doctor)
-    report = json.loads(done.stdout[done.stdout.index("{\n") :])  # DeepSpeed's launcher writes lines of its own first
+    report = json.loads(done.stdout[done.stdout.index("{\n") :])  # DeepSpeed's launcher prints lines of its own first
     assert set(report["cluster"]["hosts"]) == set(NODES)
     assert report["problems"] == []
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_rank_ends_the_launch_with_a_line_that_names_it(calm, shards, tmp_path, hosts, launcher):
+def test_a_killed_rank_ends_the_launch_and_is_named(calm, shards, tmp_path, hosts, launcher):
     run = tmp_path / "run"
     process = calm.start(*words(shards, run, hosts, *launcher), **AS_ROOT)
     training(run, 12)
     calm.run("kill", "-9", *[pid for node, pid in ranks(calm, run) if node == "node2"][-1:], on="node2")
-    said = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 1
-    assert re.search(r"fusiontree: error: rank 1 on node2 ended without a word", said), said
+    assert re.search(r"fusiontree: error: rank 1 on node2 ended without an exit report", output), output
     until(lambda: not ranks(calm, run), 150, "the end of all ranks")
 
 
@@ -103,7 +103,7 @@ def test_ranks_end_after_their_launch_was_killed(calm, shards, tmp_path, hosts):
     assert (run / "checkpoints" / "latest").exists()  # they have saved
 
 
-def test_a_host_that_cannot_be_used_is_named_before_anything_starts(calm, shards, tmp_path, hosts):
+def test_an_unusable_host_is_named_before_any_rank_starts(calm, shards, tmp_path, hosts):
     run = tmp_path / "run"
     command = words(shards, run, hosts)
     hosts.write_text("node1 slots=1\nnode7 slots=1\n")
@@ -121,26 +121,26 @@ def test_a_host_that_cannot_be_used_is_named_before_anything_starts(calm, shards
 
 
 @pytest.mark.parametrize("harm", ["cut", "crash"])
-def test_a_lost_host_ends_the_launch_and_is_not_waited_for(harm, calm, shards, tmp_path, hosts):
+def test_a_lost_host_ends_the_launch_promptly(harm, calm, shards, tmp_path, hosts):
     run = tmp_path / "run"
     process = calm.start(*words(shards, run, hosts), PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=2")
     training(run, 12)
     getattr(calm, harm)("node2")
     process.communicate(timeout=120)
     assert process.returncode == 1
-    until(lambda: not ranks(calm, run), 60, "the end of all ranks, that of the cut-off half included")
+    until(lambda: not ranks(calm, run), 60, "the end of all ranks, including the stale one")
     before = json.loads((run / "lease.json").read_text())
-    calm.run(*words(shards, run, hosts, "--include", "node1"))  # goes on where it can
+    calm.run(*words(shards, run, hosts, "--include", "node1"))  # resumes on the remaining host
     assert json.loads((run / "lease.json").read_text()) != before
 
 
-def test_a_full_disk_on_one_host_costs_checkpoints_and_not_the_run(calm, shards, tmp_path, hosts, truth):
+def test_a_full_disk_on_one_host_fails_checkpoints_but_not_the_run(calm, shards, tmp_path, hosts, truth):
     run = tmp_path / "run"
     process = calm.start(*words(shards, run, hosts))
     training(run, 7)
     with full_disk(calm, "node2", run / "checkpoints"):
         until(lambda: (run / "incidents.jsonl").exists(), 60, "a checkpoint that could not be written")
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
     assert "No space left on device" in (run / "incidents.jsonl").read_text()
     assert metrics(run) == metrics(truth)

@@ -1,4 +1,4 @@
-"""A hostfile's launch: read as DeepSpeed reads it, refused before anything starts, rendered with what ranks need."""
+"""Launches on a hostfile: parsed as DeepSpeed parses it, checked before any process starts, rendered completely."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ def hosts_file(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch, tmp_path):
-    """An environment and a home with nothing in them that would reach the ranks."""
+    """Remove all forwarded variables from the environment, and replace the home folder."""
     for name in list(os.environ):
         if name.startswith(job.FORWARDED) or name in ("LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
             monkeypatch.delenv(name)
@@ -54,14 +54,14 @@ def planned(hosts: dict[str, tuple[int, ...]], options: LaunchOptions = NOTHING)
     return made
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- parsing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("include", "exclude"),
     [("", ""), ("node2", ""), ("node1:0,2@node2:1", ""), ("", "node1"), ("", "node1:1,3"), ("", "node2:0,1")],
 )
-def test_slots_are_those_that_deepspeed_would_take(include, exclude, hosts_file):
+def test_slots_are_selected_as_by_deepspeed(include, exclude, hosts_file):
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
     expected = parse_inclusion_exclusion(fetch_hostfile(str(hosts_file)), include, exclude)
@@ -72,14 +72,14 @@ def test_slots_are_those_that_deepspeed_would_take(include, exclude, hosts_file)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("node1 slots=1\nnode2 slots=1\nnode1 slots=2\n", "line 3: node1 is named twice"),
+        ("node1 slots=1\nnode2 slots=1\nnode1 slots=2\n", "line 3: node1 is listed twice"),
         ("node1 slots=0\n", "line 1: node1 has no slots"),
         ("node1\n", "line 1: 'node1' is not of the form NAME slots=N"),
         ("node1 slots=two\n", "line 1: 'node1 slots=two' is not"),
-        ("# nothing\n\n", "names no host"),
+        ("# nothing\n\n", "lists no host"),
     ],
 )
-def test_a_bad_hostfile_is_refused_with_its_line(text, message, tmp_path):
+def test_a_malformed_hostfile_is_refused_with_its_line_number(text, message, tmp_path):
     path = tmp_path / "bad"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -92,11 +92,11 @@ def test_a_bad_hostfile_is_refused_with_its_line(text, message, tmp_path):
         ("node3", "", r"--include node3: node3 is not in the hostfile \(node1, node2\)"),
         ("node2:2", "", r"--include node2:2: node2 has the slots 0 to 1"),
         ("node2:x", "", r"'node2:x' is not of the form HOST:SLOT,SLOT"),
-        ("", "node1@node2", "no host of .* is left"),
-        ("node1", "node2", "both given"),
+        ("", "node1@node2", "--exclude node1@node2 leaves no slot of .*; exclude fewer"),
+        ("node1", "node2", "cannot be combined; give one of them"),
     ],
 )
-def test_a_bad_selection_is_refused(include, exclude, message, hosts_file):
+def test_an_invalid_selection_is_refused(include, exclude, message, hosts_file):
     with pytest.raises(UserError, match=message):
         hostfile.read(hosts_file, include, exclude)
 
@@ -115,19 +115,19 @@ def test_a_missing_hostfile_or_program_is_refused_in_one_line(tmp_path, hosts_fi
 # --- rendering -------------------------------------------------------------------------------------------------------
 
 
-def deepspeeds_arguments(argv: list[str]) -> argparse.Namespace:
-    """What DeepSpeed's runner makes of the command."""
+def deepspeed_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command as DeepSpeed's runner does."""
     from deepspeed.launcher.runner import parse_args
 
     assert argv[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     return parse_args(argv[3:])
 
 
-def test_deepspeed_reads_the_command_as_meant(tmp_path):
+def test_deepspeed_parses_the_command_as_planned(tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
     made = planned({"node1": (1, 3), "node2": (0,)}, LaunchOptions(setup=("module load cuda",)))
-    args = deepspeeds_arguments(multihost.render(made, "pdsh", tmp_path))
+    args = deepspeed_arguments(multihost.render(made, "pdsh", tmp_path))
     for name, content in multihost.launch_files(made, "pdsh", tmp_path).items():
         (tmp_path / name).write_text(content)
     active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
@@ -137,8 +137,8 @@ def test_deepspeed_reads_the_command_as_meant(tmp_path):
     assert (args.module, args.user_script, args.user_args) == (True, "fusiontree", ["train", "/runs/a/config.yaml"])
 
 
-def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
-    """Through DeepSpeed's own reader of the file, and a shell as ssh starts one."""
+def test_variables_arrive_unchanged(tmp_path, monkeypatch):
+    """The values pass through DeepSpeed's parser of the file and a shell, as they do over ssh."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     values = {"PLAIN": "1", "BLANK": "a b", "QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|"}
@@ -158,7 +158,7 @@ def test_variables_arrive_whatever_they_hold(tmp_path, monkeypatch):
         multihost.launch_files(planned({"node1": (0,)}, LaunchOptions({"LINES": "a\nb"})), "pdsh", tmp_path)
 
 
-def test_deepspeeds_own_environment_file_counts_behind_what_is_asked_for(tmp_path):
+def test_launch_options_override_deepspeeds_environment_file(tmp_path):
     write_manifest(tmp_path, 8192)
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=ib0\nOMP_NUM_THREADS=8\nNCCL_DEBUG=INFO\n")
     config = load_config("tiny", [f"data.path={tmp_path}"])
@@ -166,7 +166,7 @@ def test_deepspeeds_own_environment_file_counts_behind_what_is_asked_for(tmp_pat
     assert made.environment == {"NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "8", "NCCL_DEBUG": "WARN"}
 
 
-def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_path, monkeypatch):
+def test_network_variables_reach_the_ranks_and_secrets_do_not(tmp_path, monkeypatch):
     write_manifest(tmp_path, 8192)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "1234")
@@ -177,15 +177,15 @@ def test_network_settings_of_the_caller_reach_the_ranks_and_secrets_do_not(tmp_p
     assert 20_000 <= made.master_port < 31_000
 
 
-def test_an_environment_file_holds_lines_comments_and_quotes(tmp_path):
+def test_an_environment_file_may_have_comments_and_quotes(tmp_path):
     path = tmp_path / "env"
     path.write_text("# comment\n\nA=1\nexport B='two words'\nC=\"3\"\nD=x=y\n")
     assert job.launch_options(["A=2"], path, ["ls"]).environment == {"A": "2", "B": "two words", "C": "3", "D": "x=y"}
 
 
-def test_open_mpi_gets_the_rendezvous_and_whole_hosts_only(tmp_path):
+def test_open_mpi_takes_only_the_first_slots_of_a_host(tmp_path):
     made = planned({"node1": (0, 1), "node2": (0,)})
-    args = deepspeeds_arguments(multihost.render(made, "openmpi", tmp_path))
+    args = deepspeed_arguments(multihost.render(made, "openmpi", tmp_path))
     assert (args.launcher, args.include, args.num_gpus, args.no_python) == ("openmpi", "", -1, True)
     assert [args.user_script, *args.user_args] == ["bash", str(tmp_path / "rank.sh")]
     assert multihost.launch_files(made, "openmpi", tmp_path)["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
@@ -193,7 +193,7 @@ def test_open_mpi_gets_the_rendezvous_and_whole_hosts_only(tmp_path):
         multihost.render(planned({"node1": (1,)}), "openmpi", tmp_path)
 
 
-def test_a_rank_of_open_mpi_gets_variables_setup_and_the_rendezvous(tmp_path):
+def test_a_rank_of_open_mpi_gets_variables_setup_and_rendezvous(tmp_path):
     values = {"QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|", "LINES": "a\nb"}
     made = planned({"node1": (0,)}, LaunchOptions(values, ("export MADE=by-setup",)))
     script = multihost.launch_files(made, "openmpi", tmp_path)["rank.sh"]
@@ -208,7 +208,7 @@ def test_a_rank_of_open_mpi_gets_variables_setup_and_the_rendezvous(tmp_path):
     assert {name: found[name] for name in expected} == expected
 
 
-def test_the_dry_run_is_a_script_that_makes_the_files_and_starts(tmp_path):
+def test_the_dry_run_prints_a_script_that_writes_the_files(tmp_path):
     text = multihost.command_line(planned({"node1": (0,)}, LaunchOptions({"A": "b c"})), "pdsh", tmp_path)
     *files, command = text.rsplit("\n", 1)
     words = shlex.split(command)
@@ -218,27 +218,27 @@ def test_the_dry_run_is_a_script_that_makes_the_files_and_starts(tmp_path):
     assert "A=b c\n" in Path(environment).read_text()
 
 
-def test_when_a_rank_has_failed_those_on_other_hosts_end_within_ten_seconds(tmp_path):
+def test_after_a_failure_ranks_on_other_hosts_have_less_than_ten_seconds(tmp_path):
     graces = []
 
-    class Heart:
-        def stop(self, grace):
+    class Sender:
+        def request_stop(self, grace):
             graces.append(grace)
-            (tmp_path / "told").touch()
+            (tmp_path / "requested").touch()
 
     (tmp_path / "rank-0.json").write_text('{"rank": 0, "host": "a", "code": 1, "message": "wrong", "time": 1.0}')
-    until_told = ["bash", "-c", f"until test -e {tmp_path}/told; do sleep 0.05; done"]
-    assert multihost._supervise(until_told, dict(os.environ), tmp_path, Heart()) == (0, None)
-    assert local.LOOK + heartbeat.INTERVAL + graces[0] < 10  # noticed, heard of, over
+    until_requested = ["bash", "-c", f"until test -e {tmp_path}/requested; do sleep 0.05; done"]
+    assert multihost._supervise(until_requested, dict(os.environ), tmp_path, Sender()) == (0, None)
+    assert local.POLL_INTERVAL + heartbeat.INTERVAL + graces[0] < 10  # notice the failure, read the request, exit
 
 
-# --- the beat --------------------------------------------------------------------------------------------------------
+# --- the heartbeat ---------------------------------------------------------------------------------------------------
 
 WATCHED = """
 import sys, threading
 from pathlib import Path
 from launcher import heartbeat
-heartbeat.INTERVAL, heartbeat.MISSED = 0.05, 40
+heartbeat.INTERVAL, heartbeat.MAX_MISSED = 0.05, 40
 threading.Thread(target=heartbeat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
 if len(sys.argv) > 2:
     import signal
@@ -250,7 +250,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def watcher(tmp_path, monkeypatch):
-    """Starts a process that watches the beat in `tmp_path`."""
+    """Return a function that starts a process which watches the heartbeat in `tmp_path`."""
     processes = []
 
     def start(*words: str) -> subprocess.Popen:
@@ -266,20 +266,20 @@ def watcher(tmp_path, monkeypatch):
         process.wait()
 
 
-def test_a_rank_lives_while_the_beat_does_and_ends_with_the_launch(watcher, tmp_path):
-    with heartbeat.kept(tmp_path, 9.0):
+def test_a_rank_runs_while_heartbeats_arrive_and_ends_with_the_launch(watcher, tmp_path):
+    with heartbeat.sending(tmp_path, 9.0):
         process = watcher()
-        time.sleep(4)  # twice what it would wait in vain
+        time.sleep(4)  # twice the time after which a launch counts as dead
         assert process.poll() is None
     assert process.wait(timeout=10) == -signal.SIGTERM
     assert (tmp_path / heartbeat.FILE).read_text() == "stop 9.0"
 
 
-def test_a_rank_ends_when_the_launch_was_killed(watcher, tmp_path):
+def test_a_rank_ends_when_its_launch_was_killed(watcher, tmp_path):
     (tmp_path / heartbeat.FILE).write_text("7")
     assert watcher().wait(timeout=10) == -signal.SIGTERM
 
 
-def test_a_rank_that_cannot_leave_is_killed(watcher, tmp_path):
+def test_a_rank_that_does_not_exit_in_time_is_killed(watcher, tmp_path):
     (tmp_path / heartbeat.FILE).write_text("stop 0.5")
     assert watcher("stubborn").wait(timeout=10) == -signal.SIGKILL

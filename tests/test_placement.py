@@ -1,4 +1,4 @@
-"""An exported model in several places, spread over devices or left on disk, gives what it gives in one."""
+"""An exported model spread over devices or offloaded to disk gives the same results as on one device."""
 
 import dataclasses
 import subprocess
@@ -37,42 +37,44 @@ def load(folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("on_disk", [{"blocks.1"}, {"embedding", "head", "norm"}, {"blocks.0", "blocks.2", "norm"}])
 def test_layers_on_disk_change_no_token(exported: Path, on_disk: set[str], tmp_path: Path) -> None:
-    whole = load(exported)
-    parts = ["embedding", "norm", *(f"blocks.{i}" for i in range(3)), *["head"] * (whole.model.head is not None)]
-    places = {f"model.{part}": "disk" if part in on_disk else "cpu" for part in parts}
-    model = load(exported, device_map=places, offload_folder=tmp_path)
-    elsewhere = {name for name, value in model.named_parameters() if value.is_meta}
-    assert elsewhere == {name for name, _ in whole.named_parameters() if any(f".{part}." in name for part in on_disk)}
+    reference = load(exported)
+    parts = ["embedding", "norm", *(f"blocks.{i}" for i in range(3)), *["head"] * (reference.model.head is not None)]
+    device_map = {f"model.{part}": "disk" if part in on_disk else "cpu" for part in parts}
+    model = load(exported, device_map=device_map, offload_folder=tmp_path)
+    on_disk_names = {name for name, value in model.named_parameters() if value.is_meta}
+    assert on_disk_names == {
+        name for name, _ in reference.named_parameters() if any(f".{part}." in name for part in on_disk)
+    }
     ids = torch.arange(2, 62).view(2, 30)
     mask = torch.ones_like(ids)
     mask[1, :12] = 0
     for options in ({}, {"num_beams": 2}):
-        given = [m.generate(ids, attention_mask=mask, max_new_tokens=8, **options) for m in (whole, model)]
-        assert torch.equal(*given)
-    assert model(ids, labels=ids).loss == whole(ids, labels=ids).loss
+        outputs = [m.generate(ids, attention_mask=mask, max_new_tokens=8, **options) for m in (reference, model)]
+        assert torch.equal(*outputs)
+    assert model(ids, labels=ids).loss == reference(ids, labels=ids).loss
 
 
-def test_a_device_map_by_itself(exported: Path) -> None:
+def test_device_maps_of_accelerate(exported: Path) -> None:
     ids = torch.arange(2, 42)[None]
-    for places in ("auto", {"": "cpu"}):
-        assert torch.equal(load(exported, device_map=places)(ids).logits, load(exported)(ids).logits)
+    for device_map in ("auto", {"": "cpu"}):
+        assert torch.equal(load(exported, device_map=device_map)(ids).logits, load(exported)(ids).logits)
 
 
-# --- several devices, which tensors without values pretend to be on --------------------------------------------------
+# --- several devices, simulated by fake tensors ----------------------------------------------------------------------
 
 
 def placed(changes: dict) -> HybridLM:
-    """A model whose embedding and first layer are on one device and the rest on another, as accelerate does it."""
+    """Return a model with embedding and first layer on one device and the rest on another, by accelerate's hooks."""
     with torch.device("meta"):
         model = HybridLM(dataclasses.replace(SMALL, **changes)).eval()
     first = [model.embedding, model.blocks[0]]
     for module in (model.embedding, model.norm, model.head, *model.blocks):
         if module is not None:
-            put(module, torch.device("pretend", int(not any(module is one for one in first))))
+            move(module, torch.device("pretend", int(not any(module is one for one in first))))
     return model
 
 
-def put(module: nn.Module, device: torch.device) -> None:
+def move(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, value in part._parameters.items():
             if value is not None:
@@ -82,16 +84,16 @@ def put(module: nn.Module, device: torch.device) -> None:
 
 
 def tokens(count: int) -> tuple[Tensor, Documents]:
-    """Two rows of one document each."""
+    """Return two rows of one document each."""
     device = torch.device("pretend", 0)
     ids, numbers = (torch.zeros(2, count, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
     return ids, Documents(ids, numbers, torch.zeros(3, dtype=torch.int32, device=device), count)
 
 
-def spread() -> None:
-    """A forward, two pieces and two steps over two devices; a tensor that meets one of another device raises."""
+def run_on_two_devices() -> None:
+    """Run a forward pass, two prefill chunks and two decoding steps over two devices; mixing devices raises."""
     backend_registration._setup_privateuseone_for_python_backend("pretend")
-    Documents.bounds = [0, 40, 80]  # read on the host, where these tensors have no values
+    Documents.bounds = [0, 40, 80]  # the host reads them, and fake tensors have no values
     with FakeTensorMode(), torch.no_grad():
         for changes in ({}, {"tie_embeddings": False, "srte": "learned", "srte_shared": False}):
             model = placed(changes)
@@ -104,12 +106,12 @@ def spread() -> None:
             cache.select(torch.zeros(3, dtype=torch.int64, device=cache.position.device))
             assert {len(layer.state) for layer in cache.layers} == {3}
         Cache.to = lambda self, device: self
-        with pytest.raises(FakeTensorDeviceMismatchError):  # so one that is met is seen
+        with pytest.raises(FakeTensorDeviceMismatchError):  # proof that mixed devices raise
             model(*tokens(1), cache=model.new_cache(2))
 
 
-def test_layers_on_several_devices_meet_no_tensor_of_another() -> None:
-    # in a process of its own, since torch cannot let go of a device
-    command = [sys.executable, "-c", "import test_placement; test_placement.spread()"]
+def test_layers_on_several_devices_never_mix_tensors() -> None:
+    # in its own process: torch cannot unregister a device
+    command = [sys.executable, "-c", "import test_placement; test_placement.run_on_two_devices()"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr

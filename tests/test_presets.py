@@ -1,4 +1,4 @@
-"""The presets are whole, have the sizes they are named for, and the formula counts what the modules hold."""
+"""The presets: complete, of the sizes in their names, with parameter counts that match the modules."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ PARAMETERS = {
 NAMED = {"tiny": 5.5e6, "125m": 125e6, "350m": 350e6, "1b": 1.41e9, "3b": 3e9, "7b": 7e9, "13b": 13e9}
 
 
-def test_these_presets_come_with_the_package():
+def test_the_package_includes_these_presets():
     assert preset_names() == sorted(PARAMETERS)
 
 
@@ -33,14 +33,14 @@ def test_parameter_count(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_modules_hold_as_many_parameters_as_the_formula_says(name):
+def test_the_formula_counts_the_parameters_of_the_modules(name):
     with torch.device("cpu" if name == "tiny" else "meta"):
         model = HybridLM(load_config(name).model)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 def row(name):
-    """A preset's line in the table of the docs."""
+    """Return a preset's row of the table in the docs."""
     config = load_config(name)
     m, b = config.model, config.batch
     needs = [memory.estimate(config, ranks)["memory_per_rank_bytes"] / 2**30 for ranks in (1, 8, 64)]
@@ -54,12 +54,12 @@ def row(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_table_of_the_docs_is_true(name):
+def test_the_table_in_the_docs_matches(name):
     assert row(name) in (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_only_the_dataset_is_left_to_give(name):
+def test_a_preset_needs_only_a_dataset(name):
     config = load_config(name)
     assert config.name == name
     assert config.data.path is None
@@ -67,7 +67,7 @@ def test_only_the_dataset_is_left_to_give(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "tiny"])
-def test_large_presets_train_in_bf16_on_long_rows_and_spread_over_ranks(name):
+def test_large_presets_train_in_bf16_on_long_rows_and_many_ranks(name):
     config = load_config(name)
     assert (config.precision, config.data.seq_len, config.model.vocab_size) == ("bf16", 32_768, 50_432)
     assert config.accumulation_steps(1) == config.accumulation_steps(8) * 8
@@ -82,7 +82,7 @@ def test_the_one_billion_preset_has_the_published_shape():
     assert model.tie_embeddings
 
 
-def test_the_tiny_preset_is_the_demos():
+def test_the_tiny_preset_suits_the_demo():
     config = load_config("tiny")
     assert (config.data.seq_len, config.precision, config.deepspeed) == (1024, "fp32", "zero2")
     assert config.activation_checkpointing.policy == "full"

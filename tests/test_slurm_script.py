@@ -1,4 +1,4 @@
-"""The sbatch script: readable, complete, and exactly this; refusals before anything is submitted."""
+"""The sbatch script, compared word by word, and the checks before submission."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from fusiontree.config import load_config
 from fusiontree.errors import UserError
 from launcher import sbatch
 from launcher.job import LaunchOptions, plan_slurm
-from launcher.sbatch import Job, Sweep
+from launcher.sbatch import JobOptions, Sweep
 
 PYTHON = sys.executable
 
@@ -37,7 +37,7 @@ GOLDEN = f"""\
 #SBATCH --mem=0
 
 # books: 4 x 8 ranks
-# Written by `fusiontree launch`. Keep it, edit it, submit it again: the run goes on from its newest checkpoint.
+# Written by `fusiontree launch`. Keep it, edit it, submit it again: the run resumes from its newest checkpoint.
 
 cd /work || exit 1
 module load cuda/12.8
@@ -47,7 +47,7 @@ export GREETING='hello world'
 
 run=/work/runs/books
 
-# which nodes take part, where they meet; refuses to start for ever without progress
+# select nodes and rendezvous; exit if too many attempts made no progress
 facts=$({PYTHON} -m launcher.allocation begin "$run" --ranks-per-node 8 --nodes 2-4 --save-ahead 300) || exit
 eval "$facts"
 
@@ -56,14 +56,14 @@ srun --nodes="$nodes" --ntasks=$((nodes * 8)) --ntasks-per-node=8 --cpus-per-tas
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \\
     {PYTHON} -m fusiontree train "$run"/config.yaml --json
 
-# the first error of the first rank that failed; then requeue the job, or end with the run's exit code
+# log the first failure; then requeue the job, or exit with the run's code
 {PYTHON} -m launcher.allocation end "$run" $?
 """
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
-    """The folder of the script, and an environment of one variable."""
+    """Fix the current folder, and leave one forwarded variable in the environment."""
     monkeypatch.setattr(os, "getcwd", lambda: "/work")
     monkeypatch.setattr(Path, "absolute", lambda self: Path("/work") / self)
     for name in list(os.environ):
@@ -82,14 +82,14 @@ def config(tmp_path):
     return load_config("tiny", [f"data.path={tmp_path}", "name=books", "batch.tokens=131072"])
 
 
-def rendered(config, job: Job, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
+def rendered(config, job: JobOptions, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
     options = LaunchOptions({"GREETING": "hello world"}, ("module load cuda/12.8",))
     plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], options)
     return sbatch.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
 
 
-def test_the_whole_script(config):
-    job = Job(
+def test_the_complete_script(config):
+    job = JobOptions(
         gpus_per_node=8,
         min_nodes=2,
         partition="a100",
@@ -104,8 +104,8 @@ def test_the_whole_script(config):
     assert rendered(config, job, nodes=4, ranks=8) == GOLDEN
 
 
-def test_a_task_may_be_a_node_whose_ranks_deepspeed_starts(config):
-    script = rendered(config, Job(tasks="node"))
+def test_deepspeed_may_start_the_ranks_of_a_node(config):
+    script = rendered(config, JobOptions(tasks="node"))
     assert "#SBATCH --ntasks-per-node=1\n" in script
     assert 'srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \\\n' in script
     assert (
@@ -116,115 +116,121 @@ def test_a_task_may_be_a_node_whose_ranks_deepspeed_starts(config):
 
 
 def test_a_sif_runs_in_apptainer(config):
-    script = rendered(config, Job(gpus_per_node=2, container="/images/ft.sif", container_mounts="/data:/data"))
+    script = rendered(config, JobOptions(gpus_per_node=2, container="/images/ft.sif", container_mounts="/data:/data"))
     assert (
         "rank \\\n    apptainer exec --nv --bind /work --bind /data:/data /images/ft.sif python -m fusiontree train "
     ) in script
     assert 'bash -c \'trap "" USR1; export RANK=' in script
 
 
-def test_other_images_are_for_pyxis(config):
-    script = rendered(config, Job(container="nvcr.io#nvidia/pytorch:25.06-py3", container_mounts="/data:/data"))
+def test_any_other_image_runs_in_pyxis(config):
+    script = rendered(config, JobOptions(container="nvcr.io#nvidia/pytorch:25.06-py3", container_mounts="/data:/data"))
     options = "--container-image='nvcr.io#nvidia/pytorch:25.06-py3' --container-mounts=/work:/work,/data:/data"
     assert f"    {options} --container-workdir=/work \\\n    bash -c 'export RANK=" in script
     assert "rank \\\n    python -m fusiontree train " in script
-    assert f"{PYTHON} -m launcher.allocation end" in script  # outside of the container
+    assert f"{PYTHON} -m launcher.allocation end" in script  # outside the container
 
 
-def test_slurms_own_containers_take_a_bundle_that_has_its_mounts(config):
-    script = rendered(config, Job(container="oci:/images/my bundle"))
+def test_an_oci_bundle_runs_in_slurms_own_container_without_further_mounts(config):
+    script = rendered(config, JobOptions(container="oci:/images/my bundle"))
     first = 'bash -c \': "${SLURM_PROCID:?is not set inside}"; cd /work || exit; export RANK='
     assert f"    --container='/images/my bundle' \\\n    {first}" in script
     assert "rank \\\n    python -m fusiontree train " in script
     with pytest.raises(UserError, match="--container-mounts /a:/b: an OCI bundle has its own; add them to /b/config"):
-        rendered(config, Job(container="oci:/b", container_mounts="/a:/b"))
+        rendered(config, JobOptions(container="oci:/b", container_mounts="/a:/b"))
 
 
-def test_a_container_sees_the_folders_of_runs_that_lie_elsewhere(config, tmp_path):
+def test_a_container_mounts_the_folders_of_runs_outside_the_current_one(config, tmp_path):
     options = LaunchOptions()
     plan = plan_slurm(config, 1, 1, False, [], options)
-    script = sbatch.render(plan, Job(container=str(tmp_path)), [Path("/scratch/runs/books")], Path("/scratch/logs"))
-    assert f"apptainer exec --bind /work --bind /scratch/runs {tmp_path} python" in script  # a folder: a sandbox
+    script = sbatch.render(
+        plan, JobOptions(container=str(tmp_path)), [Path("/scratch/runs/books")], Path("/scratch/logs")
+    )
+    assert (
+        f"apptainer exec --bind /work --bind /scratch/runs {tmp_path} python" in script
+    )  # a folder is an apptainer sandbox
 
 
-def test_a_sweep_is_an_array_of_runs_with_names_of_their_own(config):
-    sweep = Sweep.of("books", ["optimizer.lr=1e-3,3e-4", "deepspeed=a/b.json"])
+def test_a_sweep_is_a_job_array_of_runs_with_different_names(config):
+    sweep = Sweep.from_axes("books", ["optimizer.lr=1e-3,3e-4", "deepspeed=a/b.json"])
     assert sweep.runs == (
         ("optimizer.lr=1e-3", "deepspeed=a/b.json", "name=books-lr1e-3-deepspeeda_b.json"),
         ("optimizer.lr=3e-4", "deepspeed=a/b.json", "name=books-lr3e-4-deepspeeda_b.json"),
     )
-    script = rendered(config, Job(), names=("books-1", "books-2"))
+    script = rendered(config, JobOptions(), names=("books-1", "books-2"))
     assert "#SBATCH --array=0-1\n" in script
     assert "#SBATCH --output=/work/runs/books/logs/slurm-%A_%a.log\n" in script
     assert (
         "case $SLURM_ARRAY_TASK_ID in\n    0) run=/work/runs/books-1 ;;\n    1) run=/work/runs/books-2 ;;\nesac\n"
     ) in script
-    assert Sweep.of("books", []).runs == ((),)
+    assert Sweep.from_axes("books", []).runs == ((),)
 
 
 @pytest.mark.parametrize("axis", ["lr", "lr=", "=1", "lr=1,,2"])
 def test_a_sweep_needs_values(axis):
     with pytest.raises(UserError, match=r"--sweep '.*' is not of the form key=v1,v2"):
-        Sweep.of("books", [axis])
+        Sweep.from_axes("books", [axis])
 
 
-def test_a_sweep_with_a_value_twice_would_be_one_run_twice():
+def test_a_sweep_refuses_a_repeated_value():
     with pytest.raises(UserError, match="a value is given twice"):
-        Sweep.of("books", ["seed=1,1"])
+        Sweep.from_axes("books", ["seed=1,1"])
 
 
-def test_secrets_do_not_enter_the_script(config, monkeypatch):
+def test_the_script_contains_no_secrets(config, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "1234")
     monkeypatch.setenv("WANDB_PROJECT", "trees")
-    script = rendered(config, Job())
+    script = rendered(config, JobOptions())
     assert "1234" not in script
     assert "export WANDB_PROJECT=trees\n" in script
 
 
-def test_cpu_ranks_take_one_thread_unless_told(config, monkeypatch):
-    assert "export OMP_NUM_THREADS=1\nexport DS_ACCELERATOR=cpu\n" in rendered(config, Job())
+def test_cpu_ranks_have_one_thread_by_default(config, monkeypatch):
+    assert "export OMP_NUM_THREADS=1\nexport DS_ACCELERATOR=cpu\n" in rendered(config, JobOptions())
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert "export OMP_NUM_THREADS=4\n" in rendered(config, Job())
+    assert "export OMP_NUM_THREADS=4\n" in rendered(config, JobOptions())
 
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [("5", 300), ("5:30", 330), ("1:00:01", 3601), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
 )
-def test_time_limits_are_read_as_sbatch_reads_them(limit, expected):
-    assert sbatch.seconds(limit) == expected
+def test_time_limits_are_parsed_as_by_sbatch(limit, expected):
+    assert sbatch.parse_time_limit(limit) == expected
 
 
 @pytest.mark.parametrize("limit", ["", "tomorrow", "1:2:3:4", "-5", "1-"])
-def test_other_time_limits_are_refused(limit):
+def test_malformed_time_limits_are_refused(limit):
     with pytest.raises(UserError, match="--time .*: give minutes"):
-        sbatch.seconds(limit)
+        sbatch.parse_time_limit(limit)
 
 
-def test_a_run_that_has_saved_tells_how_long_it_takes(tmp_path):
+def test_the_reserved_time_follows_the_runs_own_saves(tmp_path):
     config = load_config("7b", ["data.path=x", f"output={tmp_path}", "name=r", "batch.tokens=3997696"])
     config.run_dir.mkdir()
     lines = [{"step": 1, "tokens_per_s": 99942.4}, {"step": 2, "tokens_per_s": 2e5, "save_seconds": 300.0}]
     (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert sbatch.save_ahead(config, 4) == 2 * 40 + 2 * 300
+    assert sbatch.estimate_save_ahead(config, 4) == 2 * 40 + 2 * 300
     quick = [{"step": step, "tokens_per_s": 4e6, "save_seconds": 5.0} for step in range(3, 23)]
     with open(config.run_dir / "metrics.jsonl", "a") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in quick)
-    assert sbatch.save_ahead(config, 4) == 60 + 2 * 5
+    assert sbatch.estimate_save_ahead(config, 4) == 60 + 2 * 5
 
 
-def test_saving_takes_longer_the_larger_the_model_and_the_fewer_the_nodes(config):
+def test_the_reserved_time_grows_with_the_model_and_shrinks_with_nodes(config):
     big = load_config("7b", ["data.path=x"])
-    assert sbatch.save_ahead(config, 1) == 60
-    assert sbatch.save_ahead(big, 1) - 60 == pytest.approx(16 * big.model.parameter_count() / 0.5e9, abs=1)
-    assert sbatch.save_ahead(big, 4) - 60 == pytest.approx((sbatch.save_ahead(big, 1) - 60) / 4, abs=1)
+    assert sbatch.estimate_save_ahead(config, 1) == 60
+    assert sbatch.estimate_save_ahead(big, 1) - 60 == pytest.approx(16 * big.model.parameter_count() / 0.5e9, abs=1)
+    assert sbatch.estimate_save_ahead(big, 4) - 60 == pytest.approx(
+        (sbatch.estimate_save_ahead(big, 1) - 60) / 4, abs=1
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "threads"),
     [([], 1), (["--cpus-per-task", "6"], 6), (["--cpus-per-task", "6", "--tasks", "node"], 3)],
 )
-def test_ranks_on_cpus_have_a_thread_for_each_core_of_theirs(options, threads, config, capsys):
+def test_cpu_ranks_have_a_thread_per_core(options, threads, config, capsys):
     words = ["--slurm", "--ranks-per-node", "2", "--dry-run", f"data.path={config.data.path}", "batch.tokens=131072"]
     assert cli.main(["launch", "tiny", *options, *words]) == 0
     assert f"export OMP_NUM_THREADS={threads}\n" in capsys.readouterr().out
@@ -235,9 +241,9 @@ def test_ranks_on_cpus_have_a_thread_for_each_core_of_theirs(options, threads, c
     [
         (["--slurm"], "--slurm: give --gpus-per-node G, or --ranks-per-node N"),
         (["--slurm", "--ranks-per-node", "3"], "does not divide among 3 ranks"),
-        (["--slurm", "--ranks-per-node", "0", "--nodes", "2"], "give at least 1 of each"),
+        (["--slurm", "--ranks-per-node", "0", "--nodes", "2"], "give at least 1 of both"),
         (["--slurm", "--ranks-per-node", "1", "--time", "1"], "--time 1 is 60 s, and the ranks are asked to save 60 s"),
-        (["--slurm", "--ranks-per-node", "1", "--min-nodes", "2"], "--min-nodes 2 of --nodes 1"),
+        (["--slurm", "--ranks-per-node", "1", "--min-nodes", "2"], "--min-nodes 2 with --nodes 1"),
         (["--slurm", "--ranks-per-node", "1", "--nodes", "4", "--min-nodes", "3"], "does not divide among 3 ranks"),
         (["--slurm", "--ranks-per-node", "1", "--include", "a"], "--include belongs to --hostfile, not to --slurm"),
         (["--local", "1", "--partition", "p"], "--partition belongs to --slurm, not to --local"),
@@ -246,7 +252,7 @@ def test_ranks_on_cpus_have_a_thread_for_each_core_of_theirs(options, threads, c
         (["--slurm", "--ranks-per-node", "1"], "--slurm: no sbatch on PATH"),
     ],
 )
-def test_what_cannot_be_submitted_is_refused_in_one_line(options, message, config, monkeypatch, capsys, tmp_path):
+def test_a_job_that_cannot_run_is_refused_in_one_line(options, message, config, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     overrides = [f"data.path={tmp_path}", "batch.tokens=65536", f"output={tmp_path}/runs"]
     assert cli.main(["launch", "tiny", *options, *overrides]) == 2

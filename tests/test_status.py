@@ -1,4 +1,4 @@
-"""How a run is doing, from its folder alone and with a queue to ask."""
+"""Status of a run, from its folder alone and with SLURM's queue."""
 
 import json
 import os
@@ -21,7 +21,7 @@ echo "JobId=$4 JobState=$STATE Reason=Priority RunTime=00:01:02 TimeLimit=04:00:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run's folder halfway through, its process ended, on a machine without SLURM."""
+    """Return the folder of a half-finished run whose process has ended, on a machine without SLURM."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -37,7 +37,7 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_folder_alone_tells_how_far_the_run_is(run):
+def test_the_folder_alone_gives_step_figures_and_checkpoint(run):
     found = status(run)
     assert (found["state"], found["step"], found["steps"]) == ("ended before its last step", 500, 1000)
     assert found["last"] == {
@@ -49,20 +49,20 @@ def test_the_folder_alone_tells_how_far_the_run_is(run):
     assert found["incidents"] == {"count": 0, "newest": []}
 
 
-def test_a_run_whose_process_lives_is_running(run):
+def test_a_run_whose_process_is_alive_is_running(run):
     lease.take(run)
     assert status(run)["state"] == f"running on {os.uname().nodename} (pid {os.getpid()})"
 
 
-def test_a_run_elsewhere_is_running_while_its_files_move(run):
+def test_a_run_on_another_host_is_running_while_its_metrics_are_fresh(run):
     (run / LEASE_FILE).write_text(json.dumps({"holder": "x", "host": "node7", "pid": 1, "time": 0, "job": None}))
-    assert status(run)["state"] == "running on node7, as far as its files tell"
+    assert status(run)["state"] == "running on node7, judging by its files"
     old = time.time() - 3600
     os.utime(run / "metrics.jsonl", (old, old))
     assert status(run)["state"] == "ended before its last step"
 
 
-def test_a_run_that_was_asked_to_stop_says_so_and_one_at_its_end_is_finished(run):
+def test_a_run_that_was_asked_to_stop_is_stopped_and_a_complete_one_finished(run):
     incidents.record(run, "rollback", 300, "loss was NaN: back to step 280")
     incidents.record(run, "signal", 500, "stopped by SIGUSR1, saved before")
     found = status(run)
@@ -80,7 +80,7 @@ def test_a_run_that_was_only_submitted_has_not_started(run):
     assert (found["state"], found["step"], found["last"], found["checkpoint"]) == ("not started", 0, None, None)
 
 
-def test_the_queue_is_asked_if_there_is_one(run, monkeypatch):
+def test_the_queue_is_queried_if_there_is_one(run, monkeypatch):
     (run / "attempts.json").write_text(
         json.dumps({"job": "17", "start": 2, "nodes": ["n1"], "failed_attempts": 0, "step": 0})
     )
@@ -107,6 +107,6 @@ def test_the_command_prints_lines_or_json(run, capsys):
     assert json.loads(capsys.readouterr().out)["step"] == 500
 
 
-def test_no_run_is_a_users_mistake(tmp_path, capsys):
+def test_a_missing_run_is_a_user_error(tmp_path, capsys):
     assert cli.main(["status", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"fusiontree: error: no run at {tmp_path}; give a folder such as runs/NAME\n"
+    assert capsys.readouterr().err == f"fusiontree: error: no run at {tmp_path}; give a run's folder, e.g. runs/NAME\n"

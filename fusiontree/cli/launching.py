@@ -1,4 +1,4 @@
-"""``fusiontree launch``: a run on this machine, on a hostfile's hosts or on a SLURM cluster."""
+"""``fusiontree launch``: training on this machine, on the hosts of a hostfile, or on a SLURM cluster."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ def _launch(args: argparse.Namespace) -> int:
     from launcher.job import launch_options, plan_local
 
     options = launch_options(args.env, args.env_file, args.pre_command)
-    _refuse_stray(args)
+    _refuse_other_targets(args)
     if args.slurm:
         return _launch_slurm(args, options)
     if args.hostfile is not None:
@@ -30,14 +30,14 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _rank_options(args: argparse.Namespace) -> list[str]:
-    """What a launch hands on to the `train` of every rank, beside the configuration."""
+    """Return the options that every rank's ``fusiontree train`` gets from the launch."""
     options = [f"--allow-changed={key}" for key in args.allow_changed]
     if args.trust_checkpoint:
         options.append("--trust-checkpoint")
     return [*options, "--json"] if args.json else options
 
 
-# options that mean something for one target only
+# options that only one target has
 _TARGET_OPTIONS = {
     "--hostfile": ("launcher", "include", "exclude"),
     "--slurm": (
@@ -47,13 +47,13 @@ _TARGET_OPTIONS = {
 }
 
 
-def _refuse_stray(args: argparse.Namespace) -> None:
-    """Raise UserError for an option of another target: it would be silently without effect."""
+def _refuse_other_targets(args: argparse.Namespace) -> None:
+    """Raise UserError for an option of another target, which would have no effect."""
     target = "--slurm" if args.slurm else "--hostfile" if args.hostfile is not None else "--local"
     for owner, names in _TARGET_OPTIONS.items():
         for name in names if owner != target else ():
             if getattr(args, name) not in (None, [], False):
-                raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not to {target}; leave it out")
+                raise UserError(f"--{name.replace('_', '-')} belongs to {owner}, not to {target}; remove it")
 
 
 def _launch_hosts(args: argparse.Namespace, options: Any) -> int:
@@ -82,33 +82,35 @@ def _launch_slurm(args: argparse.Namespace, options: Any) -> int:
     ranks = args.gpus_per_node if args.ranks_per_node is None else args.ranks_per_node
     if ranks is None:
         raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
-    sweep = sbatch.Sweep.of(config.name, args.sweep)
+    sweep = sbatch.Sweep.from_axes(config.name, args.sweep)
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
-    least = nodes if args.min_nodes is None else max(1, args.min_nodes)  # which save the slowest
-    job = _slurm_job(args, sbatch.save_ahead(config, least) if args.save_ahead is None else args.save_ahead)
+    min_nodes = nodes if args.min_nodes is None else max(1, args.min_nodes)
+    # the time reserved for a save assumes the fewest nodes, which write it most slowly
+    save_ahead = sbatch.estimate_save_ahead(config, min_nodes) if args.save_ahead is None else args.save_ahead
+    job = _job_options(args, save_ahead)
     cores = max(1, (job.cpus_per_task or 1) // (1 if job.tasks == "rank" else ranks))
     gpus, train_options = args.gpus_per_node is not None, _rank_options(args)
     plans = [plan_slurm(one, nodes, ranks, gpus, train_options, options, cores) for one in configs]
-    sbatch.check(job, nodes)
+    sbatch.check_options(job, nodes)
     for one in configs:
-        one.accumulation_steps(least * ranks)  # or a job that has lost nodes could not go on
+        one.accumulation_steps(min_nodes * ranks)  # a job that has lost nodes must be able to resume
     folder = config.run_dir.absolute()
     text = sbatch.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / LOGS)
     if args.dry_run:
         print(text, end="")
         return 0
     slurm.check_cluster(job.partition)
-    if job.time is None and (limit := slurm.default_limit(job.partition)):
-        sbatch.check_limit(f"the partition's time limit {limit}", limit, job.save_ahead)
+    if job.time is None and (limit := slurm.default_time_limit(job.partition)):
+        sbatch.check_time_limit(f"the partition's time limit {limit}", limit, job.save_ahead)
     for one in configs:
         prepare_run(one, args.allow_changed)
-    return _submit(sbatch.write(text, folder), folder / LOGS, args.wait)
+    return _submit(sbatch.write_script(text, folder), folder / LOGS, args.wait)
 
 
-def _slurm_job(args: argparse.Namespace, save_ahead: int) -> Any:
-    from launcher.sbatch import Job
+def _job_options(args: argparse.Namespace, save_ahead: int) -> Any:
+    from launcher.sbatch import JobOptions
 
-    return Job(
+    return JobOptions(
         gpus_per_node=args.gpus_per_node,
         min_nodes=args.min_nodes,
         partition=args.partition,
@@ -137,31 +139,33 @@ def _submit(script: Path, logs: Path, wait: bool) -> int:
 
 
 def add(commands: Any) -> None:
-    """Add the subcommand."""
+    """Add the subcommand to the parser."""
     launch = command(
         commands,
         "launch",
         _launch,
-        "Train on several ranks: of this machine, of a hostfile's hosts, or of a SLURM cluster.",
+        "Train on several ranks: on this machine, on the hosts of a hostfile, or on a SLURM cluster.",
         "launch tiny --local 2 data.path=data/books",
     )
     add_config(launch)
     add_resume(launch)
     target = launch.add_mutually_exclusive_group(required=True)
-    target.add_argument("--local", type=int, metavar="N", help="ranks on this machine")
-    target.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, `NAME slots=N` a line, reached by ssh")
-    target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
-    launch.add_argument("--dry-run", action="store_true", help="print the command or script; start nothing")
-    launch.add_argument(
-        "--env", action="append", default=[], metavar="KEY=VALUE", help="variable of every rank; repeatable"
+    target.add_argument("--local", type=int, metavar="N", help="start N ranks on this machine")
+    target.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="start ranks over ssh; FILE has one `NAME slots=N` per line"
     )
-    launch.add_argument("--env-file", type=Path, metavar="FILE", help="such variables, KEY=VALUE a line")
+    target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
+    launch.add_argument("--dry-run", action="store_true", help="print the command or script and exit")
+    launch.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable of every rank; repeatable"
+    )
+    launch.add_argument("--env-file", type=Path, metavar="FILE", help="file of such variables, one KEY=VALUE per line")
     launch.add_argument(
         "--pre-command",
         action="append",
         default=[],
         metavar="LINE",
-        help="shell line that runs first on every node, e.g. 'module load cuda'; repeatable",
+        help="shell line to run first on every node, e.g. 'module load cuda'; repeatable",
     )
     _add_hostfile(launch)
     _add_slurm(launch)
@@ -169,35 +173,46 @@ def add(commands: Any) -> None:
 
 def _add_hostfile(launch: argparse.ArgumentParser) -> None:
     group = launch.add_argument_group("with --hostfile")
-    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="what reaches the hosts (default pdsh)")
-    group.add_argument("--include", metavar="HOSTS", help="only these, HOST[:SLOT,...][@HOST...]")
-    group.add_argument("--exclude", metavar="HOSTS", help="all but these")
+    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="DeepSpeed's multinode launcher (default pdsh)")
+    group.add_argument("--include", metavar="HOSTS", help="slots to use, HOST[:SLOT,...][@HOST...]")
+    group.add_argument("--exclude", metavar="HOSTS", help="slots to leave out, in the same form")
 
 
 def _add_slurm(launch: argparse.ArgumentParser) -> None:
     group = launch.add_argument_group("with --slurm")
-    group.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default 1)")
-    group.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few as this after losing some")
-    group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node, a rank on each")
-    group.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of each node (default: its GPUs)")
-    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each task")
-    group.add_argument("--tasks", choices=("rank", "node"), help="a task is a rank, or a node's ranks (default rank)")
-    for name in ("partition", "account", "qos", "constraint"):
-        group.add_argument(f"--{name}", metavar="NAME", help="as sbatch takes it")
-    group.add_argument("--time", metavar="LIMIT", help="time limit of one start, as sbatch takes it")
+    group.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default 1)")
+    group.add_argument("--min-nodes", type=int, metavar="N", help="after losing nodes, resume on as few as N")
+    group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, with one rank each")
     group.add_argument(
-        "--save-ahead", type=int, metavar="S", help="seconds before the limit at which to save (default: an estimate)"
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="ranks per node (default: --gpus-per-node); alone: ranks on CPUs",
+    )
+    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores per task")
+    group.add_argument("--tasks", choices=("rank", "node"), help="start one task per rank or per node (default rank)")
+    for name in ("partition", "account", "qos", "constraint"):
+        group.add_argument(f"--{name}", metavar="NAME", help=f"sbatch's --{name}")
+    group.add_argument("--time", metavar="LIMIT", help="time limit of each attempt, in sbatch's format")
+    group.add_argument(
+        "--save-ahead", type=int, metavar="S", help="save S seconds before the time limit (default: estimated)"
     )
     group.add_argument(
         "--container",
         metavar="IMAGE",
-        help="a .sif or a folder for apptainer, oci:BUNDLE for SLURM's own containers, else an image for pyxis",
+        help="a .sif file or a folder for apptainer, oci:BUNDLE for SLURM's own containers, else an image for pyxis",
     )
-    group.add_argument("--container-mounts", metavar="FROM:TO[,...]", help="besides the current folder")
+    group.add_argument(
+        "--container-mounts", metavar="FROM:TO[,...]", help="mounts besides the current folder and the run's"
+    )
     group.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"
     )
     group.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a job array over values; repeated: product"
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="submit a job array with one run per value; repeated: the product",
     )
-    group.add_argument("--wait", action="store_true", help="follow the job; exit with its code")
+    group.add_argument("--wait", action="store_true", help="follow the job's log and exit with the job's code")

@@ -1,4 +1,4 @@
-"""``fusiontree doctor`` and ``demo``: what this machine can run."""
+"""``fusiontree doctor`` and ``demo``: diagnosis of this machine, and a demo run on it."""
 
 import argparse
 from pathlib import Path
@@ -15,13 +15,13 @@ def _doctor(args: argparse.Namespace) -> int:
     from fusiontree.doctor.diagnose import diagnose
 
     if args.overrides and args.config is None:
-        raise UserError("doctor: overrides need a CONFIG before them")
+        raise UserError("doctor: overrides need a CONFIG; give it first")
     for option, count in (("--ranks", args.ranks), ("--nodes", args.nodes)):
         if count is not None and count < 1:
             raise UserError(f"doctor: {option} {count}: give at least 1")
     config = None if args.config is None else load_config(args.config, args.overrides)
     if (args.nodes is not None or args.hostfile is not None) and config is None:
-        raise UserError("doctor: --nodes and --hostfile need a CONFIG")
+        raise UserError("doctor: --nodes and --hostfile need a CONFIG; give a preset or a YAML file")
     findings = diagnose(config, args.ranks, args.nodes)
     if config is not None and args.nodes is not None:
         findings = _with_cluster(findings, config, args)
@@ -30,18 +30,18 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The doctor's findings, with what the nodes themselves say if they can be reached."""
+    """Return `findings` with those of a probe on the nodes, or with a hint how to reach them."""
     from launcher.probing import probe_cluster
 
     found = probe_cluster(config, args.nodes, args.ranks, args.hostfile)
     if found is None:
-        hint = f"not looked at: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
+        hint = f"not probed: run this inside an allocation (salloc --nodes={args.nodes} ...) or with --hostfile FILE"
         return findings | {"cluster": hint}
     from fusiontree.doctor.diagnose import node_problems
     from fusiontree.doctor.probe import compare
 
-    cluster, lacking = compare(found), node_problems(findings["run"], found["ranks"])
-    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems"), *lacking]}
+    cluster, too_small = compare(found), node_problems(findings["run"], found["ranks"])
+    return findings | {"cluster": cluster, "problems": [*findings["problems"], *cluster.pop("problems"), *too_small]}
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -62,21 +62,23 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def add(commands: Any) -> None:
-    """Add the subcommands."""
+    """Add the subcommands to the parser."""
     doctor = command(
         commands,
         "doctor",
         _doctor,
-        "Report versions, devices and kernels; with CONFIG, exit 1 if it cannot run here.",
+        "Report versions, devices and kernels; with CONFIG, also memory and disk, and exit with 1 if it cannot run.",
         "doctor tiny --ranks 2 data.path=data/books",
     )
     add_config(doctor, optional=True)
-    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that CONFIG would run on, a node")
     doctor.add_argument(
-        "--nodes", type=int, metavar="N", help="nodes of the job; they are looked at inside an allocation of SLURM"
+        "--ranks", type=int, default=1, metavar="N", help="ranks per node of a run of CONFIG (default 1)"
     )
-    doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="or through this hostfile")
-    probe = commands.add_parser("probe")  # for the doctor's own use: not in the help
+    doctor.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of the job; inside a SLURM allocation, a probe runs on them"
+    )
+    doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="probe the hosts of this hostfile instead")
+    probe = commands.add_parser("probe")  # started by doctor on each rank; hidden from the help
     probe.add_argument("target", type=Path)
     probe.set_defaults(handler=_probe, is_rank=True)
 

@@ -1,4 +1,4 @@
-"""``fusiontree train``, ``status`` and ``report``: a run, and what is to be seen of it."""
+"""``fusiontree train``, ``status`` and ``report``: training, and views of a run."""
 
 import argparse
 import os
@@ -38,12 +38,12 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def add(commands: Any) -> None:
-    """Add the subcommands."""
+    """Add the subcommands to the parser."""
     train = command(
         commands,
         "train",
         _train,
-        "Train on one rank; also what each rank of a launch runs.",
+        "Train on one rank; `launch` starts this command on every rank.",
         "train tiny data.path=data/books optimizer.lr=1e-3",
     )
     add_config(train)
@@ -54,19 +54,19 @@ def add(commands: Any) -> None:
         commands,
         "status",
         _status,
-        "Tell how a run is doing: queue, step, last figures, checkpoint, incidents.",
+        "Show the status of a run: queue, step, newest figures, checkpoint, incidents.",
         "status runs/books",
     )
-    status.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    status.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/NAME")
 
     report = command(
         commands,
         "report",
         _report,
-        "Write a run's curves, gates, incidents and configuration as one HTML page; several runs are compared.",
+        "Write a run's curves, gates, incidents and configuration to one HTML page; compare several runs.",
         "report runs/demo",
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, e.g. runs/NAME")
     report.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html, compare.html of several)"
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html; compare.html for several runs)"
     )

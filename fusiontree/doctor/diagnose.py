@@ -1,4 +1,4 @@
-"""What is here and what a run would make of it: versions, devices, kernels, memory, and whether it can run at all."""
+"""Diagnosis of a machine: versions, devices, kernels, memory and disk, and the problems that a run would have."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from fusiontree.doctor import memory
 from fusiontree.errors import UserError
 from fusiontree.run.data import check_data
 
-# distribution and module; without the first group nothing runs
+# distribution: module; FusionTree does not run without the required ones
 _REQUIRED = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "webdataset": "webdataset"}
 _OPTIONAL = {
     "triton": "triton",
@@ -31,17 +31,19 @@ _OPTIONAL = {
 
 
 def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int | None = None) -> dict[str, Any]:
-    """Look at this machine and, if given, at what `config` needs of it on `ranks` ranks.
+    """Diagnose this machine and, with `config`, whether a run on `ranks` ranks fits on it.
 
     Args:
-        nodes: of a job elsewhere, `ranks` ranks on each: kernels, GPUs and memory of this machine are no matter then.
+        config: the run's configuration; None: diagnose the machine only.
+        ranks: ranks of the run, per node.
+        nodes: nodes of a job on a cluster; kernels, GPUs and memory of this machine are then not checked.
 
     Returns:
-        versions, machine, kernels (by operation), install (what to add, one line each), problems (why `config`, or
-        anything, cannot run here; empty if it can) and, with a configuration, run (its size and memory in bytes).
+        versions, machine, kernels (by operation), install (advice, one line each), problems (reasons why nothing, or
+        not `config`, can run; empty if it can) and, with a configuration, run (its size, and memory in bytes).
     """
     problems: list[str] = []
-    with contextlib.redirect_stdout(sys.stderr):  # imports that greet: standard output is for the report
+    with contextlib.redirect_stdout(sys.stderr):  # some packages print on import; stdout is for the report
         versions = _versions(problems)
     if any(problem.startswith("torch ") for problem in problems):
         return {"versions": versions, "machine": _machine([]), "kernels": {}, "install": [], "problems": problems}
@@ -63,12 +65,12 @@ def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int | None = None)
             lambda: _check_disk(config),
         )
         if nodes is None:
-            problems += _problems_here(config, ranks, report["run"], gpus if device_type == "cuda" else [])
+            problems += _machine_problems(config, ranks, report["run"], gpus if device_type == "cuda" else [])
     return report | {"problems": list(dict.fromkeys(problems))}
 
 
 def _versions(problems: list[str]) -> dict[str, str]:
-    """Version of each package, or why it cannot be used; a required one that cannot is a problem."""
+    """Return the version of each package, or why it is unusable; add a problem for each unusable required one."""
     versions = {"python": platform.python_version()}
     for name, module in {**_REQUIRED, **_OPTIONAL}.items():
         versions[name], usable = _try_import(name, module)
@@ -84,7 +86,7 @@ def _try_import(name: str, module: str) -> tuple[str, bool]:
         return "not installed", False
     try:
         importlib.import_module(module)
-    except Exception as error:  # compiled packages raise anything: RuntimeError for a missing library, OSError, ...
+    except Exception as error:  # e.g. RuntimeError or OSError of a compiled package with a missing library
         return f"{version}, broken: {type(error).__name__}: {' '.join(str(error).split())}", False
     return version, True
 
@@ -106,7 +108,7 @@ def _machine(gpus: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _memory() -> int:
-    """Bytes that the processes here may use: the machine's, or the container's share of them."""
+    """Return the bytes that processes may use: the machine's memory, or the container's limit."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
@@ -114,20 +116,20 @@ def _memory() -> int:
 
 
 def _kernels(config: RunConfig | None, device_type: str, problems: list[str]) -> dict[str, dict[str, str]]:
-    """By operation: the back-end that will be used and, for the others, why they cannot be."""
+    """Return by operation the backend that a run uses and, for each other backend, why it cannot run."""
     from fusiontree.kernels import DTYPES
     from fusiontree.model import kernel_registry
 
     requested = {} if config is None else config.kernels.model_dump()
-    fit = () if config is None else (config.model, DTYPES[config.precision])
+    shapes = () if config is None else (config.model, DTYPES[config.precision])
     chosen = {}
     for op in kernel_registry.OPERATIONS:
         try:
-            uses = kernel_registry.choose(op, requested.get(op, "auto"), device_type, *fit)
+            uses = kernel_registry.choose(op, requested.get(op, "auto"), device_type, *shapes)
         except ValueError as error:
             problems.append(str(error))
             uses = "none"
-        reasons = kernel_registry.available(op, device_type, *fit)
+        reasons = kernel_registry.available(op, device_type, *shapes)
         chosen[op] = {"uses": uses, **{name: reason or "can run" for name, reason in reasons.items() if name != uses}}
     return chosen
 
@@ -145,9 +147,9 @@ def _advice(versions: dict[str, str], device_type: str, config: RunConfig | None
 
 
 def _estimate(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """Size of the run, the memory that one of `ranks` ranks needs, and the disk that its checkpoints take.
+    """Return the size of the run, the memory of one of `ranks` ranks, and the disk space of its checkpoints.
 
-    Figures of memory are left out where the DeepSpeed settings cannot be read, which is reported among the problems.
+    Memory is left out if the DeepSpeed settings are invalid; the problems name the reason.
     """
     sizes: dict[str, Any] = {"parameters": config.model.parameter_count(), "ranks": ranks}
     with contextlib.suppress(UserError):
@@ -159,21 +161,21 @@ def _estimate(config: RunConfig, ranks: int) -> dict[str, Any]:
     return sizes
 
 
-def _problems_here(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
-    """Why `ranks` ranks of `config` cannot run on this machine."""
+def _machine_problems(config: RunConfig, ranks: int, run: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
+    """Return the reasons why `ranks` ranks of `config` cannot run on this machine."""
     name = gpus[0]["name"] if gpus else None
-    here = min(gpu["memory_bytes"] for gpu in gpus) if gpus else _memory()
+    available = min(gpu["memory_bytes"] for gpu in gpus) if gpus else _memory()
     return _problems(
-        lambda: _check_devices(config, ranks, gpus), lambda: _check_memory(run, ranks, here, name, "this machine")
+        lambda: _check_devices(config, ranks, gpus), lambda: _check_memory(run, ranks, available, name, "this machine")
     )
 
 
 def node_problems(run: dict[str, Any], ranks: list[dict[str, Any]]) -> list[str]:
-    """Hosts whose memory `run` does not fit in, a line each.
+    """Return a line for each host whose memory is too small for `run`.
 
     Args:
-        run: what `diagnose` has found of it.
-        ranks: what each rank of a probe has seen of its host.
+        run: `diagnose`'s figures of the run.
+        ranks: the probe's facts about each rank's host.
     """
     hosts = {rank["host"]: rank for rank in ranks}
     counts = Counter(rank["host"] for rank in ranks)
@@ -193,7 +195,7 @@ def node_problems(run: dict[str, Any], ranks: list[dict[str, Any]]) -> list[str]
 
 
 def _problems(*checks: Callable[[], Any]) -> list[str]:
-    """What the checks object to."""
+    """Return the messages of the checks that fail."""
     problems = []
     for check in checks:
         try:
@@ -207,24 +209,30 @@ def _check_devices(config: RunConfig, ranks: int, gpus: list[dict[str, Any]]) ->
     import torch
 
     if gpus and ranks > len(gpus):
-        raise UserError(f"{ranks} ranks need {ranks} GPUs, here are {len(gpus)}; start fewer ranks")
+        raise UserError(f"{ranks} ranks need {ranks} GPUs, this machine has {len(gpus)}; start fewer ranks")
     if gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"precision bf16 is not supported by {gpus[0]['name']}; set precision=fp32")
 
 
-def _check_memory(run: dict[str, Any], ranks: int, there: int, gpu: str | None, host: str) -> None:
-    """Raise UserError if `there` bytes, of `gpu` or else of the `host` of `ranks` ranks, are too few."""
+def _check_memory(run: dict[str, Any], ranks: int, available: int, gpu: str | None, host: str) -> None:
+    """Raise UserError if `available` bytes, of `gpu` or else shared by `ranks` ranks on `host`, are too few."""
     needed = run.get("memory_per_rank_bytes", 0) * (1 if gpu else ranks)
-    if needed > there:
-        whose = f"a rank on {gpu}" if gpu else f"{ranks} rank{'s' * (ranks > 1)} on {host}"
+    if needed > available:
+        needs = (
+            f"a rank on {gpu} needs"
+            if gpu
+            else f"{ranks} ranks on {host} need"
+            if ranks > 1
+            else f"a rank on {host} needs"
+        )
         raise UserError(
-            f"about {needed / 2**30:.1f} GiB needed by {whose}, {there / 2**30:.1f} GiB there; "
-            + _what_fits(run, there / 2**30 / (1 if gpu else ranks))
+            f"{needs} about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB available; "
+            + _remedy(run, available / 2**30 / (1 if gpu else ranks))
         )
 
 
-def _what_fits(run: dict[str, Any], gib: float) -> str:
-    """What to do for a rank to need no more than `gib` GiB: the first settings of the run's table, else less work."""
+def _remedy(run: dict[str, Any], gib: float) -> str:
+    """Return the first settings of the run's memory table that fit a rank in `gib` GiB, else advice to reduce work."""
     for stage, needs in run.get("memory_gib_by_stage_and_recomputation", {}).items():
         for policy, needed in needs.items():
             if needed <= gib:
@@ -233,12 +241,12 @@ def _what_fits(run: dict[str, Any], gib: float) -> str:
 
 
 def _check_disk(config: RunConfig) -> None:
-    """Raise UserError if the disk of the run's folder cannot hold its checkpoints."""
-    place = next(path for path in [config.run_dir.absolute(), *config.run_dir.absolute().parents] if path.exists())
-    free, needed = shutil.disk_usage(place).free, memory.disk_bytes(config)
+    """Raise UserError if the disk of the run's folder is too small for its checkpoints."""
+    folder = next(path for path in [config.run_dir.absolute(), *config.run_dir.absolute().parents] if path.exists())
+    free, needed = shutil.disk_usage(folder).free, memory.disk_bytes(config)
     if needed > free:
         each = memory.checkpoint_bytes(config) / 2**30
         raise UserError(
-            f"checkpoints take up to {needed / 2**30:.1f} GiB ({each:.1f} GiB each), {place} has "
-            f"{free / 2**30:.1f} GiB free; lower checkpoint.keep_last or set another output"
+            f"checkpoints take up to {needed / 2**30:.1f} GiB ({each:.1f} GiB each), {folder} has "
+            f"{free / 2**30:.1f} GiB free; lower checkpoint.keep_last or change output"
         )

@@ -1,4 +1,4 @@
-"""What every rank of a cluster sees, compared, and how fast they add up tensors; `fusiontree doctor` starts it."""
+"""Probe of a cluster: facts about each rank's host, compared, and all-reduce bandwidth; for `fusiontree doctor`."""
 
 import importlib.metadata
 import json
@@ -31,12 +31,12 @@ _REPEATS = 5
 
 
 def probe(target: Path) -> None:
-    """Look at this rank's host, add up tensors with all others, and let the main rank write the whole to `target`."""
+    """Inspect this rank's host, measure all-reduces over all ranks, and let rank 0 write the findings to `target`."""
     world = collectives.start()
-    seen = collectives.gather(_facts(world))
+    facts = collectives.gather(_facts(world))
     rates = {str(size): _all_reduce(world, size) for size in _SIZES[world.device.type]}
     if world.is_main:
-        write_atomic(target, json.dumps({"ranks": seen, "all_reduce": rates}))
+        write_atomic(target, json.dumps({"ranks": facts, "all_reduce": rates}))
     collectives.leave()
 
 
@@ -67,30 +67,30 @@ def _version(package: str) -> str | None:
 
 
 def _all_reduce(world: World, size: int) -> dict[str, float]:
-    """Seconds of an all-reduce of `size` bytes (the best of some), and its bus bandwidth in GB/s.
+    """Return the seconds of an all-reduce of `size` bytes, the best of `_REPEATS`, and its bus bandwidth in GB/s.
 
-    Bus bandwidth is what a link would need for it, 2 (n - 1) / n bytes for each of `size`, as NCCL's tests count it.
+    Bus bandwidth counts 2 (n - 1) / n bytes per byte of `size`, the traffic of each link, as nccl-tests does.
     """
     tensor = torch.ones(size // 4, device=world.device)
     best = float("inf")
-    for _ in range(_REPEATS + 1):  # the first one makes the connections
+    for _ in range(_REPEATS + 1):  # the first all-reduce opens the connections
         collectives.barrier()
-        since = time.perf_counter()
+        start = time.perf_counter()
         collectives.sum_over_ranks(tensor)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - since)
+        best = min(best, time.perf_counter() - start)
     return {"seconds": best, "bus_gb_per_s": size * 2 * (world.size - 1) / world.size / best / 1e9}
 
 
-def compare(found: dict[str, Any]) -> dict[str, Any]:
-    """What `probe` has written, for a person: hosts, all-reduce rates, and problems, one line each."""
-    ranks = found["ranks"]
+def compare(findings: dict[str, Any]) -> dict[str, Any]:
+    """Return the hosts, the all-reduce rates and the problems, one line each, from the findings of `probe`."""
+    ranks = findings["ranks"]
     hosts = {rank["host"]: rank for rank in ranks}
     first = ranks[0]
     problems = [
         f"{package} is {rank['versions'][package]} on {rank['host']}, {first['versions'][package]} on {first['host']}; "
-        "install one version on all"
+        "install one version on all hosts"
         for rank in hosts.values()
         for package in rank["versions"]
         if rank["versions"][package] != first["versions"][package]
@@ -102,10 +102,10 @@ def compare(found: dict[str, Any]) -> dict[str, Any]:
         if rank[name] != first[name]
     ]
     problems += [
-        f"host {rank['host']} takes its own name for {rank['address']}, where no other reaches it; mend /etc/hosts, or "
-        "name an interface: --env GLOO_SOCKET_IFNAME=... and NCCL_SOCKET_IFNAME=..."
+        f"host {rank['host']} resolves its own name to {rank['address']}, which other hosts cannot reach; fix "
+        "/etc/hosts, or name an interface: --env GLOO_SOCKET_IFNAME=... and NCCL_SOCKET_IFNAME=..."
         for rank in hosts.values()
         if len(hosts) > 1 and (rank["address"].startswith("127.") or rank["address"] == "unknown")
     ]
     shown = {name: f"{rank['address']} ({', '.join(rank['interfaces'])})" for name, rank in hosts.items()}
-    return {"hosts": shown, "ranks": len(ranks), "all_reduce": found["all_reduce"], "problems": problems}
+    return {"hosts": shown, "ranks": len(ranks), "all_reduce": findings["all_reduce"], "problems": problems}
