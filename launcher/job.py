@@ -220,13 +220,13 @@ def _deepspeed_environment() -> dict[str, str]:
 
 
 def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
-    """Make the run's folder with its configuration and ``logs/``; the whole path of it.
+    """Create the run's folder with its configuration and ``logs/``, and return its absolute path.
 
     Args:
-        allow_changed: dotted keys, or tables, that may differ from those of a run that has checkpoints there.
+        allow_changed: dotted keys, or tables, that may differ from those of the run's checkpoints.
 
     Raises:
-        UserError: the folder holds something else, or checkpoints of a run with other values.
+        UserError: the folder contains something else, or checkpoints of a run with other values.
     """
     run = config.run_dir.absolute()
     refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
