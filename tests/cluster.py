@@ -41,7 +41,7 @@ SlurmctldHost=head({network}.1)
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# seconds that SLURM holds a requeued job before its next start; 5 is the minimum
+# seconds by which SLURM delays a requeued job; 5 is the minimum
 AuthInfo=cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n

@@ -15,7 +15,7 @@ from fusiontree.distributed.ports import free_port
 from fusiontree.errors import LOST_PEER, RunError, UserError
 from launcher import allocation
 
-# stands in for SLURM's command: expands a node list, prints a job's state, records requests to requeue
+# replacement for SLURM's command: expands a node list, prints a job's state, records requests to requeue
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
 "show hostnames") echo "$3" | tr , '\\n' ;;

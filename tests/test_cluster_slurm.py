@@ -234,7 +234,7 @@ def test_a_cancelled_job_ends_at_once_and_is_not_requeued(calm, shards, tmp_path
     training(run, 2)
     calm.run("scancel", job)
     assert ended(calm, job, 30)["JobState"] == "CANCELLED"
-    time.sleep(8)  # longer than SLURM holds a requeued job
+    time.sleep(8)  # longer than SLURM delays a requeued job
     assert calm.state(job)["JobState"] == "CANCELLED"
     assert not ranks(calm, run)
 

@@ -79,7 +79,7 @@ elif task.startswith("exit "):
     sys.exit(int(task.removeprefix("exit ")))
 """
 
-# stands in for `fusiontree launch` in tests that send signals
+# replaces `fusiontree launch` in tests that send signals
 LAUNCH = """
 import json, os, sys
 from launcher import local

@@ -203,7 +203,9 @@ def _add_slurm(launch: argparse.ArgumentParser) -> None:
         help="a .sif file or a folder for apptainer, oci:BUNDLE for SLURM's own containers, else an image for pyxis",
     )
     group.add_argument(
-        "--container-mounts", metavar="FROM:TO[,...]", help="mounts besides the current folder and the run's"
+        "--container-mounts",
+        metavar="FROM:TO[,...]",
+        help="further mounts; the current folder and the run's are always mounted",
     )
     group.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"
