@@ -181,7 +181,9 @@ def _add_hostfile(launch: argparse.ArgumentParser) -> None:
 def _add_slurm(launch: argparse.ArgumentParser) -> None:
     group = launch.add_argument_group("with --slurm")
     group.add_argument("--nodes", type=int, metavar="N", help="number of nodes (default 1)")
-    group.add_argument("--min-nodes", type=int, metavar="N", help="after losing nodes, resume on as few as N")
+    group.add_argument(
+        "--min-nodes", type=int, metavar="N", help="start and resume on as few as N nodes, e.g. after losing some"
+    )
     group.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, with one rank each")
     group.add_argument(
         "--ranks-per-node",
