@@ -14,7 +14,7 @@ from rich.table import Table
 from fusiontree.config import load_config
 from fusiontree.console import console
 from fusiontree.run.folder import MANIFEST_FILE, checkpoint_path
-from fusiontree.run.records import summarise
+from fusiontree.run.records import summarize
 
 RANKS = 2
 PROMPT = "def main("
@@ -109,7 +109,7 @@ def _sum_up(stages: list[Stage], seconds: list[float | None], run: Path, exporte
         table.add_row(stage.title, "reused" if duration is None else f"{duration:.0f} s", stage.result)
     console.rule("summary", align="left")
     console.print(table)
-    figures = summarise(run)
+    figures = summarize(run)
     first, last, rate = figures["first_val_loss"], figures["last_val_loss"], figures["tokens_per_s"]
     if first is not None and last is not None and rate is not None:
         console.print(

@@ -15,7 +15,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_json_lines(run_dir / METRICS_FILE)
 
 
-def summarise(run_dir: Path) -> dict[str, float | None]:
+def summarize(run_dir: Path) -> dict[str, float | None]:
     """Return first and last validation loss (nats per token) and median tokens/s of a run, each None if unknown."""
     lines = read_metrics(run_dir)
     validation = [line["val_loss"] for line in lines if "val_loss" in line]

@@ -37,8 +37,8 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": config.accumulation_steps(world.size),
         "gradient_clipping": config.optimizer.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,  # with offload too, instead of DeepSpeed's compiled CPUAdam
         "steps_per_print": sys.maxsize,
         **deepspeed_json(config),
     }

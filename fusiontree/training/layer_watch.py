@@ -28,9 +28,8 @@ class LayerWatch:
         layers = len(engine.module.blocks)
         self._squares = torch.zeros(layers, len(_BRANCHES), device=world.device)  # summed over the real tokens
         self._tokens = torch.zeros(layers, len(_BRANCHES), device=world.device)
-        self._gradients = torch.zeros(
-            layers + 1, device=world.device
-        )  # squared norms; the last is of all other parameters
+        # squared gradient norms; the last element is of the parameters outside the layers
+        self._gradients = torch.zeros(layers + 1, device=world.device)
         self._real: Tensor | None = None  # bool [B, L]: tokens with a label
         self._handles: list[RemovableHandle] = []
 

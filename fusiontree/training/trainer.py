@@ -26,7 +26,7 @@ from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents
 from fusiontree.run.data import Data, open_data, open_stream
 from fusiontree.run.folder import CONFIG_FILE, step_of
-from fusiontree.run.records import summarise
+from fusiontree.run.records import summarize
 from fusiontree.training.health import Health, Trouble, Watchdog, format_rows, rows_of_failing_ranks
 from fusiontree.training.layer_watch import LayerWatch
 from fusiontree.training.logs import log_to_file
@@ -84,7 +84,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
         "run": str(config.run_dir),
         "steps": trainer.step,
         "tokens": trainer.tokens,
-        **summarise(config.run_dir),
+        **summarize(config.run_dir),
         "checkpoint_wait_seconds": trainer.saver.waited,
         "peak_memory_bytes": peak_memory(world.device),
     }
@@ -259,7 +259,7 @@ class Trainer:
         return update
 
     def _due(self, every: int, step: int | None = None) -> bool:
-        """Return whether an action of every `every` steps (0: never) and of the end is due after `step` (now)."""
+        """Return whether an action is due after `step` (default: now): each `every` steps (0: never) and at the end."""
         step = self.step if step is None else step
         return every > 0 and (step % every == 0 or step == self.config.schedule.steps)
 
@@ -314,7 +314,7 @@ class Trainer:
         self.lap = Lap(self.step)
 
     def _share_bad_rows(self) -> None:
-        """Share the bad stored rows of each rank with all, so that all stop together.
+        """Share each rank's bad stored rows with all ranks: over the limit, all raise the same error.
 
         Raises:
             RunError: there are more of them than `data.max_bad_rows`.
