@@ -17,7 +17,7 @@ from conftest import SMALL, build, export_small, write_run
 from fusiontree.cli import main
 from fusiontree.cli.model import EVAL_TASKS
 from fusiontree.errors import UserError
-from fusiontree.evaluate import TASKS, evaluate, heatmap
+from fusiontree.evaluate import TASKS, evaluate, heatmap, held_out
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
 from fusiontree.evaluate.subject import Subject
@@ -59,8 +59,12 @@ def test_bigram_losses_are_those_of_plain_counting() -> None:
     assert bigram.likeliest(7) == max(tokens, key=tokens.__getitem__)
 
 
-def test_perplexity_adds_up_by_position_and_document(exported: Path, shards: Path) -> None:
+def test_perplexity_adds_up_by_position_and_document(
+    exported: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "BOUNDS", (2, 4, 8, 16, 64))  # shorter than a test's rows
     figures = evaluate(exported, ["perplexity"], shards, limit=5)["perplexity"]
+    assert tuple(figures["by_position"]) == held_out.BUCKETS
     by_position = figures["by_position"].values()
     assert sum(bucket["tokens"] for bucket in by_position) == figures["tokens"]
     total = sum(bucket["loss"] * bucket["tokens"] for bucket in by_position)
@@ -196,6 +200,9 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     (tmp_path / "all" / "manifest.json").write_text(json.dumps(manifest))
     for task in ("perplexity", "needle"):
         assert main(["eval", str(exported), "--data", str(tmp_path / "all"), "--tasks", task]) == 2
-        assert "all has nothing held out; build it with a larger --holdout" in capsys.readouterr().err
+        assert (
+            "all has nothing held out; build it with a larger --holdout from two documents or more"
+            in capsys.readouterr().err
+        )
     assert main(["eval", str(tmp_path), "--data", str(shards), "--tasks", "recall"]) == 2
     assert "is not an exported model" in capsys.readouterr().err

@@ -36,8 +36,9 @@ ARROWS = {
     },
     "fusiontree.prune": {"fusiontree.model"},
     "fusiontree.prune.pruner": {
-        *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.device", "fusiontree.evaluate"),
-        *("fusiontree.inference", "fusiontree.kernels", "fusiontree.model", "fusiontree.prune"),
+        *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.device"),
+        *("fusiontree.evaluate", "fusiontree.inference", "fusiontree.kernels", "fusiontree.model"),
+        "fusiontree.prune",
     },
     "fusiontree.export": {
         *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.inference"),

@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from fusiontree.data.batch import IGNORE, Batch, collate
-from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
 from fusiontree.evaluate import held_out as held_out_module
 from fusiontree.evaluate.held_out import BOUNDS, BUCKETS, HeldOutLoss
 
 SMALL_BOUNDS = (2, 4, 8, 16, 32)
 WORLD = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "sum_over_ranks", lambda value: value)
 
 
 def batches(draw: np.random.Generator, count: int, rows: int = 3, L: int = 64) -> list[Batch]:

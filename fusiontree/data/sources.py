@@ -89,6 +89,25 @@ class Sources:
         return tokens, ends, BadRow(self.labels[source], shard.info.name, number, shard.where, reason)
 
 
+def held_out_sources(datasets: Mapping[str, Dataset], remedy: str = "") -> Sources:
+    """Return the sources of validation splits, leaving out datasets without held-out rows.
+
+    Args:
+        datasets: validation splits by name, as for `Sources`.
+        remedy: an alternative remedy, appended to the error.
+
+    Raises:
+        UserError: no dataset has held-out rows, or they differ in tokenizer, token type or row length.
+    """
+    found = {name: dataset for name, dataset in datasets.items() if dataset.num_rows}
+    if not found:
+        where = ", ".join(dataset.location for dataset in datasets.values())
+        raise UserError(
+            f"{where}: no held-out rows; rebuild with a larger --holdout from at least two documents{remedy}"
+        )
+    return Sources(found)
+
+
 class Ledger:
     """The damaged stored rows that training has met, each counted once.
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fusiontree.data.format import Dataset
-from fusiontree.data.sources import Sources
+from fusiontree.data.sources import Sources, open_held_out
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.inference.generate import check_ids
@@ -82,8 +82,8 @@ class Subject:
 
     @cached_property
     def held_out(self) -> Sources:
-        """The rows that the model was not trained on; errors as of `open_held_out`."""
-        return open_held_out({"": self.train.location}, self.facts["tokenizer_fingerprint"], self.folder)
+        """The dataset's held-out rows; errors as in `open_held_out`."""
+        return open_held_out({"": self.train.location})
 
     @cached_property
     def text(self) -> np.ndarray:
@@ -103,18 +103,3 @@ class Subject:
 def _real_tokens(dataset: Dataset, row: int) -> np.ndarray:
     tokens, ends = dataset.row(row)
     return np.asarray(tokens[: ends[-1]], dtype=np.int64)
-
-
-def open_held_out(locations: dict[str, str], fingerprint: str, owner: Path) -> Sources:
-    """The held-out splits of datasets by name, which `owner`'s tokenizer must have made.
-
-    Raises:
-        UserError: one is missing or made with another tokenizer, or none holds anything out.
-    """
-    found = {name: Dataset(location, "validation") for name, location in locations.items()}
-    for dataset in found.values():
-        dataset.manifest.require_tokenizer(fingerprint, owner)
-    found = {name: dataset for name, dataset in found.items() if dataset.num_rows}
-    if not found:
-        raise UserError(f"{', '.join(locations.values())} has nothing held out; build it with a larger --holdout")
-    return Sources(found)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, load_config
+from fusiontree.data.sources import open_held_out
 from fusiontree.device import accelerator
 from fusiontree.errors import UserError
-from fusiontree.evaluate.perplexity import held_out_loss
-from fusiontree.evaluate.subject import open_held_out
+from fusiontree.evaluate.held_out import held_out_loss
 from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM
@@ -62,7 +62,9 @@ class Pruner:
         if not locations:
             raise UserError("the run names no dataset to measure the pruning by; give one with --data")
         fingerprint = store.read_state(found)["tokenizer_fingerprint"]
-        self.held_out = open_held_out(locations, fingerprint, run_of(found) / TOKENIZER)
+        self.held_out = open_held_out(locations)
+        for dataset in self.held_out.datasets:
+            dataset.manifest.require_tokenizer(fingerprint, run_of(found) / TOKENIZER)
         self.config, self.limit = config, limit
         self.device = torch.device(accelerator())
         self.gates = store.read_gates(found).to(self.device)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fusiontree.config import RunConfig
 from fusiontree.data.format import MANIFEST, Dataset, Manifest
 from fusiontree.data.remote import Cache, is_address
-from fusiontree.data.sources import Sources
+from fusiontree.data.sources import Sources, held_out_sources
 from fusiontree.data.stream import Recipe, TrainStream
 from fusiontree.errors import UserError
 from fusiontree.files import parse_json
@@ -47,14 +47,8 @@ def open_data(config: RunConfig) -> Data:
     _check_teacher(config, train.datasets[0].manifest.tokenizer_fingerprint)
     if config.validation.every == 0:
         return Data(train, None)
-    held_out = {name: dataset for name, dataset in _open_split(config, "validation").items() if dataset.num_rows}
-    if not held_out:
-        where = ", ".join(config.data.locations.values())
-        raise UserError(
-            f"{where}: no held-out rows; rebuild with --holdout from at least two documents, or disable validation: "
-            "validation.every=0"
-        )
-    return Data(train, Sources(held_out))
+    remedy = ", or disable validation: validation.every=0"
+    return Data(train, held_out_sources(_open_split(config, "validation"), remedy))
 
 
 def open_training(config: RunConfig) -> Sources:
