@@ -16,6 +16,8 @@ from conftest import write_manifest
 from data_tools.options import BuildOptions, InputOptions
 from fusiontree import cli
 from fusiontree.errors import RunError, UserError
+from fusiontree.evaluate.options import EvalOptions
+from fusiontree.export.options import ExportOptions
 
 COMMANDS = [
     *("data tokenizer", "data build", "data verify", "data inspect", "data plan", "data at"),
@@ -228,7 +230,7 @@ def test_export_hands_on_its_arguments(stand_in, capsys):
     assert cli.main(["export", "runs/a", "out", "--dtype", "bf16", "--max-shard-size", "1GB", "--prune", "2"]) == 0
     options = {"dtype": "bf16", "overwrite": False, "max_shard_size": "1GB", "trust": False, "prune": "2"}
     options |= {"prune_heads": 0, "data": None, "limit": None}
-    assert calls == [((Path("runs/a"), Path("out")), options)]
+    assert calls == [((Path("runs/a"), Path("out"), ExportOptions(**options)), {})]
     assert capsys.readouterr().out == "model   3.00 MiB\nproved  yes\n"
 
 
@@ -238,7 +240,7 @@ def test_eval_shows_a_table_of_what_it_measured_of_several_things(stand_in, caps
         "passkey": {"chance": 0.1, "cells": [{"length": 64, "accuracy": 1.0}, {"length": 1024, "accuracy": 0.25}]},
         "throughput": {"by_length": {"64 tokens": speed, "9 tokens": {"problem": "too large"}}},
     }
-    stand_in("fusiontree.evaluate", "evaluate", tasks)
+    stand_in("fusiontree.evaluate.tasks", "evaluate", tasks)
     assert cli.main(["eval", "out", "--tasks", "passkey", "throughput", "--data", "d"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "passkey",
@@ -279,11 +281,11 @@ def test_generate_streams_its_text(monkeypatch, capsys):
 
 
 def test_eval_hands_on_its_arguments(stand_in, capsys):
-    calls = stand_in("fusiontree.evaluate", "evaluate", {"perplexity": {"loss": 2.5, "tokens": 4096}})
+    calls = stand_in("fusiontree.evaluate.tasks", "evaluate", {"perplexity": {"loss": 2.5, "tokens": 4096}})
     words = ["--tasks", "perplexity,passkey", "recall", "--data", "d", "--limit", "4", "--lengths", "64,128"]
     assert cli.main(["eval", "out", *words]) == 0
-    options = {"lengths": [64, 128], "seq_len": None, "limit": 4, "samples": 5, "output": None, "overwrite": False}
-    assert calls == [((Path("out"), ["perplexity", "passkey", "recall"], Path("d")), options)]
+    options = {"lengths": (64, 128), "seq_len": None, "limit": 4, "samples": 5, "output": None, "overwrite": False}
+    assert calls == [((Path("out"), ["perplexity", "passkey", "recall"], EvalOptions(Path("d"), **options)), {})]
     assert capsys.readouterr().out == "perplexity\n  loss    2.5 nats per token\n  tokens  4,096\n\n"
 
 

@@ -17,10 +17,12 @@ from conftest import SMALL, build, export_small, write_run
 from fusiontree.cli import main
 from fusiontree.cli.model import EVAL_TASKS
 from fusiontree.errors import UserError
-from fusiontree.evaluate import TASKS, evaluate, heatmap, held_out
+from fusiontree.evaluate import heatmap, held_out
 from fusiontree.evaluate.ngram import Bigram
+from fusiontree.evaluate.options import EvalOptions
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
 from fusiontree.evaluate.subject import Subject
+from fusiontree.evaluate.tasks import TASKS, evaluate
 from fusiontree.export.exporter import export
 from fusiontree.inference.generate import stream_tokens
 from fusiontree.inference.sampling import Sampling
@@ -63,7 +65,7 @@ def test_perplexity_adds_up_by_position_and_document(
     exported: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(held_out, "BOUNDS", (2, 4, 8, 16, 64))  # shorter than a test's rows
-    figures = evaluate(exported, ["perplexity"], shards, limit=5)["perplexity"]
+    figures = evaluate(exported, ["perplexity"], EvalOptions(shards, limit=5))["perplexity"]
     assert tuple(figures["by_position"]) == held_out.BUCKETS
     by_position = figures["by_position"].values()
     assert sum(bucket["tokens"] for bucket in by_position) == figures["tokens"]
@@ -108,7 +110,8 @@ def test_a_needle_lies_at_its_depth() -> None:
 def test_all_tasks_give_figures_baselines_json_and_heat_maps(exported: Path, shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="heat maps need matplotlib: pip install 'fusiontree[eval]'")
     output = tmp_path / "results"
-    results = evaluate(exported, list(TASKS), shards, lengths=[100, 120], limit=2, samples=2, output=output)
+    options = EvalOptions(shards, lengths=(100, 120), limit=2, samples=2, output=output)
+    results = evaluate(exported, list(TASKS), options)
     assert {path.name for path in output.iterdir()} == {"results.json", "passkey.png", "needle.png"}
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
     assert (output / "passkey.png").read_bytes().startswith(b"\x89PNG")
@@ -151,11 +154,11 @@ def test_a_question_longer_than_the_time_encoding_is_refused(
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "recall"]) == 2
     line = capsys.readouterr().err
-    assert "tokens are more than the learned time encoding has: 128" in line
+    assert "tokens exceed the learned time encoding's 128 positions; use fewer tokens" in line
     assert line.count("\n") == 1
     words = ["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "throughput", "--lengths"]
     assert main([*words, "93"]) == 2  # and the tokens that are made behind them
-    assert "129 tokens are more than the learned time encoding has: 128" in capsys.readouterr().err
+    assert "129 tokens exceed the learned time encoding's 128 positions; use fewer tokens" in capsys.readouterr().err
     assert main([*words, "92"]) == 0
 
 
@@ -166,11 +169,11 @@ def test_data_with_tokens_that_the_model_does_not_know_are_refused(
     export(tmp_path / "run", tmp_path / "out")
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "passkey"]) == 2
-    assert f"{shards} holds tokens up to 299; the model's end at 95" in capsys.readouterr().err
+    assert f"{shards} has token ids up to 299; the model's largest is 95" in capsys.readouterr().err
 
 
 def test_a_question_with_a_token_that_the_model_does_not_have_is_refused(exported: Path, shards: Path) -> None:
-    subject = Subject.load(exported, shards, (), 0, None, None, 1)
+    subject = Subject.load(exported, EvalOptions(shards, samples=1))
     assert subject.ids("a zebra")
     subject.tokenizer.add_tokens([f"<{i}>" for i in range(512)] + ["zebra"])
     with pytest.raises(UserError, match=r"'a zebra' by .*/out's tokenizer: token \d+ is out of range"):
@@ -181,9 +184,9 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for options, words in (
-        (["--tasks", ","], "--tasks names none; choose from perplexity, passkey"),
+        (["--tasks", ","], "--tasks is empty; choose from perplexity, passkey"),
         (["--tasks", "poetry"], "unknown task 'poetry'; choose from perplexity, passkey"),
-        (["--tasks", "passkey", "--lengths", "1k"], "--lengths is '1k'; give whole numbers"),
+        (["--tasks", "passkey", "--lengths", "1k"], "--lengths is '1k'; give integers separated by commas"),
         (["--tasks", "passkey", "--lengths", "0"], "--lengths is 0; it must be at least 1"),
         (["--tasks", "passkey", "--lengths", "100000000000000"], "it must be at most 16,777,216"),
         (["--tasks", "passkey", "--samples", "0"], "--samples is 0"),

@@ -273,7 +273,7 @@ def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -
         .replace('"truncation": null', '"truncation": 3')
     )
     error = cli("export", tmp_path / "run", tmp_path / "out", code=2).stderr
-    assert "is not the tokenizer that the run was trained with" in error
+    assert "is not the run's tokenizer; copy the tokenizer of the training data there" in error
     path.write_text("{")
     assert "cannot be read" in cli("export", tmp_path / "run", tmp_path / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
@@ -284,7 +284,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_named_and_leave_not
     change: dict[str, int], name: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "run", dataclasses.replace(SMALL, **change), build().state_dict(), tokenizer_folder, 0, 1)
-    with pytest.raises(RunError, match=rf"its weights are not those of its config.yaml \(.*{name}"):
+    with pytest.raises(RunError, match=rf"its weights do not match its config.yaml \(.*{name}"):
         export(tmp_path / "run", tmp_path / "new" / "deep" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from fusiontree.cli import main
 from fusiontree.errors import RunError, UserError
 from fusiontree.export.exporter import export
+from fusiontree.export.options import ExportOptions
 from fusiontree.inference.decoder import PREFILL_TOKENS, Decoder
 from fusiontree.inference.generate import generate_text, generate_texts, read_prompts, stream_tokens
-from fusiontree.inference.loading import PREFIX, load_export, read_facts
+from fusiontree.inference.loading import PREFIX, encode, load_export, read_facts
 from fusiontree.inference.sampling import Sampling
 
 
@@ -76,7 +77,7 @@ def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_pa
 def test_a_special_token_spelt_out_is_text(exported: Path) -> None:
     _, tokenizer = load_export(exported)
     spelt = tokenizer.id_to_token(read_facts(exported)["eos_id"])
-    ids = tokenizer.encode(spelt, add_special_tokens=False).ids
+    ids = encode(tokenizer, spelt)
     assert len(ids) > 1
     assert tokenizer.decode(ids) == spelt
 
@@ -93,7 +94,7 @@ def test_the_weights_are_those_that_the_index_names_or_the_one_file(exported: Pa
     save_file(dict(rest), tmp_path / "one" / "model.safetensors")
     with pytest.raises(RunError, match=f'is a damaged export .*"{name.removeprefix(PREFIX)}"'):
         load_export(tmp_path / "one")
-    export(run, tmp_path / "more", max_shard_size="50KB")
+    export(run, tmp_path / "more", ExportOptions(max_shard_size="50KB"))
     index = tmp_path / "more" / "model.safetensors.index.json"
     index.write_text(re.sub("model-00001", "../more/model-00001", index.read_text()))
     with pytest.raises(RunError, match="which leaves its folder"):
@@ -111,19 +112,22 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
     folder = [str(exported)]
     for words, message in (
         ([*folder, ""], "the prompt is empty"),
-        ([*folder, "tree " * 200], "are more than the learned time encoding has: 128"),
-        ([*folder, "tree", "--max-new-tokens", "128"], "more than the learned time encoding has: 128"),
+        ([*folder, "tree " * 200], "exceed the learned time encoding's 128 positions; use fewer tokens"),
+        (
+            [*folder, "tree", "--max-new-tokens", "128"],
+            "exceed the learned time encoding's 128 positions; use fewer tokens",
+        ),
         (folder, "give a prompt, or a file of them with --prompts"),
         ([*folder, "a", "--prompts", str(tmp_path / "gap.txt")], "give a prompt, or a file of them"),
         ([*folder, "--prompts", str(tmp_path / "gap.txt")], "gap.txt line 2 is empty"),
-        ([*folder, "--prompts", str(tmp_path / "none.txt")], "none.txt holds no prompt"),
-        ([*folder, "--prompts", str(tmp_path / "missing")], "no file of prompts at"),
-        ([*folder, "--prompts", str(tmp_path)], "no file of prompts at"),
-        ([*folder, "--prompts", str(tmp_path / "deep.jsonl")], "deep.jsonl line 1 is no object such as"),
+        ([*folder, "--prompts", str(tmp_path / "none.txt")], "none.txt has no prompts; write one per line"),
+        ([*folder, "--prompts", str(tmp_path / "missing")], "no prompts file at"),
+        ([*folder, "--prompts", str(tmp_path)], "no prompts file at"),
+        ([*folder, "--prompts", str(tmp_path / "deep.jsonl")], "deep.jsonl line 1 is not an object such as"),
         ([*folder, "a", "--repetition-penalty", "inf"], "--repetition-penalty is inf; it must be above 0, and finite"),
         ([*folder, "--prompts", str(tmp_path / "latin.txt")], "latin.txt is not UTF-8 text"),
-        ([*folder, "--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl line 1 is no object such as"),
-        ([*folder, "--prompts", str(tmp_path / "number.jsonl")], "prompt is 3; it must be text"),
+        ([*folder, "--prompts", str(tmp_path / "bad.jsonl")], "bad.jsonl line 1 is not an object such as"),
+        ([*folder, "--prompts", str(tmp_path / "number.jsonl")], "prompt is 3; it must be a string"),
         ([*folder, "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (
             [*folder, "a", "--max-new-tokens", str(10**11)],
@@ -148,7 +152,8 @@ def test_a_prompt_is_taken_in_by_pieces_that_bound_the_memory() -> None:
 
 
 def test_more_tokens_than_memory_holds_are_refused() -> None:
-    with pytest.raises(UserError, match=r"the cache of 1 rows of 100,000,000,000,001 tokens; lower --max-new-tokens"):
+    words = "not enough memory for the cache of 1 rows of 100,000,000,000,001 tokens; lower --max-new-tokens"
+    with pytest.raises(UserError, match=words):
         next(stream_tokens(build(), [[1]], 10**14, Sampling(), None))
 
 

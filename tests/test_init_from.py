@@ -15,7 +15,8 @@ from fusiontree.config import RunConfig, load_config
 from fusiontree.data.format import Dataset
 from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError, UserError
-from fusiontree.evaluate import evaluate
+from fusiontree.evaluate.options import EvalOptions
+from fusiontree.evaluate.tasks import evaluate
 from fusiontree.export.exporter import export
 from fusiontree.training.engine_setup import build_model
 from fusiontree.training.init_weights import check_init_from
@@ -78,7 +79,7 @@ def test_a_run_at_zero3_starts_at_the_exports_loss_and_resumes_without_it(
     cli("train", "tiny", *words)
     run = tmp_path / "next"
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    held_out = evaluate(exported, ["perplexity"], shards, seq_len=128, limit=6)["perplexity"]
+    held_out = evaluate(exported, ["perplexity"], EvalOptions(shards, seq_len=128, limit=6))["perplexity"]
     assert first["val_loss"] == pytest.approx(held_out["loss"], rel=1e-5)
     assert str(start) in (run / "config.yaml").read_text()
     shutil.rmtree(start)

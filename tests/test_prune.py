@@ -16,6 +16,7 @@ from fusiontree.cli import main
 from fusiontree.config import load_config
 from fusiontree.errors import UserError
 from fusiontree.export.exporter import export
+from fusiontree.export.options import ExportOptions
 from fusiontree.inference.decoder import Decoder
 from fusiontree.inference.loading import load_export
 from fusiontree.prune import pruner
@@ -212,7 +213,7 @@ def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path
 
 
 def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: Path, tmp_path: Path) -> None:
-    figures = export(run, tmp_path / "one", prune="1", data=shards, limit=2)["pruning"]
+    figures = export(run, tmp_path / "one", ExportOptions(prune="1", data=shards, limit=2))["pruning"]
     measured = figures["loss_without"]
     assert len(measured) == 6
     assert list(measured.values()) == sorted(measured.values())
@@ -224,10 +225,11 @@ def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: 
     (tmp_path / "again.json").write_text(json.dumps(figures["plan"]))
     config = load_config(str(run / "checkpoints" / "step-1" / CONFIG_FILE)).model
     assert list(read_plan(tmp_path / "again.json", config).kinds) == kinds
-    again = export(run, tmp_path / "again", "bf16", prune=str(tmp_path / "again.json"), data=shards, limit=1)["pruning"]
+    options = ExportOptions("bf16", prune=str(tmp_path / "again.json"), data=shards, limit=1)
+    again = export(run, tmp_path / "again", options)["pruning"]
     tensors = load_file(tmp_path / "again" / "model.safetensors").values()
     assert again["after"]["weights_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
-    figures = export(run, tmp_path / "heads", prune_heads=2, data=shards, limit=2)["pruning"]
+    figures = export(run, tmp_path / "heads", ExportOptions(prune_heads=2, data=shards, limit=2))["pruning"]
     heads = json.loads((tmp_path / "heads" / "config.json").read_text())["layer_global_heads"]
     kept = int(list(figures["loss_without"])[2].removeprefix("global head group 0 of layer "))
     assert heads == [2 if layer == kept else 0 for layer in range(3)]
@@ -242,7 +244,7 @@ def test_the_plan_that_is_made_by_itself_and_a_speed_that_cannot_be_measured(
     with open(run / "metrics.jsonl", "w") as lines:
         for step, loss in ((1, 9.0), (2, 1.0)):  # the second is of another checkpoint
             lines.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
-    report = export(run, tmp_path / "auto", prune="auto", data=shards, limit=1)["pruning"]
+    report = export(run, tmp_path / "auto", ExportOptions(prune="auto", data=shards, limit=1))["pruning"]
     assert all(report[when]["problem"] == why["problem"] for when in ("before", "after"))
     assert card(tmp_path / "auto")["held-out loss in training, not pruned"] == "9.0000 nats per token"
     assert json.loads((tmp_path / "auto" / "config.json").read_text())["layer_kinds"] == ["mamba", "hybrid", "hybrid"]

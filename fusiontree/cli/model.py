@@ -15,10 +15,9 @@ EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export.exporter import export
+    from fusiontree.export.options import ExportOptions
 
-    figures = export(
-        args.source,
-        args.output,
+    options = ExportOptions(
         dtype=args.dtype,
         overwrite=args.overwrite,
         max_shard_size=args.max_shard_size,
@@ -28,7 +27,7 @@ def _export(args: argparse.Namespace) -> int:
         data=args.data,
         limit=args.limit,
     )
-    return show(figures, args.json)
+    return show(export(args.source, args.output, options), args.json)
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -72,28 +71,28 @@ def _stream(text: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from fusiontree.evaluate import evaluate
+    from fusiontree.evaluate.options import EvalOptions
+    from fusiontree.evaluate.tasks import evaluate
 
-    figures = evaluate(
-        args.folder,
-        [task for text in args.tasks for task in text.split(",") if task],
-        args.data,
-        lengths=_numbers("--lengths", args.lengths),
+    options = EvalOptions(
+        data=args.data,
+        lengths=_parse_numbers("--lengths", args.lengths),
         seq_len=args.seq_len,
         limit=args.limit,
         samples=args.samples,
         output=args.output,
         overwrite=args.overwrite,
     )
-    return show_tables(figures, args.json)
+    tasks = [task for text in args.tasks for task in text.split(",") if task]
+    return show_tables(evaluate(args.folder, tasks, options), args.json)
 
 
-def _numbers(option: str, text: str | None) -> list[int]:
-    """The whole numbers of a list such as 1024,4096."""
+def _parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Parse a list such as 1024,4096."""
     try:
-        return [int(part) for part in (text or "").split(",") if part]
+        return tuple(int(part) for part in (text or "").split(",") if part)
     except ValueError:
-        raise UserError(f"{option} is {text!r}; give whole numbers, e.g. 1024,4096") from None
+        raise UserError(f"{option} is {text!r}; give integers separated by commas, e.g. 1024,4096") from None
 
 
 def add(commands: Any) -> None:

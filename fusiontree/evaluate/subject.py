@@ -1,4 +1,4 @@
-"""What the tasks are given: the model, its tokenizer, and the data with its n-gram counts."""
+"""The subject of an evaluation: a model, its tokenizer, and a dataset with its n-gram counts."""
 
 import math
 from dataclasses import dataclass
@@ -13,89 +13,85 @@ from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources, open_held_out
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
-from fusiontree.inference.generate import check_ids
-from fusiontree.inference.loading import check_positions, load_export, read_facts
+from fusiontree.evaluate.options import EvalOptions
+from fusiontree.inference.loading import check_ids, check_positions, encode, load_export, read_facts
 from fusiontree.model.lm import HybridLM
 
-_COUNTED_TOKENS = 2**22  # of the training rows, for the n-gram baseline
+_COUNTED_TOKENS = 2**22  # training tokens counted for the n-gram baselines
+_TEXT_ROWS = 64  # held-out rows that haystacks and prompts are cut from
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An exported model and all that its evaluation reads."""
+    """An exported model and the data of its evaluation."""
 
     model: HybridLM
     tokenizer: Tokenizer
-    facts: dict[str, Any]
-    folder: Path  # the export's
-    train: Dataset
-    lengths: tuple[int, ...]  # tokens of prompts
-    seq_len: int  # tokens of a row of the perplexity
-    limit: int | None  # rows at most
-    samples: int  # prompts of each kind
+    facts: dict[str, Any]  # as returned by `read_facts`
+    folder: Path  # of the export
+    train: Dataset  # training split
+    lengths: tuple[int, ...]  # prompt lengths, tokens
+    seq_len: int  # tokens per row of perplexity
+    limit: int | None  # maximum number of held-out rows
+    samples: int  # prompts per cell of a retrieval task
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        data: Path,
-        lengths: tuple[int, ...],
-        behind: int,
-        seq_len: int | None,
-        limit: int | None,
-        samples: int,
-    ) -> "Subject":
-        """Load the export and open the data.
+    def load(cls, folder: Path, options: EvalOptions, new_tokens: int = 0) -> "Subject":
+        """Load the export at `folder` and open the data.
 
         Args:
-            behind: tokens that are made behind prompts of `lengths`, at most.
+            new_tokens: maximum number of tokens generated after a prompt.
 
         Raises:
-            UserError: no export, no dataset, another tokenizer, tokens that the model does not know, or lengths beyond
-                the time encoding.
+            UserError: no export, no dataset, a dataset built with another tokenizer or with tokens outside the model's
+                vocabulary, or lengths beyond the time encoding.
         """
-        facts, train = read_facts(folder), Dataset(data, "train")
+        facts, train = read_facts(folder), Dataset(options.data, "train")
         train.manifest.require_tokenizer(facts["tokenizer_fingerprint"], folder)
         model, tokenizer = load_export(folder)
-        lengths, seq_len = lengths or (facts["seq_len"],), seq_len or facts["seq_len"]
-        check_positions(model.config, max(max(lengths) + behind, seq_len))
-        if train.manifest.vocab_size > model.config.vocab_size:
-            last = model.config.vocab_size - 1
-            raise UserError(f"{data} holds tokens up to {train.manifest.vocab_size - 1}; the model's end at {last}")
-        return cls(model, tokenizer, facts, folder, train, lengths, seq_len, limit, samples)
+        lengths, seq_len = options.lengths or (facts["seq_len"],), options.seq_len or facts["seq_len"]
+        check_positions(model.config, max(max(lengths) + new_tokens, seq_len))
+        last, largest = model.config.vocab_size - 1, train.manifest.vocab_size - 1
+        if largest > last:
+            raise UserError(f"{options.data} has token ids up to {largest}; the model's largest is {last}")
+        return cls(model, tokenizer, facts, folder, train, lengths, seq_len, options.limit, options.samples)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the data can hold."""
+        """Vocabulary size of the dataset."""
         return self.train.manifest.vocab_size
 
     @property
     def chance_loss(self) -> float:
-        """Nats of a token by a uniform guess among all that the model knows."""
+        """Loss of a uniform guess over the model's vocabulary, nats per token."""
         return math.log(self.model.config.vocab_size)
 
     @cached_property
     def bigram(self) -> Bigram:
-        """Counted over the first rows of the training split."""
+        """Counts over the first rows of the training split."""
         rows = min(self.train.num_rows, max(1, _COUNTED_TOKENS // self.train.manifest.row_len))
         return Bigram.count((self.train.row(row) for row in range(rows)), self.vocab_size)
 
     @cached_property
     def held_out(self) -> Sources:
-        """The dataset's held-out rows; errors as in `open_held_out`."""
+        """Held-out rows of the dataset; errors as in `open_held_out`."""
         return open_held_out({"": self.train.location})
 
     @cached_property
     def text(self) -> np.ndarray:
-        """Token ids of held-out text, end to end, at least as many as the longest prompt."""
+        """Concatenated token ids of held-out rows, int64, repeated to more than the longest prompt."""
         (held_out,) = self.held_out.datasets
-        rows = [_real_tokens(held_out, row) for row in range(min(held_out.num_rows, 64))]
+        rows = [_real_tokens(held_out, row) for row in range(min(held_out.num_rows, _TEXT_ROWS))]
         joined = np.concatenate(rows)
         return np.tile(joined, -(-(max(self.lengths) + 1) // len(joined)))
 
     def ids(self, text: str) -> list[int]:
-        """`text`, not empty, by the model's own tokenizer."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Encode `text` with the model's tokenizer.
+
+        Raises:
+            UserError: `text` has no token, or one outside the model's vocabulary.
+        """
+        ids = encode(self.tokenizer, text)
         check_ids(self.model.config, {f"{text!r} by {self.folder}'s tokenizer": ids})
         return ids
 

@@ -1,7 +1,6 @@
-"""From a checkpoint to a folder that Hugging Face tools load, proven equal to the trained model before it appears."""
+"""Export of a checkpoint to a Hugging Face folder, proven equal to the trained model before it appears."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.errors import RunError, UserError
 from fusiontree.export.model_card import model_card
+from fusiontree.export.options import ExportOptions
 from fusiontree.export.parity import prove
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.inference.loading import FACTS, PREFIX
@@ -30,78 +30,58 @@ from fusiontree.prune.pruner import Pruner
 from fusiontree.run.folder import CONFIG_FILE, TOKENIZER, run_of, step_of
 from fusiontree.run.records import read_metrics
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-
-def export(
-    source: Path,
-    output: Path,
-    dtype: str = "fp32",
-    overwrite: bool = False,
-    max_shard_size: str = "5GB",
-    trust: bool = False,
-    prune: str | None = None,
-    prune_heads: int = 0,
-    data: Path | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Export the newest checkpoint of a run, or a checkpoint, to `output`, whatever ZeRO stage and ranks it is of.
+def export(source: Path, output: Path, options: ExportOptions | None = None) -> dict[str, Any]:
+    """Export a checkpoint, or the newest one of a run, to `output`, for any ZeRO stage and number of ranks.
 
     The folder loads with ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` where this project
-    is not installed. It appears only if its logits equal the trained model's (`parity.json`). No more of the model is
-    ever in memory than the embedding and the tensor at hand; but what is pruned is measured, which takes all of it.
+    is not installed. It appears only if its logits equal the trained model's (`parity.json`). Peak memory is the
+    embedding and one tensor. Pruning is the exception: it loads the complete model to measure it.
 
     Args:
         source: a run's folder or a checkpoint's.
-        dtype: `fp32` or `bf16`, of all weights but the scan's state parameters, which stay fp32.
-        overwrite: replace what `output` holds.
-        max_shard_size: of one file of weights, e.g. `5GB` (10^9 bytes).
-        trust: unpickle whatever the checkpoint holds, which may run any code.
-        prune: what to prune: a plan's path; `auto`, the plan that `fusiontree prune` would make; or the number of
-            branches to prune, those whose loss costs least.
-        prune_heads: so many global key-value heads are pruned with their queries, those whose loss costs least.
-        data: dataset whose held-out rows measure the loss; by default the run's own.
-        limit: of those rows, at most.
+        options: None: the defaults.
 
     Returns:
-        Where, the step, parameters, bytes of the weights, the parity figures, and what pruning did.
+        Output path, checkpoint, step, parameters, bytes of the weights, parity figures and the pruning report.
 
     Raises:
-        UserError: no checkpoint, one that is not only tensors, or `output` holds something.
+        UserError: no checkpoint, one that is not only tensors, an invalid option, or `output` is not empty.
         RunError: a damaged checkpoint, or failed parity.
     """
+    options = options or ExportOptions()
+    dtype = options.dtype
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}; it must be at least 1")
-    max_shard_bytes = _size(max_shard_size)
-    refuse_existing(output, overwrite, marker=FACTS)
+    max_shard_bytes = options.max_shard_bytes
+    refuse_existing(output, options.overwrite, marker=FACTS)
     found = store.resolve(source)
     config = load_config(str(found / CONFIG_FILE))
     state = store.read_state(found)
     tokenizer = run_of(found) / TOKENIZER
     if not tokenizer.is_dir():
-        raise UserError(f"no tokenizer at {tokenizer}; copy the one that the data was built with there")
+        raise UserError(f"no tokenizer at {tokenizer}; copy the tokenizer of the training data there")
     if tokenizer_fingerprint(tokenizer) != state["tokenizer_fingerprint"]:
-        raise UserError(f"{tokenizer} is not the tokenizer that the run was trained with; copy that one there")
-    stored = store.read_weights(found, trust)
+        raise UserError(f"{tokenizer} is not the run's tokenizer; copy the tokenizer of the training data there")
+    stored = store.read_weights(found, options.trust)
     with torch.device("meta"):
         misfit = stored.misfit(HybridLM(config.model))
     if misfit is not None:
-        raise RunError(f"{found}: its weights are not those of its {CONFIG_FILE} ({misfit}); use another one")
+        raise RunError(f"{found}: its weights do not match its {CONFIG_FILE} ({misfit}); use another checkpoint")
     weights: Mapping[str, Tensor] = stored
     shape, pruned = config.model, {}
-    if prune is not None or prune_heads:
-        pruning, report = Pruner(found, config, weights, data, limit).prune(prune, prune_heads)
+    if options.prune is not None or options.prune_heads:
+        pruner = Pruner(found, config, weights, options.data, options.limit)
+        pruning, report = pruner.prune(options.prune, options.prune_heads)
         gates = store.read_gates(found)
         shape, weights = pruning.config(config.model), PrunedWeights(weights, config.model, pruning, gates)
         for when, model in (("before", config.model), ("after", shape)):
             report[when]["weights_bytes"] = sum(spec.size for spec in _specs(model, dtype).values())
         pruned["pruning"] = report
-    with staged_folder(output, overwrite, marker=FACTS) as partial:
+    with staged_folder(output, options.overwrite, marker=FACTS) as partial:
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
         facts = {**state, "val_loss": _held_out_loss(found), **pruned}
-        _write_rest(partial, config, shape, facts, tokenizer, dtype)
+        _write_other_files(partial, config, shape, facts, tokenizer, dtype)
         console.print("proving the export: logits and cached decoding against the trained model")
         parity = prove(partial, shape, weights, dtype)
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
@@ -118,23 +98,15 @@ def export(
     }
 
 
-def _size(text: str) -> int:
-    """Bytes of a size such as 5GB."""
-    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMG]B)", text.strip().upper())
-    if found is None or float(found[1]) == 0:
-        raise UserError(f"--max-shard-size is {text!r}; give a size such as 5GB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
 def _held_out_loss(found: Path) -> float | None:
-    """The last that the run measured until the checkpoint `found`, nats per token; None: none."""
+    """Return the run's last held-out loss up to the checkpoint `found`, nats per token; None: not measured."""
     lines = read_metrics(run_of(found))
     known = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] <= step_of(found)]
     return known[-1] if known else None
 
 
 def _specs(shape: ModelConfig, dtype: str) -> dict[str, Spec]:
-    """The exported tensors of a model of `shape`, by their names there."""
+    """Return the exported tensors' shapes and dtypes for a model of `shape`, by exported name."""
     from fusiontree.model.hf import FusionTreeForCausalLM
 
     with torch.device("meta"):
@@ -149,7 +121,7 @@ def _specs(shape: ModelConfig, dtype: str) -> dict[str, Spec]:
 def _write_weights(
     folder: Path, shape: ModelConfig, weights: Mapping[str, Tensor], dtype: str, max_shard_bytes: int
 ) -> None:
-    """The weights of `shape` among `weights`, under the names of the exported model."""
+    """Write the weights of a model of `shape` under their exported names."""
     specs = _specs(shape, dtype)
 
     def read(name: str) -> Tensor:
@@ -161,10 +133,10 @@ def _write_weights(
             bar.update(task, advance=1, note=name)
 
 
-def _write_rest(
+def _write_other_files(
     folder: Path, config: RunConfig, shape: ModelConfig, state: dict[str, Any], tokenizer: Path, dtype: str
 ) -> None:
-    """Configuration, modelling code, tokenizer, generation defaults, model card and the run's facts."""
+    """Write configuration, modelling code, tokenizer, generation defaults, model card and the run's facts."""
     from transformers import GenerationConfig
     from transformers.dynamic_module_utils import custom_object_save
 
@@ -172,13 +144,16 @@ def _write_rest(
 
     ends = {"eos_token_id": state["eos_id"], "pad_token_id": state["pad_id"], "bos_token_id": state["eos_id"]}
     settings = FusionTreeConfig(**shape.to_dict(), **ends)
-    # `transformers serve` takes from transformers itself the class that is named here; this one finds ours by auto_map
+    # `transformers serve` looks this name up in transformers itself; the auto class then finds our class by auto_map
     settings.architectures, settings.dtype = ["AutoModelForCausalLM"], DTYPES[dtype]
     with torch.device("meta"):
-        custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the code that makes the model
+        custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the modelling code
     settings.save_pretrained(folder)
     GenerationConfig(**ends).save_pretrained(folder)
-    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG):  # a folder of more might hold what takes the place of ours
+    for name in (
+        TOKENIZER_FILE,
+        TOKENIZER_CONFIG,
+    ):  # no other file, which could replace an exported one
         shutil.copyfile(tokenizer / name, folder / name)
     facts = {"fusiontree_version": __version__, "seq_len": config.data.seq_len, "run": config.name, **state}
     write_atomic(folder / FACTS, json.dumps(facts, indent=1))

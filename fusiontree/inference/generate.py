@@ -1,4 +1,4 @@
-"""Text from an exported folder: sampling, and decoding with the cache."""
+"""Text generation from an exported folder: batched, streamed, decoded with the cache."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +11,8 @@ from tokenizers import Tokenizer
 from fusiontree.errors import UserError
 from fusiontree.files import parse_json
 from fusiontree.inference.decoder import Decoder
-from fusiontree.inference.loading import check_positions, load_export, read_facts
+from fusiontree.inference.loading import check_ids, check_positions, encode, load_export, read_facts
 from fusiontree.inference.sampling import Sampling, draw
-from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 
 
@@ -23,13 +22,13 @@ def generate_text(
     """Continue `prompt` with the model exported to `folder`.
 
     Args:
-        on_text: called with the prompt, then with each new piece of text as it comes.
+        on_text: called with the prompt, then with each new piece of text.
 
     Returns:
-        The text that was added, its tokens and the prompt's.
+        `prompt`, the new `text`, `prompt_tokens` and `new_tokens`.
 
     Raises:
-        UserError: the folder is no export, or the prompt has no token.
+        UserError: the folder is not an export, or the prompt has no token.
     """
     (figures,) = generate_texts(folder, {"the prompt": prompt}, max_new_tokens, sampling, on_text=on_text)
     return figures
@@ -43,16 +42,17 @@ def generate_texts(
     rows: int = 8,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Continue `prompts`, `rows` of them together; each gives what it would alone.
+    """Continue `prompts` in batches of `rows`; a prompt's continuation does not depend on its batch.
 
     Args:
-        prompts: by what to call them in messages. on_text: as of `generate_text`, of the first prompt of each batch.
+        prompts: by their name in error messages.
+        on_text: as in `generate_text`, for the first prompt of each batch.
 
     Yields:
-        For each prompt, in order, what `generate_text` returns.
+        The result of each prompt in order, as `generate_text` returns it.
 
     Raises:
-        UserError: the folder is no export, or a prompt has no token or too many.
+        UserError: the folder is not an export, or a prompt has no token or too many.
     """
     for name, value in (("--max-new-tokens", max_new_tokens), ("--batch", rows)):
         if not 1 <= value < 2**31:
@@ -61,7 +61,7 @@ def generate_texts(
         _check_prompt(name, prompt)
     model, tokenizer = load_export(folder)
     texts = list(prompts.values())
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    ids = [encode(tokenizer, text) for text in texts]
     check_ids(model.config, dict(zip(prompts, ids, strict=True)))
     check_positions(model.config, max(map(len, ids)) + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
@@ -87,43 +87,47 @@ def _check_prompt(name: str, prompt: str) -> None:
     if not prompt:
         raise UserError(f"{name} is empty; give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"{name} is not UTF-8; give text that is")
+        raise UserError(f"{name} is not valid UTF-8; give UTF-8 text")
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a file by their place: a line each, or of a `.jsonl` file the key `prompt` of each line's object.
+    """Read a file of prompts, one per line; in a `.jsonl` file each line is an object with the key `prompt`.
+
+    Returns:
+        The prompts by file and line number.
 
     Raises:
-        UserError: it cannot be read, holds none, or a line is empty or no such object.
+        UserError: the file cannot be read or has no prompts, or a line is empty or not such an object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other character ends a line
+        text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"no file of prompts at {path}") from None
+        raise UserError(f"no prompts file at {path}; give a text file or a .jsonl file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    lines = text.removesuffix("\n").split("\n")  # `splitlines` would also split at \f, \x85 and \u2028
     prompts = {f"{path} line {number}": line for number, line in enumerate(lines, 1)}
     if lines == [""]:
-        raise UserError(f"{path} holds no prompt; write one a line")
+        raise UserError(f"{path} has no prompts; write one per line")
     if path.suffix == ".jsonl":
-        prompts = {place: _prompt_of(place, line) for place, line in prompts.items()}
+        prompts = {place: _parse_prompt(place, line) for place, line in prompts.items()}
     for place, prompt in prompts.items():
         _check_prompt(place, prompt)
     return prompts
 
 
-def _prompt_of(place: str, line: str) -> str:
+def _parse_prompt(place: str, line: str) -> str:
     try:
         prompt = parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{place} is no object such as {{"prompt": "It was"}}') from None
+        raise UserError(f'{place} is not an object such as {{"prompt": "It was"}}') from None
     if not isinstance(prompt, str):
-        raise UserError(f"{place}: prompt is {prompt!r}; it must be text")
+        raise UserError(f"{place}: prompt is {prompt!r}; it must be a string")
     return prompt
 
 
 class _TextStream:
-    """One row's tokens up to its first `stop`, shown as text as soon as they are whole characters."""
+    """One row's tokens up to its first `stop`, passed to `on_text` as soon as they decode to complete characters."""
 
     def __init__(self, tokenizer: Tokenizer, stop: int | None, on_text: Callable[[str], None] | None):
         self.tokenizer, self.stop, self.on_text = tokenizer, stop, on_text
@@ -131,18 +135,18 @@ class _TextStream:
         self.shown, self.ended = "", False
 
     def add(self, token: int) -> None:
-        """Take in the next token."""
+        """Append the next token; tokens after the first `stop` are ignored."""
         self.ended = self.ended or token == self.stop
         if self.ended:
             return
         self.ids.append(token)
         if self.on_text is not None:
             text = self._text()
-            if not text.endswith("\ufffd"):  # half a character waits for its other half
+            if not text.endswith("\ufffd"):  # the replacement character: bytes of the last character are still missing
                 self._show(text)
 
     def finish(self) -> str:
-        """Show the rest; all of the text."""
+        """Show the remaining text and return the complete text."""
         text = self._text()
         self._show(text)
         return text
@@ -161,12 +165,13 @@ class _TextStream:
 def stream_tokens(
     model: HybridLM, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop: int | None
 ) -> Iterator[list[int]]:
-    """Yield, step by step, the next token of every row (`stop` for rows that have ended) until all have ended.
+    """Yield the next token of every row at each step, `stop` for rows that have ended, until all rows have ended.
 
-    Prompts of different lengths are padded on the left; a row's tokens do not depend on its neighbours.
+    Prompts of different lengths are padded on the left. Each row has its own random generator, so its tokens do not
+    depend on the other rows.
 
     Raises:
-        UserError: a prompt is empty, a token is none of the model's, or so many tokens do not fit in memory.
+        UserError: a prompt is empty, a token is outside the vocabulary, or the cache does not fit in memory.
     """
     check_ids(model.config, {f"prompt {number}": prompt for number, prompt in enumerate(prompts)})
     device, longest = model.embedding.weight.device, max(map(len, prompts))
@@ -176,7 +181,7 @@ def stream_tokens(
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
     generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
-    with _refusing_lack_of_memory(len(prompts), longest + max_new_tokens):
+    with _oom_as_user_error(len(prompts), longest + max_new_tokens):
         decoder = Decoder(model, len(prompts), room=longest + max_new_tokens)
     logits = decoder.prefill(ids, mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -196,24 +201,12 @@ def stream_tokens(
 
 
 @contextlib.contextmanager
-def _refusing_lack_of_memory(rows: int, tokens: int) -> Iterator[None]:
+def _oom_as_user_error(rows: int, tokens: int) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of a CPU's memory torch says no more
+    except RuntimeError as error:  # torch has no exception class of its own for a failed CPU allocation
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise UserError(
-            f"the memory here does not hold the cache of {rows} rows of {tokens:,} tokens; lower --max-new-tokens or "
-            "--batch"
+            f"not enough memory for the cache of {rows} rows of {tokens:,} tokens; lower --max-new-tokens or --batch"
         ) from None
-
-
-def check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
-    """Raise UserError, with its name, if a prompt is empty or holds a token that the model does not have."""
-    for name, prompt in prompts.items():
-        if not prompt:
-            raise UserError(f"{name} has no token; give at least one")
-        wrong = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
-        if wrong is not None:
-            last = config.vocab_size - 1
-            raise UserError(f"{name}: token {wrong} is out of range; the model's are 0 to {last}")

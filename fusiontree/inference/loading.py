@@ -1,5 +1,6 @@
-"""An exported folder as this project reads it: what lies there, its shape, its model."""
+"""Reading of exported folders: facts, configuration, model and tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,82 @@ from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.mamba import STATE_PARAMETERS
 
-FACTS = "fusiontree.json"  # what the run was
-_FACTS = {"tokenizer_fingerprint": str, "eos_id": int, "seq_len": int}  # that are read, and as what
-PREFIX = "model."  # of the names of the weights
+FACTS = "fusiontree.json"  # facts about the run
+_FACTS = {"tokenizer_fingerprint": str, "eos_id": int, "seq_len": int}  # required facts and their types
+PREFIX = "model."  # of the weights' names
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What the run left in the exported folder: `seq_len`, `step`, `tokenizer_fingerprint`, `eos_id` and more."""
+    """Return the run's facts in an exported folder: `seq_len`, `step`, `tokenizer_fingerprint`, `eos_id` and more.
+
+    Raises:
+        UserError: `folder` is not an exported model.
+        RunError: the facts are damaged.
+    """
     path = folder / FACTS
     if not path.is_file():
-        raise UserError(f"{folder} is not an exported model; make one with 'fusiontree export RUN {folder}'")
+        raise UserError(f"{folder} is not an exported model; create one with `fusiontree export RUN {folder}`")
     try:
         facts = parse_json(path.read_text())
         wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
     except (ValueError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error}); export the model again") from None
     if wrong:
-        raise RunError(f"{path} is damaged (it lacks a right {', '.join(wrong)}); export the model again")
+        raise RunError(f"{path} is damaged (missing or invalid: {', '.join(wrong)}); export the model again")
     return facts
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The shape of an exported model."""
+    """Return the model configuration of an exported folder.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
     try:
         return ModelConfig.from_dict(parse_json((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder} is a damaged export ({error}); export it again") from None
+        raise RunError(f"{folder} is a damaged export ({error}); export the model again") from None
 
 
 def check_positions(config: ModelConfig, tokens: int) -> None:
-    """Raise UserError if documents of `tokens` tokens are longer than the time encoding's table."""
+    """Raise UserError if a document of `tokens` tokens is longer than the learned time encoding's table."""
     if config.srte == "learned" and tokens > config.max_positions:
-        raise UserError(f"{tokens:,} tokens are more than the learned time encoding has: {config.max_positions:,}")
+        raise UserError(
+            f"{tokens:,} tokens exceed the learned time encoding's {config.max_positions:,} positions; use fewer tokens"
+        )
+
+
+def check_ids(config: ModelConfig, prompts: Mapping[str, list[int]]) -> None:
+    """Raise UserError, with the prompt's name, if a prompt is empty or has a token outside the vocabulary."""
+    for name, prompt in prompts.items():
+        if not prompt:
+            raise UserError(f"{name} has no token; give at least one")
+        wrong = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        if wrong is not None:
+            last = config.vocab_size - 1
+            raise UserError(f"{name}: token {wrong} is out of range; the model's are 0 to {last}")
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of `text`, without added special tokens, as in the training data."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def load_export(
     folder: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[HybridLM, Tokenizer]:
-    """The model and the tokenizer of an exported folder.
+    """Load the model and the tokenizer of an exported folder.
 
-    As in the training data, a special token spelt out in a text is text.
+    As in the training data, a special token spelled out in a text is encoded as text.
 
     Args:
-        device: where to; None: the best one here.
-        dtype: of weights and activations, the scan's own parameters excepted; None: as they were exported.
+        device: None: CUDA if available, else the CPU.
+        dtype: of weights and activations, except the scan's state parameters; None: as exported.
 
     Raises:
-        UserError: `folder` is not an export of this project. RunError: it is damaged.
+        UserError: `folder` is not an export of this project.
+        RunError: it is damaged.
     """
     read_facts(folder)
     shape = read_config(folder)
@@ -75,10 +105,10 @@ def load_export(
             model = HybridLM(shape, kernels)
         model.load_state_dict(weights, strict=True, assign=True)
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (UserError, RunError):  # the choice of kernels, which is no damage; damage that is said already
+    except (UserError, RunError):  # an unavailable kernel is not damage; damaged files already have their message
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
         reason = " ".join(str(error).split()[:30])
-        raise RunError(f"{folder} is a damaged export ({reason}); export it again") from None
+        raise RunError(f"{folder} is a damaged export ({reason}); export the model again") from None
     tokenizer.encode_special_tokens = True
     return model.eval(), tokenizer
