@@ -451,7 +451,7 @@ def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
 def test_memory_held_is_counted_once() -> None:
     whole = torch.zeros(10, dtype=torch.float64)
     held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
-    assert speed.held_bytes(held) == 80 + 12
+    assert speed.tensor_bytes(held) == 80 + 12
 
 
 def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: losses add up by position and document, baselines count what they say, answers are scored exactly."""
+"""Evaluation: losses add up by position, n-gram counts match plain counting, answers are scored exactly."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ from fusiontree.errors import UserError
 from fusiontree.evaluate import heatmap, held_out
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.options import EvalOptions
-from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _answer, _answered_by, _hidden
+from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _bigram_solves, _hide, _solve
 from fusiontree.evaluate.subject import Subject
 from fusiontree.evaluate.tasks import TASKS, evaluate
 from fusiontree.export.exporter import export
@@ -39,7 +39,7 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return export_small(tmp_path_factory.mktemp("runs"), tokenizer_folder)
 
 
-def test_bigram_losses_are_those_of_plain_counting() -> None:
+def test_bigram_losses_match_plain_counting() -> None:
     draw = random.Random(0)
     documents = [[draw.randrange(6) for _ in range(draw.randint(1, 30))] for _ in range(20)]
     halves = itertools.pairwise(documents)
@@ -81,33 +81,33 @@ def test_perplexity_adds_up_by_position_and_document(
     assert total / figures["tokens"] == pytest.approx(figures["bigram_loss"], rel=1e-5)
 
 
-def test_an_answer_is_right_when_every_token_is_the_likeliest() -> None:
+def test_an_answer_is_correct_if_every_token_is_the_likeliest() -> None:
     model = build()
     prompt = list(range(5, 60))
     answer = [token for (token,) in stream_tokens(model, [prompt], 4, Sampling(temperature=0), None)]
-    right, loss = _answer(model, Probe(prompt, answer))
+    right, loss = _solve(model, Probe(prompt, answer))
     assert right
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert loss == pytest.approx(-logits.gather(1, torch.tensor(answer)[:, None]).mean().item(), rel=1e-4)
-    assert not _answer(model, Probe(prompt, [*answer[:-1], (answer[-1] + 1) % 96]))[0]
+    assert not _solve(model, Probe(prompt, [*answer[:-1], (answer[-1] + 1) % 96]))[0]
     wrong = [(answer[0] + 1) % 96]
     wrong += [token for (token,) in stream_tokens(model, [prompt + wrong], 1, Sampling(temperature=0), None)]
-    assert not _answer(model, Probe(prompt, wrong))[0]
+    assert not _solve(model, Probe(prompt, wrong))[0]
     bigram = Bigram.count([(np.array([3, 4, 5, 3, 4, 5]), np.array([6]))], 8)
-    assert _answered_by(bigram, Probe([7, 3], [4, 5]))
-    assert not _answered_by(bigram, Probe([7, 3], [4, 4]))
+    assert _bigram_solves(bigram, Probe([7, 3], [4, 5]))
+    assert not _bigram_solves(bigram, Probe([7, 3], [4, 4]))
 
 
-def test_a_needle_lies_at_its_depth() -> None:
+def test_a_needle_is_hidden_at_its_depth() -> None:
     hay = list(range(100))
     for depth, place in zip(DEPTHS, (0, 25, 50, 75, 100), strict=True):
-        probe = _hidden(hay, [-1], depth, [-2], [-3])
+        probe = _hide(hay, [-1], depth, [-2], [-3])
         assert probe.prompt.index(-1) == place
         assert probe.prompt[-1] == -2
 
 
-def test_all_tasks_give_figures_baselines_json_and_heat_maps(exported: Path, shards: Path, tmp_path: Path) -> None:
+def test_all_tasks_report_figures_baselines_json_and_heat_maps(exported: Path, shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="heat maps need matplotlib: pip install 'fusiontree[eval]'")
     output = tmp_path / "results"
     options = EvalOptions(shards, lengths=(100, 120), limit=2, samples=2, output=output)
@@ -132,7 +132,7 @@ def test_all_tasks_give_figures_baselines_json_and_heat_maps(exported: Path, sha
     assert tuple(TASKS) == EVAL_TASKS
 
 
-def test_a_heat_map_states_chance_and_the_bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heat_map_shows_chance_and_the_bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib: pip install 'fusiontree[eval]'")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0]))
@@ -143,7 +143,7 @@ def test_a_heat_map_states_chance_and_the_bigram(tmp_path: Path, monkeypatch: py
     assert [text.get_text() for text in axes.texts] == ["20%\nbigram 50%", "100%\nbigram 50%"]
 
 
-def test_a_question_longer_than_the_time_encoding_is_refused(
+def test_a_prompt_longer_than_the_time_encoding_is_refused(
     tokenizer_folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shape = {"vocab_size": 512, "srte": "learned"}
@@ -157,12 +157,12 @@ def test_a_question_longer_than_the_time_encoding_is_refused(
     assert "tokens exceed the learned time encoding's 128 positions; use fewer tokens" in line
     assert line.count("\n") == 1
     words = ["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "throughput", "--lengths"]
-    assert main([*words, "93"]) == 2  # and the tokens that are made behind them
+    assert main([*words, "93"]) == 2  # with the tokens generated after the prompt
     assert "129 tokens exceed the learned time encoding's 128 positions; use fewer tokens" in capsys.readouterr().err
     assert main([*words, "92"]) == 0
 
 
-def test_data_with_tokens_that_the_model_does_not_know_are_refused(
+def test_data_with_tokens_outside_the_models_vocabulary_are_refused(
     tokenizer_folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_run(tmp_path / "run", SMALL, build().state_dict(), tokenizer_folder, 0, 1)
@@ -172,7 +172,7 @@ def test_data_with_tokens_that_the_model_does_not_know_are_refused(
     assert f"{shards} has token ids up to 299; the model's largest is 95" in capsys.readouterr().err
 
 
-def test_a_question_with_a_token_that_the_model_does_not_have_is_refused(exported: Path, shards: Path) -> None:
+def test_a_prompt_with_a_token_outside_the_models_vocabulary_is_refused(exported: Path, shards: Path) -> None:
     subject = Subject.load(exported, EvalOptions(shards, samples=1))
     assert subject.ids("a zebra")
     subject.tokenizer.add_tokens([f"<{i}>" for i in range(512)] + ["zebra"])
@@ -180,7 +180,7 @@ def test_a_question_with_a_token_that_the_model_does_not_have_is_refused(exporte
         subject.ids("a zebra")
 
 
-def test_what_cannot_be_evaluated_is_refused_in_one_line(
+def test_invalid_evaluations_are_refused_in_one_line(
     exported: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for options, words in (

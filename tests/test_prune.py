@@ -261,7 +261,7 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
 
     plan = tmp_path / "plan.json"
     assert main(["prune", str(run), "--out", str(plan)]) == 0
-    assert "is there already" in refused("prune", run, "--out", plan)
+    assert "exists already; name another file" in refused("prune", run, "--out", plan)
     assert "is a folder; name a file" in refused("prune", run, "--out", tmp_path, "--overwrite")
     assert "would be below" in refused("prune", run, "--out", plan / "deep" / "plan.json")
     assert "would be below" in refused("export", run, plan / "out")

@@ -1,4 +1,4 @@
-"""``fusiontree export``, ``prune``, ``generate`` and ``eval``: what comes out of a run."""
+"""``fusiontree export``, ``prune``, ``generate`` and ``eval``."""
 
 import argparse
 import json
@@ -36,9 +36,9 @@ def _prune(args: argparse.Namespace) -> int:
     if args.out is not None:
         refuse_below_file(args.out)
         if args.out.is_dir():
-            raise UserError(f"plan {args.out} is a folder; name a file")
+            raise UserError(f"--out {args.out} is a folder; name a file")
         if args.out.exists() and not args.overwrite:
-            raise UserError(f"plan {args.out} is there already; name another file or pass --overwrite")
+            raise UserError(f"--out {args.out} exists already; name another file or pass --overwrite")
     plan = plan_run(args.source, args.hi, args.lo)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def _generate(args: argparse.Namespace) -> int:
     from fusiontree.inference.sampling import Sampling
 
     if (args.prompt is None) == (args.prompts is None):
-        raise UserError("give a prompt, or a file of them with --prompts")
+        raise UserError("give either a prompt or --prompts FILE")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     if args.prompts is not None:
         given = read_prompts(args.prompts)
@@ -101,38 +101,52 @@ def add(commands: Any) -> None:
         commands,
         "export",
         _export,
-        "Turn a run or a checkpoint into a Hugging Face folder.",
+        "Export a run or a checkpoint to a Hugging Face folder.",
         "export runs/demo runs/demo/export --dtype bf16",
     )
-    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
-    export.add_argument("output", type=Path, metavar="OUT", help="folder to make")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint")
+    export.add_argument("output", type=Path, metavar="OUT", help="folder to create")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
     export.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights, e.g. 500MB (default 5GB)"
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a weights file, e.g. 500MB (default 5GB)"
     )
     add_trust(export)
     export.add_argument(
-        "--prune", metavar="PLAN|auto|N", help="a plan of `fusiontree prune`, its own, or so many branches by loss"
+        "--prune",
+        metavar="PLAN|auto|N",
+        help="a plan of `fusiontree prune`, its default plan, or the N cheapest branches by held-out loss",
     )
     export.add_argument(
-        "--prune-heads", type=int, default=0, metavar="N", help="global key-value heads to prune, by loss"
+        "--prune-heads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="prune the N cheapest global key-value heads by held-out loss",
     )
-    export.add_argument("--data", metavar="DIR", type=Path, help="held-out rows that measure it (default: the run's)")
-    export.add_argument("--limit", type=int, metavar="N", help="of these, at most (default: all)")
+    export.add_argument(
+        "--data", metavar="DIR", type=Path, help="dataset with the held-out rows for pruning (default: the run's)"
+    )
+    export.add_argument("--limit", type=int, metavar="N", help="maximum number of held-out rows (default: all)")
     add_overwrite(export)
 
     prune = command(
         commands,
         "prune",
         _prune,
-        "Say which branches the gates of a run do without, and what that saves.",
+        "Plan which branches to prune by the gates of a run, and report the savings.",
         "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
     )
-    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder or one checkpoint")
-    prune.add_argument("--hi", type=float, default=0.8, metavar="G", help="mean gate above which Mamba is enough")
-    prune.add_argument("--lo", type=float, default=0.2, metavar="G", help="mean gate below which attention is enough")
-    prune.add_argument("--out", type=Path, metavar="FILE", help="write the plan, to edit and to give to export --prune")
-    prune.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
+    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint")
+    prune.add_argument(
+        "--hi", type=float, default=0.8, metavar="G", help="keep only Mamba above this mean gate (default 0.8)"
+    )
+    prune.add_argument(
+        "--lo", type=float, default=0.2, metavar="G", help="keep only attention below this mean gate (default 0.2)"
+    )
+    prune.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the plan, which can be edited, for export --prune"
+    )
+    prune.add_argument("--overwrite", action="store_true", help="replace an existing plan")
 
     generate = command(
         commands,
@@ -141,40 +155,62 @@ def add(commands: Any) -> None:
         "Continue a prompt with an exported model.",
         "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
     )
-    generate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
+    generate.add_argument("folder", type=Path, metavar="OUT", help="folder created by `fusiontree export`")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
     generate.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a prompt a line, or .jsonl; --json: an answer a line",
+        help="one prompt per line, or .jsonl; with --json one result per line",
     )
-    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE together (default 8)")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default 128)")
+    generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE per batch (default 8)")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens (default 128)"
+    )
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only")
     generate.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold P together"
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default 0: all)"
     )
     generate.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest"
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens with total probability P (default 1)",
     )
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 = none (default 1)")
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="(default 0)")
+    generate.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens less likely than P times the likeliest (default 0)",
+    )
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: repeated tokens become less likely (default 1)",
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default 0)")
 
     evaluate = command(
         commands,
         "eval",
         _eval,
-        "Measure an exported model.",
+        "Evaluate an exported model.",
         "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
     )
-    evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder made by `fusiontree export`")
-    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"of {', '.join(EVAL_TASKS)}")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
+    evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder created by `fusiontree export`")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"any of {', '.join(EVAL_TASKS)}")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the dataset")
     evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="rows at most (default: all)")
-    evaluate.add_argument("--lengths", metavar="N,N,...", help="tokens of prompts (default: as trained)")
-    evaluate.add_argument("--samples", type=int, default=5, metavar="N", help="prompts of each kind (default 5)")
-    evaluate.add_argument("--output", type=Path, metavar="DIR", help="folder to make: results.json, heat maps as PNG")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="maximum number of held-out rows (default: all)")
+    evaluate.add_argument("--lengths", metavar="N,N,...", help="prompt lengths in tokens (default: as trained)")
+    evaluate.add_argument(
+        "--samples", type=int, default=5, metavar="N", help="prompts per cell of a retrieval task (default 5)"
+    )
+    evaluate.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder to create for results.json and PNG heat maps"
+    )
     add_overwrite(evaluate)

@@ -1,7 +1,7 @@
-"""Whether the model finds again what stands far back: passkeys, needles in haystacks, associative recall.
+"""Retrieval tasks: passkey, needle in a haystack, associative recall.
 
-A prompt counts as solved when every token of the answer is the likeliest. Beside it stand chance, a guess among the
-possible answers, and the bigram's own likeliest tokens.
+A prompt is solved if every token of the answer is the model's likeliest. Accuracy is reported with that of chance (a
+guess among the possible answers) and of the bigram's likeliest tokens.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from fusiontree.inference.decoder import Decoder
 from fusiontree.inference.loading import check_positions
 from fusiontree.model.lm import HybridLM
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the needle: 0 is the prompt's beginning, 1 its end
-PAIRS = (4, 16, 64)  # keys and values to recall from
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the needle; 0 is the start of the prompt, 1 its end
+PAIRS = (4, 16, 64)  # key-value pairs in a recall prompt
 _FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _CITIES = ("Lisbon", "Oslo", "Quito", "Nairobi", "Kyoto", "Perth", "Lima", "Riga", "Tunis", "Hanoi")
 _THINGS = ("apple", "ladder", "violin", "candle", "rocket", "pillow", "hammer", "lemon", "mirror", "basket")
@@ -29,44 +29,44 @@ _SYLLABLES = ("ba", "do", "fi", "gu", "ke", "lo", "mi", "na", "pu", "ra", "si", 
 
 
 class Probe(NamedTuple):
-    """A prompt and the only right answer, as token ids."""
+    """A prompt and its correct answer, as token ids."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def passkey(subject: Subject) -> dict[str, Any]:
-    """A number told once among sentences that repeat (arXiv 2305.16300)."""
+    """Measure retrieval of a number hidden among repeated sentences (arXiv 2305.16300)."""
     filler = subject.ids(_FILLER)
 
-    def make(length: int, depth: float, draw: random.Random) -> Probe:
+    def make_probe(length: int, depth: float, draw: random.Random) -> Probe:
         key = str(draw.randint(10_000, 99_999))
-        told = subject.ids(f" The pass key is {key}. Remember it. {key} is the pass key.")
-        asked, answer = subject.ids(" What is the pass key? The pass key is"), subject.ids(f" {key}")
-        room = length - len(told) - len(asked) - len(answer)
+        fact = subject.ids(f" The pass key is {key}. Remember it. {key} is the pass key.")
+        question, answer = subject.ids(" What is the pass key? The pass key is"), subject.ids(f" {key}")
+        room = length - len(fact) - len(question) - len(answer)
         hay = list(itertools.islice(itertools.cycle(filler), max(0, room)))
-        return _hidden(hay, told, depth, asked, answer)
+        return _hide(hay, fact, depth, question, answer)
 
-    return _over_length_and_depth(subject, "passkey", make, chance=1 / 90_000)
+    return _over_length_and_depth(subject, "passkey", make_probe, chance=1 / 90_000)
 
 
 def needle(subject: Subject) -> dict[str, Any]:
-    """A sentence told once inside held-out text."""
+    """Measure retrieval of a sentence hidden in held-out text."""
     hay_text = subject.text.tolist()
 
-    def make(length: int, depth: float, draw: random.Random) -> Probe:
+    def make_probe(length: int, depth: float, draw: random.Random) -> Probe:
         city, thing = draw.choice(_CITIES), draw.choice(_THINGS)
-        told = subject.ids(f" The secret thing of {city} is the {thing}.")
-        asked, answer = subject.ids(f" The secret thing of {city} is the"), subject.ids(f" {thing}")
-        room = max(0, length - len(told) - len(asked) - len(answer))
+        fact = subject.ids(f" The secret thing of {city} is the {thing}.")
+        question, answer = subject.ids(f" The secret thing of {city} is the"), subject.ids(f" {thing}")
+        room = max(0, length - len(fact) - len(question) - len(answer))
         start = draw.randrange(max(1, len(hay_text) - room))
-        return _hidden(hay_text[start : start + room], told, depth, asked, answer)
+        return _hide(hay_text[start : start + room], fact, depth, question, answer)
 
-    return _over_length_and_depth(subject, "needle", make, chance=1 / len(_THINGS))
+    return _over_length_and_depth(subject, "needle", make_probe, chance=1 / len(_THINGS))
 
 
 def recall(subject: Subject) -> dict[str, Any]:
-    """Pairs of made-up words, then one's key again: associative recall (arXiv 2312.04927)."""
+    """Measure associative recall: pairs of invented words, then one of the keys again (arXiv 2312.04927)."""
     words = ["".join(parts) for parts in itertools.product(_SYLLABLES, repeat=2)]
 
     def probes(pairs: int) -> Iterator[Probe]:
@@ -75,8 +75,8 @@ def recall(subject: Subject) -> dict[str, Any]:
             drawn = draw.sample(words, 2 * pairs)
             keys, values = drawn[:pairs], drawn[pairs:]
             asked = draw.randrange(pairs)
-            told = "".join(f"{key} is {value}.\n" for key, value in zip(keys, values, strict=True))
-            yield Probe(subject.ids(f"{told}{keys[asked]} is"), subject.ids(f" {values[asked]}"))
+            facts = "".join(f"{key} is {value}.\n" for key, value in zip(keys, values, strict=True))
+            yield Probe(subject.ids(f"{facts}{keys[asked]} is"), subject.ids(f" {values[asked]}"))
 
     figures = {}
     with progress_bar() as bar:
@@ -86,24 +86,24 @@ def recall(subject: Subject) -> dict[str, Any]:
     return {"samples": subject.samples, "by_pairs": figures}
 
 
-def _hidden(hay: list[int], told: list[int], depth: float, asked: list[int], answer: list[int]) -> Probe:
-    place = round(depth * len(hay))
-    return Probe([*hay[:place], *told, *hay[place:], *asked], answer)
+def _hide(hay: list[int], fact: list[int], depth: float, question: list[int], answer: list[int]) -> Probe:
+    at = round(depth * len(hay))
+    return Probe([*hay[:at], *fact, *hay[at:], *question], answer)
 
 
 def _over_length_and_depth(
-    subject: Subject, name: str, make: Callable[[int, float, random.Random], Probe], chance: float
+    subject: Subject, name: str, make_probe: Callable[[int, float, random.Random], Probe], chance: float
 ) -> dict[str, Any]:
     cells = []
     with progress_bar() as bar:
         task = bar.add_task(name, total=len(subject.lengths) * len(DEPTHS) * subject.samples, note="")
         for length, depth in itertools.product(subject.lengths, DEPTHS):
             draws = (random.Random(f"{name} {length} {depth} {sample}") for sample in range(subject.samples))
-            probes = [make(length, depth, draw) for draw in draws]
+            probes = [make_probe(length, depth, draw) for draw in draws]
             if len(probes[0].prompt) + len(probes[0].answer) > length:
                 raise UserError(
-                    f"--lengths {length} is too short for {name}, whose question takes "
-                    f"{len(probes[0].prompt) + len(probes[0].answer)} tokens; give a longer one"
+                    f"--lengths {length} is too short for {name}, which needs at least "
+                    f"{len(probes[0].prompt) + len(probes[0].answer)} tokens; give a longer length"
                 )
             bar.update(task, note=f"{length:,} tokens")
             scored = _score(subject, probes, chance, lambda: bar.update(task, advance=1))
@@ -118,17 +118,18 @@ def _over_length_and_depth(
 
 
 def _score(subject: Subject, probes: Iterable[Probe], chance: float, tick: Callable[[], object]) -> dict[str, float]:
-    """Shares of the probes that the model and the bigram solve, and their losses of the answers' tokens.
+    """Return accuracy and mean answer loss (nats per token) of the model, the bigram and chance.
 
     Args:
-        chance: share that a guess solves.
+        chance: accuracy of a guess.
+        tick: called after each probe.
     """
     solved, solved_by_bigram, losses, bigram_losses = 0, 0, [], []
     count = 0
-    for count, probe in enumerate(probes, 1):  # noqa: B007 - how many there were
-        right, loss = _answer(subject.model, probe)
+    for count, probe in enumerate(probes, 1):  # noqa: B007 - used after the loop
+        right, loss = _solve(subject.model, probe)
         solved += right
-        solved_by_bigram += _answered_by(subject.bigram, probe)
+        solved_by_bigram += _bigram_solves(subject.bigram, probe)
         losses.append(loss)
         before, after = np.array([probe.prompt[-1], *probe.answer[:-1]]), np.array(probe.answer)
         bigram_losses.append(float(subject.bigram.losses(before, after).mean()))
@@ -144,8 +145,8 @@ def _score(subject: Subject, probes: Iterable[Probe], chance: float, tick: Calla
 
 
 @torch.inference_mode()
-def _answer(model: HybridLM, probe: Probe) -> tuple[bool, float]:
-    """Whether every token of the answer is the likeliest, and their mean loss in nats."""
+def _solve(model: HybridLM, probe: Probe) -> tuple[bool, float]:
+    """Return whether every token of the answer is the model's likeliest, and the answer's mean loss in nats."""
     device, length = model.embedding.weight.device, len(probe.prompt) + len(probe.answer)
     check_positions(model.config, length)
     decoder = Decoder(model, 1, room=length)
@@ -158,6 +159,6 @@ def _answer(model: HybridLM, probe: Probe) -> tuple[bool, float]:
     return right, loss / len(probe.answer)
 
 
-def _answered_by(bigram: Bigram, probe: Probe) -> bool:
+def _bigram_solves(bigram: Bigram, probe: Probe) -> bool:
     before = [probe.prompt[-1], *probe.answer[:-1]]
-    return all(bigram.likeliest(one) == token for one, token in zip(before, probe.answer, strict=True))
+    return all(bigram.likeliest(previous) == token for previous, token in zip(before, probe.answer, strict=True))

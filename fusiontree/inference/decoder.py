@@ -1,4 +1,4 @@
-"""Incremental decoding of one model: chunked prefill, then one token a step."""
+"""Chunked prefill and single-token decoding."""
 
 import torch
 from torch import Tensor
@@ -7,35 +7,36 @@ from fusiontree.model.cache import Cache
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 32_768}  # of all rows, in one forward over a piece of the prompts: bounds memory
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 32_768}  # per forward, over all rows: bounds the memory of long prompts
 
 
 class Decoder:
-    """A model and its cache; on a GPU one step is a CUDA graph.
+    """A model and its cache; on a GPU a decoding step is replayed as a CUDA graph.
 
-    Launched one by one, the step's few hundred small kernels would take longer than they run.
+    A step has a few hundred small kernels, and launching them one by one takes longer than running them.
     """
 
-    _EAGER_STEPS = 2  # before the capture, so that everything is compiled and tuned by then
+    _EAGER_STEPS = 2  # before the capture: kernels must be compiled and tuned first
 
     def __init__(self, model: HybridLM, rows: int, room: int):
-        """`room`: tokens per row, of prompt and answer together, that the cache makes room for at once."""
+        """Reserve a cache for `rows` rows of `room` tokens each, prompt and answer together; it grows if needed."""
         self.model, self.cache = model, model.new_cache(rows)
         self.token = torch.zeros(rows, dtype=torch.int64, device=model.embedding.weight.device)
         self._make_room(room)
 
     def _make_room(self, tokens: int) -> None:
-        """The cache moves, and a graph of where it was is worth nothing."""
+        """Reserve `tokens` tokens per row and drop the graph, which has the addresses of the old cache."""
         self.cache.reserve(tokens)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.steps = 0  # since then
+        self.steps = 0  # since the cache moved
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Take in the prompts, in pieces.
+        """Run the prompts through the model in pieces.
 
         Args:
-            ids: int64 [B, L]. mask: bool or integer [B, L], false on the padding at the left of shorter prompts.
+            ids: int64 [B, L].
+            mask: bool or integer [B, L], false on the left padding of shorter prompts.
 
         Returns:
             Logits of the last token, fp32 [B, V].
@@ -44,9 +45,9 @@ class Decoder:
         if self.cache.length + L > self.cache.room:
             self._make_room(self.cache.length + L)
         if mask is not None:
-            mask = None if bool(mask.all()) else mask.bool()  # whole rows need none and take the faster kernels
+            mask = None if bool(mask.all()) else mask.bool()  # without padding the faster kernels apply
         if mask is not None and self.cache.length == 0 and 2 * int(mask.sum()) < B * L and bool(mask.any(1).all()):
-            return self._prefill_by_row(ids, mask)  # more padding than prompt, and no row of padding alone
+            return self._prefill_by_row(ids, mask)  # mostly padding, but no row is only padding
         return self._prefill(self.cache, ids, mask)
 
     def _prefill(self, cache: Cache, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -68,8 +69,8 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, token: Tensor) -> Tensor:
-        """Take in one more token of every row, int64 [B]; logits fp32 [B, V], which the next step may overwrite."""
-        if self.cache.length == self.cache.room:  # more than was asked for
+        """Append one token per row, int64 [B], and return logits fp32 [B, V], which the next step may overwrite."""
+        if self.cache.length == self.cache.room:  # beyond the room that was reserved
             self._make_room(self.cache.length + 1)
         self.steps += 1
         if token.device.type != "cuda" or self.steps <= self._EAGER_STEPS:
@@ -79,7 +80,7 @@ class Decoder:
             self.graph, length = torch.cuda.CUDAGraph(), self.cache.length
             with torch.cuda.graph(self.graph):
                 self.logits = self._forward(self.token)
-            self.cache.length = length  # a capture runs nothing
+            self.cache.length = length  # the capture advanced it without running the kernels
         self.graph.replay()
         self.cache.length += 1
         return self.logits

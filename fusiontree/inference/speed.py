@@ -1,4 +1,4 @@
-"""One model's prefill and decoding, measured."""
+"""Measurement of a model's prefill and decoding speed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,21 +13,20 @@ from fusiontree.inference.decoder import Decoder
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 
-UNTIMED_STEPS = 4  # before those that are timed: a step is compiled, then captured, then only launched
+UNTIMED_STEPS = 4  # before the timed ones: the first steps compile, then capture the CUDA graph
 
 
 def measure_decoding(
     model: HybridLM, rows: int, context: int, steps: int, prefills: int = 1, prompt: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Measure `prefills` prefills of `rows` prompts of `context` tokens and `steps` tokens made behind the last.
+    """Measure `prefills` prefills of `rows` prompts of `context` tokens and `steps` decoding steps after the last one.
 
     Args:
-        prompt: int64 [context], of every row; None: random tokens.
+        prompt: int64 [context], used for every row; None: random tokens.
 
     Returns:
-        Tokens/s of the prefill and of decoding (all rows together, the medians), the time to the first token, the
-        spread of a step, the cache's bytes and the memory's peak. Where memory does not suffice, the line that says so
-        (`problem`).
+        Median tokens/s of prefill and decoding over all rows, times of the first token and of a step, bytes of the
+        cache and peak memory; if memory is exhausted, only the error (`problem`).
     """
     device = model.embedding.weight.device
     reset_memory(device)
@@ -50,7 +49,7 @@ def measure_decoding(
 def _run(
     model: HybridLM, rows: int, context: int, steps: int, prefills: int, prompt: np.ndarray | None
 ) -> tuple[list[float], list[float], int]:
-    """Seconds of each prefill behind one of the same shape, and of each step behind it, and the cache's bytes."""
+    """Return seconds of each prefill after an untimed one, seconds of each step, and bytes of the cache."""
     device = model.embedding.weight.device
     if prompt is None:
         generator = torch.Generator(device).manual_seed(0)
@@ -63,7 +62,7 @@ def _run(
     decoder.prefill(ids)  # compiles and tunes
     first = []
     for _ in range(prefills):
-        del decoder  # with its cache, before there is another
+        del decoder  # frees its cache before the next one is allocated
         decoder = Decoder(model, rows, room)
         logits.clear()
         first.append(elapsed(device, lambda: logits.append(decoder.prefill(ids))))  # noqa: B023 - called at once
@@ -74,11 +73,11 @@ def _run(
     for _ in range(UNTIMED_STEPS):
         step()
     seconds = [elapsed(device, step) for _ in range(steps)]
-    return first, seconds, held_bytes(decoder.cache)
+    return first, seconds, tensor_bytes(decoder.cache)
 
 
-def held_bytes(value: Any) -> int:
-    """Bytes of memory behind all tensors that `value` holds, in its attributes, lists and mappings."""
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of storage of all tensors in `value`, its attributes, lists and mappings; shared ones once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(value)}
     return sum(storages.values())
 
