@@ -31,7 +31,7 @@ from fusiontree.run.folder import GATES_FILE, list_checkpoints
 
 @pytest.fixture(scope="module")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps in one process."""
+    """Train a few steps in one process."""
     output = tmp_path_factory.mktemp("runs")
     cli("train", "tiny", *settings(shards, output, name="run"))
     return output / "run"
@@ -324,7 +324,7 @@ def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(
     assert prove(exported, config, weights, "fp32")["packed"] == 0
     assert traces() == before
     weights["blocks.1.fusion.bias"] = weights["blocks.1.fusion.bias"] + 0.1
-    with pytest.raises(RunError, match="export fails its proof: logits differs"):
+    with pytest.raises(RunError, match="export failed its parity proof: logits differs"):
         prove(exported, config, weights, "fp32")
 
 
@@ -345,7 +345,7 @@ def test_a_model_that_is_wrong_under_one_check_alone_fails_the_proof(
     wrong = given.replace("output.logits", f"output.logits * ({factor})")
     (tmp_path / "out" / "hf.py").write_text(code.replace(given, wrong))
     weights = store.read_weights(run / "checkpoints" / "step-8")
-    with pytest.raises(RunError, match=f"export fails its proof: {check} differs"):
+    with pytest.raises(RunError, match=f"export failed its parity proof: {check} differs"):
         prove(tmp_path / "out", load_config(str(run / "config.yaml")).model, weights, "fp32")
 
 
@@ -356,12 +356,12 @@ def test_the_proof_looks_everywhere_in_rows_past_a_chunk_and_a_window(preset: st
     length = rows["logits"].ids.shape[1]
     assert length > max(config.chunk_size, config.window)
     assert (rows["packed"].documents.position_ids.max() + 1 > max(config.chunk_size, config.window)).all()
-    places = parity._compared(length)
+    places = parity._compared_places(length)
     assert len(places) <= parity.COMPARED
     assert (places[0], places[-1]) == (0, length - 1)
     assert places.diff().max() <= length // 64
     assert places[-parity.STEPS - 1 :].tolist() == list(range(length - parity.STEPS - 1, length))
-    assert parity._compared(20).tolist() == list(range(20))
+    assert parity._compared_places(20).tolist() == list(range(20))
 
 
 def test_logits_of_some_places_are_those_of_all(exported: Path) -> None:

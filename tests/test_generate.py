@@ -1,4 +1,4 @@
-"""Files of prompts give each prompt's own continuation; what cannot be continued is refused; Ctrl-C leaves nothing."""
+"""Batched prompts equal single prompts; invalid prompts are refused; Ctrl-C leaves nothing."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def exported(run: Path) -> Path:
     return run / "out"
 
 
-def test_a_prompt_of_a_file_is_continued_as_it_would_be_alone(
+def test_a_prompt_from_a_file_is_continued_as_it_is_alone(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     prompts = ["tree", "gate branch scan " * 6, "window\\tstate", "a shard of rows"]
@@ -56,7 +56,7 @@ def test_a_prompt_of_a_file_is_continued_as_it_would_be_alone(
     assert capsys.readouterr().out == "".join(f"{each['prompt']}{each['text']}\n\n" for each in alone)
 
 
-def test_only_a_new_line_ends_a_prompt(tmp_path: Path) -> None:
+def test_only_a_newline_ends_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"prompt": "a\u2028b\x85"}\r\n{"prompt": "c"}', encoding="utf-8")
     (tmp_path / "odd.txt").write_text("a\fb\nc\n")
     assert [*read_prompts(tmp_path / "odd.jsonl").values()] == ["a\u2028b\x85", "c"]
@@ -66,7 +66,7 @@ def test_only_a_new_line_ends_a_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "facts", ["{", "{}", "[]", "3", "[" * 100_000, '{"tokenizer_fingerprint": "", "seq_len": 8, "eos_id": "q"}']
 )
-def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_path: Path) -> None:
+def test_damaged_export_facts_are_reported(facts: str, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "fusiontree.json").write_text(facts)
     error = cli("generate", tmp_path / "out", "a", code=1).stderr
@@ -74,15 +74,15 @@ def test_damaged_facts_of_an_export_are_named(facts: str, exported: Path, tmp_pa
     assert error.count("\n") == 1
 
 
-def test_a_special_token_spelt_out_is_text(exported: Path) -> None:
+def test_a_spelled_out_special_token_is_text(exported: Path) -> None:
     _, tokenizer = load_export(exported)
-    spelt = tokenizer.id_to_token(read_facts(exported)["eos_id"])
-    ids = encode(tokenizer, spelt)
+    spelled = tokenizer.id_to_token(read_facts(exported)["eos_id"])
+    ids = encode(tokenizer, spelled)
     assert len(ids) > 1
-    assert tokenizer.decode(ids) == spelt
+    assert tokenizer.decode(ids) == spelled
 
 
-def test_the_weights_are_those_that_the_index_names_or_the_one_file(exported: Path, run: Path, tmp_path: Path) -> None:
+def test_weights_come_from_the_index_or_the_single_file(exported: Path, run: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "one")
     weights = load_file(exported / "model.safetensors")
     save_file(
@@ -101,7 +101,7 @@ def test_the_weights_are_those_that_the_index_names_or_the_one_file(exported: Pa
         load_export(tmp_path / "more")
 
 
-def test_what_cannot_be_continued_is_refused_in_one_line(
+def test_invalid_prompts_and_options_are_refused_in_one_line(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     files = {"gap.txt": "a\n\nb\n", "none.txt": "", "bad.jsonl": '{"text": "a"}\n', "number.jsonl": '{"prompt": 3}\n'}
@@ -143,7 +143,7 @@ def test_what_cannot_be_continued_is_refused_in_one_line(
         assert captured.out == ""
 
 
-def test_a_prompt_is_taken_in_by_pieces_that_bound_the_memory() -> None:
+def test_prefill_in_pieces_bounds_the_memory() -> None:
     model, pieces = build(), []
     model.register_forward_pre_hook(lambda _module, inputs: pieces.append(inputs[0].numel()))
     Decoder(model, 3, room=1500).prefill(torch.ones(3, 1500, dtype=torch.int64))
@@ -151,7 +151,7 @@ def test_a_prompt_is_taken_in_by_pieces_that_bound_the_memory() -> None:
     assert max(pieces) <= PREFILL_TOKENS["cpu"] <= 4096  # of all rows
 
 
-def test_more_tokens_than_memory_holds_are_refused() -> None:
+def test_a_cache_larger_than_memory_is_refused() -> None:
     words = "not enough memory for the cache of 1 rows of 100,000,000,000,001 tokens; lower --max-new-tokens"
     with pytest.raises(UserError, match=words):
         next(stream_tokens(build(), [[1]], 10**14, Sampling(), None))
@@ -160,35 +160,35 @@ def test_more_tokens_than_memory_holds_are_refused() -> None:
 @pytest.mark.parametrize(
     ("prompt", "words"), [([5, 96], "token 96 is out of range"), ([-1], "token -1"), ([], "no token")]
 )
-def test_ids_that_are_none_of_the_models_are_refused(prompt: list[int], words: str) -> None:
+def test_ids_outside_the_vocabulary_are_refused(prompt: list[int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         next(stream_tokens(build(), [[1], prompt], 4, Sampling(), None))
 
 
-def test_a_token_that_the_model_does_not_have_is_refused_before_a_word_is_shown(
+def test_a_token_outside_the_vocabulary_is_refused_before_any_output(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_run(tmp_path / "run", SMALL, build().state_dict(), tokenizer_folder, 0, 1)  # with a larger tokenizer
     export(tmp_path / "run", tmp_path / "out")
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "out"), "a tree", "--max-new-tokens", "9"]) == 2
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert re.fullmatch(
-        r"fusiontree: error: the prompt: token \d+ is out of range; the model's are 0 to 95\n", told.err
+        r"fusiontree: error: the prompt: token \d+ is out of range; the model's are 0 to 95\n", output.err
     )
-    assert told.out == ""
+    assert output.out == ""
 
 
-# Ctrl-C where the work is, however fast the machine: the first call of `where` interrupts its own process
+# Ctrl-C at a fixed place on any machine: the first call of `place.name` interrupts its own process
 INTERRUPTED = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background ignores it
 import fusiontree.{module} as place
 from fusiontree.cli import main
-before = place.{name}
+original = place.{name}
 def interrupted(*arguments, **options):
     os.kill(os.getpid(), signal.SIGINT)
-    return before(*arguments, **options)
+    return original(*arguments, **options)
 place.{name} = interrupted
 sys.exit(main(sys.argv[1:]))
 """

@@ -1,4 +1,4 @@
-"""Pruning keeps what the gates chose: plans are read and refused by line, and the folded branch stands in for both."""
+"""Pruning follows the gates or the loss; invalid plans are refused; the folded branch replaces both."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ from fusiontree.prune.plan import (
     branch_candidates,
     cache_bytes,
     head_candidates,
-    least_loss,
     make_plan,
     pruned_model,
     read_plan,
+    select_cheapest,
 )
 from fusiontree.run.folder import CONFIG_FILE, GATES_FILE
 
@@ -43,8 +43,8 @@ def whole(**changes: object) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
 
 
 @pytest.mark.parametrize("kept", ["mamba", "attention"])
-def test_a_gate_that_has_decided_loses_nothing_by_its_pruning(kept: str) -> None:
-    """A static gate of 1 or 0 let only one branch through: without the other the layer is the same."""
+def test_pruning_the_closed_branch_of_a_saturated_gate_changes_nothing(kept: str) -> None:
+    """A static gate of 1 or 0 passes only one branch; removing the other leaves the layer unchanged."""
     model = build(fusion="static")
     with torch.no_grad():
         model.blocks[1].fusion.bias.fill_(40.0 if kept == "mamba" else -40.0)
@@ -74,8 +74,8 @@ def test_a_folded_weight_keeps_its_dtype() -> None:
     assert {value.dtype for value in pruned.values()} == {torch.bfloat16}
 
 
-def test_a_pruned_head_group_takes_its_own_weights_along() -> None:
-    """A head whose rows of the output projection are zero, and the norm undone, is one that is not there."""
+def test_pruning_a_head_group_removes_its_weights() -> None:
+    """The weights of the kept heads are slices of the original ones."""
     state, model = whole(num_kv_heads=4, global_heads=3)
     config = model.config
     pruned = pruned_model(state, config, Pruning.none(config).replace(1, groups=(0, 2)), torch.full((3, 32), 0.5))
@@ -90,7 +90,7 @@ def test_a_pruned_head_group_takes_its_own_weights_along() -> None:
     assert pruned(IDS).logits.isfinite().all()
 
 
-def test_plans_follow_the_gates_and_count_what_is_saved() -> None:
+def test_plans_follow_the_gates_and_count_the_savings() -> None:
     gates = torch.cat([torch.full((1, 32), 0.9), torch.full((1, 32), 0.1), torch.full((1, 32), 0.6)])
     gates[0, :8] = 0.7
     layers = make_plan(SMALL, gates, 0.8, 0.2, tokens=200)["layers"]
@@ -105,17 +105,17 @@ def test_plans_follow_the_gates_and_count_what_is_saved() -> None:
     assert layers[0]["saves"]["parameters"] > 0 == layers[2]["saves"]["parameters"]
 
 
-def test_least_loss_takes_the_cheapest_that_leave_every_layer_something() -> None:
+def test_select_cheapest_leaves_every_layer_a_branch() -> None:
     candidates = branch_candidates(SMALL)
     order = ["mamba of layer 1", "attention of layer 1", "attention of layer 2", "mamba of layer 0"]
     costs = {name: order.index(name) if name in order else 9.0 for name in candidates}
-    pruning, measured = least_loss(candidates, 2, SMALL, lambda name, _: costs[name])
+    pruning, measured = select_cheapest(candidates, 2, SMALL, lambda name, _: costs[name])
     assert pruning.kinds == ("hybrid", "attention", "mamba")
     assert list(measured)[:4] == order
-    with pytest.raises(UserError, match="asked to prune 4; 3 can go together"):
-        least_loss(candidates, 4, SMALL, lambda name, _: costs[name])
-    with pytest.raises(UserError, match="asked to prune 0; this model has 6"):
-        least_loss(candidates, 0, SMALL, lambda name, _: costs[name])
+    with pytest.raises(UserError, match="asked to prune 4; only 3 can be removed together"):
+        select_cheapest(candidates, 4, SMALL, lambda name, _: costs[name])
+    with pytest.raises(UserError, match="asked to prune 0; it must be from 1 to 6"):
+        select_cheapest(candidates, 0, SMALL, lambda name, _: costs[name])
     assert list(head_candidates(SMALL)) == [f"global head group 0 of layer {layer}" for layer in range(3)]
     assert head_candidates(dataclasses.replace(SMALL, num_heads=2, num_kv_heads=1, global_heads=2)) == {}
 
@@ -126,16 +126,19 @@ def test_least_loss_takes_the_cheapest_that_leave_every_layer_something() -> Non
         ([{"layer": 3, "keep": "mamba"}], "layer 3 is unknown; the model's layers are 0 to 2"),
         ([{"layer": "0", "keep": "mamba"}], "layer '0' is unknown"),
         ([{"layer": True, "keep": "mamba"}], "layer True is unknown"),
-        ([{"layer": 0, "keep": "none"}], "layer 0 keeps 'none'; it must keep a branch"),
-        ([{"layer": 0}], "layer 0 keeps None; it must keep a branch"),
-        ([{"layer": 1, "keep": "mamba"}, {"layer": 1, "keep": "hybrid"}], "layer 1 stands there twice"),
-        ([{"layer": 1, "keep": "hybrid", "global_groups": [1]}], r"global_groups is \[1\]; it must be some of 0 to 0"),
+        ([{"layer": 0, "keep": "none"}], "layer 0: keep is 'none'; it must be mamba, attention or hybrid"),
+        ([{"layer": 0}], "layer 0: keep is None; it must be mamba, attention or hybrid"),
+        ([{"layer": 1, "keep": "mamba"}, {"layer": 1, "keep": "hybrid"}], "layer 1 appears twice"),
+        (
+            [{"layer": 1, "keep": "hybrid", "global_groups": [1]}],
+            r"global_groups is \[1\]; it must list heads from 0 to 0",
+        ),
         ([{"layer": 1, "keep": "hybrid", "global_groups": [0.0]}], r"global_groups is \[0.0\]"),
-        ({"layer": 1}, "is no pruning plan"),
-        ([], "names no layer; make a plan with `fusiontree prune`"),
+        ({"layer": 1}, "is not a pruning plan"),
+        ([], "has no layers; create a plan with `fusiontree prune`"),
     ],
 )
-def test_plans_that_fit_no_model_are_refused_in_one_line(layers: object, words: str, tmp_path: Path) -> None:
+def test_plans_that_do_not_fit_the_model_are_refused_in_one_line(layers: object, words: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"layers": layers}))
     with pytest.raises(UserError, match=words) as caught:
@@ -144,11 +147,11 @@ def test_plans_that_fit_no_model_are_refused_in_one_line(layers: object, words: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_plan_that_is_nested_without_end_or_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_deeply_nested_plan_and_a_folder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     for text in ("[" * 100_000, f'{{"layers": [{{"layer": {"9" * 5000}}}]}}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="is no pruning plan"):
+        with pytest.raises(UserError, match="is not a pruning plan"):
             read_plan(path, SMALL)
     with pytest.raises(UserError, match="no plan at"):
         read_plan(tmp_path, SMALL)
@@ -157,16 +160,16 @@ def test_a_plan_that_is_nested_without_end_or_a_folder_is_refused(tmp_path: Path
 def test_a_layer_that_was_pruned_cannot_get_its_branch_back(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"layers": [{"layer": 0, "keep": "hybrid"}]}))
-    with pytest.raises(UserError, match="layer 0 has mamba only; it cannot keep hybrid"):
+    with pytest.raises(UserError, match="layer 0 has only mamba; it cannot keep hybrid"):
         read_plan(path, dataclasses.replace(SMALL, layer_kinds=("mamba", "hybrid", "hybrid")))
 
 
-# --- from a run to a pruned export, and on -------------------------------------------------------------------------
+# --- pruned exports --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose gates have begun to decide."""
+    """Write a run with one checkpoint whose mean gates differ by layer."""
     run, config = tmp_path_factory.mktemp("runs") / "run", dataclasses.replace(SMALL, vocab_size=512)
     found = write_run(run, config, build(vocab_size=512).state_dict(), tokenizer_folder, 0, 1)
     gates = torch.tensor([0.9, 0.5, 0.3])[:, None].expand(-1, config.hidden_size).contiguous()
@@ -176,11 +179,11 @@ def run(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def card(exported: Path) -> dict[str, str]:
-    """The table of the model card."""
+    """Return the table of the model card."""
     return dict(re.findall(r"^\| (.+) \| (.+) \|$", (exported / "README.md").read_text(), re.MULTILINE))
 
 
-def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_edited_plan_is_exported_and_reported(run: Path, shards: Path, tmp_path: Path) -> None:
     plan, output = tmp_path / "plans" / "plan.json", tmp_path / "out"
     cli("prune", run, "--out", plan)
     edited = json.loads(plan.read_text())
@@ -208,11 +211,11 @@ def test_an_edited_plan_is_what_is_exported_and_reported(run: Path, shards: Path
     assert facts["layers pruned to one branch"] == "0: mamba, 2: attention"
     losses = " and ".join(f"{report[when]['loss']:.4f}" for when in ("before", "after"))
     assert facts["held-out loss before and after"] == f"{losses} nats per token"
-    assert "Of some layers pruning has left a part" in (output / "README.md").read_text()
+    assert "Some layers were pruned, as listed below." in (output / "README.md").read_text()
     assert "global heads left" not in facts
 
 
-def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: Path, tmp_path: Path) -> None:
+def test_branches_and_heads_are_pruned_by_held_out_loss(run: Path, shards: Path, tmp_path: Path) -> None:
     figures = export(run, tmp_path / "one", ExportOptions(prune="1", data=shards, limit=2))["pruning"]
     measured = figures["loss_without"]
     assert len(measured) == 6
@@ -236,13 +239,13 @@ def test_branches_and_heads_are_pruned_by_the_loss_they_cost(run: Path, shards: 
     assert card(tmp_path / "heads")["global heads left"] == ", ".join(f"{i}: 0" for i in range(3) if i != kept)
 
 
-def test_the_plan_that_is_made_by_itself_and_a_speed_that_cannot_be_measured(
+def test_the_automatic_plan_and_an_unmeasurable_speed(
     run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = {"problem": "out of memory: lower it"}
     monkeypatch.setattr(pruner, "measure_decoding", lambda *_: why)
     with open(run / "metrics.jsonl", "w") as lines:
-        for step, loss in ((1, 9.0), (2, 1.0)):  # the second is of another checkpoint
+        for step, loss in ((1, 9.0), (2, 1.0)):  # the second is later than the checkpoint
             lines.write(json.dumps({"step": step, "val_loss": loss}) + "\n")
     report = export(run, tmp_path / "auto", ExportOptions(prune="auto", data=shards, limit=1))["pruning"]
     assert all(report[when]["problem"] == why["problem"] for when in ("before", "after"))
@@ -250,7 +253,7 @@ def test_the_plan_that_is_made_by_itself_and_a_speed_that_cannot_be_measured(
     assert json.loads((tmp_path / "auto" / "config.json").read_text())["layer_kinds"] == ["mamba", "hybrid", "hybrid"]
 
 
-def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
+def test_a_plan_is_not_overwritten_and_a_failed_export_leaves_nothing(
     run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def refused(*words: object) -> str:
@@ -269,20 +272,22 @@ def test_a_plan_is_not_overwritten_and_bad_ones_leave_nothing(
     nothing = tmp_path / "nothing.json"
     nothing.write_text(json.dumps({"layers": [{"layer": 0, "keep": None}]}))
     plan.write_text(json.dumps({"layers": [{"layer": 9, "keep": "mamba"}]}))
-    assert "it must keep a branch" in refused("export", run, tmp_path / "out", "--prune", nothing, "--data", shards)
+    assert "it must be mamba, attention or hybrid" in refused(
+        "export", run, tmp_path / "out", "--prune", nothing, "--data", shards
+    )
     for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
         assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
-    assert "names no dataset to measure the pruning by" in refused("export", run, tmp_path / "out", "--prune", "auto")
+    assert "has no dataset to measure the pruning on" in refused("export", run, tmp_path / "out", "--prune", "auto")
     assert "--limit is 0; it must be at least 1" in refused("export", run, tmp_path / "out", "--limit", 0)
     size = "9" * 400 + "GB"
     assert "--max-shard-size is" in refused("export", run, tmp_path / "out", "--max-shard-size", size)
     assert "no plan at --3" in refused("export", run, tmp_path / "out", "--prune=--3", "--data", shards)
     both = refused("export", run, tmp_path / "out", "--prune", "1", "--prune-heads", 1, "--data", shards)
-    assert "--prune and --prune-heads are both given" in both
+    assert "--prune and --prune-heads cannot be combined; use one" in both
     assert set(tmp_path.iterdir()) == {plan, nothing}
 
 
-def test_half_of_the_layers_take_turns_in_the_bench() -> None:
+def test_the_bench_prunes_every_second_layer() -> None:
     assert half_pruned(dataclasses.replace(SMALL, num_layers=6)).kinds == (
         *("hybrid", "mamba", "hybrid", "attention", "hybrid", "mamba"),
     )
@@ -297,27 +302,27 @@ def test_half_of_the_layers_take_turns_in_the_bench() -> None:
         assert figures["pruned"][name] < figures["whole"][name]
 
 
-def test_a_plan_is_measured_in_the_bench(tmp_path: Path) -> None:
+def test_the_bench_measures_a_plan(tmp_path: Path) -> None:
     shape = ["model.hidden_size=32", "model.num_layers=3", "model.mlp_size=48", "model.vocab_size=96"]
     plan = tmp_path / "plan.json"
     model = dataclasses.replace(SMALL, num_layers=3)
-    plan.write_text(json.dumps(Pruning.none(model).replace(0, "attention").replace(2, "mamba").plan()))
+    plan.write_text(json.dumps(Pruning.none(model).replace(0, "attention").replace(2, "mamba").to_plan()))
     assert bench_prune("tiny", shape, context=20, steps=2, keep=str(plan))["layers"] == ["attention", "hybrid", "mamba"]
     with pytest.raises(UserError, match="no plan at"):
         bench_prune("tiny", shape, context=20, steps=2, keep="mambas")
 
 
-def test_the_bench_times_as_many_prefills_as_asked(
+def test_the_bench_times_the_given_number_of_prefills(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 64 long rows one takes a quarter of a minute, which five of each model would make minutes of."""
-    taken_in = []
+    """A prefill of 64 long rows takes 15 seconds, so the default of five per model takes minutes."""
+    shapes = []
     prefill = Decoder.prefill
-    monkeypatch.setattr(Decoder, "prefill", lambda self, ids: taken_in.append(ids.shape) or prefill(self, ids))
+    monkeypatch.setattr(Decoder, "prefill", lambda self, ids: shapes.append(ids.shape) or prefill(self, ids))
     shape = ["model.hidden_size=32", "model.num_layers=2", "model.mlp_size=48", "model.vocab_size=96"]
     sizes = ["--context", "20", "--steps", "1", "--prefills", "2"]
     assert main(["bench", "prune", "--preset", "tiny", *shape, *sizes, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prefills"] == 2
-    assert taken_in == [(1, 20)] * 6  # one that is not counted and two that are, of either model
+    assert shapes == [(1, 20)] * 6  # per model one untimed and two timed
     with pytest.raises(UserError, match="--prefills is 0; it must be at least 1"):
         bench_prune("tiny", shape, context=20, steps=1, prefills=0)

@@ -1,4 +1,4 @@
-"""The report is one page that opens anywhere: checked in a real browser, from disk, without a network."""
+"""The report is one self-contained page: checked in a real browser, from disk, without a network."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from fusiontree import cli as command_line
 from fusiontree.config import load_config, to_yaml
 from fusiontree.errors import UserError
 from fusiontree.report import write_report
-from fusiontree.report.collect import COLUMNS, CURVE, collect, thin
+from fusiontree.report.collect import MAX_COLUMNS, MAX_POINTS, collect, downsample
 from fusiontree.run import incidents
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,7 +28,7 @@ LAYERS = 4  # of the preset tiny
 
 
 def make_run(folder: Path, steps: int, name: str = "made", layers_every: int = 5, **changes: object) -> Path:
-    """A run's folder as training leaves it after `steps` updates, with figures that are made up."""
+    """Write a run's folder as training leaves it after `steps` updates, with invented figures."""
     words = [f"name={name}", *(f"{key.replace('__', '.')}={value}" for key, value in changes.items())]
     run = folder / name
     (run / "checkpoints").mkdir(parents=True)
@@ -56,7 +56,7 @@ def make_run(folder: Path, steps: int, name: str = "made", layers_every: int = 5
 
 
 def browse(page: Path, folder: Path, script: str = "") -> str:
-    """The page's elements after its scripts, and `script`, have run; no error may reach the console."""
+    """Return the page's DOM after its scripts and `script`; the console must have no error."""
     copy = folder / "browsed.html"
     copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={folder}/b"]
@@ -114,7 +114,7 @@ def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
 
 @needs_browser
 @pytest.mark.parametrize("kind", ["empty", "first validation only", "diverged"])
-def test_a_run_with_little_or_bad_figures_has_a_page(kind: str, tmp_path: Path) -> None:
+def test_a_run_with_few_or_invalid_figures_has_a_page(kind: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, 6, layers_every=3)
     if kind != "diverged":
         shutil.rmtree(run / "checkpoints")
@@ -133,7 +133,7 @@ def test_a_run_with_little_or_bad_figures_has_a_page(kind: str, tmp_path: Path) 
     assert "NaN" not in dom
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     run = make_run(tmp_path, 10)
     write_report([run])
     page = (run / "report.html").read_text()
@@ -142,14 +142,14 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\(", page)
 
 
-def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
+def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
     run = make_run(tmp_path, 100_000, layers_every=100)
     figures = write_report([run])
     assert figures["page_bytes"] < 1_000_000
     shown = collect(run)
-    assert len(shown["curves"]["loss"][0]) <= CURVE
+    assert len(shown["curves"]["loss"][0]) <= MAX_POINTS
     assert shown["curves"]["loss"][0][-1] == 100_000
-    assert len(shown["layers"]["steps"]) == COLUMNS
+    assert len(shown["layers"]["steps"]) == MAX_COLUMNS
     assert shown["layers"]["steps"][-1] == 100_000
 
 
@@ -160,10 +160,10 @@ VALUES = st.floats(-1e6, 1e6)
     st.lists(VALUES, min_size=1, max_size=80) | st.lists(st.none() | VALUES, min_size=1, max_size=80),
     st.integers(6, 16),
 )
-def test_a_thinned_curve_keeps_its_ends_and_its_peaks(values: list[float | None], most: int) -> None:
+def test_a_downsampled_curve_keeps_its_ends_and_its_peaks(values: list[float | None], limit: int) -> None:
     points = list(enumerate(values))
-    kept = list(thin(points, most))
-    assert len(kept) <= most
+    kept = list(downsample(points, limit))
+    assert len(kept) <= limit
     assert kept == sorted(set(kept), key=lambda point: point[0])
     assert set(kept) <= set(points)
     assert kept[0] == points[0]
@@ -175,7 +175,7 @@ def test_a_thinned_curve_keeps_its_ends_and_its_peaks(values: list[float | None]
         assert min(heights) in [value for _, value in kept]
 
 
-def test_a_run_of_another_version_is_shown_as_it_stands(tmp_path: Path) -> None:
+def test_a_run_of_another_version_is_shown_unvalidated(tmp_path: Path) -> None:
     run = make_run(tmp_path, 5)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["gone"] = 1
@@ -186,17 +186,17 @@ def test_a_run_of_another_version_is_shown_as_it_stands(tmp_path: Path) -> None:
     assert shown["facts"]["parameters"] == "—"
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, 5)
     (tmp_path / "other").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("a: [1,")
     for words, message in (
-        ([tmp_path / "other"], "is not a run's folder: it has no config.yaml; give one such as runs/NAME"),
+        ([tmp_path / "other"], "is not a run's folder: it has no config.yaml; give a folder such as runs/NAME"),
         ([tmp_path / "none"], "is not a run's folder"),
         ([tmp_path / "broken"], "config.yaml cannot be read"),
-        ([run, run], "a run is named twice"),
-        ([run, "--out", tmp_path / "no" / "r.html"], "there is no folder"),
+        ([run, run], "a run is given twice"),
+        ([run, "--out", tmp_path / "no" / "r.html"], "does not exist; create it first"),
         ([run, "--out", tmp_path], "is a folder; name a file"),
     ):
         assert command_line.main(["report", *map(str, words)]) == 2
@@ -206,14 +206,14 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(run.glob("*.html")) == []
 
 
-def test_the_command_names_the_page(tmp_path: Path) -> None:
+def test_the_command_reports_the_page(tmp_path: Path) -> None:
     run, page = make_run(tmp_path, 5), tmp_path / "page.html"
     figures = json.loads(cli("report", run, "--out", page, "--json").stdout)
     assert figures == {"report": str(page), "runs": ["made"], "page_bytes": page.stat().st_size}
 
 
-def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_labelled_by_folder(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / side, 5) for side in ("left", "right")]
     assert write_report(runs, tmp_path / "p.html")["runs"] == [str(run) for run in runs]
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         write_report([runs[0], runs[0]])

@@ -12,7 +12,7 @@ from fusiontree.inference.sampling import Sampling, candidates, draw
 
 
 def drawn(logits: torch.Tensor, sampling: Sampling, times: int = 400) -> set[int]:
-    """The tokens that ever come up."""
+    """Return the set of tokens drawn in `times` draws."""
     generator = torch.Generator().manual_seed(0)
     return {int(draw(logits, torch.zeros_like(logits, dtype=torch.bool), sampling, generator)) for _ in range(times)}
 

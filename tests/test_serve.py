@@ -1,4 +1,4 @@
-"""The exported folder as others run it: an OpenAI-compatible server, and a public evaluation harness."""
+"""An exported folder runs in an OpenAI-compatible server and in a public evaluation harness."""
 
 import contextlib
 import importlib.util
@@ -31,7 +31,7 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextlib.contextmanager
 def serving(folder: Path, log: Path) -> Iterator[str]:
-    """The address of `transformers serve` with the model, once it answers."""
+    """Run `transformers serve` with the model and yield its address once it answers."""
     port = free_port()
     command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--trust-remote-code"]
     with open(log, "w") as stream:

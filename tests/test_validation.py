@@ -1,4 +1,4 @@
-"""Held-out losses by source, length and position are the means of the very tokens that a bucket names."""
+"""Held-out losses by source, length and position are the means of exactly the tokens in their bucket."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 def batches(draw: np.random.Generator, count: int, rows: int = 3, L: int = 64) -> list[Batch]:
-    """Rows of random documents, the last a stretch of padding; the last batch has a row that only fills it."""
+    """Return batches of random documents and padding; the last batch has a filler row."""
     found = []
     for number in range(count):
         ends = []
@@ -34,7 +34,7 @@ def batches(draw: np.random.Generator, count: int, rows: int = 3, L: int = 64) -
 
 
 def token_by_token(seen: list[Batch], losses: list[torch.Tensor]) -> dict[str, float]:
-    """The figures from a plain walk over the tokens."""
+    """Return the figures from a plain loop over the tokens."""
     parts: dict[str, list[float]] = defaultdict(list)
 
     def bucket(tokens: int) -> str:
@@ -43,30 +43,30 @@ def token_by_token(seen: list[Batch], losses: list[torch.Tensor]) -> dict[str, f
     for batch, loss in zip(seen, losses, strict=True):
         B, L = batch.labels.shape
         for row in range(B):
-            for place in range(L):
-                if batch.labels[row, place] == IGNORE:
+            for column in range(L):
+                if batch.labels[row, column] == IGNORE:
                     continue
-                length = int((batch.seq_idx[row] == batch.seq_idx[row, place]).sum())
+                length = int((batch.seq_idx[row] == batch.seq_idx[row, column]).sum())
                 names = [
                     "val_loss",
                     f"val_loss/{'ab'[batch.sources[row]]}",
                     f"val_loss_by_length/{bucket(length)}",
-                    f"val_loss_by_position/{bucket(int(batch.position_ids[row, place]) + 1)}",
+                    f"val_loss_by_position/{bucket(int(batch.position_ids[row, column]) + 1)}",
                 ]
                 for name in names:
-                    parts[name].append(loss[row, place].item())
+                    parts[name].append(loss[row, column].item())
     return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
 def held_out(labels: tuple[str, ...], seen: list[Batch], losses: list[torch.Tensor]) -> dict[str, float]:
     sources: Any = SimpleNamespace(labels=labels)
-    tally = HeldOutLoss(sources, WORLD)
+    total = HeldOutLoss(sources, WORLD)
     for batch, loss in zip(seen, losses, strict=True):
-        tally.add(batch, loss)
-    return tally.figures()
+        total.add(batch, loss)
+    return total.figures()
 
 
-def test_figures_are_those_of_a_walk_over_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_match_a_loop_over_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_out_module, "BOUNDS", SMALL_BOUNDS)
     draw = np.random.default_rng(0)
     seen = batches(draw, 4)
@@ -76,7 +76,7 @@ def test_figures_are_those_of_a_walk_over_the_tokens(monkeypatch: pytest.MonkeyP
     assert held_out(("a", "b"), seen, losses) == pytest.approx(expected)
 
 
-def test_one_source_and_one_bucket_say_no_more_than_the_whole() -> None:
+def test_a_single_source_and_bucket_is_not_reported() -> None:
     draw = np.random.default_rng(1)
     seen = [collate(draw.integers(50, size=(1, 64)), [np.array([40, 64], dtype=np.int32)], sources=(0,))]
     losses = [torch.rand(1, 64)]

@@ -108,7 +108,10 @@ def add(commands: Any) -> None:
     export.add_argument("output", type=Path, metavar="OUT", help="folder to create")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
     export.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a weights file, e.g. 500MB (default 5GB)"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="maximum size of a weights file, e.g. 500MB (default 5GB)",
     )
     add_trust(export)
     export.add_argument(

@@ -74,7 +74,7 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
         pruner = Pruner(found, config, weights, options.data, options.limit)
         pruning, report = pruner.prune(options.prune, options.prune_heads)
         gates = store.read_gates(found)
-        shape, weights = pruning.config(config.model), PrunedWeights(weights, config.model, pruning, gates)
+        shape, weights = pruning.apply(config.model), PrunedWeights(weights, config.model, pruning, gates)
         for when, model in (("before", config.model), ("after", shape)):
             report[when]["weights_bytes"] = sum(spec.size for spec in _specs(model, dtype).values())
         pruned["pruning"] = report

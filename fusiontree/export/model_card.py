@@ -1,4 +1,4 @@
-"""The README of an exported folder."""
+"""The model card (README.md) of an exported folder."""
 
 from typing import Any
 
@@ -7,17 +7,22 @@ from fusiontree.model.config import ModelConfig
 
 
 def _pruned_parts(model: ModelConfig) -> list[tuple[str, str]]:
-    """What has been left of layers that pruning changed, as lines of the model card."""
+    """Return rows of the card's table on the pruned layers."""
     layers = range(model.num_layers)
     kinds = {layer: model.kind_at(layer) for layer in layers if model.kind_at(layer) != "hybrid"}
     heads = {layer: model.queries_per_kv * model.kv_heads_at(layer)[0] for layer in layers}
     fewer = {layer: n for layer, n in heads.items() if model.has("attention", layer) and n != model.global_heads}
     parts: dict[str, dict[int, Any]] = {"layers pruned to one branch": kinds, "global heads left": fewer}
-    return [(name, ", ".join(f"{i}: {what}" for i, what in left.items())) for name, left in parts.items() if left]
+    return [(name, ", ".join(f"{i}: {kept}" for i, kept in part.items())) for name, part in parts.items() if part]
 
 
 def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> str:
-    """The exported folder's README, from the run's facts and the exported shape."""
+    """Return the text of the card.
+
+    Args:
+        model: configuration of the exported model, after pruning.
+        state: facts of the run, with `val_loss` and, if pruned, `pruning`.
+    """
     lines = [
         ("updates", f"{state['step']:,}"),
         ("tokens", f"{state['tokens']:,}"),
@@ -28,8 +33,8 @@ def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> 
         ("sources", ", ".join(filter(None, config.data.locations)) or "one dataset"),
     ]
     if state["val_loss"] is not None:
-        of = "held-out loss in training, not pruned" if "pruning" in state else "held-out loss"
-        lines.append((of, f"{state['val_loss']:.4f} nats per token"))
+        name = "held-out loss in training, not pruned" if "pruning" in state else "held-out loss"
+        lines.append((name, f"{state['val_loss']:.4f} nats per token"))
     pruned = _pruned_parts(model)
     lines += pruned
     if "pruning" in state:
@@ -39,7 +44,7 @@ def model_card(config: RunConfig, model: ModelConfig, state: dict[str, Any]) -> 
             ("held-out loss before and after", f"{before['loss']:.4f} and {after['loss']:.4f} nats per token"),
         ]
     fused = "added up" if model.fusion == "sum" else f"fused by a learned gate (`{model.fusion}`)"
-    but = " Of some layers pruning has left a part, as named here." if pruned else ""
+    note = " Some layers were pruned, as listed below." if pruned else ""
     facts = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"""---
 library_name: transformers
@@ -49,8 +54,8 @@ pipeline_tag: text-generation
 
 A hybrid language model of {model.parameter_count():,} parameters pretrained with FusionTree: {model.num_layers} layers
 of width {model.hidden_size}, each a Mamba-2 branch ({model.ssm_heads} heads of {model.ssm_head_dim}, state
-{model.ssm_state_size}) beside an attention branch ({model.num_heads} heads of {model.head_dim}, {model.global_heads}
-of them global, the rest with a window of {model.window} tokens), {fused}.{but}
+{model.ssm_state_size}) in parallel with an attention branch ({model.num_heads} heads of {model.head_dim},
+{model.global_heads} of them global, the rest with a window of {model.window} tokens), {fused}.{note}
 
 | | |
 |---|---|
@@ -65,5 +70,5 @@ inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-`parity.json` holds the differences from the trained model that the export measured.
+`parity.json` lists the differences from the trained model, measured by the export.
 """

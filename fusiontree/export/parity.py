@@ -1,4 +1,4 @@
-"""The proof of an export: the folder's model beside the trained one, each in memory one module at a time."""
+"""Parity proof of an export: logits of the exported and the trained model, each in memory one module at a time."""
 
 import contextlib
 import ctypes
@@ -19,19 +19,20 @@ from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents
 from fusiontree.model.lm import HybridLM
 
-# root mean square of the difference of logits that passes, as a share of their standard deviation. The weights are the
-# same numbers in the same precision; only decoding with the cache sums in another order, which bf16 shows the more the
-# deeper the model is
+# Tolerances of the root mean square (RMS) difference of logits, relative to their standard deviation. Weights and
+# precision are identical; only cached decoding sums in another order, and in bf16 its rounding grows with depth.
 TOLERANCE = 1e-3
 CACHED_TOLERANCES = {"fp32": 1e-3, "bf16": 0.05}
-COMPARED = 128  # tokens of each row whose logits are compared at most: all of a large vocabulary's would not fit
-LAST = 32  # of these stand side by side at the row's end, which is decoded too; the others are spread over the row
-PIECES = 4  # that prompts are taken in by, for what a piece needs is beside the whole cache
-STEPS = 5  # tokens decoded one by one: the last sees no token of the prompt through the convolution
+COMPARED = (
+    128  # maximum number of tokens per row whose logits are compared: with all tokens they would not fit in memory
+)
+LAST = 32  # of these, tokens at the row's end, which is also decoded; the others are spread over the row
+PIECES = 4  # of a prefill: bounds the activations that are in memory together with the cache
+STEPS = 5  # decoded tokens: more than the convolution's width, so the last one sees the prompt only through the state
 
 
 class Row(NamedTuple):
-    """One row of tokens, as transformers takes it and what that means."""
+    """One row of tokens, in the form transformers takes and in ours (`documents`)."""
 
     ids: Tensor  # int64 [1, L]
     mask: Tensor  # bool [1, L], false on padding
@@ -40,30 +41,30 @@ class Row(NamedTuple):
 
 @torch.inference_mode()
 def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> dict[str, Any]:
-    """Compare the model that transformers makes of `folder` with the trained one, on rows past a chunk and a window.
+    """Compare the model that transformers loads from `folder` with the trained one, on rows past a chunk and a window.
 
-    One row is a document, one is padded at its left, one packs three documents. Rows are computed one by one: what the
-    layers of a large model hold of all three together would be more than its largest weight.
+    One row is one document, one is left-padded, one packs three documents. Rows are computed one at a time, because the
+    activations of all three would exceed the largest weight of a large model.
 
     Args:
-        config, weights: of the trained model. dtype: `fp32` or `bf16`, of the exported weights.
+        config: of the trained model, as `weights`.
+        dtype: `fp32` or `bf16`, of the exported weights.
 
     Returns:
-        By check, the root mean square of the difference of logits over their standard deviation; the tolerances; the
-        tokens of a row.
+        The relative RMS difference of logits by check, the `tolerances`, and the `tokens` of a row.
 
     Raises:
-        RunError: one is beyond its tolerance, or the folder's weights are not those of its model.
+        RunError: a difference exceeds its tolerance, or the folder's weights do not match its model.
     """
     rows = _rows(config)
-    places = _compared(rows["logits"].ids.shape[1])
+    places = _compared_places(rows["logits"].ids.shape[1])
     with torch.device("meta"):
         trained = HybridLM(config, compute_dtype=DTYPES[dtype]).eval()
     with on_demand(trained, weights, DTYPES[dtype]):
         expected = {check: trained(row.ids, row.documents, keep_logits=places).logits for check, row in rows.items()}
-    with _code_apart(), on_demand(exported := _exported(folder, dtype), from_safetensors(folder)):
+    with _isolated_code(), on_demand(exported := _exported_model(folder, dtype), from_safetensors(folder)):
         differences = {
-            check: _difference(_logits(exported, row, places), expected[check], row.mask[:, places])
+            check: _relative_rms(_logits(exported, row, places), expected[check], row.mask[:, places])
             for check, row in rows.items()
         }
         differences["cached_decoding"] = _decoding_difference(exported, rows, expected)
@@ -71,24 +72,24 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
     for check, difference in differences.items():
         if not difference <= tolerances[check]:
             raise RunError(
-                f"export fails its proof: {check} differs from the trained model by {difference:.2g} of the logits' "
-                f"standard deviation, more than {tolerances[check]:g}; nothing was written"
+                f"export failed its parity proof: {check} differs from the trained model by {difference:.2g} of the "
+                f"logits' standard deviation, more than {tolerances[check]:g}; nothing was written"
             )
     return {**differences, "tolerances": tolerances, "tokens": rows["logits"].ids.shape[1]}
 
 
 def _rows(config: ModelConfig) -> dict[str, Row]:
-    """A row for each check of whole rows."""
+    """Return the row of each check but `cached_decoding`, which reuses two of them."""
     reach = max(config.chunk_size, config.window)
     length = reach + reach // 4 + 37
     if config.srte == "learned":
         length = min(length, config.max_positions)
     ids = torch.randint(config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
-    whole, padded, packed = torch.ones(3, 1, length, dtype=torch.int32)  # the document of each token, padding is 0
+    single, padded, packed = torch.ones(3, 1, length, dtype=torch.int32)  # document of each token; padding is 0
     padded[:, : length // 8] = 0
-    for start in (length // 16, length - 20):  # the document between them is longer than the reach
+    for start in (length // 16, length - 20):  # the middle document is longer than `reach`
         packed[:, start:] += 1
-    checks = {"logits": whole, "left_padding": padded, "packed": packed}
+    checks = {"logits": single, "left_padding": padded, "packed": packed}
     return {
         check: Row(ids[i : i + 1], numbers > 0, Documents.from_seq_idx(numbers))
         for i, (check, numbers) in enumerate(checks.items())
@@ -96,8 +97,8 @@ def _rows(config: ModelConfig) -> dict[str, Row]:
 
 
 @contextlib.contextmanager
-def _code_apart() -> Iterator[None]:
-    """Let transformers import a folder's code, which it copies to its cache to do so, and leave no trace of it."""
+def _isolated_code() -> Iterator[None]:
+    """Let transformers import an exported folder's code through a temporary module cache, and undo the import."""
     from transformers import dynamic_module_utils
 
     def imported() -> dict[str, ModuleType]:
@@ -108,7 +109,7 @@ def _code_apart() -> Iterator[None]:
         for name in before:
             del sys.modules[name]
         dynamic_module_utils.HF_MODULES_CACHE = folder
-        sys.path.insert(0, folder)  # before the cache, which may hold a package of the same name
+        sys.path.insert(0, folder)  # ahead of the real cache, which may have a package of this name
         try:
             yield
         finally:
@@ -118,8 +119,8 @@ def _code_apart() -> Iterator[None]:
             sys.modules.update(before)
 
 
-def _exported(folder: Path, dtype: str) -> Any:
-    """The model that the folder's own code makes, on the meta device."""
+def _exported_model(folder: Path, dtype: str) -> Any:
+    """Load the model with the folder's own code, on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -127,8 +128,8 @@ def _exported(folder: Path, dtype: str) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=DTYPES[dtype]).eval()
 
 
-def _compared(length: int) -> Tensor:
-    """Where in a row of `length` tokens logits are compared, in order."""
+def _compared_places(length: int) -> Tensor:
+    """Return the indices, ascending, at which logits of a row of `length` tokens are compared."""
     spread, last = torch.linspace(0, length - 1, COMPARED - LAST).long(), torch.arange(max(0, length - LAST), length)
     return torch.cat([spread, last]).unique()
 
@@ -138,16 +139,16 @@ def _logits(exported: Any, row: Row, places: Tensor) -> Tensor:
     return output.logits
 
 
-def _difference(actual: Tensor, expected: Tensor, real: Tensor) -> float:
-    """Of logits [1, n, V] where they are of a token that is `real`, bool [1, n], not padding."""
-    of_real = expected[real]
-    return float((actual[real] - of_real).square().mean().sqrt() / of_real.std())
+def _relative_rms(actual: Tensor, expected: Tensor, real: Tensor) -> float:
+    """Return the RMS difference of logits [1, n, V] over their standard deviation, where `real`, bool [1, n]."""
+    reference = expected[real]
+    return float((actual[real] - reference).square().mean().sqrt() / reference.std())
 
 
 def _decoding_difference(exported: Any, rows: Mapping[str, Row], expected: Mapping[str, Tensor]) -> float:
-    """Of the end of two rows together, one padded, that are taken in piece by piece and then token by token."""
-    together = [(rows[check], expected[check]) for check in ("logits", "left_padding")]
-    ids, mask = torch.cat([row.ids for row, _ in together]), torch.cat([row.mask for row, _ in together])
+    """Return the difference at the end of two rows, one padded, prefilled in pieces and then decoded by token."""
+    batch = [(rows[check], expected[check]) for check in ("logits", "left_padding")]
+    ids, mask = torch.cat([row.ids for row, _ in batch]), torch.cat([row.mask for row, _ in batch])
     logits, cache, done = [], None, 0
     first_step = ids.shape[1] - STEPS
     pieces = [ids.shape[1] * piece // PIECES for piece in range(1, PIECES)]
@@ -161,25 +162,25 @@ def _decoding_difference(exported: Any, rows: Mapping[str, Row], expected: Mappi
     decoded = torch.cat(logits[len(pieces) :], 1)
     last = slice(-decoded.shape[1], None)
     return max(
-        _difference(decoded[i : i + 1], logits_of[:, last], row.mask[:, last])
-        for i, (row, logits_of) in enumerate(together)
+        _relative_rms(decoded[i : i + 1], row_logits[:, last], row.mask[:, last])
+        for i, (row, row_logits) in enumerate(batch)
     )
 
 
 @contextlib.contextmanager
 def on_demand(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Let a model on the meta device compute: each module has its weights while its own forward runs, and no longer.
+    """Run a model from the meta device: each module's weights are in memory only during its own forward.
 
     Args:
-        dtype: of matrices, whose layers would otherwise make a copy in it beside them; None: as they are.
+        dtype: matrices are cast to it on load, or else their layers would keep a second copy; None: no cast.
 
     Raises:
-        RunError: `weights` has not the names and shapes of the model.
+        RunError: names or shapes of `weights` do not match the model.
     """
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     for name in sorted({*shapes, *weights}):
         if name not in shapes or name not in weights:
-            raise RunError(f"the weights are not the model's: {name} is in one of them only")
+            raise RunError(f"the weights do not match the model: {name} is only in one of them; export again")
     handles = []
     for path, module in model.named_modules():
         own = {name: f"{path}.{name}" if path else name for name in module._parameters}
@@ -187,8 +188,10 @@ def on_demand(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtyp
         if not own:
             continue
         empty = dict(module._parameters)
-        handles.append(module.register_forward_pre_hook(lambda m, _, own=own: _give(m, own, weights, shapes, dtype)))
-        handles.append(module.register_forward_hook(lambda m, *_, empty=empty: _take(m, empty)))
+        handles.append(
+            module.register_forward_pre_hook(lambda m, _, own=own: _load_parameters(m, own, weights, shapes, dtype))
+        )
+        handles.append(module.register_forward_hook(lambda m, *_, empty=empty: _unload_parameters(m, empty)))
     try:
         yield
     finally:
@@ -196,15 +199,15 @@ def on_demand(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtyp
             handle.remove()
 
 
-def _take(module: nn.Module, empty: Mapping[str, Any]) -> None:
+def _unload_parameters(module: nn.Module, empty: Mapping[str, Any]) -> None:
     module._parameters.update(empty)
-    # the C library of most Linuxes keeps what is freed in pieces of less than 32 MiB: up to 0.6 GiB of activations
+    # glibc keeps freed blocks below 32 MiB for reuse: up to 0.6 GiB of activations
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def _give(
+def _load_parameters(
     module: nn.Module,
     own: Mapping[str, str],
     weights: Mapping[str, Tensor],
@@ -214,7 +217,9 @@ def _give(
     for name, full in own.items():
         value = weights[full]
         if tuple(value.shape) != shapes[full]:
-            raise RunError(f"{full} is {list(value.shape)}, not {list(shapes[full])} as the model's")
+            raise RunError(
+                f"weight {full} has shape {list(value.shape)}, the model's has {list(shapes[full])}; export again"
+            )
         if value.ndim == 2:
             value = value.to(dtype or value.dtype)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)

@@ -1,7 +1,8 @@
-"""Which branches a trained model can do without: a plan to read and edit, and the weights that are left.
+"""Pruning plans: selection of branches and heads by gates or by held-out loss, and the pruned weights.
 
-A pruned layer's mean gate is folded into the output projection of the branch that stays: 2·g of Mamba's rows, 2·(1 − g)
-of attention's. So on average the branch adds to the stream what it added behind its gate.
+The mean gate g of a pruned layer is folded into the output projection of the branch that stays: its rows are scaled by
+2·g for Mamba and by 2·(1 − g) for attention, the factors of the fusion. The branch then adds to the residual stream, on
+average, as much as it added through its gate.
 """
 
 import dataclasses
@@ -27,20 +28,20 @@ _CHANGED = re.compile(r"blocks\.(\d+)\.(mamba|attention)\.(.+)")  # weights that
 
 @dataclass(frozen=True)
 class Pruning:
-    """What stays of every layer."""
+    """Branches and global heads that every layer keeps."""
 
     kinds: tuple[LayerKind, ...]
-    groups: tuple[tuple[int, ...], ...]  # global key-value heads, with their queries; none where there is no attention
+    groups: tuple[tuple[int, ...], ...]  # global key-value heads, with their queries; empty without attention
 
     @classmethod
     def none(cls, config: ModelConfig) -> "Pruning":
-        """Everything stays."""
+        """Return the pruning that keeps everything."""
         layers = range(config.num_layers)
         kinds = tuple(config.kind_at(layer) for layer in layers)
         return cls(kinds, tuple(tuple(range(config.kv_heads_at(layer)[0])) for layer in layers))
 
     def replace(self, layer: int, kind: LayerKind | None = None, groups: tuple[int, ...] | None = None) -> "Pruning":
-        """The same but for one layer."""
+        """Return a copy with one layer changed."""
         kinds, all_groups = list(self.kinds), list(self.groups)
         kinds[layer] = kind or kinds[layer]
         all_groups[layer] = groups if groups is not None else all_groups[layer]
@@ -48,8 +49,8 @@ class Pruning:
             all_groups[layer] = ()
         return Pruning(tuple(kinds), tuple(all_groups))
 
-    def plan(self) -> dict[str, Any]:
-        """The plan that says so, for `read_plan`."""
+    def to_plan(self) -> dict[str, Any]:
+        """Return the pruning as a plan for `read_plan`."""
         kept = zip(self.kinds, self.groups, strict=True)
         return {
             "layers": [
@@ -57,36 +58,36 @@ class Pruning:
             ]
         }
 
-    def config(self, whole: ModelConfig) -> ModelConfig:
-        """The shape that is left of `whole`."""
+    def apply(self, config: ModelConfig) -> ModelConfig:
+        """Return the pruned configuration of a model of `config`."""
         kinds = None if set(self.kinds) == {"hybrid"} else self.kinds
         heads: tuple[int, ...] | None = tuple(
-            whole.global_heads if kind == "mamba" else whole.queries_per_kv * len(groups)
+            config.global_heads if kind == "mamba" else config.queries_per_kv * len(groups)
             for kind, groups in zip(self.kinds, self.groups, strict=True)
         )
-        if set(heads or ()) == {whole.global_heads}:
+        if set(heads or ()) == {config.global_heads}:
             heads = None
-        return dataclasses.replace(whole, layer_kinds=kinds, layer_global_heads=heads)
+        return dataclasses.replace(config, layer_kinds=kinds, layer_global_heads=heads)
 
 
 class PrunedWeights(Mapping[str, Tensor]):
-    """The weights that `pruning` leaves, each made from the whole model's when it is asked for."""
+    """Weights of the pruned model, each computed from the unpruned weights on access."""
 
     def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig, pruning: Pruning, gates: Tensor):
-        """`gates`: mean by layer and channel, fp32 [layers, H]; 1 is all Mamba."""
-        self.weights, self.whole, self.pruning, self.gates = weights, config, pruning, gates
+        """Take the unpruned weights, and mean gates by layer and channel, fp32 [layers, H]; 1 is all Mamba."""
+        self.weights, self.config, self.pruning, self.gates = weights, config, pruning, gates
         with torch.device("meta"):
-            self.names = [name for name, _ in HybridLM(pruning.config(config)).named_parameters()]
+            self.names = [name for name, _ in HybridLM(pruning.apply(config)).named_parameters()]
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.weights[name]
         found = _CHANGED.fullmatch(name)
         if found is None:
             return value
-        layer, branch, what = int(found[1]), found[2], found[3]
-        if branch == "attention" and self.pruning.groups[layer] != Pruning.none(self.whole).groups[layer]:
-            value = self._kept_heads(value, what, layer)
-        if what == "out_proj.weight" and self.whole.kind_at(layer) == "hybrid" and self.pruning.kinds[layer] == branch:
+        layer, branch, part = int(found[1]), found[2], found[3]
+        if branch == "attention" and self.pruning.groups[layer] != Pruning.none(self.config).groups[layer]:
+            value = self._select_heads(value, part, layer)
+        if part == "out_proj.weight" and self.config.kind_at(layer) == "hybrid" and self.pruning.kinds[layer] == branch:
             gate = self.gates[layer] if branch == "mamba" else 1 - self.gates[layer]
             value = (value * (2 * gate)[:, None]).to(value.dtype)
         return value
@@ -97,19 +98,23 @@ class PrunedWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def _kept_heads(self, value: Tensor, what: str, layer: int) -> Tensor:
-        """The part of an attention's weight that belongs to the heads that stay."""
-        D, queries = self.whole.head_dim, self.whole.queries_per_kv
-        global_kv, windowed = self.whole.kv_heads_at(layer)
+    def _select_heads(self, value: Tensor, part: str, layer: int) -> Tensor:
+        """Return the slices of an attention weight that belong to the heads that stay.
+
+        `qkv_proj` has the rows of all queries, then of all keys, then of all values; within each, the global key-value
+        heads come before the windowed ones, which always stay.
+        """
+        D, queries = self.config.head_dim, self.config.queries_per_kv
+        global_kv, windowed = self.config.kv_heads_at(layer)
         K = global_kv + windowed
         kv = [*self.pruning.groups[layer], *range(global_kv, K)]
         q = [queries * head + i for head in kv for i in range(queries)]
-        if what == "qkv_proj.weight":
+        if part == "qkv_proj.weight":
             rows = [*q, *(queries * K + head for head in kv), *((queries + 1) * K + head for head in kv)]
             return value.unflatten(0, (-1, D))[rows].flatten(0, 1)
-        if what == "out_proj.weight":
+        if part == "out_proj.weight":
             return value.unflatten(1, (-1, D))[:, q].flatten(1)
-        return value.unflatten(0, (-1, D))[q].flatten() if what == "norm" else value
+        return value.unflatten(0, (-1, D))[q].flatten() if part == "norm" else value
 
 
 def pruned_model(
@@ -120,9 +125,9 @@ def pruned_model(
     kernels: Kernels | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> HybridLM:
-    """The model that `pruning` leaves, in memory; what did not change is shared with `weights`."""
+    """Build the pruned model in memory; unchanged tensors are shared with `weights`."""
     with torch.device("meta"):
-        model = HybridLM(pruning.config(config), kernels, compute_dtype=compute_dtype)
+        model = HybridLM(pruning.apply(config), kernels, compute_dtype=compute_dtype)
     model.load_state_dict(dict(PrunedWeights(weights, config, pruning, gates)), strict=True, assign=True)
     return model.eval()
 
@@ -131,16 +136,17 @@ def pruned_model(
 
 
 def make_plan(config: ModelConfig, gates: Tensor, hi: float, lo: float, tokens: int) -> dict[str, Any]:
-    """What the gates let go of, to be read, edited and given to `export --prune`.
+    """Return the pruning plan that the gates suggest, for review and for `export --prune`.
 
     A layer whose mean gate is above `hi` keeps only Mamba, below `lo` only attention. Its confidence is the share of
-    its channels whose own mean is on the same side; that of a layer which keeps both, the share between the two.
+    channels whose mean gate is on the same side; for a layer that keeps both branches, the share between the bounds.
 
     Args:
-        gates: fp32 [layers, H], the mean by layer and channel. tokens: of the row whose cache is counted, bf16.
+        gates: fp32 [layers, H], mean by layer and channel.
+        tokens: row length for which the saved bytes of a bf16 cache are reported.
     """
     if not 0 <= lo < hi <= 1:
-        raise UserError(f"--hi {hi} and --lo {lo}: a gate's mean is from 0 to 1, and hi must be above lo")
+        raise UserError(f"--hi is {hi} and --lo {lo}; both must be from 0 to 1, and hi must be above lo")
     layers = []
     nothing = Pruning.none(config)
     for layer in range(config.num_layers):
@@ -165,16 +171,16 @@ def make_plan(config: ModelConfig, gates: Tensor, hi: float, lo: float, tokens: 
 
 
 def savings(config: ModelConfig, pruning: Pruning, tokens: int) -> dict[str, int]:
-    """Parameters, and bytes of one row's bf16 cache after `tokens` tokens, that `pruning` does without."""
-    left = pruning.config(config)
+    """Return the parameters, and the bytes of a bf16 cache for one row of `tokens` tokens, that `pruning` removes."""
+    pruned = pruning.apply(config)
     return {
-        "parameters": config.parameter_count() - left.parameter_count(),
-        "cache_bytes": cache_bytes(config, tokens) - cache_bytes(left, tokens),
+        "parameters": config.parameter_count() - pruned.parameter_count(),
+        "cache_bytes": cache_bytes(config, tokens) - cache_bytes(pruned, tokens),
     }
 
 
 def cache_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the layers' memory for one row of `tokens` tokens in bf16."""
+    """Return the bytes of the bf16 cache of all layers for one row of `tokens` tokens."""
     cache = Cache(config, 1, torch.bfloat16, "meta")
     cache.reserve(tokens)
     return sum(map(_layer_bytes, cache.layers))
@@ -185,48 +191,44 @@ def _layer_bytes(layer: LayerCache) -> int:
 
 
 def read_plan(path: Path, config: ModelConfig) -> Pruning:
-    """The pruning that a plan says; a layer that it does not name stays as it is.
-
-    Only `layer`, `keep` and `global_groups` are read.
+    """Read the pruning from a plan's `layer`, `keep` and `global_groups`; layers not in the plan are not pruned.
 
     Raises:
-        UserError: it is no plan, names a layer or head that the model does not have, or would leave a layer nothing.
+        UserError: the file is not a plan, has a layer or head that the model does not have, or leaves a layer nothing.
     """
     try:
         plan = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"no plan at {path}; make one with `fusiontree prune RUN --out {path}`") from None
+        raise UserError(f"no plan at {path}; create one with `fusiontree prune RUN --out {path}`") from None
     except ValueError as error:
-        raise UserError(f"{path} is no pruning plan ({error}); make one with `fusiontree prune`") from None
+        raise UserError(f"{path} is not a pruning plan ({error}); create one with `fusiontree prune`") from None
     try:
-        return planned(plan, config, path)
+        return parse_plan(plan, config, path)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no pruning plan ({error!r}); make one with `fusiontree prune`") from None
+        raise UserError(f"{path} is not a pruning plan ({error!r}); create one with `fusiontree prune`") from None
 
 
-def planned(plan: Mapping[str, Any], config: ModelConfig, path: object) -> Pruning:
-    """The pruning of a plan as `make_plan` makes it; errors, which name `path`, as of `read_plan`."""
+def parse_plan(plan: Mapping[str, Any], config: ModelConfig, path: object) -> Pruning:
+    """Return the pruning of a plan in the format of `make_plan`; errors as in `read_plan`, with `path` as the file."""
     entries = [(entry["layer"], entry.get("keep"), entry.get("global_groups")) for entry in plan["layers"]]
     if not entries:
-        raise UserError(f"{path} names no layer; make a plan with `fusiontree prune`")
+        raise UserError(f"{path} has no layers; create a plan with `fusiontree prune`")
     pruning, seen = Pruning.none(config), set()
     for layer, keep, groups in entries:
         if type(layer) is not int or not 0 <= layer < config.num_layers:
             raise UserError(f"{path}: layer {layer!r} is unknown; the model's layers are 0 to {config.num_layers - 1}")
         if layer in seen:
-            raise UserError(f"{path}: layer {layer} stands there twice; remove one")
+            raise UserError(f"{path}: layer {layer} appears twice; remove one")
         seen.add(layer)
-        pruning = _planned(path, config, pruning, layer, keep, groups)
+        pruning = _parse_layer(path, config, pruning, layer, keep, groups)
     return pruning
 
 
-def _planned(path: object, config: ModelConfig, pruning: Pruning, layer: int, keep: Any, groups: Any) -> Pruning:
+def _parse_layer(path: object, config: ModelConfig, pruning: Pruning, layer: int, keep: Any, groups: Any) -> Pruning:
     if keep not in KINDS:
-        raise UserError(
-            f"{path}: layer {layer} keeps {keep!r}; it must keep a branch: mamba or attention, or both (hybrid)"
-        )
+        raise UserError(f"{path}: layer {layer}: keep is {keep!r}; it must be mamba, attention or hybrid (both)")
     if config.kind_at(layer) not in ("hybrid", keep):
-        raise UserError(f"{path}: layer {layer} has {config.kind_at(layer)} only; it cannot keep {keep}")
+        raise UserError(f"{path}: layer {layer} has only {config.kind_at(layer)}; it cannot keep {keep}")
     global_kv, windowed = config.kv_heads_at(layer)
     if keep == "mamba" or groups is None:
         return pruning.replace(layer, keep)
@@ -235,17 +237,19 @@ def _planned(path: object, config: ModelConfig, pruning: Pruning, layer: int, ke
         or groups != [g for g in range(global_kv) if g in groups]
         or not all(type(g) is int for g in groups)
     ):
-        raise UserError(f"{path}: layer {layer}: global_groups is {groups}; it must be some of 0 to {global_kv - 1}")
+        raise UserError(
+            f"{path}: layer {layer}: global_groups is {groups}; it must list heads from 0 to {global_kv - 1}"
+        )
     if not groups and not windowed:
-        raise UserError(f"{path}: layer {layer}: global_groups is empty, and the layer has no other head")
+        raise UserError(f"{path}: layer {layer}: global_groups is empty; list a head, for the layer has no others")
     return pruning.replace(layer, keep, tuple(groups))
 
 
-# --- by held-out loss ------------------------------------------------------------------------------------------------
+# --- selection by held-out loss ---------------------------------------------------------------------------------------
 
 
 def branch_candidates(config: ModelConfig) -> dict[str, Pruning]:
-    """Every single branch that can go, by a name to show, and what is left."""
+    """Return every prunable branch by its displayed name, with the pruning that removes only it."""
     nothing = Pruning.none(config)
     hybrids = [layer for layer in range(config.num_layers) if config.kind_at(layer) == "hybrid"]
     keeps: dict[str, LayerKind] = {"attention": "mamba", "mamba": "attention"}
@@ -253,7 +257,7 @@ def branch_candidates(config: ModelConfig) -> dict[str, Pruning]:
 
 
 def head_candidates(config: ModelConfig) -> dict[str, Pruning]:
-    """Every single global key-value head that can go with its queries, by a name to show, and what is left."""
+    """Return every prunable global key-value head by its displayed name, with the pruning that removes only it."""
     nothing, found = Pruning.none(config), {}
     for layer, groups in enumerate(nothing.groups):
         for gone in groups if len(groups) + config.kv_heads_at(layer)[1] > 1 else ():
@@ -262,29 +266,36 @@ def head_candidates(config: ModelConfig) -> dict[str, Pruning]:
     return found
 
 
-def least_loss(
+def select_cheapest(
     candidates: Mapping[str, Pruning], count: int, config: ModelConfig, loss: Callable[[str, Pruning], float]
 ) -> tuple[Pruning, dict[str, float]]:
-    """The `count` candidates that cost the least loss, each measured alone, together; and every one's loss.
+    """Measure each candidate alone and combine the `count` with the lowest loss.
+
+    A candidate that would leave a layer nothing is skipped.
+
+    Returns:
+        The combined pruning, and the loss of each candidate in ascending order.
 
     Raises:
-        UserError: fewer than `count` can go, or `count` is below 1.
+        UserError: fewer than `count` can be removed together, or `count` is below 1.
     """
     if not 1 <= count <= len(candidates):
-        raise UserError(f"asked to prune {count}; this model has {len(candidates)} that can go, each alone")
+        raise UserError(f"asked to prune {count}; it must be from 1 to {len(candidates)}, this model's candidates")
     measured = {name: loss(name, pruning) for name, pruning in candidates.items()}
-    together, taken = Pruning.none(config), 0
+    combined, taken = Pruning.none(config), 0
     for name in sorted(measured, key=measured.__getitem__):
-        joined = _joined(together, candidates[name], config)
-        if joined is not None and taken < count:
-            together, taken = joined, taken + 1
+        merged = _merge(combined, candidates[name], config)
+        if merged is not None and taken < count:
+            combined, taken = merged, taken + 1
     if taken < count:
-        raise UserError(f"asked to prune {count}; {taken} can go together if every layer is to keep something")
-    return together, dict(sorted(measured.items(), key=lambda item: item[1]))
+        raise UserError(
+            f"asked to prune {count}; only {taken} can be removed together, for every layer must keep a branch"
+        )
+    return combined, dict(sorted(measured.items(), key=lambda item: item[1]))
 
 
-def _joined(one: Pruning, other: Pruning, config: ModelConfig) -> Pruning | None:
-    """What both prunings leave together; None where that would leave a layer nothing."""
+def _merge(one: Pruning, other: Pruning, config: ModelConfig) -> Pruning | None:
+    """Return the pruning that removes the parts of both; None if a layer would be left with nothing."""
     for layer in range(config.num_layers):
         kinds = {one.kinds[layer], other.kinds[layer]} - {"hybrid"}
         groups = tuple(sorted(set(one.groups[layer]) & set(other.groups[layer])))

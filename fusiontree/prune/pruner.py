@@ -1,4 +1,4 @@
-"""Pruning a run's model by measurement: what goes, and what the model loses and saves by it."""
+"""Pruning of a run's model, with loss, size and speed measured before and after."""
 
 import re
 from collections.abc import Mapping
@@ -22,23 +22,24 @@ from fusiontree.prune.plan import (
     branch_candidates,
     cache_bytes,
     head_candidates,
-    least_loss,
     make_plan,
-    planned,
+    parse_plan,
     pruned_model,
     read_plan,
+    select_cheapest,
 )
 from fusiontree.run.folder import CONFIG_FILE, TOKENIZER, run_of
 
-HI, LO = 0.8, 0.2  # of a plan, where nothing else is said
-_DECODED = 16  # tokens made to time a step
+HI, LO = 0.8, 0.2  # default bounds of a plan
+_DECODED = 16  # timed decoding steps
 
 
 def plan_run(source: Path, hi: float = HI, lo: float = LO) -> dict[str, Any]:
-    """The pruning plan of a run's newest checkpoint, or of a checkpoint.
+    """Return the pruning plan of a checkpoint, or of a run's newest one.
 
     Raises:
-        UserError: there is none, or the bounds are not in order. RunError: it does not verify.
+        UserError: there is no checkpoint, or the bounds are out of range.
+        RunError: the checkpoint does not verify.
     """
     found = store.resolve(source)
     config = load_config(str(found / CONFIG_FILE))
@@ -47,7 +48,7 @@ def plan_run(source: Path, hi: float = HI, lo: float = LO) -> dict[str, Any]:
 
 
 class Pruner:
-    """A run's model in memory, on the device here, and held-out rows to measure it by."""
+    """A run's model on this machine's device, and the held-out rows to measure it on."""
 
     def __init__(
         self,
@@ -57,10 +58,16 @@ class Pruner:
         data: Path | None = None,
         limit: int | None = None,
     ):
-        """`found`: the checkpoint. `data`: a dataset; None: the run's own. `limit`: of its held-out rows, at most."""
+        """Load the weights and open the held-out rows.
+
+        Args:
+            found: the checkpoint.
+            data: dataset; None: the run's own.
+            limit: maximum number of held-out rows; None: all.
+        """
         locations = config.data.locations if data is None else {"": str(data)}
         if not locations:
-            raise UserError("the run names no dataset to measure the pruning by; give one with --data")
+            raise UserError("the run has no dataset to measure the pruning on; give one with --data")
         fingerprint = store.read_state(found)["tokenizer_fingerprint"]
         self.held_out = open_held_out(locations)
         for dataset in self.held_out.datasets:
@@ -71,41 +78,40 @@ class Pruner:
         self.weights = {name: weights[name].to(self.device) for name in weights}
 
     def model(self, pruning: Pruning) -> HybridLM:
-        """What `pruning` leaves."""
+        """Return the pruned model."""
         config, dtype = self.config, DTYPES[self.config.precision]
         kernels = choose_kernels(self.device.type, config.kernels.model_dump(), config.model, dtype)
         return pruned_model(self.weights, config.model, pruning, self.gates, kernels, dtype)
 
     def loss(self, note: str, pruning: Pruning) -> float:
-        """Held-out loss of what `pruning` leaves, nats per token."""
+        """Return the held-out loss of the pruned model, nats per token."""
         return held_out_loss(self.model(pruning), self.held_out, self.config.data.seq_len, self.limit, note)
 
     def prune(self, prune: str | None, heads: int) -> tuple[Pruning, dict[str, Any]]:
-        """What to prune, and the report: loss, size and speed before and after, the loss without each candidate.
+        """Choose the parts to prune and measure the result; arguments as in `ExportOptions`.
 
-        The plan that says the same is in it, too.
-        A speed that could not be measured has in its place the line that says why (`problem`).
-
-        Arguments as of `export`.
+        Returns:
+            The pruning, and its report: loss, size and speed before and after (`problem` if the speed could not be
+            measured), the loss without each candidate, and the plan.
         """
         pruning, measured = self._choose(prune, heads)
         before, after = self._figures(Pruning.none(self.config.model)), self._figures(pruning)
-        return pruning, {"before": before, "after": after, "loss_without": measured, "plan": pruning.plan()}
+        return pruning, {"before": before, "after": after, "loss_without": measured, "plan": pruning.to_plan()}
 
     def _choose(self, prune: str | None, heads: int) -> tuple[Pruning, dict[str, float]]:
         config = self.config.model
         if prune is not None and heads:
-            raise UserError("--prune and --prune-heads are both given; take one, or edit a plan's global_groups")
+            raise UserError("--prune and --prune-heads cannot be combined; use one, or edit global_groups in a plan")
         if heads:
-            return least_loss(head_candidates(config), heads, config, self.loss)
+            return select_cheapest(head_candidates(config), heads, config, self.loss)
         if prune is not None and re.fullmatch("-?[0-9]{1,9}", prune):
-            return least_loss(branch_candidates(config), int(prune), config, self.loss)
+            return select_cheapest(branch_candidates(config), int(prune), config, self.loss)
         if prune == "auto":
-            return planned(make_plan(config, self.gates.cpu(), HI, LO, self.config.data.seq_len), config, "auto"), {}
+            return parse_plan(make_plan(config, self.gates.cpu(), HI, LO, self.config.data.seq_len), config, "auto"), {}
         return read_plan(Path(prune or ""), config), {}
 
     def _figures(self, pruning: Pruning) -> dict[str, Any]:
-        shape, tokens = pruning.config(self.config.model), self.config.data.seq_len
+        shape, tokens = pruning.apply(self.config.model), self.config.data.seq_len
         speed = measure_decoding(self.model(pruning), 1, max(1, tokens - _DECODED - UNTIMED_STEPS), _DECODED)
         return {
             "loss": self.loss("held-out loss", pruning),

@@ -1,4 +1,4 @@
-"""``fusiontree report``: runs as one HTML page that needs nothing but itself."""
+"""``fusiontree report``: runs as one self-contained HTML page."""
 
 from fusiontree.report.page import write_report
 

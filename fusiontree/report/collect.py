@@ -1,4 +1,4 @@
-"""What a report shows of a run, as plain values that fit into a page however long the run was."""
+"""Data of a report, as plain values whose size does not grow with the length of the run."""
 
 import datetime
 import math
@@ -19,22 +19,22 @@ from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LAYERS_FILE, list_ch
 from fusiontree.run.jsonlines import read_json_lines
 from fusiontree.run.records import read_metrics
 
-CURVE = 1000  # points of a curve at most: of longer ones, the least and the greatest of each stretch
-NONE = "—"
-COLUMNS = 160  # steps of a heat map at most
-CHANNELS = 256  # channels of a layer at most
-EVENTS = 500  # of each kind at most, the last
-_MAPS = ("gate_mean", "gate_std", "mamba_rms", "attention_rms", "grad_norm")
+NONE = "—"  # a missing value
+MAX_POINTS = 1000  # per curve
+MAX_COLUMNS = 160  # steps in a heat map
+MAX_CHANNELS = 256  # per layer
+MAX_EVENTS = 500  # per kind, the last ones
+_LAYER_FIGURES = ("gate_mean", "gate_std", "mamba_rms", "attention_rms", "grad_norm")
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """All that a page shows of the run in folder `run`, as JSON; what the run does not have is empty.
+    """Return the data of the page on the run in folder `run`, as JSON values; missing parts are empty.
 
     Raises:
-        UserError: it is not a run's folder.
+        UserError: `run` is not a run's folder.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise UserError(f"{run} is not a run's folder: it has no {CONFIG_FILE}; give one such as runs/NAME")
+        raise UserError(f"{run} is not a run's folder: it has no {CONFIG_FILE}; give a folder such as runs/NAME")
     config = _read_config(run / CONFIG_FILE)
     lines = [line for line in read_metrics(run) if isinstance(line.get("step"), int)]
     layers = [line for line in read_json_lines(run / LAYERS_FILE) if isinstance(line.get("step"), int)]
@@ -46,7 +46,7 @@ def collect(run: Path) -> dict[str, Any]:
         "facts": _facts(config, lines, events),
         "curves": {name: _curve(lines, name) for name in _curve_names(lines)},
         "buckets": _last_buckets(lines),
-        "layers": _maps(layers),
+        "layers": _layer_maps(layers),
         "flop_share": layers[-1].get("flop_share", {}) if layers else {},
         "channels": _channels(run),
         "events": events,
@@ -55,7 +55,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The run's configuration by dotted key; read as it stands, for another version may know other keys."""
+    """Return the run's configuration by dotted key, without validation: another version may have other keys."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -84,26 +84,26 @@ def _curve_names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[list[float | None]]:
-    """Steps and values; a value that is not finite is None."""
+    """Return steps and values; non-finite values become None."""
     points = [(line["step"], _finite(line[name])) for line in lines if name in line]
-    return [list(column) for column in zip(*thin(points, CURVE), strict=True)]
+    return [list(column) for column in zip(*downsample(points, MAX_POINTS), strict=True)]
 
 
-def thin(points: Sequence[tuple[int, float | None]], most: int) -> Sequence[tuple[int, float | None]]:
-    """At most `most` of the points in their order, the first, the last and every peak among them.
+def downsample(points: Sequence[tuple[int, float | None]], limit: int) -> Sequence[tuple[int, float | None]]:
+    """Return at most `limit` points in order, with the first, the last and every peak.
 
-    Of each stretch the least and the greatest stay, so that no spike is lost; one that is None stays as the least.
+    Each segment keeps its minimum and its maximum, so no spike is lost. None counts as the minimum.
     """
-    if len(points) <= most:
+    if len(points) <= limit:
         return points
-    stretches = (most - 2) // 2
+    segments = (limit - 2) // 2
     inner = points[1:-1]
     kept = [points[0]]
-    for i in range(stretches):
-        first, end = (round(k * len(inner) / stretches) for k in (i, i + 1))
-        heights = [-math.inf if value is None else value for _, value in inner[first:end]]
-        ends = {first + heights.index(height) for height in (min(heights), max(heights))}
-        kept += [inner[place] for place in sorted(ends)]
+    for i in range(segments):
+        first, end = (round(k * len(inner) / segments) for k in (i, i + 1))
+        values = [-math.inf if value is None else value for _, value in inner[first:end]]
+        extremes = {first + values.index(value) for value in (min(values), max(values))}
+        kept += [inner[index] for index in sorted(extremes)]
     return [*kept, points[-1]]
 
 
@@ -112,7 +112,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _last_buckets(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last validation loss by document length and by position: buckets in order, and their losses."""
+    """Return the last validation losses by document length and by position, with their buckets in order."""
     last: Mapping[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
     found = {}
     for kind in ("length", "position"):
@@ -126,30 +126,30 @@ def _last_buckets(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _maps(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures by layer over the steps: each a list of steps of a list of layers."""
+def _layer_maps(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return each figure as a list over steps of lists over layers."""
     if not lines:
         return {}
-    kept = [lines[place] for place in _evenly(len(lines), COLUMNS)]
-    maps = {name: [[_finite(v) for v in line.get(name, [])] for line in kept] for name in _MAPS}
+    kept = [lines[index] for index in _spread(len(lines), MAX_COLUMNS)]
+    maps = {name: [[_finite(v) for v in line.get(name, [])] for line in kept] for name in _LAYER_FIGURES}
     return {"steps": [line["step"] for line in kept], **maps}
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    """At most `most` of the places 0 to count - 1 at even distances, the first and the last among them."""
-    if count <= most:
+def _spread(count: int, limit: int) -> list[int]:
+    """Return at most `limit` evenly spaced indices from 0 to count - 1, with the first and the last."""
+    if count <= limit:
         return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+    return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
 
 
 def _channels(run: Path) -> dict[str, Any]:
-    """The gates by channel, sorted within each layer, of the newest checkpoint whose file of gates can be read."""
+    """Return the gates by channel, sorted within each layer, of the newest checkpoint with a readable gates file."""
     for path in reversed(list_checkpoints(run / CHECKPOINTS)):
         try:
             gates = store.read_gates(path).sort(-1).values
         except (OSError, SafetensorError, KeyError):
-            continue  # an older one serves as well: the page says which step it shows
-        kept = gates[:, _evenly(gates.shape[1], CHANNELS)]
+            continue  # fall back to an older one; the page names the step
+        kept = gates[:, _spread(gates.shape[1], MAX_CHANNELS)]
         values = [[round(value, 4) for value in layer] for layer in kept.tolist()]
         return {"step": step_of(path), "count": gates.shape[1], "values": values}
     return {}
@@ -159,19 +159,19 @@ def _channels(run: Path) -> dict[str, Any]:
 
 
 def _events(run: Path) -> list[dict[str, Any]]:
-    """Checkpoints that are there, and incidents: kind, step, what a person should read, and when, if that is known."""
+    """Return existing checkpoints and recorded incidents: kind, step, message, and time if known."""
     found: list[dict[str, Any]] = []
     for path in list_checkpoints(run / CHECKPOINTS):
-        place = {"step": step_of(path), "time": path.stat().st_mtime}
-        found.append({"kind": "checkpoint", "message": path.name, **place})
+        when = {"step": step_of(path), "time": path.stat().st_mtime}
+        found.append({"kind": "checkpoint", "message": path.name, **when})
     for line in incidents.read(run):
-        known = {"kind": "incident", "step": 0, "message": "", "time": None} | line
-        found.append({key: known[key] for key in ("kind", "step", "message", "time")})
+        incident = {"kind": "incident", "step": 0, "message": "", "time": None} | line
+        found.append({key: incident[key] for key in ("kind", "step", "message", "time")})
     counts: Counter[str] = Counter()
     kept = []
     for event in reversed(found):
         counts[event["kind"]] += 1
-        if counts[event["kind"]] <= EVENTS:
+        if counts[event["kind"]] <= MAX_EVENTS:
             kept.append(event | {"when": _when(event["time"])})
     return kept[::-1]
 
@@ -183,7 +183,7 @@ def _when(seconds: float | None) -> str:
 def _facts(
     config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """What stands at the head of the page; a dash where the run has none."""
+    """Return the facts in the page's summary; missing ones are `NONE`."""
     steps, done = config.get("schedule.steps"), max((line["step"] for line in lines), default=0)
     validation = [(line["val_loss"], line["step"]) for line in lines if _finite(line.get("val_loss")) is not None]
     best = min(validation, default=None)
@@ -210,12 +210,12 @@ def _parameters(config: Mapping[str, Any]) -> int | None:
     shape = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
     try:
         return ModelConfig(**shape).parameter_count()
-    except (TypeError, ValueError):  # of another version
+    except (TypeError, ValueError):  # written by another version
         return None
 
 
 def _number(value: int | None) -> str:
-    """A count, shortened from a million on."""
+    """Format a count, abbreviated from a million upwards."""
     if value is None:
         return NONE
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):

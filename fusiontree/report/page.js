@@ -1,10 +1,10 @@
 "use strict";
-// Draws the page's charts from the data within it. It asks nothing of anyone: no library, no network.
+// Draws the page's charts from the embedded data, without libraries or network access.
 
 const runs = JSON.parse(document.getElementById("data").textContent);
 const settings = { x: "step", smooth: true };
-const redraws = []; // one of each chart
-const crosshairs = []; // of each chart over steps: shows where the pointer is in another
+const redraws = []; // one function per chart
+const crosshairs = []; // one function per chart over steps: shows the pointer's x of another chart
 const one = runs.length === 1;
 
 // --- building blocks -------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ function ticks(low, high, count, log) {
   return found;
 }
 
-// --- the tip ---------------------------------------------------------------------------------------------------------
+// --- tooltip ---------------------------------------------------------------------------------------------------------
 
 const tip = document.getElementById("tip");
 
@@ -119,7 +119,7 @@ function nearest(xs, x) {
   return xs.length && Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
 }
 
-// spec: title, hint, log (at first), smooth, names (categories instead of steps), series of {label, hue, dash, run, xs, ys}
+// spec: title, hint, log (initial state), smooth, names (categories instead of steps), series: [{label, hue, dash, xs, ys, tokens}]
 function lineChart(holder, spec) {
   const hidden = new Set();
   let log = spec.log ?? false;
@@ -144,7 +144,7 @@ function lineChart(holder, spec) {
     legend.append(entry);
   });
 
-  let place = null; // x in pixels to x of the data and back, and the cross: of the last drawing
+  let place = null; // scales, crosshair and series of the last drawing
   const across = (s) => (spec.names || settings.x === "step" ? s.xs : s.xs.map((x) => x * (s.tokens ?? 1)));
 
   function draw() {
@@ -211,7 +211,7 @@ function lineChart(holder, spec) {
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
   let key = 0;
-  svg.addEventListener("keydown", (e) => { // the arrows walk along the first curve
+  svg.addEventListener("keydown", (e) => { // arrow keys move along the first curve
     const first = place.shown.find((s) => s.xs.length);
     if (!first || !["ArrowLeft", "ArrowRight"].includes(e.key)) return;
     e.preventDefault();
@@ -229,7 +229,7 @@ function description(spec) {
     const values = finite(s.ys);
     const [low, high] = span(values);
     return values.length
-      ? `${s.label}: from ${format(values[0])} to ${format(values.at(-1))}, least ${format(low)}, greatest ${format(high)}`
+      ? `${s.label}: from ${format(values[0])} to ${format(values.at(-1))}, minimum ${format(low)}, maximum ${format(high)}`
       : `${s.label}: no values`;
   });
   return `${spec.title}. ${parts.join("; ")}`;
@@ -237,7 +237,7 @@ function description(spec) {
 
 const DASHES = ["none", "7 3", "2 3", "9 3 2 3"];
 
-// one series of each run and name that has values; of one run, names differ in colour, else in dashes
+// One series per run and name that has values. Names differ in colour with one run, in dashes with several.
 function seriesOf(names, label = (name) => name) {
   const found = [];
   runs.forEach((run, r) => names.forEach((name, n) => {
@@ -257,15 +257,15 @@ function drawCurves() {
   const charts = [
     { title: "Training loss", hint: "nats per token", names: ["loss"], smooth: true },
     { title: "Validation loss", hint: "nats per token", names: ["val_loss", ...bySource] },
-    { title: "What else is minimised", names: ["z_loss", "distill_loss", "gate_penalty"], smooth: true },
+    { title: "Auxiliary losses", names: ["z_loss", "distill_loss", "gate_penalty"], smooth: true },
     { title: "Learning rate", names: ["lr"] },
     { title: "Gradient norm", hint: "before clipping", names: ["grad_norm"], smooth: true, log: true },
     { title: "Throughput", hint: "tokens/s, all ranks", names: ["tokens_per_s"], smooth: true },
-    runs.some((run) => run.curves.mfu) // the same curve in other units
-      ? { title: "MFU", hint: "share of the peak, by the model's own FLOPs", names: ["mfu"], smooth: true }
-      : { title: "Compute", hint: "model TFLOP/s a device", names: ["tflop_per_s"], smooth: true },
-    { title: "Mean gate", hint: "1 is all Mamba, 0 all attention", names: ["gate_mean"], smooth: true },
-    { title: "Peak memory", hint: "GiB, of the rank with most", names: ["memory_gib"] },
+    runs.some((run) => run.curves.mfu) // both are the same curve in different units
+      ? { title: "MFU", hint: "model FLOPs over the peak", names: ["mfu"], smooth: true }
+      : { title: "Compute", hint: "model TFLOP/s per device", names: ["tflop_per_s"], smooth: true },
+    { title: "Mean gate", hint: "1: all Mamba, 0: all attention", names: ["gate_mean"], smooth: true },
+    { title: "Peak memory", hint: "GiB, maximum over ranks", names: ["memory_gib"] },
   ];
   const label = (name) => (name === "val_loss" ? "all" : name.replace("val_loss/", ""));
   for (const chart of charts) {
@@ -281,14 +281,14 @@ function drawCurves() {
       return [{ label: run.label, hue: colour(r), dash: "none", xs, ys: found.losses }];
     });
     const title = `Loss by ${kind === "length" ? "document length" : "position in the document"}`;
-    if (series.length) lineChart(holder, { title, hint: "last validation; tokens", names, series });
+    if (series.length) lineChart(holder, { title, hint: "last validation; bucket in tokens", names, series });
   }
   if (!holder.children.length) holder.append(node("p", { class: "note" }, "No figures were recorded."));
 }
 
 // --- heat maps -------------------------------------------------------------------------------------------------------
 
-// spec: title, hint, columns of rows of values, hue(value), ramp, say(column, row, value) for the tip, under (axis texts)
+// spec: title, hint, unit, values (columns of rows), hue(value), ramp, say(column) for the tooltip, under (axis labels)
 function heatMap(holder, spec) {
   const rows = spec.values[0]?.length ?? 0, columns = spec.values.length;
   const svg = shape("svg", { role: "img", "aria-label": `${spec.title}: ${rows} layers by ${columns} ${spec.unit}` });
@@ -330,7 +330,7 @@ function heatMap(holder, spec) {
 
 const mix = (hue, share, ground) => `color-mix(in oklab, var(${hue}) ${(share * 100).toFixed(1)}%, var(${ground}))`;
 
-// around one half: blue leans to Mamba, orange to attention; as strong as the farthest of all values
+// diverging around 0.5: blue for Mamba, orange for attention; the most distant value has the full colour
 function leaning(values) {
   const [low, high] = span(finite(values));
   const reach = Math.max(0.02, high - 0.5, 0.5 - low);
@@ -352,16 +352,16 @@ function ramp(stops, [from, to]) {
 }
 
 const MAPS = [
-  ["gate_mean", "Gate mean", "1 is all Mamba, 0 all attention", leaning],
-  ["gate_std", "Gate spread", "standard deviation of the channels' means", rising],
-  ["mamba_rms", "Mamba output", "root mean square of the branch", rising],
-  ["attention_rms", "Attention output", "root mean square of the branch", rising],
-  ["grad_norm", "Gradient norm", "of the layer's parameters, before clipping", rising],
+  ["gate_mean", "Gate mean", "1: all Mamba, 0: all attention", leaning],
+  ["gate_std", "Gate spread", "standard deviation over channels of the mean gate", rising],
+  ["mamba_rms", "Mamba output", "RMS of the branch's output", rising],
+  ["attention_rms", "Attention output", "RMS of the branch's output", rising],
+  ["grad_norm", "Gradient norm", "over the layer's parameters, before clipping", rising],
 ];
 
 function drawLayers() {
   const holder = document.getElementById("layers");
-  const picker = node("div", { class: "picker", role: "group", "aria-label": "Figure that the heat maps show" });
+  const picker = node("div", { class: "picker", role: "group", "aria-label": "Figure shown in the heat maps" });
   const maps = node("div"), having = runs.filter((run) => run.layers.steps?.length);
   if (having.length) holder.append(picker, maps);
   let remove = [];
@@ -369,7 +369,7 @@ function drawLayers() {
     const [name, title, hint, scaling] = MAPS[index];
     [...picker.children].forEach((b, i) => b.setAttribute("aria-pressed", i === index));
     for (const each of remove) each();
-    const { hue, ramp } = scaling(having.flatMap((run) => run.layers[name].flat())); // one scale, so that runs compare
+    const { hue, ramp } = scaling(having.flatMap((run) => run.layers[name].flat())); // one scale for all runs
     remove = having.map((run) => {
       const { steps } = run.layers;
       return heatMap(maps, {
@@ -393,17 +393,17 @@ function drawLayers() {
     const columns = values[0].map((_, c) => values.map((layer) => layer[c]));
     heatMap(holder, {
       title: one ? "Gate by channel" : `Gate by channel · ${run.label}`,
-      hint: `running mean at step ${format(step)}; the ${format(count)} channels of each layer from least to greatest`,
+      hint: `running mean at step ${format(step)}; the ${format(count)} channels of each layer in ascending order`,
       unit: "channels",
       values: columns,
       hue,
       ramp: ramp(),
       say: (c) => `channel ${Math.round((c / Math.max(1, columns.length - 1)) * (count - 1)) + 1} of ${count}, sorted`,
-      under: [[0, "least", "start"], [0.5, "median", "middle"], [1, "greatest", "end"]],
+      under: [[0, "minimum", "start"], [0.5, "median", "middle"], [1, "maximum", "end"]],
     });
   }
   if (!having.length && !gated.length)
-    holder.append(node("p", { class: "note" }, "No layers were looked at (logging.layers_every)."));
+    holder.append(node("p", { class: "note" }, "No layer figures were recorded; set logging.layers_every."));
 }
 
 // --- FLOPs and events ------------------------------------------------------------------------------------------------
@@ -421,16 +421,16 @@ function drawFlops() {
     });
     holder.append(node("figure", { class: "wide" }, node("figcaption", {}, one ? "Model FLOPs by part" : run.label), bar, key));
   }
-  if (!parts.length) holder.append(node("p", { class: "note" }, "Not recorded (logging.layers_every)."));
+  if (!parts.length) holder.append(node("p", { class: "note" }, "Not recorded; set logging.layers_every."));
 }
 
 function drawTimeline() {
   const events = runs.flatMap((run, r) => run.events.map((event) => ({ ...event, run, r })));
   const holder = document.getElementById("timeline");
-  if (!events.length) return holder.append(node("p", { class: "note" }, "No checkpoint is kept."));
+  if (!events.length) return holder.append(node("p", { class: "note" }, "No checkpoints or incidents."));
   const kinds = [...new Set(events.map((e) => e.kind))].sort((a, b) => (b === "checkpoint") - (a === "checkpoint"));
-  const svg = shape("svg", { role: "img", "aria-label": `${events.length} events over the steps; the table below lists incidents` });
-  const figure = node("figure", { class: "wide", "data-chart": "Time-line" }, svg);
+  const svg = shape("svg", { role: "img", "aria-label": `${events.length} events over the steps; the table below lists the incidents` });
+  const figure = node("figure", { class: "wide", "data-chart": "Timeline" }, svg);
   holder.append(figure);
   const last = Math.max(1, ...events.map((e) => e.step), ...runs.map((run) => run.curves.loss?.[0].at(-1) ?? 0));
   function draw() {

@@ -1,4 +1,4 @@
-"""The page: its text and tables are written here, its charts are drawn by ``page.js`` from the data within."""
+"""HTML page of a report. Text and tables are rendered here; ``page.js`` draws the charts from embedded data."""
 
 import datetime
 import html
@@ -15,24 +15,24 @@ from fusiontree.report.collect import NONE, collect
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
-    """Write the page of one run, or one that compares several.
+    """Write a page on one run, or a comparison of several.
 
     Args:
-        runs: their folders.
-        out: the page's file; by default ``report.html`` in the run's folder, or ``compare.html`` in the first one's.
+        runs: folders of the runs.
+        out: file to write; None: ``report.html`` in the run's folder, or ``compare.html`` in the first run's.
 
     Returns:
-        Where the page is and its size.
+        Path of the page, labels of the runs, and bytes of the page.
 
     Raises:
-        UserError: a folder is not a run's, or the page's folder is not there.
+        UserError: a folder is not a run's, or the folder of `out` does not exist.
     """
     if len({run.resolve() for run in runs}) < len(runs):
-        raise UserError("a run is named twice; name each once")
-    found = _named(runs, [collect(run) for run in runs])
+        raise UserError("a run is given twice; give each run once")
+    found = _labelled(runs, [collect(run) for run in runs])
     path = out or runs[0] / ("report.html" if len(runs) == 1 else "compare.html")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first")
+        raise UserError(f"--out {path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file")
     page = render(found).encode()
@@ -40,8 +40,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> dict[str, Any
     return {"report": str(path), "runs": [run["label"] for run in found], "page_bytes": len(page)}
 
 
-def _named(runs: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run with the label that it has on the page: its name, or its folder where two have one name."""
+def _labelled(runs: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add each run's label on the page: its name, or its folder if two runs have the same name."""
     names = [run["name"] for run in found]
     return [
         run | {"label": run["name"] if names.count(run["name"]) == 1 else str(path)}
@@ -50,7 +50,7 @@ def _named(runs: Sequence[Path], found: Sequence[dict[str, Any]]) -> list[dict[s
 
 
 def render(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The whole page of what `collect` gave of each run, and its label."""
+    """Return the page's HTML for runs as returned by `collect`, each with its `label`."""
     title = " · ".join(run["label"] for run in runs)
     shown = [{key: value for key, value in run.items() if key not in ("config", "facts")} for run in runs]
     return string.Template(_asset("page.html")).substitute(
@@ -61,7 +61,9 @@ def render(runs: Sequence[Mapping[str, Any]]) -> str:
         facts=_facts(runs),
         events=_events_table(runs),
         config=_config_tables(runs),
-        data=json.dumps(shown, allow_nan=False).replace("<", "\\u003c"),  # no text of a run ends the script
+        data=json.dumps(shown, allow_nan=False).replace(
+            "<", "\\u003c"
+        ),  # no string of a run can close the script element
     )
 
 
@@ -70,7 +72,7 @@ def _asset(name: str) -> str:
 
 
 def _facts(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The facts of one run as tiles, of several as a table."""
+    """Render facts: as tiles for one run, as a table for several."""
     if len(runs) == 1:
         facts = ((html.escape(name), html.escape(text)) for name, text in runs[0]["facts"].items())
         return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{text}</dd></div>' for name, text in facts)}</dl>"
@@ -85,15 +87,15 @@ def _events_table(runs: Sequence[Mapping[str, Any]]) -> str:
         for event in run["events"]
         if event["kind"] != "checkpoint"
     ]
-    return _table(["run", "step", "kind", "what", "when"], rows, "events") if rows else "<p>No incidents.</p>"
+    return _table(["run", "step", "kind", "message", "time"], rows, "events") if rows else "<p>No incidents.</p>"
 
 
 def _config_tables(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What differs between the runs, if there are several, then everything."""
+    """Render the configuration: the differing values if there are several runs, then all values, folded."""
     keys = list(dict.fromkeys(key for run in runs for key in run["config"]))
     rows = {key: [run["config"].get(key, NONE) for run in runs] for key in keys}
-    whole = _table(["key", *_heads(runs)], [[key, *values] for key, values in rows.items()], "config")
-    folded = f"<details><summary>All {len(keys)} values</summary>{whole}</details>"
+    table = _table(["key", *_heads(runs)], [[key, *values] for key, values in rows.items()], "config")
+    folded = f"<details><summary>All {len(keys)} values</summary>{table}</details>"
     if len(runs) == 1:
         return folded
     differing = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]
@@ -106,7 +108,7 @@ def _heads(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
-    """A table whose first column names its rows."""
+    """Render a table whose first column has the row headers."""
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
     body = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>{"".join(f"<td>{html.escape(text)}</td>" for text in cells)}</tr>'
