@@ -1,4 +1,4 @@
-"""An exported folder loads where this project is not installed, and is the trained model."""
+"""An exported folder loads without this project and equals the trained model."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
-    """Its export."""
+    """Export the run."""
     cli("export", run, run / "export")
     return run / "export"
 
@@ -50,7 +50,7 @@ def trained(run: Path) -> HybridLM:
     return model.eval()
 
 
-def test_the_folder_holds_what_hugging_face_tools_look_for(exported: Path, run: Path) -> None:
+def test_the_folder_has_the_files_of_a_hugging_face_model(exported: Path, run: Path) -> None:
     names = {path.name for path in exported.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "hf.py", "lm.py", "tokenizer.json"} <= names
     assert {"tokenizer_config.json", "README.md", "parity.json", "fusiontree.json"} <= names
@@ -143,7 +143,7 @@ try:
 except ValueError as error:
     assert "kernels.scan 'warp' is unknown" in str(error)
 else:
-    raise AssertionError("the configuration's kernels are passed over")
+    raise AssertionError("the configuration's kernels are ignored")
 torch.save({"logits": model(ids).logits.detach(), "loss": output.loss.detach(), "prompt": alone, **texts}, saved)
 os.chdir(folder)
 exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1], {})  # as the model card shows it
@@ -154,7 +154,7 @@ assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def clean_environment(site: Path) -> dict[str, str]:
-    """Environment variables under which Python has what transformers and torch need, and no other package."""
+    """Return an environment in which Python sees only transformers, torch and their dependencies."""
     site.mkdir()
     wanted, found = ["torch", "transformers"], set()
     while wanted:
@@ -174,7 +174,7 @@ def clean_environment(site: Path) -> dict[str, str]:
 
 def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.pt"
-    command = [sys.executable, "-S", "-c", WITHOUT_US, str(exported), str(saved)]  # -S: nothing that is installed here
+    command = [sys.executable, "-S", "-c", WITHOUT_US, str(exported), str(saved)]  # -S: without site-packages
     environment = clean_environment(tmp_path / "site")
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
@@ -190,7 +190,7 @@ def test_it_loads_and_generates_without_this_project(exported: Path, run: Path, 
     assert given["beams"].shape[0] == 2 * 3
 
 
-def test_a_cache_is_taken_by_either_name_and_passed_over_by_none(exported: Path) -> None:
+def test_a_cache_is_accepted_by_both_names_and_refused_by_others(exported: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
@@ -207,12 +207,12 @@ def test_a_cache_is_taken_by_either_name_and_passed_over_by_none(exported: Path)
 
 
 @torch.no_grad()
-def test_padding_behind_a_packed_prompt_changes_no_real_token(exported: Path) -> None:
+def test_padding_after_a_packed_prompt_changes_no_real_token(exported: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
     ids = torch.randint(2, 90, (2, 43), generator=torch.Generator().manual_seed(0))
-    packed = (torch.arange(40) % 20)[None]  # two documents; the new tokens go on with the second
+    packed = (torch.arange(40) % 20)[None]  # two documents; the new tokens continue the second
     cache = model(ids[:, :40], position_ids=packed, use_cache=True).past_key_values
     mask = torch.ones(2, 43, dtype=torch.int64)
     mask[1, 41:] = 0
@@ -222,7 +222,7 @@ def test_padding_behind_a_packed_prompt_changes_no_real_token(exported: Path) ->
     torch.testing.assert_close(found[1, 0], alone[1, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_document_longer_than_a_learned_table_is_refused_by_name(exported: Path) -> None:
+def test_a_document_longer_than_a_learned_table_is_refused(exported: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(exported, trust_remote_code=True, srte="learned", max_position_embeddings=20)
@@ -241,12 +241,12 @@ def test_a_document_longer_than_a_learned_table_is_refused_by_name(exported: Pat
         model(ids[:, 20:21], past_key_values=cache)
 
 
-def test_the_whole_model_goes_along(exported: Path) -> None:
+def test_all_model_files_are_copied(exported: Path) -> None:
     source = Path(model_package.__file__).parent
     assert {path.name for path in source.glob("*.py")} - {"__init__.py"} <= {p.name for p in exported.glob("*.py")}
 
 
-def test_a_kernel_that_cannot_run_is_no_damage_of_the_export(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_kernel_is_not_reported_as_damage(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONTREE_SCAN", "warp")
     done = cli("generate", exported, "tree", code=2)
     assert "kernels.scan 'warp' is unknown" in done.stderr
@@ -264,7 +264,7 @@ def test_bf16_keeps_the_scan_parameters_in_fp32(run: Path, tmp_path: Path) -> No
     assert {value.dtype for value in weights.values()} == {torch.float32, torch.bfloat16}
 
 
-def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_the_runs_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
     path.write_text(
@@ -280,7 +280,7 @@ def test_another_tokenizer_than_the_runs_is_refused(run: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("change", "name"), [({"num_layers": 4}, "blocks.3."), ({"mlp_size": 64}, "mlp")])
-def test_weights_that_are_not_those_of_the_configuration_are_named_and_leave_nothing(
+def test_weights_that_do_not_match_the_configuration_are_reported_and_leave_nothing(
     change: dict[str, int], name: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "run", dataclasses.replace(SMALL, **change), build().state_dict(), tokenizer_folder, 0, 1)
@@ -289,13 +289,13 @@ def test_weights_that_are_not_those_of_the_configuration_are_named_and_leave_not
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_folder_of_output_that_fails_takes_the_new_ones_above_it_along(tmp_path: Path) -> None:
+def test_a_failed_output_folder_is_removed_with_its_new_parents(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), staged_folder(tmp_path / "a" / "b" / "out", False, "x"):
         raise RuntimeError
     assert [*tmp_path.iterdir()] == []
 
 
-def test_nothing_but_the_tokenizer_comes_out_of_its_folder(exported: Path, run: Path, tmp_path: Path) -> None:
+def test_only_the_tokenizer_is_copied_from_its_folder(exported: Path, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     for name in ("config.json", "hf.py", "pytorch_model.bin"):
         (tmp_path / "run" / "tokenizer" / name).write_text("raise SystemExit(7)")
@@ -305,15 +305,15 @@ def test_nothing_but_the_tokenizer_comes_out_of_its_folder(exported: Path, run: 
         assert (tmp_path / "out" / name).read_bytes() == (exported / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_named_before_the_one_behind_it_is_exported(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_before_an_older_one_is_exported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     (newest / GATES_FILE).write_bytes(b"")
-    said = cli("export", tmp_path / "run", tmp_path / "out").stderr
-    assert f"checkpoint {newest} is damaged and skipped: gates.safetensors" in " ".join(said.split())
+    stderr = cli("export", tmp_path / "run", tmp_path / "out").stderr
+    assert f"checkpoint {newest} is damaged and skipped: gates.safetensors" in " ".join(stderr.split())
 
 
-def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(exported: Path, run: Path) -> None:
+def test_different_weights_fail_the_proof_which_leaves_no_imported_code(exported: Path, run: Path) -> None:
     def traces() -> tuple:
         modules = {name for name in sys.modules if name.startswith("transformers_modules")}
         return dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), modules, dict(os.environ)
@@ -336,7 +336,7 @@ def test_weights_that_differ_fail_the_proof_which_leaves_no_trace_of_their_code(
         ("cached_decoding", "1 if cache is None else torch.tensor([1, 1.1])[:, None, None]"),  # in the padded row
     ],
 )
-def test_a_model_that_is_wrong_under_one_check_alone_fails_the_proof(
+def test_a_model_that_is_wrong_in_a_single_check_fails_the_proof(
     check: str, factor: str, exported: Path, run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(exported, tmp_path / "out")
@@ -350,7 +350,7 @@ def test_a_model_that_is_wrong_under_one_check_alone_fails_the_proof(
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_the_proof_looks_everywhere_in_rows_past_a_chunk_and_a_window(preset: str) -> None:
+def test_the_proof_covers_rows_longer_than_a_chunk_and_a_window(preset: str) -> None:
     config = load_config(preset).model
     rows = parity._rows(config)
     length = rows["logits"].ids.shape[1]
@@ -364,19 +364,19 @@ def test_the_proof_looks_everywhere_in_rows_past_a_chunk_and_a_window(preset: st
     assert parity._compared_places(20).tolist() == list(range(20))
 
 
-def test_logits_of_some_places_are_those_of_all(exported: Path) -> None:
+def test_logits_at_some_indices_equal_those_of_a_complete_forward(exported: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
     ids, places = torch.arange(2, 62)[None], torch.tensor([0, 7, 59])
     with torch.no_grad():
         whole, some, last = (model(ids, logits_to_keep=keep).logits for keep in (0, places, 3))
-    # a product of fewer rows is rounded otherwise on some processors
+    # on some processors a matrix product with fewer rows rounds differently
     torch.testing.assert_close(some, whole[:, places], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last, whole[:, -3:], rtol=1e-5, atol=1e-5)
 
 
-def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Path) -> None:
+def test_generate_is_reproducible_and_streams_the_returned_text(exported: Path) -> None:
     options = ["--max-new-tokens", 24, "--temperature", 0.9, "--top-p", 0.95, "--seed", 4]
     figures = json.loads(cli("generate", exported, "tree gate", *options, "--json").stdout)
     assert figures["new_tokens"] <= 24
@@ -386,7 +386,7 @@ def test_generate_repeats_with_its_seed_and_streams_what_it_returns(exported: Pa
     assert other["text"] != figures["text"]
 
 
-def test_perplexity_is_the_validation_loss_of_training(exported: Path, run: Path, shards: Path) -> None:
+def test_perplexity_equals_the_validation_loss_of_training(exported: Path, run: Path, shards: Path) -> None:
     options = ["--tasks", "perplexity", "--data", shards, "--limit", 6, "--json"]
     figures = json.loads(cli("eval", exported, *options).stdout)["perplexity"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

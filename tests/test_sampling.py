@@ -1,4 +1,4 @@
-"""Sampling: the kept sets are exact, a seed repeats, a row does not depend on its neighbours."""
+"""Sampling: candidate sets are exact, seeds are reproducible, rows are independent."""
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ def drawn(logits: torch.Tensor, sampling: Sampling, times: int = 400) -> set[int
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=st.integers(0, 10**6), p=st.floats(0.05, 0.999), tokens=st.integers(1, 40), heat=st.floats(0.2, 5.0))
-def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, tokens: int, heat: float) -> None:
-    logits = torch.randn(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * heat
+@given(seed=st.integers(0, 10**6), p=st.floats(0.05, 0.999), tokens=st.integers(1, 40), temperature=st.floats(0.2, 5.0))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, tokens: int, temperature: float) -> None:
+    logits = torch.randn(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * temperature
     probabilities = logits.softmax(0).tolist()
     expected: set[int] = set()
     for token in sorted(range(tokens), key=lambda t: -probabilities[t]):
@@ -41,13 +41,13 @@ def test_top_p_is_exact_in_a_large_vocabulary_and_where_p_is_met_exactly() -> No
     assert kept.tolist() == [0.25, 0.25, 0, 0]
 
 
-def test_top_k_min_p_and_temperature_keep_what_they_say() -> None:
+def test_top_k_min_p_and_temperature_select_their_tokens() -> None:
     logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
     assert drawn(logits, Sampling()) == {0, 1, 2, 3, 4}
     assert drawn(logits, Sampling(top_k=2)) == {0, 1}
     assert drawn(logits, Sampling(min_p=0.15)) == {0, 1, 2}
     assert drawn(logits, Sampling(temperature=0)) == {0}
-    for temperature in (1e-4, 1e-38, 5e-324):  # the last two are nothing in fp32
+    for temperature in (1e-4, 1e-38, 5e-324):  # the last two underflow in fp32
         assert drawn(logits, Sampling(temperature=temperature)) == {0}
 
 
@@ -59,7 +59,7 @@ def test_repetition_penalty_divides_positive_scores_and_multiplies_negative_ones
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(top_p=0.9, repetition_penalty=1.3, seed=3)])
-def test_a_row_is_the_same_alone_and_among_others(sampling: Sampling) -> None:
+def test_a_row_does_not_depend_on_its_batch(sampling: Sampling) -> None:
     model = build()
     prompts = [[5, 6, 7], list(range(40)), [9]]
     together = list(stream_tokens(model, prompts, 12, sampling, stop=None))
@@ -69,7 +69,7 @@ def test_a_row_is_the_same_alone_and_among_others(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("kind", [{"tie_embeddings": False}, {"tie_embeddings": False, "srte": "learned"}])
-def test_greedy_tokens_are_those_of_full_forwards(kind: dict) -> None:
+def test_greedy_tokens_match_complete_forwards(kind: dict) -> None:
     model = build(**kind)
     prompts = [[5, 6, 7], list(range(40)), [9]]
     rows = list(zip(*stream_tokens(model, prompts, 30, Sampling(temperature=0), stop=None), strict=True))
@@ -78,11 +78,11 @@ def test_greedy_tokens_are_those_of_full_forwards(kind: dict) -> None:
         for token in row:
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -1]
-            assert logits.max() - logits[token] < 1e-4  # the likeliest, or its equal but for rounding
+            assert logits.max() - logits[token] < 1e-4  # the likeliest, up to rounding
             ids.append(token)
 
 
-def test_a_row_that_has_stopped_gives_stop_until_all_have() -> None:
+def test_a_stopped_row_yields_stop_until_all_rows_stop() -> None:
     model = build()
     prompts = [[5, 6, 7], list(range(40)), [9]]
     free = list(stream_tokens(model, prompts, 12, Sampling(temperature=0), stop=None))
@@ -92,7 +92,7 @@ def test_a_row_that_has_stopped_gives_stop_until_all_have() -> None:
     assert set(rows[0][rows[0].index(stop) :]) == {stop}
 
 
-def test_other_seeds_give_other_text_and_the_same_seed_the_same() -> None:
+def test_text_depends_on_the_seed_alone() -> None:
     model = build()
     texts = [list(stream_tokens(model, [[1, 2]], 20, Sampling(seed=seed), None)) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
