@@ -117,14 +117,14 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--prune",
         metavar="PLAN|auto|N",
-        help="a plan of `fusiontree prune`, its default plan, or the N cheapest branches by held-out loss",
+        help="a plan file, the default plan, or the N branches whose removal costs the least held-out loss",
     )
     export.add_argument(
         "--prune-heads",
         type=int,
         default=0,
         metavar="N",
-        help="prune the N cheapest global key-value heads by held-out loss",
+        help="prune the N global key-value heads whose removal costs the least held-out loss",
     )
     export.add_argument(
         "--data", metavar="DIR", type=Path, help="dataset with the held-out rows for pruning (default: the run's)"
@@ -136,7 +136,7 @@ def add(commands: Any) -> None:
         commands,
         "prune",
         _prune,
-        "Plan which branches to prune by the gates of a run, and report the savings.",
+        "Plan the pruning of branches by a run's mean gates, and report the savings.",
         "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
     )
     prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint")
