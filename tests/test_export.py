@@ -356,23 +356,23 @@ def test_the_proof_covers_rows_longer_than_a_chunk_and_a_window(preset: str) -> 
     length = rows["logits"].ids.shape[1]
     assert length > max(config.chunk_size, config.window)
     assert (rows["packed"].documents.position_ids.max() + 1 > max(config.chunk_size, config.window)).all()
-    places = parity._compared_places(length)
-    assert len(places) <= parity.COMPARED
-    assert (places[0], places[-1]) == (0, length - 1)
-    assert places.diff().max() <= length // 64
-    assert places[-parity.STEPS - 1 :].tolist() == list(range(length - parity.STEPS - 1, length))
-    assert parity._compared_places(20).tolist() == list(range(20))
+    positions = parity._compared_positions(length)
+    assert len(positions) <= parity.COMPARED
+    assert (positions[0], positions[-1]) == (0, length - 1)
+    assert positions.diff().max() <= length // 64
+    assert positions[-parity.STEPS - 1 :].tolist() == list(range(length - parity.STEPS - 1, length))
+    assert parity._compared_positions(20).tolist() == list(range(20))
 
 
 def test_logits_at_some_indices_equal_those_of_a_complete_forward(exported: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
-    ids, places = torch.arange(2, 62)[None], torch.tensor([0, 7, 59])
+    ids, positions = torch.arange(2, 62)[None], torch.tensor([0, 7, 59])
     with torch.no_grad():
-        whole, some, last = (model(ids, logits_to_keep=keep).logits for keep in (0, places, 3))
+        whole, some, last = (model(ids, logits_to_keep=keep).logits for keep in (0, positions, 3))
     # on some processors a matrix product with fewer rows rounds differently
-    torch.testing.assert_close(some, whole[:, places], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(some, whole[:, positions], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last, whole[:, -3:], rtol=1e-5, atol=1e-5)
 
 

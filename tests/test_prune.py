@@ -37,7 +37,7 @@ IDS = torch.randint(96, (2, 60), generator=torch.Generator().manual_seed(0))
 HALF = torch.full((3, 32), 0.5)
 
 
-def whole(**changes: object) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+def unpruned(**changes: object) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
     model = build(**changes)
     return dict(model.state_dict()), model
 
@@ -56,7 +56,7 @@ def test_pruning_the_closed_branch_of_a_saturated_gate_changes_nothing(kept: str
 
 
 def test_the_mean_gate_is_folded_by_channel() -> None:
-    state, _ = whole()
+    state, _ = unpruned()
     gates = torch.rand(3, 32, generator=torch.Generator().manual_seed(1))
     pruning = Pruning.none(SMALL).replace(0, "mamba").replace(2, "attention")
     pruned = pruned_model(state, SMALL, pruning, gates).state_dict()
@@ -68,7 +68,7 @@ def test_the_mean_gate_is_folded_by_channel() -> None:
 
 
 def test_a_folded_weight_keeps_its_dtype() -> None:
-    state, _ = whole()
+    state, _ = unpruned()
     low = {name: value.bfloat16() for name, value in state.items()}
     pruned = PrunedWeights(low, SMALL, Pruning.none(SMALL).replace(0, "mamba"), torch.full((3, 32), 0.7))
     assert {value.dtype for value in pruned.values()} == {torch.bfloat16}
@@ -76,7 +76,7 @@ def test_a_folded_weight_keeps_its_dtype() -> None:
 
 def test_pruning_a_head_group_removes_its_weights() -> None:
     """The weights of the kept heads are slices of the original ones."""
-    state, model = whole(num_kv_heads=4, global_heads=3)
+    state, model = unpruned(num_kv_heads=4, global_heads=3)
     config = model.config
     pruned = pruned_model(state, config, Pruning.none(config).replace(1, groups=(0, 2)), torch.full((3, 32), 0.5))
     left, full = pruned.blocks[1].attention, model.blocks[1].attention

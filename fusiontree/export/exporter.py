@@ -55,32 +55,32 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
         raise UserError(f"--dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     max_shard_bytes = options.max_shard_bytes
     refuse_existing(output, options.overwrite, marker=FACTS)
-    found = store.resolve(source)
-    config = load_config(str(found / CONFIG_FILE))
-    state = store.read_state(found)
-    tokenizer = run_of(found) / TOKENIZER
+    checkpoint = store.resolve(source)
+    config = load_config(str(checkpoint / CONFIG_FILE))
+    state = store.read_state(checkpoint)
+    tokenizer = run_of(checkpoint) / TOKENIZER
     if not tokenizer.is_dir():
         raise UserError(f"no tokenizer at {tokenizer}; copy the tokenizer of the training data there")
     if tokenizer_fingerprint(tokenizer) != state["tokenizer_fingerprint"]:
         raise UserError(f"{tokenizer} is not the run's tokenizer; copy the tokenizer of the training data there")
-    stored = store.read_weights(found, options.trust)
+    stored = store.read_weights(checkpoint, options.trust)
     with torch.device("meta"):
         misfit = stored.misfit(HybridLM(config.model))
     if misfit is not None:
-        raise RunError(f"{found}: its weights do not match its {CONFIG_FILE} ({misfit}); use another checkpoint")
+        raise RunError(f"{checkpoint}: its weights do not match its {CONFIG_FILE} ({misfit}); use another checkpoint")
     weights: Mapping[str, Tensor] = stored
     shape, pruned = config.model, {}
     if options.prune is not None or options.prune_heads:
-        pruner = Pruner(found, config, weights, options.data, options.limit)
+        pruner = Pruner(checkpoint, config, weights, options.data, options.limit)
         pruning, report = pruner.prune(options.prune, options.prune_heads)
-        gates = store.read_gates(found)
+        gates = store.read_gates(checkpoint)
         shape, weights = pruning.apply(config.model), PrunedWeights(weights, config.model, pruning, gates)
         for when, model in (("before", config.model), ("after", shape)):
             report[when]["weights_bytes"] = sum(spec.size for spec in _specs(model, dtype).values())
         pruned["pruning"] = report
     with staged_folder(output, options.overwrite, marker=FACTS) as partial:
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
-        facts = {**state, "val_loss": _held_out_loss(found), **pruned}
+        facts = {**state, "val_loss": _held_out_loss(checkpoint), **pruned}
         _write_other_files(partial, config, shape, facts, tokenizer, dtype)
         console.print("proving the export: logits and cached decoding against the trained model")
         parity = prove(partial, shape, weights, dtype)
@@ -88,7 +88,7 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     return {
         "output": str(output),
-        "checkpoint": str(found),
+        "checkpoint": str(checkpoint),
         "step": state["step"],
         "dtype": dtype,
         "parameters": shape.parameter_count(),
@@ -98,10 +98,10 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
     }
 
 
-def _held_out_loss(found: Path) -> float | None:
-    """Return the run's last held-out loss up to the checkpoint `found`, nats per token; None: not measured."""
-    lines = read_metrics(run_of(found))
-    known = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] <= step_of(found)]
+def _held_out_loss(checkpoint: Path) -> float | None:
+    """Return the run's last held-out loss up to `checkpoint`, nats per token; None: not measured."""
+    lines = read_metrics(run_of(checkpoint))
+    known = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] <= step_of(checkpoint)]
     return known[-1] if known else None
 
 

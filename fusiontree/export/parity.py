@@ -57,14 +57,14 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
         RunError: a difference exceeds its tolerance, or the folder's weights do not match its model.
     """
     rows = _rows(config)
-    places = _compared_places(rows["logits"].ids.shape[1])
+    positions = _compared_positions(rows["logits"].ids.shape[1])
     with torch.device("meta"):
         trained = HybridLM(config, compute_dtype=DTYPES[dtype]).eval()
     with on_demand(trained, weights, DTYPES[dtype]):
-        expected = {check: trained(row.ids, row.documents, keep_logits=places).logits for check, row in rows.items()}
+        expected = {check: trained(row.ids, row.documents, keep_logits=positions).logits for check, row in rows.items()}
     with _isolated_code(), on_demand(exported := _exported_model(folder, dtype), from_safetensors(folder)):
         differences = {
-            check: _relative_rms(_logits(exported, row, places), expected[check], row.mask[:, places])
+            check: _relative_rms(_logits(exported, row, positions), expected[check], row.mask[:, positions])
             for check, row in rows.items()
         }
         differences["cached_decoding"] = _decoding_difference(exported, rows, expected)
@@ -128,14 +128,16 @@ def _exported_model(folder: Path, dtype: str) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=DTYPES[dtype]).eval()
 
 
-def _compared_places(length: int) -> Tensor:
+def _compared_positions(length: int) -> Tensor:
     """Return the indices, ascending, at which logits of a row of `length` tokens are compared."""
     spread, last = torch.linspace(0, length - 1, COMPARED - LAST).long(), torch.arange(max(0, length - LAST), length)
     return torch.cat([spread, last]).unique()
 
 
-def _logits(exported: Any, row: Row, places: Tensor) -> Tensor:
-    output = exported(row.ids, attention_mask=row.mask, position_ids=row.documents.position_ids, logits_to_keep=places)
+def _logits(exported: Any, row: Row, positions: Tensor) -> Tensor:
+    output = exported(
+        row.ids, attention_mask=row.mask, position_ids=row.documents.position_ids, logits_to_keep=positions
+    )
     return output.logits
 
 

@@ -110,19 +110,19 @@ def read_prompts(path: Path) -> dict[str, str]:
     if lines == [""]:
         raise UserError(f"{path} has no prompts; write one per line")
     if path.suffix == ".jsonl":
-        prompts = {place: _parse_prompt(place, line) for place, line in prompts.items()}
-    for place, prompt in prompts.items():
-        _check_prompt(place, prompt)
+        prompts = {location: _parse_prompt(location, line) for location, line in prompts.items()}
+    for location, prompt in prompts.items():
+        _check_prompt(location, prompt)
     return prompts
 
 
-def _parse_prompt(place: str, line: str) -> str:
+def _parse_prompt(location: str, line: str) -> str:
     try:
         prompt = parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{place} is not an object such as {{"prompt": "It was"}}') from None
+        raise UserError(f'{location} is not an object such as {{"prompt": "It was"}}') from None
     if not isinstance(prompt, str):
-        raise UserError(f"{place}: prompt is {prompt!r}; it must be a string")
+        raise UserError(f"{location}: prompt is {prompt!r}; it must be a string")
     return prompt
 
 

@@ -148,7 +148,7 @@ def make_plan(config: ModelConfig, gates: Tensor, hi: float, lo: float, tokens: 
     if not 0 <= lo < hi <= 1:
         raise UserError(f"--hi is {hi} and --lo {lo}; both must be from 0 to 1, and hi must be above lo")
     layers = []
-    nothing = Pruning.none(config)
+    unpruned = Pruning.none(config)
     for layer in range(config.num_layers):
         mean = float(gates[layer].mean())
         sides: dict[LayerKind, Tensor] = {"mamba": gates[layer] > hi, "attention": gates[layer] < lo}
@@ -156,7 +156,7 @@ def make_plan(config: ModelConfig, gates: Tensor, hi: float, lo: float, tokens: 
         keep: LayerKind = config.kind_at(layer)
         if keep == "hybrid":
             keep = "mamba" if mean > hi else "attention" if mean < lo else "hybrid"
-        pruning = nothing.replace(layer, keep)
+        pruning = unpruned.replace(layer, keep)
         layers.append(
             {
                 "layer": layer,
@@ -194,7 +194,7 @@ def read_plan(path: Path, config: ModelConfig) -> Pruning:
     """Read the pruning from a plan's `layer`, `keep` and `global_groups`; layers not in the plan are not pruned.
 
     Raises:
-        UserError: the file is not a plan, has a layer or head that the model does not have, or leaves a layer nothing.
+        UserError: the file is not a plan, has a layer or head that the model does not have, or leaves a layer no branch.
     """
     try:
         plan = parse_json(path.read_text(encoding="utf-8"))
@@ -250,20 +250,20 @@ def _parse_layer(path: object, config: ModelConfig, pruning: Pruning, layer: int
 
 def branch_candidates(config: ModelConfig) -> dict[str, Pruning]:
     """Return every prunable branch by its displayed name, with the pruning that removes only it."""
-    nothing = Pruning.none(config)
+    unpruned = Pruning.none(config)
     hybrids = [layer for layer in range(config.num_layers) if config.kind_at(layer) == "hybrid"]
     keeps: dict[str, LayerKind] = {"attention": "mamba", "mamba": "attention"}
-    return {f"{gone} of layer {i}": nothing.replace(i, keep) for i in hybrids for gone, keep in keeps.items()}
+    return {f"{removed} of layer {i}": unpruned.replace(i, keep) for i in hybrids for removed, keep in keeps.items()}
 
 
 def head_candidates(config: ModelConfig) -> dict[str, Pruning]:
     """Return every prunable global key-value head by its displayed name, with the pruning that removes only it."""
-    nothing, found = Pruning.none(config), {}
-    for layer, groups in enumerate(nothing.groups):
-        for gone in groups if len(groups) + config.kv_heads_at(layer)[1] > 1 else ():
-            rest = tuple(group for group in groups if group != gone)
-            found[f"global head group {gone} of layer {layer}"] = nothing.replace(layer, groups=rest)
-    return found
+    unpruned, candidates = Pruning.none(config), {}
+    for layer, groups in enumerate(unpruned.groups):
+        for removed in groups if len(groups) + config.kv_heads_at(layer)[1] > 1 else ():
+            kept = tuple(group for group in groups if group != removed)
+            candidates[f"global head group {removed} of layer {layer}"] = unpruned.replace(layer, groups=kept)
+    return candidates
 
 
 def select_cheapest(
@@ -271,7 +271,7 @@ def select_cheapest(
 ) -> tuple[Pruning, dict[str, float]]:
     """Measure each candidate alone and combine the `count` with the lowest loss.
 
-    A candidate that would leave a layer nothing is skipped.
+    A candidate that would leave a layer no branch is skipped.
 
     Returns:
         The combined pruning, and the loss of each candidate in ascending order.
@@ -295,7 +295,7 @@ def select_cheapest(
 
 
 def _merge(one: Pruning, other: Pruning, config: ModelConfig) -> Pruning | None:
-    """Return the pruning that removes the parts of both; None if a layer would be left with nothing."""
+    """Return the pruning that removes the parts of both; None if a layer would keep no branch."""
     for layer in range(config.num_layers):
         kinds = {one.kinds[layer], other.kinds[layer]} - {"hybrid"}
         groups = tuple(sorted(set(one.groups[layer]) & set(other.groups[layer])))

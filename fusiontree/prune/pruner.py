@@ -41,10 +41,10 @@ def plan_run(source: Path, hi: float = HI, lo: float = LO) -> dict[str, Any]:
         UserError: there is no checkpoint, or the bounds are out of range.
         RunError: the checkpoint does not verify.
     """
-    found = store.resolve(source)
-    config = load_config(str(found / CONFIG_FILE))
-    plan = make_plan(config.model, store.read_gates(found), hi, lo, config.data.seq_len)
-    return {"checkpoint": str(found), **plan}
+    checkpoint = store.resolve(source)
+    config = load_config(str(checkpoint / CONFIG_FILE))
+    plan = make_plan(config.model, store.read_gates(checkpoint), hi, lo, config.data.seq_len)
+    return {"checkpoint": str(checkpoint), **plan}
 
 
 class Pruner:
@@ -52,7 +52,7 @@ class Pruner:
 
     def __init__(
         self,
-        found: Path,
+        checkpoint: Path,
         config: RunConfig,
         weights: Mapping[str, Tensor],
         data: Path | None = None,
@@ -61,20 +61,20 @@ class Pruner:
         """Load the weights and open the held-out rows.
 
         Args:
-            found: the checkpoint.
+            checkpoint: folder of the checkpoint.
             data: dataset; None: the run's own.
             limit: maximum number of held-out rows; None: all.
         """
         locations = config.data.locations if data is None else {"": str(data)}
         if not locations:
             raise UserError("the run has no dataset to measure the pruning on; give one with --data")
-        fingerprint = store.read_state(found)["tokenizer_fingerprint"]
+        fingerprint = store.read_state(checkpoint)["tokenizer_fingerprint"]
         self.held_out = open_held_out(locations)
         for dataset in self.held_out.datasets:
-            dataset.manifest.require_tokenizer(fingerprint, run_of(found) / TOKENIZER)
+            dataset.manifest.require_tokenizer(fingerprint, run_of(checkpoint) / TOKENIZER)
         self.config, self.limit = config, limit
         self.device = torch.device(accelerator())
-        self.gates = store.read_gates(found).to(self.device)
+        self.gates = store.read_gates(checkpoint).to(self.device)
         self.weights = {name: weights[name].to(self.device) for name in weights}
 
     def model(self, pruning: Pruning) -> HybridLM:

@@ -24,9 +24,9 @@ function fill(element, attributes, children) {
 }
 
 function button(text, pressed, onClick) {
-  const made = node("button", { type: "button", "aria-pressed": pressed }, text);
-  made.addEventListener("click", onClick);
-  return made;
+  const element = node("button", { type: "button", "aria-pressed": pressed }, text);
+  element.addEventListener("click", onClick);
+  return element;
 }
 
 function format(value) {
@@ -144,7 +144,7 @@ function lineChart(holder, spec) {
     legend.append(entry);
   });
 
-  let place = null; // scales, crosshair and series of the last drawing
+  let drawn = null; // scales, crosshair and series of the last drawing
   const across = (s) => (spec.names || settings.x === "step" ? s.xs : s.xs.map((x) => x * (s.tokens ?? 1)));
 
   function draw() {
@@ -182,20 +182,20 @@ function lineChart(holder, spec) {
     }
     const cross = shape("line", { class: "cross", y1: box.top, y2: box.bottom, visibility: "hidden" });
     svg.append(cross);
-    place = { sx, back: scale([box.left, box.right], reach), reach, cross, shown, box };
+    drawn = { sx, back: scale([box.left, box.right], reach), reach, cross, shown, box };
   }
 
   function mark(x) {
-    if (!place) return;
-    const out = x === null || x < place.reach[0] || x > place.reach[1];
-    place.cross.setAttribute("visibility", out ? "hidden" : "visible");
-    if (!out) { place.cross.setAttribute("x1", place.sx(x)); place.cross.setAttribute("x2", place.sx(x)); }
+    if (!drawn) return;
+    const out = x === null || x < drawn.reach[0] || x > drawn.reach[1];
+    drawn.cross.setAttribute("visibility", out ? "hidden" : "visible");
+    if (!out) { drawn.cross.setAttribute("x1", drawn.sx(x)); drawn.cross.setAttribute("x2", drawn.sx(x)); }
   }
 
   function point(x, clientX, clientY) {
-    const rows = place.shown.filter((s) => s.xs.length).map((s) => [s.label, format(s.ys[nearest(s.across, x)]), s.hue]);
+    const rows = drawn.shown.filter((s) => s.xs.length).map((s) => [s.label, format(s.ys[nearest(s.across, x)]), s.hue]);
     if (!rows.length) return;
-    const first = place.shown.find((s) => s.xs.length);
+    const first = drawn.shown.find((s) => s.xs.length);
     const at = nearest(first.across, x), exact = first.across[at];
     const title = spec.names ? spec.names[at] : `${settings.x === "step" ? "step" : "tokens"} ${format(exact)}`;
     showTip(clientX, clientY, title, rows);
@@ -206,18 +206,18 @@ function lineChart(holder, spec) {
   const leave = () => { hideTip(); mark(null); if (!spec.names) for (const show of crosshairs) show(null); };
   svg.addEventListener("pointermove", (e) => {
     const box = svg.getBoundingClientRect();
-    point(place.back(e.clientX - box.left), e.clientX, e.clientY);
+    point(drawn.back(e.clientX - box.left), e.clientX, e.clientY);
   });
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
   let key = 0;
   svg.addEventListener("keydown", (e) => { // arrow keys move along the first curve
-    const first = place.shown.find((s) => s.xs.length);
+    const first = drawn.shown.find((s) => s.xs.length);
     if (!first || !["ArrowLeft", "ArrowRight"].includes(e.key)) return;
     e.preventDefault();
     key = Math.max(0, Math.min(first.xs.length - 1, key + (e.key === "ArrowRight" ? 1 : -1)));
     const box = svg.getBoundingClientRect();
-    point(first.across[key], box.left + place.sx(first.across[key]), box.top + 20);
+    point(first.across[key], box.left + drawn.sx(first.across[key]), box.top + 20);
   });
   if (!spec.names) crosshairs.push(mark);
   redraws.push(draw);
