@@ -194,7 +194,7 @@ def read_plan(path: Path, config: ModelConfig) -> Pruning:
     """Read the pruning from a plan's `layer`, `keep` and `global_groups`; layers not in the plan are not pruned.
 
     Raises:
-        UserError: the file is not a plan, has a layer or head that the model does not have, or leaves a layer no branch.
+        UserError: the file is not a plan, has an unknown layer or head, or leaves a layer no branch.
     """
     try:
         plan = parse_json(path.read_text(encoding="utf-8"))
