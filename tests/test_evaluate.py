@@ -204,7 +204,7 @@ def test_invalid_evaluations_are_refused_in_one_line(
     for task in ("perplexity", "needle"):
         assert main(["eval", str(exported), "--data", str(tmp_path / "all"), "--tasks", task]) == 2
         assert (
-            "all has no held-out rows; build it with a larger --holdout from two documents or more"
+            "all: no held-out rows; rebuild with a larger --holdout from at least two documents"
             in capsys.readouterr().err
         )
     assert main(["eval", str(tmp_path), "--data", str(shards), "--tasks", "recall"]) == 2

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fusiontree.data.format import Dataset
-from fusiontree.data.sources import Sources, open_held_out
+from fusiontree.data.sources import Sources, held_out_sources
 from fusiontree.errors import UserError
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.options import EvalOptions
@@ -74,8 +74,8 @@ class Subject:
 
     @cached_property
     def held_out(self) -> Sources:
-        """Held-out rows of the dataset; errors as in `open_held_out`."""
-        return open_held_out({"": self.train.location})
+        """Held-out rows of the dataset; errors as in `held_out_sources`."""
+        return held_out_sources({"": Dataset(self.train.location, "validation")})
 
     @cached_property
     def text(self) -> np.ndarray:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, load_config
-from fusiontree.data.sources import open_held_out
+from fusiontree.data.format import Dataset
+from fusiontree.data.sources import held_out_sources
 from fusiontree.device import accelerator
 from fusiontree.errors import UserError
 from fusiontree.evaluate.held_out import held_out_loss
@@ -69,7 +70,8 @@ class Pruner:
         if not locations:
             raise UserError("the run has no dataset to measure the pruning on; give one with --data")
         fingerprint = store.read_state(checkpoint)["tokenizer_fingerprint"]
-        self.held_out = open_held_out(locations)
+        datasets = {name: Dataset(location, "validation") for name, location in locations.items()}
+        self.held_out = held_out_sources(datasets)
         for dataset in self.held_out.datasets:
             dataset.manifest.require_tokenizer(fingerprint, run_of(checkpoint) / TOKENIZER)
         self.config, self.limit = config, limit
