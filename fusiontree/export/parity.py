@@ -28,7 +28,7 @@ COMPARED = (
 )
 LAST = 32  # of these, tokens at the row's end, which is also decoded; the others are spread over the row
 PIECES = 4  # of a prefill: bounds the activations that are in memory together with the cache
-STEPS = 5  # decoded tokens: more than the convolution's width, so the last one sees the prompt only through the state
+STEPS = 5  # decoded tokens: the convolution at the last one sees no token of the prompt
 
 
 class Row(NamedTuple):
