@@ -117,7 +117,7 @@ def test_another_rank_than_the_first_names_itself(stand_in, monkeypatch, capsys)
 
 def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch, tmp_path, capsys):
     stand_in("fusiontree.training.trainer", "train", UserError("wrong input"))
-    monkeypatch.setattr("launcher.join.join_launcher", lambda: None)
+    monkeypatch.setattr("fusiontree.cli.training.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", "tiny"]) == 2
@@ -128,7 +128,7 @@ def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch,
 
 def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, monkeypatch, tmp_path):
     stand_in("fusiontree.training.trainer", "train", KeyError("ours"))
-    monkeypatch.setattr("launcher.join.join_launcher", lambda: None)
+    monkeypatch.setattr("fusiontree.cli.training.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
     with pytest.raises(KeyError):
         cli.main(["train", "tiny"])
