@@ -1,1 +1,1 @@
-"""Launching: one plan of a job, rendered for every launch target. Free of torch, so that it starts at once."""
+"""Launching: one plan of a job, rendered for every launch target. Imports no torch, for a fast start."""

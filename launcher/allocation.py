@@ -79,7 +79,7 @@ def fitting_nodes(config: RunConfig, allocated: int, ranks_per_node: int, min_no
     """Return the largest number of nodes, from `min_nodes` to `allocated`, whose ranks divide the batch.
 
     Raises:
-        UserError: there is none; the message is that for `min_nodes`.
+        UserError: no number fits; the message is about `min_nodes`.
     """
     for nodes in range(allocated, min_nodes - 1, -1):
         try:

@@ -17,7 +17,7 @@ _TAIL = 15  # lines of a rank's output to show if its report has no message
 
 
 class Failure(NamedTuple):
-    """The first rank that failed, and the reason as far as it is known."""
+    """The first rank that failed, and the known reason."""
 
     code: int | None  # exit code; None: the rank was killed, or never started
     message: str

@@ -1,4 +1,4 @@
-"""Status of a run, from its folder and SLURM's queue. Free of torch, so that it answers at once."""
+"""Status of a run, from its folder and SLURM's queue. Imports no torch, for a fast answer."""
 
 import shutil
 import time

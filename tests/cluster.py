@@ -326,7 +326,7 @@ class Cluster:
         self._logged(host, self.command(host, *words))
 
     def _net(self, host: str, *words: str) -> None:
-        """Run a command in the network namespace of a host only, so that process ids are those outside."""
+        """Run a command in the network namespace of a host, with the process ids outside it."""
         self._logged(host, ["nsenter", "-t", str(self.pid(host)), "-n", "--", *words])
 
     def _logged(self, host: str, command: list[str]) -> None:

@@ -86,7 +86,7 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "Run the whole product on this machine: text in, a trained and exported model out.",
+        "Run every stage on this machine: tokenizer, shards, training, export, generation.",
         "demo --root /tmp/fusiontree-demo",
         figures=False,
     )

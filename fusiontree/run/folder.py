@@ -8,7 +8,7 @@
       layers.jsonl       figures of each layer
       incidents.jsonl    failures and unusual events
       lease.json         the start of the run that may write here
-      attempts.json      the starts of a SLURM job
+      attempts.json      the attempts of a SLURM job
       tokenizer/         copy of the dataset's tokenizer
       logs/              output of the ranks
       checkpoints/
