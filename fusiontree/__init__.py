@@ -1,3 +1,3 @@
-"""FusionTree: pretraining of hybrid language models, a Mamba and an attention branch fused by a learned gate."""
+"""Pretraining of hybrid language models: Mamba-2 and attention branches fused by a learned gate."""
 
 __version__ = "0.1.0"

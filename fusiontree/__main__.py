@@ -1,4 +1,4 @@
-"""The process that a user starts: ``fusiontree`` or ``python -m fusiontree``."""
+"""Entry point of ``fusiontree`` and ``python -m fusiontree``."""
 
 import io
 import os
@@ -9,17 +9,17 @@ from fusiontree.cli import main
 
 
 def run() -> None:
-    """Run the command line and leave with its exit code; told to end, it tidies up as at Ctrl-C."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a launched rank ignores it until it can answer
+    """Run the command line and exit with its code; SIGTERM cleans up like Ctrl-C."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a launched rank ignores it until it can save
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files and keys need be no text, here or anywhere
+            stream.reconfigure(errors="backslashreplace")  # file names and keys may be undecodable
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if "deepspeed" in sys.modules:
-        os._exit(code)  # all is written and said; threads of torch now and then abort the interpreter's own way out
+        os._exit(code)  # torch's threads sometimes abort the interpreter's normal exit
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it calls, what it prints, and how it ends."""
+"""Command line: calls, output and exit codes."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ COMMANDS = [
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Puts a function in the place of one the command line calls, and records its calls."""
+    """Replace a function that the command line calls, and record its calls."""
     monkeypatch.delenv("FUSIONTREE_LAUNCH", raising=False)
     monkeypatch.delenv("RANK", raising=False)
 
@@ -62,7 +62,7 @@ def test_help_shows_a_one_line_example(command, capsys):
     assert last.startswith(f"Example: fusiontree {command or 'demo'}")
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_no_heavy_package():
     code = (
         "import sys, contextlib\nfrom fusiontree.cli import main\n"
         "with contextlib.suppress(SystemExit): main(['--help'])\n"
@@ -72,7 +72,7 @@ def test_help_loads_nothing_heavy():
     assert result.stdout.splitlines()[-1] == "set()"
 
 
-def test_it_runs_as_a_module():
+def test_python_m_fusiontree():
     result = subprocess.run([sys.executable, "-m", "fusiontree", "train", "tinny"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("fusiontree: error: configuration tinny is neither a file nor a preset")
@@ -84,7 +84,7 @@ def test_it_runs_as_a_module():
     [
         (UserError("wrong input"), 2, "fusiontree: error: wrong input\n"),
         (RunError("damaged"), 1, "fusiontree: error: damaged\n"),
-        (KeyboardInterrupt(), 1, "fusiontree: interrupted; nothing half-written was left under a final name\n"),
+        (KeyboardInterrupt(), 1, "fusiontree: interrupted; no incomplete output was left under a final name\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
             1,
@@ -94,7 +94,7 @@ def test_it_runs_as_a_module():
         (PermissionError(errno.EACCES, "Permission denied", "c"), 1, "fusiontree: error: c: Permission denied\n"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, line, stand_in, capsys):
+def test_errors_are_one_line_and_an_exit_code(error, code, line, stand_in, capsys):
     stand_in("fusiontree.export.exporter", "export", error)
     assert cli.main(["export", "run", "out"]) == code
     captured = capsys.readouterr()
@@ -102,20 +102,20 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, line, stand_i
 
 
 @pytest.mark.parametrize("error", [KeyError("ours"), ValueError("ours"), OSError(errno.ECHILD, "ours")])
-def test_our_own_mistakes_keep_their_traceback(error, stand_in):
+def test_bugs_keep_their_traceback(error, stand_in):
     stand_in("fusiontree.export.exporter", "export", error)
     with pytest.raises(type(error), match="ours"):
         cli.main(["export", "run", "out"])
 
 
-def test_another_rank_than_the_first_names_itself(stand_in, monkeypatch, capsys):
+def test_errors_of_other_ranks_name_the_rank(stand_in, monkeypatch, capsys):
     stand_in("fusiontree.training.trainer", "train", RunError("damaged"))
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", "tiny"]) == 1
     assert capsys.readouterr().err == "fusiontree: error: rank 3: damaged\n"
 
 
-def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch, tmp_path, capsys):
+def test_a_launched_rank_reports_its_error_to_the_launcher(stand_in, monkeypatch, tmp_path, capsys):
     stand_in("fusiontree.training.trainer", "train", UserError("wrong input"))
     monkeypatch.setattr("fusiontree.cli.training.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
@@ -126,7 +126,7 @@ def test_a_launched_rank_leaves_its_error_to_the_launcher(stand_in, monkeypatch,
     assert (report["rank"], report["code"], report["message"]) == (1, 2, "wrong input")
 
 
-def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, monkeypatch, tmp_path):
+def test_a_launched_rank_reports_a_bug_as_a_failure(stand_in, monkeypatch, tmp_path):
     stand_in("fusiontree.training.trainer", "train", KeyError("ours"))
     monkeypatch.setattr("fusiontree.cli.training.join_launcher", lambda: None)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path))
@@ -136,7 +136,7 @@ def test_a_launched_rank_that_dies_of_our_mistake_reports_a_failure(stand_in, mo
     assert (report["code"], report["message"]) == (1, None)
 
 
-def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
+def test_data_tokenizer_passes_its_arguments(stand_in, capsys):
     calls = stand_in("data_tools.tokenizers", "train_tokenizer", {"vocab_size": 8192, "seconds": 1.5})
     argv = "data tokenizer --input a b --vocab-size 8192 --output t --include *.py --exclude x* --exclude y*"
     assert cli.main(argv.split()) == 0
@@ -145,7 +145,7 @@ def test_data_tokenizer_hands_on_its_arguments(stand_in, capsys):
     assert capsys.readouterr().out == "vocab size  8,192\nseconds     1.5 s\n"
 
 
-def test_data_build_hands_on_its_arguments(stand_in, capsys):
+def test_data_build_passes_its_arguments(stand_in, capsys):
     calls = stand_in("data_tools.build", "build_shards", {"tokens": 5})
     argv = ["data", "build", "--input", "a", "--tokenizer", "t", "--output", "d", "--workers", "2", "--overwrite"]
     argv += [
@@ -177,13 +177,13 @@ def test_data_build_hands_on_its_arguments(stand_in, capsys):
 
 
 @pytest.mark.parametrize(("problems", "code"), [([], 0), (["train-0: row 3 is damaged"], 1)])
-def test_data_verify_ends_with_one_when_there_are_problems(problems, code, stand_in, capsys):
+def test_data_verify_exits_with_1_for_problems(problems, code, stand_in, capsys):
     stand_in("data_tools.verify", "verify", {"rows": 12, "problems": problems})
     assert cli.main(["data", "verify", "d"]) == code
     assert capsys.readouterr().out == f"rows      12\nproblems  {problems[0] if problems else 'none'}\n"
 
 
-def test_data_inspect_describes_or_shows_a_row(monkeypatch, capsys):
+def test_data_inspect_describes_a_dataset_or_shows_a_row(monkeypatch, capsys):
     stand = types.ModuleType("data_tools.inspection")
     stand.describe = lambda folder: {"folder": folder}
     stand.show_row = lambda folder, row, split, tokenizer: {"row": row, "split": split, "tokenizer": tokenizer}
@@ -195,7 +195,7 @@ def test_data_inspect_describes_or_shows_a_row(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv", ["train tiny seed=3 name=x --json", "train tiny --json seed=3 name=x"])
-def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, capsys):
+def test_train_loads_the_configuration_and_prints_the_summary(argv, stand_in, capsys):
     calls = stand_in("fusiontree.training.trainer", "train", {"steps": 200})
     assert cli.main(argv.split()) == 0
     (((config, allowed, trust), _),) = calls
@@ -205,7 +205,7 @@ def test_train_reads_the_configuration_and_shows_the_summary(argv, stand_in, cap
     assert json.loads(capsys.readouterr().out) == {"steps": 200}
 
 
-def test_only_the_first_rank_shows_the_summary(stand_in, monkeypatch, capsys):
+def test_only_rank_0_prints_the_summary(stand_in, monkeypatch, capsys):
     stand_in("fusiontree.training.trainer", "train", {"steps": 200})
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", "tiny"]) == 0
@@ -213,19 +213,19 @@ def test_only_the_first_rank_shows_the_summary(stand_in, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv", ["train tiny --bogus", "doctor --ranks 2 --x=3", "data verify a b=c"])
-def test_words_that_belong_nowhere_are_a_usage_error(argv):
+def test_unrecognized_arguments_are_a_usage_error(argv):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv.split())
     assert caught.value.code == 2
 
 
-def test_a_full_disk_without_a_name_names_the_runs_folder(stand_in, capsys):
+def test_a_full_disk_error_without_a_path_names_the_runs_folder(stand_in, capsys):
     stand_in("fusiontree.training.trainer", "train", OSError(errno.ENOSPC, "No space left on device"))
     assert cli.main(["train", "tiny", "output=there", "name=mine"]) == 1
     assert capsys.readouterr().err == "fusiontree: error: there/mine: No space left on device\n"
 
 
-def test_export_hands_on_its_arguments(stand_in, capsys):
+def test_export_passes_its_arguments(stand_in, capsys):
     calls = stand_in("fusiontree.export.exporter", "export", {"model_bytes": 3 * 2**20, "proved": True})
     assert cli.main(["export", "runs/a", "out", "--dtype", "bf16", "--max-shard-size", "1GB", "--prune", "2"]) == 0
     options = {"dtype": "bf16", "overwrite": False, "max_shard_size": "1GB", "trust": False, "prune": "2"}
@@ -234,7 +234,7 @@ def test_export_hands_on_its_arguments(stand_in, capsys):
     assert capsys.readouterr().out == "model   3.00 MiB\nproved  yes\n"
 
 
-def test_eval_shows_a_table_of_what_it_measured_of_several_things(stand_in, capsys):
+def test_eval_prints_records_as_tables(stand_in, capsys):
     speed = {"tokens_per_s": 12.0, "first_token": {"median_seconds": 0.5}, "cache_bytes": 2**20}
     tasks = {
         "passkey": {"chance": 0.1, "cells": [{"length": 64, "accuracy": 1.0}, {"length": 1024, "accuracy": 0.25}]},
@@ -259,6 +259,14 @@ def test_eval_shows_a_table_of_what_it_measured_of_several_things(stand_in, caps
     ]
 
 
+def test_tables_are_not_wrapped_without_a_terminal(stand_in, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    problem = "too [bold]large :smile: " * 20 + "."
+    stand_in("fusiontree.evaluate.tasks", "evaluate", {"throughput": {"by_length": {"9 tokens": {"problem": problem}}}})
+    assert cli.main(["eval", "out", "--tasks", "throughput", "--data", "d"]) == 0
+    assert capsys.readouterr().out.splitlines()[3] == f"  9 tokens   {problem}"
+
+
 def test_generate_streams_its_text(monkeypatch, capsys):
     def generate_text(folder, prompt, max_new_tokens, sampling, on_text):
         seen.update(dataclasses.asdict(sampling), folder=folder, prompt=prompt, max_new_tokens=max_new_tokens)
@@ -280,7 +288,7 @@ def test_generate_streams_its_text(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"text": "def main"}
 
 
-def test_eval_hands_on_its_arguments(stand_in, capsys):
+def test_eval_passes_its_arguments(stand_in, capsys):
     calls = stand_in("fusiontree.evaluate.tasks", "evaluate", {"perplexity": {"loss": 2.5, "tokens": 4096}})
     words = ["--tasks", "perplexity,passkey", "recall", "--data", "d", "--limit", "4", "--lengths", "64,128"]
     assert cli.main(["eval", "out", *words]) == 0
@@ -289,7 +297,7 @@ def test_eval_hands_on_its_arguments(stand_in, capsys):
     assert capsys.readouterr().out == "perplexity\n  loss    2.5 nats per token\n  tokens  4,096\n\n"
 
 
-def test_demo_hands_on_its_folder_and_exit_code(stand_in):
+def test_demo_passes_its_folder_and_exit_code(stand_in):
     calls = stand_in("fusiontree.cli.demo", "run_demo", 1)
     assert cli.main(["demo", "--root", "here"]) == 1
     assert calls == [((Path("here"),), {})]
@@ -304,7 +312,7 @@ def test_doctor_reports_this_machine(capsys):
     assert report["machine"]["memory_bytes"] > 2**28
 
 
-def test_doctor_refuses_a_run_that_cannot_be(tmp_path, capsys):
+def test_doctor_rejects_an_impossible_run(tmp_path, capsys):
     write_manifest(tmp_path, 9000)
     argv = ["doctor", "tiny", "--json", "--ranks", "3", f"data.path={tmp_path}", "kernels.scan=warp"]
     assert cli.main([*argv, "deepspeed=zero9"]) == 1
@@ -316,7 +324,7 @@ def test_doctor_refuses_a_run_that_cannot_be(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("count", ["--ranks=0", "--ranks=-1", "--nodes=0"])
-def test_doctor_refuses_counts_below_one(count, capsys):
+def test_doctor_rejects_counts_below_one(count, capsys):
     assert cli.main(["doctor", "tiny", count]) == 2
     assert capsys.readouterr().err == f"fusiontree: error: doctor: {count.replace('=', ' ')}: give at least 1\n"
 
@@ -334,13 +342,13 @@ def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("stage", "ranks", "bytes_per_parameter"), [(0, 4, 16), (1, 4, 11), (2, 4, 8), (3, 4, 5), (3, 1, 20)]
 )
-def test_zero_shares_out_moments_then_gradients_then_weights(stage, ranks, bytes_per_parameter):
+def test_zero_partitions_moments_then_gradients_then_weights(stage, ranks, bytes_per_parameter):
     from fusiontree.doctor.memory import state_bytes
 
     assert state_bytes(1000, {"stage": stage}, ranks) == 1000 * bytes_per_parameter
 
 
-def test_doctor_shows_what_a_broken_package_raised(monkeypatch):
+def test_doctor_shows_the_error_of_a_broken_package(monkeypatch):
     from fusiontree.doctor import diagnose
 
     def broken(module):
@@ -357,7 +365,7 @@ def test_doctor_shows_what_a_broken_package_raised(monkeypatch):
     assert problems[0].startswith("torch is 1.2, broken: RuntimeError: libcuda.so is missing; install it")
 
 
-def test_a_reader_that_leaves_gets_no_traceback(tmp_path):
+def test_a_closed_pipe_causes_no_traceback(tmp_path):
     write_manifest(tmp_path, 8192)
     reading, writing = os.pipe()
     os.close(reading)

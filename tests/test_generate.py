@@ -199,7 +199,7 @@ def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None
     command = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "interrupted; nothing half-written was left under a final name" in done.stderr
+    assert "interrupted; no incomplete output was left under a final name" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -210,4 +210,4 @@ def test_an_interrupted_generation_ends_with_one_line(exported: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout == "tree"
-    assert done.stderr == "fusiontree: interrupted; nothing half-written was left under a final name\n"
+    assert done.stderr == "fusiontree: interrupted; no incomplete output was left under a final name\n"

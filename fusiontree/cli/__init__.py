@@ -1,4 +1,4 @@
-"""The command line. Handlers parse, call and print; what they call is imported when needed, so that --help is quick."""
+"""The command line. Handlers import their implementation when called, which keeps --help fast."""
 
 import argparse
 import errno
@@ -9,30 +9,30 @@ from fusiontree.cli import bench, data, launching, machine, model, training
 from fusiontree.cli.parsing import FORMAT
 from fusiontree.errors import RunError, UserError
 
-# what a file system answers when the user's disk, rights or paths are at fault, not this program
+# errors of the user's disk, permissions or paths; any other OSError is a bug
 _FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
     *(errno.EBUSY, errno.EXDEV, errno.ELOOP, errno.ESTALE, errno.EFBIG),
 }
-_INTERRUPTED = "interrupted; nothing half-written was left under a final name"
+_INTERRUPTED = "interrupted; no incomplete output was left under a final name"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for the user's mistakes, 1 for what went wrong on the way.
+    """Run one command and return its exit code: 0, 2 for a user error, 1 for a failure of the run.
 
-    Any other exception is this program's own mistake and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
     args = _parse(argv)
-    code, message, told = 1, None, False
+    code, message, reported = 1, None, False
     try:
         code, message = _outcome(args)
     finally:
         if args.is_rank:
             from fusiontree.distributed import outcome
 
-            told = outcome.report(code, message)
-    if message and not told:
+            reported = outcome.report(code, message)
+    if message and not reported:
         rank = os.environ.get("RANK", "0")
         kind = "" if message == _INTERRUPTED else "error: "
         print(f"fusiontree: {kind}{'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr)
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
-    """The exit code of the command and the line that explains it."""
+    """Run the command; return its exit code and error message."""
     try:
         code: int = args.handler(args)
         sys.stdout.flush()
@@ -50,7 +50,7 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
     except (UserError, RunError) as error:
         return error.exit_code, str(error)
     except BrokenPipeError:
-        # the reader has left (`| head`): give what is still buffered nowhere to go, so that the exit stays silent
+        # the reader has closed the pipe (`| head`): discard the buffer, or flushing it at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, None
     except OSError as error:
@@ -61,7 +61,7 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; overrides may stand on either side of the options, which argparse alone does not take."""
+    """Parse the arguments. Overrides may come before or after the options, which argparse alone does not allow."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not ("overrides" in args and all("=" in text and not text.startswith("-") for text in rest)):
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: fusiontree demo",
         formatter_class=FORMAT,
     )
-    parser.set_defaults(is_rank=False)  # a rank of a launch, which is told how it ended
+    parser.set_defaults(is_rank=False)  # whether a launch waits for this process's report
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (data, training, launching, model, machine, bench):
         module.add(commands)

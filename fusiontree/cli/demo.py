@@ -1,4 +1,4 @@
-"""The whole product on a laptop: text in, a trained and exported hybrid out. What ``make demo`` runs."""
+"""``make demo``: from text to a trained and exported hybrid model on a laptop."""
 
 import json
 import shlex
@@ -22,16 +22,16 @@ PROMPT = "def main("
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo and the sign that it has been done."""
+    """One command of the demo."""
 
     title: str
     arguments: list[str]
     is_done: bool
-    result: str  # where it leaves what
+    result: str  # its output, for the summary
 
 
 def run_demo(root: Path) -> int:
-    """Run every stage under `root` that is not done yet, then sum up. Returns the exit code of the first that fails."""
+    """Run each unfinished stage under `root` and print a summary; return the exit code of the first failure, or 0."""
     folder, run = root / "data" / "demo", root / "runs" / "demo"
     tokenizer, shards, exported = folder / "tokenizer", folder / "shards", run / "export"
     settings = [f"output={root / 'runs'}", "name=demo", f"data.path={shards}"]
@@ -49,7 +49,12 @@ def run_demo(root: Path) -> int:
             "build shards",
             [
                 *("data", "build", *text, "--tokenizer", str(tokenizer), "--output", str(shards)),
-                *("--holdout-from", "end", "--workers", str(RANKS)),  # whole packages, which hold sibling files
+                *(
+                    "--holdout-from",
+                    "end",
+                    "--workers",
+                    str(RANKS),
+                ),  # complete packages, which keep sibling files together
             ],
             (shards / "manifest.json").exists(),
             str(shards),
@@ -81,14 +86,14 @@ def run_demo(root: Path) -> int:
         code = _wait(subprocess.Popen(command))
         seconds.append(time.perf_counter() - started)
         if code:
-            console.print(f"the demo stopped: stage '{stage.title}' ended with code {code}; run it again to go on")
+            console.print(f"the demo stopped: stage '{stage.title}' exited with code {code}; run it again to continue")
             return code
-    _sum_up(stages, seconds, run, exported)
+    _print_summary(stages, seconds, run, exported)
     return 0
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a stage. Ctrl-C reaches the stage too, which is left the time to clean up."""
+    """Wait for a stage and return its exit code; after Ctrl-C, which the stage receives too, wait for its cleanup."""
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -101,7 +106,7 @@ def _exported_step(exported: Path) -> int | None:
     return json.loads(facts.read_text())["step"] if facts.exists() else None
 
 
-def _sum_up(stages: list[Stage], seconds: list[float | None], run: Path, exported: Path) -> None:
+def _print_summary(stages: list[Stage], seconds: list[float | None], run: Path, exported: Path) -> None:
     table = Table(box=None, pad_edge=False)
     for name, justify in (("stage", "left"), ("time", "right"), ("where", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]

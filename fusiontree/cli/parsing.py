@@ -1,10 +1,10 @@
-"""What the parsers of the subcommands share."""
+"""Arguments common to several subcommands."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = argparse.RawDescriptionHelpFormatter  # keeps an example on one line
+FORMAT = argparse.RawDescriptionHelpFormatter  # does not wrap the example
 
 
 def command(
@@ -15,7 +15,16 @@ def command(
     example: str,
     figures: bool = True,
 ) -> argparse.ArgumentParser:
-    """A subcommand; with `figures` it takes --json."""
+    """Add a subcommand.
+
+    Args:
+        commands: the subparsers to add it to.
+        name: its name.
+        handler: returns its exit code.
+        summary: one sentence for --help.
+        example: its arguments in an example, without `fusiontree`.
+        figures: whether it takes --json.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, epilog=f"Example: fusiontree {example}", formatter_class=FORMAT
     )
@@ -26,37 +35,37 @@ def command(
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """What an output folder that holds something needs."""
-    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds something")
+    """Add --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
 
 
 def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """A run's configuration, and values that replace its own."""
+    """Add CONFIG and its KEY=VALUE overrides."""
     nargs = "?" if optional else None
     parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a YAML file or a preset, e.g. tiny")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the configuration's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a value of the configuration")
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
-    """The shape that is measured."""
+    """Add --preset, the model to measure, and its KEY=VALUE overrides."""
     parser.add_argument("--preset", required=True, metavar="CONFIG", help="a preset, e.g. 1b, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the configuration's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a value of the configuration")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """That a checkpoint may hold more than tensors."""
+    """Add --trust-checkpoint."""
     parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="unpickle all that the checkpoint holds, which may run any code"
+        "--trust-checkpoint", action="store_true", help="unpickle everything in the checkpoint, which can run any code"
     )
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    """What a resume may find changed, and may run."""
+    """Add the options of a resume: --trust-checkpoint and --allow-changed."""
     add_trust(parser)
     parser.add_argument(
         "--allow-changed",
         action="append",
         default=[],
         metavar="KEY",
-        help="go on from a checkpoint though this value is another one; repeatable",
+        help="resume from a checkpoint although this value has changed; repeatable",
     )
