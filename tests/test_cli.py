@@ -262,7 +262,8 @@ def test_eval_prints_records_as_tables(stand_in, capsys):
 def test_tables_are_not_wrapped_without_a_terminal(stand_in, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     problem = "too [bold]large :smile: " * 20 + "."
-    stand_in("fusiontree.evaluate.tasks", "evaluate", {"throughput": {"by_length": {"9 tokens": {"problem": problem}}}})
+    figures = {"throughput": {"by_length": {"9 tokens": {"problem": problem}}}}
+    stand_in("fusiontree.evaluate.tasks", "evaluate", figures)
     assert cli.main(["eval", "out", "--tasks", "throughput", "--data", "d"]) == 0
     assert capsys.readouterr().out.splitlines()[3] == f"  9 tokens   {problem}"
 

@@ -1,4 +1,4 @@
-"""What the README tells a user to type is what the command line and the configuration take."""
+"""README: its commands parse and its configuration loads."""
 
 import re
 import shlex
@@ -20,23 +20,23 @@ COMMANDS = [
 ]
 
 
-def test_it_opens_with_the_two_commands() -> None:
+def test_it_starts_with_the_two_commands() -> None:
     assert [line.split()[:2] for line in BLOCKS[1][1].splitlines()] == [["make", "demo"], ["make", "test"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_its_commands_parse(command: str) -> None:
+def test_commands_parse(command: str) -> None:
     assert cli._parse(shlex.split(command)[1:]).handler is not None
 
 
-def test_all_commands_are_shown() -> None:
+def test_every_command_is_shown() -> None:
     shown = {tuple(command.split()[1 : 3 if " data " in command else 2]) for command in COMMANDS}
     names = ("doctor", "launch", "status", "report", "export", "prune", "generate", "eval", "bench")
     expected = {(name,) for name in names}
     assert shown == expected | {("data", name) for name in ("tokenizer", "build", "verify", "inspect")}
 
 
-def test_its_configuration_loads_and_its_presets_exist(tmp_path: Path) -> None:
+def test_the_configuration_loads_and_the_presets_exist(tmp_path: Path) -> None:
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
     (tmp_path / "books.yaml").write_text(text)
     assert load_config(str(tmp_path / "books.yaml")).model.window == 2048
