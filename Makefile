@@ -1,19 +1,25 @@
 # The two commands of this project: `make demo` and `make test`. Both set everything up first.
-# `make test-cluster` adds the tests on a real SLURM cluster and real ssh hosts.
+# `make check` runs only the fast tests; `make test-cluster` runs those on a real SLURM cluster and real ssh hosts.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cluster lint format install develop clean
+.PHONY: demo check test test-cluster lint format install develop clean
 
 demo: install
 	@$(BIN)/python -m fusiontree demo
 
-test: develop lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-	@echo 'Left out: the tests on a real SLURM cluster and real ssh hosts (make test-cluster).'
+# loadfile keeps a file's fixtures in one worker; tests/conftest.py orders the files, the longest first
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; touches nothing of this machine's
+check: develop lint
+	$(PYTEST) -m 'not slow'
+
+test: develop lint
+	$(PYTEST)
+	@echo 'Not run: the tests on a real SLURM cluster and real ssh hosts (make test-cluster).'
+
+# needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; runs in namespaces of its own
 test-cluster: develop
 	FUSIONTREE_CLUSTER=1 $(BIN)/python -m pytest -m cluster -v -n 2 --dist worksteal tests/test_cluster_*.py
 
@@ -29,7 +35,7 @@ format: develop
 install: $(VENV)/.installed
 develop: $(VENV)/.developed
 
-# DeepSpeed's compiled operators are not needed; the constraints hold in the isolated builds too
+# no compiled DeepSpeed operators are needed; the constraints also apply to isolated builds
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "FusionTree needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -37,7 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[parquet,wandb]'
 	@touch $@
 
-# with what only tests, lint and types need
+# plus the packages for tests, lint and types
 $(VENV)/.developed: $(VENV)/.installed
 	$(PIP) -e '.[dev,harness,parquet,wandb]'
 	@touch $@

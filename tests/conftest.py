@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from cluster import Cluster
 from safetensors.torch import save_file
@@ -55,6 +57,29 @@ SMALL = ModelConfig(
     gate_rank=8,
     max_positions=128,
 )
+
+
+# The longest files in order of CPU time. They start first: a worker that began one at the end would run it alone.
+LONGEST = [
+    *("test_training", "test_backends", "test_launcher", "test_health", "test_export", "test_bad_input", "test_kill"),
+    *("test_zero", "test_resize", "test_bench_export", "test_init_from", "test_gpu", "test_triton_scan", "test_triton"),
+]
+SLOW_FILES = {
+    *("test_backends", "test_triton", "test_triton_scan", "test_zero", "test_bench_export", "test_serve"),
+    *("test_placement", "test_weights", "test_clipping", "test_precision", "test_data_continue"),
+}
+SLOW_FIXTURES = {"shards", "job", "started"}  # a dataset for real runs; launches of test_launcher
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests and order the longest files first."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        starts_ranks = hasattr(item.module, "ranks")
+        if item.path.stem in SLOW_FILES or starts_ranks or SLOW_FIXTURES & {*item.fixturenames}:
+            item.add_marker(pytest.mark.slow)
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -145,11 +170,20 @@ MICRO = {  # a model and a schedule that two ranks finish in seconds
 
 
 def cli(
-    *arguments: object, code: int = 0, timeout: float = 240, cwd: Path | None = None
+    *arguments: object, code: int = 0, timeout: float = 240, cwd: Path | None = None, fork: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user would and check its exit code; no traceback may ever show."""
-    command = [sys.executable, "-m", "fusiontree", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd)
+    """Run a command in a process of its own; check its exit code and that it shows no traceback.
+
+    With `fork` and without a GPU, the process is a fork of one that has torch and DeepSpeed imported.
+    """
+    words = [*map(str, arguments)]
+    command = [sys.executable, "-m", "fusiontree", *words]
+    if fork and not torch.cuda.is_available():
+        with tempfile.TemporaryDirectory() as folder:
+            ended = ranks.command(words, Path(folder), cwd or Path.cwd(), timeout)
+        done = subprocess.CompletedProcess(command, *ended)
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd)
     assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done

@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 from fusiontree.distributed.ports import free_port
 
@@ -33,6 +35,55 @@ def _rank(argv: list[str], environment: dict[str, str], output: Path, setup: Cal
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # as __main__ does
+
+
+def _start_server() -> None:
+    """Start the process that all others are forked from, unless it is running."""
+    _CONTEXT.set_forkserver_preload(
+        ["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer", "fusiontree.export.exporter"]
+    )
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
+def _command(argv: list[str], environment: dict[str, str], folder: Path, cwd: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with open(folder / name, "wb") as stream:
+            os.dup2(stream.fileno(), number)
+    import torch
+
+    from fusiontree.__main__ import run
+
+    torch.set_num_threads(1)
+    sys.argv = ["fusiontree", *argv]
+    run()
+
+
+def command(argv: list[str], folder: Path, cwd: Path, timeout: float) -> tuple[int, str, str]:
+    """Run ``fusiontree ARGV`` in a fork of the server, which saves the 2 to 5 CPU seconds of its imports.
+
+    Args:
+        argv: the command's words.
+        folder: an empty folder for its output.
+        cwd: its working directory.
+        timeout: in seconds; a later command is killed.
+
+    Returns:
+        Exit code, standard output and standard error.
+    """
+    _start_server()
+    process = _CONTEXT.Process(target=_command, args=(argv, dict(os.environ), folder, cwd))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"fusiontree {' '.join(argv)}: no end after {timeout} s\n{(folder / 'stderr').read_text()}")
+    assert process.exitcode is not None
+    return process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
 
 @dataclass
@@ -68,8 +119,7 @@ def start(argv: list[str], folder: Path, ranks: int = 1, setup: Callable[[], Non
         ranks: their number.
         setup: called by each rank before the command; a module-level function, because it is pickled.
     """
-    os.environ["DS_ACCELERATOR"], os.environ["OMP_NUM_THREADS"] = "cpu", "1"  # before the server starts
-    _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer"])
+    _start_server()
     port = str(free_port())
     processes, outputs = [], []
     for rank in range(ranks):
