@@ -88,7 +88,7 @@ def staged_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence[str]) -> Iterator[Path]:
-    """Like `staged_folder`, but partial output survives an interruption and is reused by the next call.
+    """Yield a folder as `staged_folder` does, but keep partial output after an interruption, for the next call.
 
     Args:
         target: the folder to create.
@@ -116,7 +116,7 @@ def resumable_folder(target: Path, overwrite: bool, marker: str, state: Sequence
             _empty(partial)
         try:
             yield partial
-            _sync(partial)  # slow with many files, so the state is removed after it
+            _sync(partial)  # slow with many files; the state is removed after it, to stay resumable until then
             for name in state:
                 (partial / name).unlink(missing_ok=True)
             _put_in_place(partial, target)

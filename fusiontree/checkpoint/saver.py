@@ -56,7 +56,7 @@ class Saver:
         self.engine, self.world, self.run_dir, self.retention = engine, world, run_dir, retention
         self.waited = 0.0  # seconds in which training waited for copies
         self._group = collectives.background_group(timeout_seconds)
-        self._start = collectives.from_main(lease.TOKEN, self._group)
+        self._token = collectives.from_main(lease.TOKEN, self._group)
         self._seconds: float | None = None  # of the newest checkpoint, until `figures` returns it
         self._thread: threading.Thread | None = None
         self._failure: str | None = None  # of the last save, set when its thread ends
@@ -85,7 +85,7 @@ class Saver:
         self.waited += time.perf_counter() - since
 
     def figures(self) -> dict[str, float]:
-        """Return once the seconds from the copy of the newest checkpoint to its final name."""
+        """Return the seconds from the copy of the newest checkpoint to its rename, in one call per checkpoint."""
         seconds, self._seconds = self._seconds, None
         return {} if seconds is None else {"save_seconds": seconds}
 
@@ -124,7 +124,7 @@ class Saver:
 
     def _write(self, final: Path, own: dict[str, Any], rest: Mapping[str, bytes]) -> Exception | None:
         """Write this rank's files and, on the main rank, seal them; return the error of any rank on every rank."""
-        partial = store.partial_path(final, self._start)
+        partial = store.partial_path(final, self._token)
         hashes, error = _attempt(lambda: _write_files(partial, own))
         gathered = collectives.gather((hashes, error), self._group)
         error = next((error for _, error in gathered if error is not None), None)

@@ -41,9 +41,9 @@ _STATE_KEYS = (  # required; `save` may add others
 )
 
 
-def partial_path(final: Path, start: str) -> Path:
-    """Return the folder for the incomplete checkpoint `final`, of the attempt `start` at the run."""
-    return final.with_name(f".{final.name}.{start}.partial")
+def partial_path(final: Path, token: str) -> Path:
+    """Return the folder in which the attempt with the lease `token` builds the checkpoint `final`."""
+    return final.with_name(f".{final.name}.{token}.partial")
 
 
 def put_in_place(partial: Path, final: Path) -> None:

@@ -6,7 +6,8 @@ import time
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
-REPEAT = 2.0  # seconds; a second signal after it kills. Before it, a scheduler may have signalled the parent too
+# seconds between two signals from which the second kills; a scheduler signals a process and its parent at once
+REPEAT = 2.0
 _requested: tuple[signal.Signals, float] | None = None  # the first signal since `listen`, and when it came
 
 

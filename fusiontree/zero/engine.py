@@ -110,7 +110,7 @@ def copy_to_model(engine: Any) -> None:
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
         zero.update_lp_params()
-    # parameters too small to partition are gathered on every rank: their own copies would keep the old values
+    # small parameters stay gathered on every rank; dropping those copies makes the next gather fetch the new values
     if stage == 3 and zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
 
