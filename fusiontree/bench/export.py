@@ -112,7 +112,8 @@ def write_checkpoint(run: Path, config: RunConfig, stage: int, ranks: int) -> Pa
     _write_tokenizer(run / TOKENIZER)
     state: dict[str, Any] = {"step": 1, "tokens": 0, "rows_consumed": 0, "world_size": ranks, "zero_stage": stage}
     state |= {"tokenizer_fingerprint": tokenizer_fingerprint(run / TOKENIZER), "data_fingerprint": ""}
-    state |= {"eos_id": 0, "pad_id": 0, "wandb_id": None}
+    state |= {"eos_id": 0, "pad_id": 0, "wandb_id": None, "left_out": [], "bad_rows": []}
+    state["health"] = {"skipped": 0, "bad": [], "losses": []}
     (folder / STATE_FILE).write_text(json.dumps(state))
     (folder / CONFIG_FILE).write_text(to_yaml(config))
     gates = torch.full((config.model.num_layers, config.model.hidden_size), 0.5)

@@ -35,9 +35,9 @@ from fusiontree.run.folder import (
 from fusiontree.zero import layout, reshard
 from fusiontree.zero.engine import keeps_states_on_nvme
 
-_STATE_KEYS = (  # required; `save` may add others
+_STATE_KEYS = (  # all that training saves; each is required
     *("step", "tokens", "rows_consumed", "world_size", "zero_stage", "data_fingerprint", "tokenizer_fingerprint"),
-    *("eos_id", "pad_id", "wandb_id"),
+    *("eos_id", "pad_id", "wandb_id", "left_out", "bad_rows", "health"),
 )
 
 
