@@ -63,6 +63,6 @@ def test_muon_updates_and_decays_by_as_much_as_adamw() -> None:
 
 
 def test_clipping_under_muon_is_refused() -> None:
-    with pytest.raises(UserError, match=r"grad_clip 1 would cut Muon's update.*set optimizer.grad_clip=0"):
+    with pytest.raises(UserError, match=r"grad_clip 1 would clip Muon's update.*set optimizer.grad_clip=0"):
         load_config("tiny", ["optimizer.kind=muon"])
     assert load_config("tiny", ["optimizer.kind=muon", "optimizer.grad_clip=0"]).optimizer.momentum == 0.95

@@ -61,15 +61,15 @@ def test_lengths_in_tokens_equal_those_in_steps() -> None:
     [
         (
             ["schedule.tokens=40960"],
-            "schedule: warmup_steps 10 is not below steps 10: the schedule would end before it has warmed up; lower "
+            "schedule: warmup_steps 10 is not below steps 10: the schedule would end during its warm-up; lower "
             "warmup_steps to 9 or raise steps to 11",
         ),
         (["schedule.warmup_tokens=409600"], "schedule: warmup_steps 100 is not below steps 100"),
         (
             ["schedule.kind=wsd", "schedule.decay_steps=95"],
-            "warmup_steps 10 and decay_steps 95 are together more than steps 100; lower one of them or raise steps",
+            "warmup_steps 10 and decay_steps 95 together exceed steps 100; lower one of them or raise steps",
         ),
-        (["schedule.decay_steps=9"], "decay_steps is for kind wsd, but kind is cosine"),
+        (["schedule.decay_steps=9"], "decay_steps needs kind wsd, but kind is cosine"),
         (["schedule.tokens=many"], "schedule.tokens is 'many'"),
         (["schedule.steps=null"], "schedule.steps is missing"),
     ],

@@ -1,6 +1,6 @@
 """A run's configuration: YAML in, one frozen and validated object out. Free of torch.
 
-Every user error raises a UserError of one line: what is wrong, where, and the remedy.
+Every user error raises a UserError of one line with the problem, its place and the remedy.
 """
 
 from fusiontree.config.deepspeed import deepspeed_json

@@ -14,27 +14,27 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """Takes no unknown key, no value of another type, no infinity; never changes."""
+    """A frozen section that rejects unknown keys, values of another type, and infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise what pydantic takes for a mistake in the values, unless it `holds`."""
-    if not holds:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError, which pydantic reports as a validation error, unless `condition` is true."""
+    if not condition:
         raise ValueError(message)
 
 
 class SourceConfig(Section):
-    """One of several datasets that are mixed."""
+    """One dataset of a mixture."""
 
     path: str  # dataset folder or address, as data.path
     weight: float = Field(default=1.0, ge=0.0)  # its share of the tokens is weight / sum of the weights
-    max_epochs: float | None = Field(default=None, gt=0.0)  # then it leaves the mixture; null: it repeats for ever
+    max_epochs: float | None = Field(default=None, gt=0.0)  # then it leaves the mixture; null: unlimited
 
 
 class DataConfig(Section):
-    """Where the tokens come from. Training needs `path` or `sources`."""
+    """The training data. Training needs `path` or `sources`."""
 
     path: str | None = None  # dataset folder, with manifest.json and the splits train and validation
     sources: dict[Name, SourceConfig] | None = None  # several datasets, by name
@@ -42,13 +42,13 @@ class DataConfig(Section):
     seq_len: Count  # tokens per training row; with a curriculum, at its end
     curriculum: dict[Step, Count] | None = None  # from that step on, tokens per training row; the batch stays constant
     workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
-    cache: Path = Path("~/.cache/fusiontree")  # where rows of datasets at an address are kept, shared by a node
-    cache_gb: float = Field(default=100.0, gt=0.0)  # GB (10^9 bytes) that they may take
-    max_bad_rows: int = Field(default=100, ge=0)  # stored rows that may turn out damaged before the run stops
+    cache: Path = Path("~/.cache/fusiontree")  # rows of remote datasets, shared by a node's processes
+    cache_gb: float = Field(default=100.0, gt=0.0)  # its limit in GB (10^9 bytes)
+    max_bad_rows: int = Field(default=100, ge=0)  # damaged rows after which the run stops
 
     @property
     def locations(self) -> dict[str, str]:
-        """Dataset folders or addresses by source; the name "" is that of a `path` that stands alone."""
+        """Dataset folders or addresses by source; a `path` without sources has the name ""."""
         if self.sources is not None:
             return {name: source.path for name, source in self.sources.items()}
         return {} if self.path is None else {"": self.path}
@@ -73,16 +73,16 @@ class DataConfig(Section):
         names = list(self.sources or {})
         require(
             self.path is None or self.sources is None,
-            f"path {self.path} and sources {', '.join(names)} are both given; take the one for a single dataset, or "
-            "the others (path: null)",
+            f"path {self.path} and sources {', '.join(names)} are both given; remove sources for a single dataset, or "
+            "set path: null",
         )
-        require(self.sources is None or bool(names), "sources is empty; name a dataset there, or take path")
+        require(self.sources is None or bool(names), "sources is empty; add a dataset, or set path")
         for step, changes in (self.weights or {}).items():
             unknown = next((name for name in changes if name not in names), None)
             require(
                 unknown is None, f"weights.{step}: {unknown} is not one of sources ({', '.join(names) or 'none given'})"
             )
-            require(step > 0, "weights.0: what holds from the first step on stands in sources.NAME.weight")
+            require(step > 0, "weights.0: set sources.NAME.weight instead, the weight from the first step on")
         for step, weights in self.weight_table:
             where = f"weights.{step}" if step else "sources"
             require(any(weights.values()), f"{where}: every weight is 0; give at least one source a share")
@@ -91,25 +91,25 @@ class DataConfig(Section):
 
     def _check_curriculum(self) -> None:
         lengths = self.lengths
-        require(lengths[0][0] == 0, f"curriculum begins at step {lengths[0][0]}; give the length of step 0 too")
+        require(lengths[0][0] == 0, f"curriculum starts at step {lengths[0][0]}; add the length of step 0")
         require(
             lengths[-1][1] == self.seq_len,
-            f"curriculum ends at length {lengths[-1][1]}, seq_len is {self.seq_len}; make the last length seq_len",
+            f"curriculum ends at length {lengths[-1][1]}, but seq_len is {self.seq_len}; end with seq_len",
         )
         for (_, before), (step, length) in pairwise(lengths):
-            require(length > before, f"curriculum.{step}: length {length} is not above the one before, {before}")
+            require(length > before, f"curriculum.{step}: length {length} is not above the previous {before}")
         for step, length in lengths:
             require(
                 self.seq_len % length == 0,
-                f"curriculum.{step}: length {length} does not divide seq_len {self.seq_len}; take powers of two",
+                f"curriculum.{step}: length {length} does not divide seq_len {self.seq_len}; use powers of two",
             )
 
 
 class BatchConfig(Section):
-    """How many tokens an optimizer step takes."""
+    """The size of an optimizer step."""
 
     tokens: Count  # global batch per optimizer step, in tokens, over all ranks and accumulation steps
-    micro_rows: Count = 1  # rows of data.seq_len tokens per rank and forward pass; only memory and speed depend on it
+    micro_rows: Count = 1  # rows of data.seq_len tokens per rank and forward pass; affects only memory and speed
 
 
 class OptimizerConfig(Section):
@@ -122,24 +122,24 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)  # matrices only: norms, biases, gates and scan state are exempt
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # Muon's
-    grad_clip: float = Field(default=1.0, ge=0.0)  # largest norm of the whole gradient; 0 = never clip
+    grad_clip: float = Field(default=1.0, ge=0.0)  # maximum global gradient norm; 0 = no clipping
 
     @model_validator(mode="after")
     def _clips_gradients_only(self) -> "OptimizerConfig":
         require(
             self.kind == "adamw" or self.grad_clip == 0,
-            f"grad_clip {self.grad_clip:g} would cut Muon's update, which DeepSpeed makes before it clips; with kind "
-            "muon set optimizer.grad_clip=0",
+            f"grad_clip {self.grad_clip:g} would clip Muon's updates, because DeepSpeed clips after it; "
+            "set optimizer.grad_clip=0",
         )
         return self
 
 
 class ScheduleConfig(Section):
-    """Learning rate by step. A length in tokens becomes one in steps as it is read: the first that reach the tokens."""
+    """Learning rate by step. Lengths in tokens are converted to steps on loading, rounded up."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, decay
-    steps: Count  # optimizer steps of the whole run
-    tokens: Count | None = None  # or its tokens
+    steps: Count  # optimizer steps of the run
+    tokens: Count | None = None  # its length in tokens, instead of steps
     warmup_steps: Step = 0  # optimizer steps of linear warm-up, the first of `steps`
     warmup_tokens: Step | None = None
     decay_steps: Count | None = None  # wsd: optimizer steps of decay, the last of `steps`; null: a fifth of them
@@ -153,117 +153,123 @@ class ScheduleConfig(Section):
 
     @property
     def _least_steps(self) -> int:
-        """The fewest steps that would hold the phases."""
+        """The smallest `steps` that fits all phases."""
         if self.kind != "wsd":
             return self.warmup_steps + 1
         if self.decay_steps is not None:
             return self.warmup_steps + self.decay_steps
-        # the decay grows with the steps: steps - steps // 5 are to hold the warm-up
+        # the decay grows with the steps, so the warm-up must fit in steps - steps // 5
         return max(self.warmup_steps + 1, 5 * (self.warmup_steps - 1) // 4 + 1)
 
     @model_validator(mode="after")
     def _phases_fit(self) -> "ScheduleConfig":
         wsd = self.kind == "wsd"
-        require(wsd or self.decay_steps is None, f"decay_steps is for kind wsd, but kind is {self.kind}; take one out")
+        require(
+            wsd or self.decay_steps is None,
+            f"decay_steps needs kind wsd, but kind is {self.kind}; remove decay_steps or set kind: wsd",
+        )
         require(
             not wsd or self.warmup_steps + self.decay <= self.steps,
-            f"warmup_steps {self.warmup_steps} and decay_steps {self.decay} are together more than steps {self.steps}; "
+            f"warmup_steps {self.warmup_steps} and decay_steps {self.decay} together exceed steps {self.steps}; "
             f"lower one of them or raise steps to {self._least_steps}",
         )
         require(
             self.warmup_steps < self.steps,
-            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end before it has "
-            f"warmed up; lower warmup_steps to {self.steps - 1} or raise steps to {self._least_steps}",
+            f"warmup_steps {self.warmup_steps} is not below steps {self.steps}: the schedule would end during its "
+            f"warm-up; lower warmup_steps to {self.steps - 1} or raise steps to {self._least_steps}",
         )
         return self
 
 
 class LossConfig(Section):
-    """What is added to the cross-entropy; what is reported as `loss` stays the cross-entropy alone."""
+    """Terms added to the cross-entropy. The reported `loss` is the cross-entropy alone."""
 
     z_loss: float = Field(default=0.0, ge=0.0)  # weight of the squared log-partition of the logits; 1e-4 is usual
-    gate_balance: dict[Step, Weight] = {0: 0.0}  # weight of how far layers' mean gates lie outside the band, by step
+    gate_balance: dict[Step, Weight] = {0: 0.0}  # weight by step of the distance of layers' mean gates from the band
     gate_target: Fraction = 0.5  # middle of the band; 1 is all Mamba
-    gate_band: Fraction = 0.25  # on either side of the middle: there nothing is penalised
-    gate_entropy: dict[Step, float] = {0: 0.0}  # weight of the mean gates' entropy: above 0 channels choose a branch
+    gate_band: Fraction = 0.25  # half its width; mean gates inside are not penalized
+    gate_entropy: dict[Step, float] = {
+        0: 0.0
+    }  # weight by step of the mean gates' entropy; > 0 makes channels choose a branch
 
     @property
     def shapes_gates(self) -> bool:
-        """Whether either of the gate's weights is ever other than 0."""
+        """Whether a gate penalty has a nonzero weight at any step."""
         return any([*self.gate_balance.values(), *self.gate_entropy.values()])
 
 
 class DistillConfig(Section):
-    """Learning from the model of an exported folder beside the data; without `teacher`, from the data alone."""
+    """Distillation from an exported model, off without `teacher`."""
 
     teacher: Path | None = None  # folder made by `fusiontree export`, of the same tokenizer
-    weight: dict[Step, Weight] = {0: 1.0}  # of the divergence from the teacher, beside the cross-entropy's 1, by step
+    weight: dict[Step, Weight] = {0: 1.0}  # weight by step of the divergence from the teacher; the cross-entropy's is 1
     temperature: float = Field(default=1.0, gt=0.0)
-    top_k: Count = 64  # the teacher's likeliest tokens that stand alone; the others are one outcome together
+    top_k: Count = 64  # the teacher's most likely tokens, one outcome each; all others are a single outcome
 
 
 class CheckpointingConfig(Section):
-    """Which activations the backward pass computes again. ``activation_checkpointing: full`` sets `policy` alone."""
+    """Activations that the backward pass recomputes. ``activation_checkpointing: full`` sets only `policy`."""
 
     policy: Literal["none", "full", "every_n", "branch"] = "none"
-    every: Count = 2  # every_n: one block of so many is computed again
-    branch: Literal["mamba", "attention", "both"] = "both"  # branch: what is computed again of every block
-    offload: bool = False  # what is kept of a recomputed part, its input, waits in the host's memory
+    every: Count = 2  # every_n: recompute one block of every n
+    branch: Literal["mamba", "attention", "both"] = "both"  # branch: the branches to recompute in every block
+    offload: bool = False  # keep the inputs of recomputed parts in host memory
 
     @model_validator(mode="after")
     def _offloads_something(self) -> "CheckpointingConfig":
         require(
             not self.offload or self.policy != "none",
-            "offload moves the inputs of recomputed parts, and policy none has none; set policy or offload: false",
+            "offload moves the inputs of recomputed parts, but policy none recomputes none; set policy or offload: "
+            "false",
         )
         return self
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many stay."""
+    """Frequency and retention of checkpoints."""
 
     every: Count = 1000  # optimizer steps; the last step always writes one
-    keep_last: Count = 3  # checkpoints that stay, the newest
-    keep_every: Step = 0  # and those of a step that is a multiple of this, for ever; 0: none
+    keep_last: Count = 3  # newest checkpoints to keep
+    keep_every: Step = 0  # also keep checkpoints at multiples of this step; 0: none
 
 
 class ValidationConfig(Section):
-    """When the held-out loss is measured."""
+    """Frequency and size of validation."""
 
     every: int = Field(default=500, ge=0)  # optimizer steps; 0 = never
     rows: Count | None = None  # rows of data.seq_len tokens; null = all
 
 
 class LoggingConfig(Section):
-    """What is reported while the run goes on."""
+    """Frequency and destinations of metrics."""
 
-    every: Count = 10  # optimizer steps between two lines of metrics
-    layers_every: int = Field(default=100, ge=0)  # optimizer steps between two looks at each layer; 0 = never
+    every: Count = 10  # optimizer steps between lines of metrics
+    layers_every: int = Field(default=100, ge=0)  # optimizer steps between lines of per-layer metrics; 0 = never
     wandb: bool = False
     tensorboard: bool = False  # event files in the run's folder
 
 
 class HealthConfig(Section):
-    """What is done when training is not well."""
+    """Detection of failures and the reaction to them."""
 
-    max_bad_steps: Count = 5  # updates in a row whose loss or gradient is not finite; each is left out
+    max_bad_steps: Count = 5  # consecutive non-finite updates before `on_bad`; each is skipped
     on_bad: Literal["rollback", "stop"] = "rollback"  # rollback: to the last checkpoint, then past the bad rows
-    on_spike: Literal["ignore", "rollback", "stop"] = "ignore"  # ignore: it is recorded
-    spike_score: float = Field(default=10.0, gt=0.0)  # a spike: so many robust deviations above the median loss
-    spike_window: int = Field(default=128, ge=8)  # updates that the median is over
+    on_spike: Literal["ignore", "rollback", "stop"] = "ignore"  # ignore: only record it
+    spike_score: float = Field(default=10.0, gt=0.0)  # a spike is this many robust deviations above the median loss
+    spike_window: int = Field(default=128, ge=8)  # updates in the median
     max_rollbacks: Count = 3  # to one checkpoint; then the run stops
-    hang_factor: float = Field(default=10.0, gt=1.0)  # a step that takes so many times their median hangs,
-    hang_seconds: float = Field(default=300.0, gt=0.0)  # if it takes longer than this too, as reads at an address may
-    timeout_seconds: float = Field(default=1800.0, gt=0.0)  # that a rank waits for the others anywhere else
+    hang_factor: float = Field(default=10.0, gt=1.0)  # a step hangs if it exceeds this multiple of the median duration
+    hang_seconds: float = Field(default=300.0, gt=0.0)  # and this duration, which remote reads may need
+    timeout_seconds: float = Field(default=1800.0, gt=0.0)  # limit of a rank's wait for the others anywhere else
 
 
 class KernelsConfig(Section):
-    """Back-end of each operation; `auto` is the best that runs here."""
+    """Back-end of each operation; `auto` selects the best one available."""
 
     scan: str = "auto"
     convolution: str = "auto"
     attention: str = "auto"
-    prefill: str = "auto"  # attention of a prompt's later pieces to all before them
+    prefill: str = "auto"  # attention of a prompt's later chunks to the cache
     decode: str = "auto"  # attention of one new token to the cache
     loss: str = "auto"
-    pointwise: str = "auto"  # norms, rotations and gates between the rest: compiled or not
+    pointwise: str = "auto"  # norms, rotations and gates: compiled or not
