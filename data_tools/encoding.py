@@ -94,7 +94,7 @@ def _fast_encoder(definition: str) -> _Encode:
 
 
 def _without_special_tokens(definition: str) -> str:
-    """Return tokenizer.json without its special tokens, so that one spelled out in a text is encoded as characters."""
+    """Return tokenizer.json without its special tokens: spelled out in a text, they are encoded as characters."""
     values = json.loads(definition)
     values["added_tokens"] = [token for token in values.get("added_tokens") or [] if not token.get("special")]
     return json.dumps(values)

@@ -43,7 +43,7 @@ def show_row(folder: Path, row: int, split: str = "train", tokenizer: Path | Non
         folder: the dataset.
         row: number of the row in the split.
         split: train or validation.
-        tokenizer: a tokenizer folder; None: the dataset's own, or no decoding (`text` is None) if it has none.
+        tokenizer: a tokenizer folder; None: the one in the dataset, or no decoding (`text` is None) without one.
 
     Raises:
         UserError: the dataset, split or row does not exist, or the tokenizer is not that of the shards.
@@ -52,8 +52,8 @@ def show_row(folder: Path, row: int, split: str = "train", tokenizer: Path | Non
     dataset = Dataset(folder, split)
     shard, shard_row = dataset.place(row)
     tokens, _ = dataset.row(row)
-    own = folder / "tokenizer"
-    tokenizer = tokenizer or (own if own.is_dir() else None)
+    bundled = folder / "tokenizer"
+    tokenizer = tokenizer or (bundled if bundled.is_dir() else None)
     decoder = None
     if tokenizer is not None:
         decoder, info = load_tokenizer(tokenizer)

@@ -45,7 +45,7 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class Record:
-    """A document before decoding, or the reason why there is none."""
+    """A document before decoding, or the reason why it cannot be read."""
 
     file: str  # name of the file
     id_suffix: str  # identifies the document in its file; "" if the file is one document

@@ -53,10 +53,10 @@ def reindex(
         raise UserError(
             f"{folder} contains neither {' nor '.join(f'{split}/*.tar' for split in SPLITS)}: nothing to reindex"
         )
-    own = folder / "tokenizer"
-    if tokenizer is None and not own.is_dir():
+    bundled = folder / "tokenizer"
+    if tokenizer is None and not bundled.is_dir():
         raise UserError(f"{folder} contains no tokenizer; pass the tokenizer of the shards as --tokenizer DIR")
-    _, info = load_tokenizer(tokenizer or own, eos)
+    _, info = load_tokenizer(tokenizer or bundled, eos)
     scans = dict(zip(names, scan_all(folder, names, workers), strict=True))
     problems = [f"{name}: {fault}" for name, scan in scans.items() for fault in _faults(folder / name, scan, info)]
     intact = {name: scan for name, scan in scans.items() if not any(line.startswith(f"{name}: ") for line in problems)}
@@ -64,8 +64,8 @@ def reindex(
     adopted = bool(intact) and (skip_damaged or not problems)
     if adopted:
         _adopt(folder, intact, info)
-        if not own.is_dir() or eos is not None:
-            copy_tokenizer(tokenizer or own, own, eos)
+        if not bundled.is_dir() or eos is not None:
+            copy_tokenizer(tokenizer or bundled, bundled, eos)
     return _figures(intact, adopted, problems)
 
 

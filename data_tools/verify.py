@@ -87,17 +87,17 @@ def _wrong_totals(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _tokenizer_mismatches(folder: Path, manifest: Manifest) -> Iterator[str]:
-    own = folder / "tokenizer"
+    bundled = folder / "tokenizer"
     try:
-        manifest.require_tokenizer(tokenizer_fingerprint(own), own)
-        _, info = load_tokenizer(own)
+        manifest.require_tokenizer(tokenizer_fingerprint(bundled), bundled)
+        _, info = load_tokenizer(bundled)
     except UserError as error:
         yield f"tokenizer: {error}"
         return
     for name in ("eos_id", "pad_id", "vocab_size"):
         recorded, found = getattr(manifest.tokenizer, name), getattr(info, name)
         if recorded != found:
-            yield f"manifest.json: {name} is {recorded}, in {own} it is {found}"
+            yield f"manifest.json: {name} is {recorded}, in {bundled} it is {found}"
 
 
 def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardInfo) -> list[str]:

@@ -62,7 +62,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(documents: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of `documents`, built without interruption."""
+    """Build the dataset of `documents` without interruption."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(name, value)
@@ -129,14 +129,14 @@ def test_a_repeatedly_killed_build_gives_the_same_bytes(
 
 @pytest.fixture
 def interrupted(documents: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The partial folder of an interrupted build."""
+    """Interrupt a build; return its partial folder."""
     interrupt(documents, tokenizer_folder, tmp_path / "set", monkeypatch)
     return tmp_path / ".set.partial"
 
 
 @pytest.fixture(scope="module")
 def partial_template(documents: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, built once for the module and copied by each test."""
+    """Interrupt a build once per module; each test copies the partial folder."""
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
@@ -192,14 +192,14 @@ def test_the_same_arguments_resume_the_build(
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "name"),
     [({"row_len": 512}, "row len"), ({"holdout": 0.2}, "holdout"), ({"dedup": False}, "dedup")],
 )
 def test_other_arguments_are_refused_or_restart_the_build(
-    interrupted: Path, documents: Path, tokenizer_folder: Path, change: dict, named: str
+    interrupted: Path, documents: Path, tokenizer_folder: Path, change: dict, name: str
 ) -> None:
     options = dataclasses.replace(OPTIONS, **change)
-    with pytest.raises(UserError, match=f"interrupted build with different {named}; pass the same") as caught:
+    with pytest.raises(UserError, match=f"interrupted build with different {name}; pass the same") as caught:
         build_shards([documents], tokenizer_folder, interrupted.parent / "set", options)
     assert "\n" not in str(caught.value)
     figures = build_shards(

@@ -67,7 +67,7 @@ def built(inputs: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def damaged(built: Path, tmp_path: Path) -> Path:
-    """A copy of the dataset, to be damaged."""
+    """Copy the dataset for a test that damages it."""
     return shutil.copytree(built, tmp_path / "set")
 
 

@@ -105,15 +105,15 @@ def test_both_libraries_give_the_same_shards(folder: Path, corpus: Path, tmp_pat
 
 
 def test_recreating_the_fast_encoder_bounds_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    created = []
     fast = encoding._fast_encoder
-    monkeypatch.setattr(encoding, "_fast_encoder", lambda definition: made.append(1) or fast(definition))
+    monkeypatch.setattr(encoding, "_fast_encoder", lambda definition: created.append(1) or fast(definition))
     monkeypatch.setattr(encoding, "_RECREATE_CHARS", 1000)
     encoder = Encoder(folder)
     first = encoder.encode("tree " * 100)
     for _ in range(3):
         assert np.array_equal(encoder.encode("tree " * 100), first)
-    assert len(made) == 1 + 1
+    assert len(created) == 1 + 1
 
 
 @pytest.mark.parametrize("kind", list(UNSUPPORTED))
