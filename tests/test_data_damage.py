@@ -50,7 +50,7 @@ def folder(intact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare(folder: Path) -> Path:
-    """A dataset folder without indexes and manifest."""
+    """Return a dataset folder without indexes and manifest."""
     (folder / "manifest.json").unlink()
     for path in folder.glob("*/*.idx"):
         path.unlink()

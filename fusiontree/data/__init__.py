@@ -1,1 +1,1 @@
-"""Packed token shards: their format, the order of training, and the batches; numpy only, never torch."""
+"""Packed token shards: format, training order and batches. This package uses NumPy and never torch."""

@@ -190,14 +190,14 @@ class TrainStream:
         """Return position `row` advanced by all ranges skipped between `since` and the result."""
         for first, end in self._skipped:
             if first <= row and since < end:
-                row += end - max(first, since)
+                row += end - max(first, since)  # a range that began before `since` counts only from there
         return row
 
 
 def validation_batches(
     sources: Sources, seq_len: int, micro_rows: int, rank: int, world_size: int, limit_rows: int | None = None
 ) -> Iterator[Batch]:
-    """Return this rank's batches of held-out slices; all ranks together read the same slices, however many they are.
+    """Return this rank's batches of held-out slices; the slices of all ranks do not depend on the number of ranks.
 
     Slices of padding alone are omitted; of the others, `limit_rows` (None: all) are taken at equal distances. Every
     rank gets the same number of batches of `micro_rows` rows; the last batches are filled with masked rows.
@@ -207,9 +207,9 @@ def validation_batches(
     """
     _check_length(sources, seq_len)
     slices = _Slices(sources)
-    real = slices.with_documents(seq_len)
-    count = len(real) if limit_rows is None else min(limit_rows, len(real))
-    chosen = [real[i * len(real) // count] for i in range(count)]
+    candidates = slices.with_documents(seq_len)
+    count = len(candidates) if limit_rows is None else min(limit_rows, len(candidates))
+    chosen = [candidates[i * len(candidates) // count] for i in range(count)]
     share = micro_rows * world_size
     firsts = range(rank * micro_rows, -(-count // share) * share, share)
     return (slices.batch(chosen[first : first + micro_rows], seq_len, micro_rows) for first in firsts)
