@@ -1,4 +1,4 @@
-"""Shapes and models that many tests share."""
+"""Shared shapes, models, datasets and runs."""
 
 import dataclasses
 import json
@@ -33,12 +33,12 @@ from fusiontree.model.kernel_registry import Kernels
 from fusiontree.model.lm import HybridLM
 from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, STATE_FILE
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, which share the cores
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may ask a hub
+os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses, because the workers share the cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels run on the CPU where a test asks for them
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # runs our Triton kernels on the CPU
 
-# small, yet with every kind of head; rows of the tests cross its chunk and its window
+# small, but with every kind of head; the tests' rows cross its chunk and window
 SMALL = ModelConfig(
     vocab_size=96,
     hidden_size=32,
@@ -59,7 +59,7 @@ SMALL = ModelConfig(
 )
 
 
-# The longest files in order of CPU time. They start first: a worker that began one at the end would run it alone.
+# The longest files by CPU time. They start first, because one that starts last leaves the other worker idle.
 LONGEST = [
     *("test_training", "test_backends", "test_launcher", "test_health", "test_export", "test_bad_input", "test_kill"),
     *("test_zero", "test_resize", "test_bench_export", "test_init_from", "test_gpu", "test_triton_scan", "test_triton"),
@@ -84,14 +84,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Workers of the suite share the cores; results must not depend on their number."""
+    """Limit torch to one thread: the workers share the cores, and results must not depend on the number of threads."""
     torch.set_num_threads(1)
 
 
 def build(
     seed: int = 0, kernels: Kernels | None = None, dtype: torch.dtype | None = None, **changes: object
 ) -> HybridLM:
-    """A small model whose gates are off their start, so that they matter; activations in `dtype`."""
+    """Return a small model with gates away from their initial values and activations in `dtype`."""
     torch.manual_seed(seed)
     model = HybridLM(dataclasses.replace(SMALL, **changes), kernels, compute_dtype=dtype)
     for name, parameter in model.named_parameters():
@@ -103,7 +103,7 @@ def build(
 
 
 def documents_of(rows: list[list[int]]) -> Documents:
-    """Documents from their lengths, row by row."""
+    """Return documents of the given lengths, row by row."""
     numbers = [[i for i, length in enumerate(row) for _ in range(length)] for row in rows]
     return Documents.from_seq_idx(torch.tensor(numbers, dtype=torch.int32))
 
@@ -111,7 +111,7 @@ def documents_of(rows: list[list[int]]) -> Documents:
 def write_split(
     folder: Path, split: str, rows: Iterable[PackedRow], source: str, shard_rows: int = SHARD_ROWS
 ) -> list[ShardInfo]:
-    """Write all rows of a split of a dataset folder."""
+    """Write the shards of one split and return their descriptions."""
     writer = ShardWriter(folder, split, source, shard_rows=shard_rows)
     writer.add(rows)
     return writer.finish()
@@ -124,7 +124,7 @@ def write_manifest(folder: Path, vocab_size: int, fingerprint: str = "f") -> Non
 
 
 def counting_dataset(folder: Path, rows: int, first: int, row_len: int = 32, tokenizer: str = "f") -> Dataset:
-    """`rows` rows of two documents; every token tells its place: first + row_len * row + position."""
+    """Write `rows` rows of two documents whose tokens encode their place: first + row_len * row + position."""
     folder.mkdir()
     packed = [
         PackedRow(
@@ -141,7 +141,7 @@ def counting_dataset(folder: Path, rows: int, first: int, row_len: int = 32, tok
 
 # --- real runs -------------------------------------------------------------------------------------------------------
 
-MICRO = {  # a model and a schedule that two ranks finish in seconds
+MICRO = {  # a model and a schedule that take two ranks seconds
     "model.vocab_size": 512,
     "model.hidden_size": 64,
     "model.num_layers": 2,
@@ -191,7 +191,7 @@ def cli(
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty text files that a small model can learn something from."""
+    """Write fifty text files of few words, which a small model can learn."""
     folder = tmp_path_factory.mktemp("corpus")
     words = ["tree", "gate", "branch", "scan", "window", "state", "token", "shard", "row", "fuse"]
     draw = random.Random(0)
@@ -203,7 +203,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 512 tokens trained on `corpus`."""
+    """Train a tokenizer of 512 tokens on `corpus`."""
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     train_tokenizer([corpus], 300, folder)
     return folder
@@ -211,14 +211,14 @@ def tokenizer_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def shards(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`corpus` as a dataset folder with rows of 512 tokens and a tenth held out."""
+    """Build `corpus` into a dataset of 512-token rows with a tenth held out."""
     folder = tmp_path_factory.mktemp("shards") / "shards"
     build_shards([corpus], tokenizer_folder, folder, BuildOptions(row_len=512, holdout=0.1))
     return folder
 
 
 def settings(shards: Path, output: Path, **changes: object) -> list[str]:
-    """Overrides of the tiny preset for a micro run under `output`; keys of `changes` use __ for dots."""
+    """Return overrides that turn the tiny preset into a micro run under `output`; `changes` has __ for dots in keys."""
     values = {**MICRO, "output": output, "data.path": shards, **{k.replace("__", "."): v for k, v in changes.items()}}
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -230,9 +230,9 @@ NO_ASYNC_IO = (
 
 
 def has_async_io() -> bool:
-    """Whether DeepSpeed has built here what reads and writes states on NVMe, from the files of this environment.
+    """Return whether DeepSpeed's NVMe extension was built for this environment.
 
-    What was built for another it would begin to build again, in each rank of a test.
+    DeepSpeed would rebuild another environment's extension in every rank of a test.
     """
     package = find_spec("deepspeed")
     assert package is not None
@@ -242,38 +242,38 @@ def has_async_io() -> bool:
     return any(f"{Path(package.origin).parent}/" in rules for rules in built)
 
 
-MEASURED = {"tokens_per_s", "tflop_per_s", "mfu", "memory_gib", "save_seconds"}  # what two equal runs differ in
+MEASURED = {"tokens_per_s", "tflop_per_s", "mfu", "memory_gib", "save_seconds"}  # differ between identical runs
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A SLURM cluster of two nodes that are ssh hosts too."""
+    """Start a SLURM cluster of two nodes, which are also ssh hosts."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as made:
         yield made
 
 
 @pytest.fixture
 def calm(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, both nodes idle before and no job left after."""
+    """Return the cluster with both nodes idle; cancel its jobs after the test."""
     cluster.settle()
     yield cluster
     cluster.run("scancel", "--user=root", code=None)
     cluster.settle()
 
 
-LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}  # enough to be interrupted in
+LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}  # long enough to interrupt
 
 
 @pytest.fixture(scope="session")
 def truth(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `LONG` run on two ranks of this machine, uninterrupted."""
+    """Run `LONG` without interruption on two ranks of this machine."""
     output = tmp_path_factory.mktemp("truth")
     cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
     return output / "truth"
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics, without what was measured of the machine."""
+    """Return the lines of a run's metrics without the `MEASURED` keys."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
@@ -282,7 +282,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks: int, sub_group: int = 900) -> None:
-    """`state` as DeepSpeed lays it out; at stage 3 flat groups are cut into sub-groups of so many values."""
+    """Write `state` in DeepSpeed's layout; stage 3 splits flat groups into `sub_group` values."""
     folder.mkdir(parents=True)
     if stage < 3:
         torch.save({"module": state, "ds_version": "0"}, folder / "mp_rank_00_model_states.pt")
@@ -304,7 +304,7 @@ def write_layout(folder: Path, state: dict[str, torch.Tensor], stage: int, ranks
 def write_run(
     run: Path, config: ModelConfig, state: dict[str, torch.Tensor], tokenizer: Path, stage: int, ranks: int
 ) -> Path:
-    """A run's folder with one checkpoint of `state`; returns the checkpoint."""
+    """Write a run's folder with one checkpoint of `state`, and return the checkpoint."""
     folder = run / "checkpoints" / "step-1"
     write_layout(folder, state, stage, ranks, 2**20)
     values = load_config("tiny", ["data.seq_len=128"]).model_copy(update={"model": config})
@@ -321,7 +321,7 @@ def write_run(
 
 
 def export_small(folder: Path, tokenizer: Path) -> Path:
-    """An exported folder of a small model with the tokenizer's vocabulary."""
+    """Export a small model with the tokenizer's vocabulary."""
     from fusiontree.export.exporter import export
 
     config = dataclasses.replace(SMALL, vocab_size=512)
@@ -331,7 +331,7 @@ def export_small(folder: Path, tokenizer: Path) -> Path:
 
 
 class Hostile:
-    """Unpickled, it makes a folder: so would any code have run."""
+    """A pickle that runs code: unpickling it makes a folder."""
 
     def __init__(self, mark: Path):
         self.mark = mark

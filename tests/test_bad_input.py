@@ -1,4 +1,4 @@
-"""Every mistake ends in one line that says what, where and what to do; exit code 2 for the user's, 1 for the run's."""
+"""Errors are one line with the problem, its place and the remedy; exit code 2 for the user's, 1 for the run's."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from data_tools.tokenizers import train_tokenizer
 from fusiontree.files import staged_folder
 
 
-def said(*arguments: object, code: int = 2, fork: bool = True) -> str:
-    """The one line of an error."""
+def error_line(*arguments: object, code: int = 2, fork: bool = True) -> str:
+    """Run a command that fails and return its error line."""
     done = cli(*arguments, code=code, fork=fork)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fusiontree: error: ")]
     assert len(lines) == 1, done.stderr
@@ -29,22 +29,22 @@ def said(*arguments: object, code: int = 2, fork: bool = True) -> str:
 
 @pytest.fixture(scope="module")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run and its export, `run/export`."""
+    """Train and export a run; the export is `run/export`."""
     output = tmp_path_factory.mktemp("runs")
     cli("train", "tiny", *settings(shards, output, name="run"))
     cli("export", output / "run", output / "run" / "export")
     return output / "run"
 
 
-def test_inputs_that_are_missing_or_hold_nothing(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_missing_or_empty_inputs(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     for command in (
         ["data", "tokenizer", "--vocab-size", 300],
         ["data", "build", "--tokenizer", tokenizer_folder],
     ):
-        missing = said(*command, "--input", tmp_path / "nowhere", "--output", tmp_path / "out")
+        missing = error_line(*command, "--input", tmp_path / "nowhere", "--output", tmp_path / "out")
         assert "nowhere does not exist" in missing
-        assert "no documents" in said(*command, "--input", tmp_path / "empty", "--output", tmp_path / "out")
+        assert "no documents" in error_line(*command, "--input", tmp_path / "empty", "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_utf8_is_skipped_counted_and_named(tmp_path: Path, to
     assert "bad.txt: not UTF-8 (line 1, byte 5)" in cli(*command, "--overwrite").stdout
 
 
-def test_names_that_are_no_text_are_told_escaped(
+def test_undecodable_names_are_printed_escaped(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
@@ -78,13 +78,13 @@ def test_names_that_are_no_text_are_told_escaped(
     (source / os.fsdecode(b"caf\xe9.txt")).touch()
     (source / "keys.jsonl").write_bytes(b'{"\\ud800": 1}\n{"text": "tree"}')
     command = ["data", "build", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--input"]
-    told = cli(*command, source, fork=False).stdout  # the variable is read as an interpreter starts
-    assert "caf\\udce9.txt: empty" in told
-    assert "its keys: \\ud800" in told
-    assert "caf\\udce9.txt" in said(*command, source / os.fsdecode(b"caf\xe9.txt"), "--overwrite")
+    output = cli(*command, source, fork=False).stdout  # the interpreter reads the variable when it starts
+    assert "caf\\udce9.txt: empty" in output
+    assert "(keys: \\ud800)" in output
+    assert "caf\\udce9.txt" in error_line(*command, source / os.fsdecode(b"caf\xe9.txt"), "--overwrite")
 
 
-def test_an_output_that_holds_something_is_refused_without_overwrite(
+def test_an_existing_output_is_rejected_without_overwrite(
     corpus: Path, tokenizer_folder: Path, shards: Path, run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.txt").write_text("precious")
@@ -93,32 +93,34 @@ def test_an_output_that_holds_something_is_refused_without_overwrite(
         ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output"],
         ["export", run],
     ):
-        assert "contains something else" in said(*command, tmp_path, "--overwrite")
+        assert "contains something else" in error_line(*command, tmp_path, "--overwrite")
     foreign = settings(shards, tmp_path.parent, name=tmp_path.name)
-    assert "contains something else" in said("train", "tiny", *foreign)
+    assert "contains something else" in error_line("train", "tiny", *foreign)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert "name another or pass --overwrite" in said("export", run, run / "export")
-    assert "contains something else" in said("export", run, run, "--overwrite")
-    assert "must not contain each other" in said("train", "tiny", *settings(shards, shards.parent, name=shards.name))
+    assert "name another or pass --overwrite" in error_line("export", run, run / "export")
+    assert "contains something else" in error_line("export", run, run, "--overwrite")
+    assert "must not contain each other" in error_line(
+        "train", "tiny", *settings(shards, shards.parent, name=shards.name)
+    )
 
 
-def test_a_corpus_of_one_document_has_nothing_to_hold_out(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_corpus_of_one_document_has_no_held_out_rows(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "one.txt").write_text("tree gate branch scan. " * 400)
     build_shards([tmp_path / "one.txt"], tokenizer_folder, tmp_path / "shards", BuildOptions(row_len=512))
-    assert "train without validation: validation.every=0" in said(
+    assert "disable validation: validation.every=0" in error_line(
         "train", "tiny", *settings(tmp_path / "shards", tmp_path / "runs")
     )
     cli("train", "tiny", *settings(tmp_path / "shards", tmp_path / "runs", validation__every=0))
 
 
-def test_a_tokenizer_folder_that_is_none(corpus: Path, tmp_path: Path) -> None:
-    assert "has no tokenizer.json" in said(
+def test_a_folder_without_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    assert "has no tokenizer.json" in error_line(
         "data", "build", "--input", corpus, "--tokenizer", tmp_path, "--output", tmp_path / "out"
     )
 
 
 @pytest.mark.parametrize("command", [["train", "tiny"], ["launch", "tiny", "--local", 2]])
-def test_a_run_that_cannot_start_starts_nothing(command: list, shards: Path, tmp_path: Path) -> None:
+def test_an_invalid_run_starts_nothing(command: list, shards: Path, tmp_path: Path) -> None:
     for changes, words in (
         ({"data__path": tmp_path / "nowhere"}, "no manifest.json there"),
         ({"model__vocab_size": 256}, "more than model.vocab_size 256"),
@@ -128,42 +130,42 @@ def test_a_run_that_cannot_start_starts_nothing(command: list, shards: Path, tmp
         ({"deepspeed": "zero9"}, "deepspeed 'zero9'"),
         ({"optimizer__lr": "fast"}, "optimizer.lr"),
     ):
-        assert words in said(*command, *settings(shards, tmp_path / "runs", **changes))
+        assert words in error_line(*command, *settings(shards, tmp_path / "runs", **changes))
     assert not (tmp_path / "runs").exists()
-    assert "did you mean the preset 'tiny'" in said(command[0], "tiney", *command[2:])
+    assert "did you mean the preset 'tiny'" in error_line(command[0], "tiney", *command[2:])
 
 
-def test_a_row_length_that_the_shards_do_not_have(shards: Path, tmp_path: Path) -> None:
-    line = said("train", "tiny", *settings(shards, tmp_path, data__seq_len=96, batch__tokens=960))
+def test_a_row_length_that_the_shards_do_not_support(shards: Path, tmp_path: Path) -> None:
+    line = error_line("train", "tiny", *settings(shards, tmp_path, data__seq_len=96, batch__tokens=960))
     assert "96" in line
     assert "512" in line
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks(shards: Path, tmp_path: Path) -> None:
-    line = said("launch", "tiny", "--local", 3, *settings(shards, tmp_path))
+    line = error_line("launch", "tiny", "--local", 3, *settings(shards, tmp_path))
     assert "batch.tokens 1024 does not divide among 3 ranks" in line
     assert "nearest rank counts for this batch: 2 or 4" in line
 
 
 def test_an_unknown_kernel(shards: Path, tmp_path: Path) -> None:
-    line = said("train", "tiny", *settings(shards, tmp_path, kernels__scan="warp"))
+    line = error_line("train", "tiny", *settings(shards, tmp_path, kernels__scan="warp"))
     assert "kernels.scan 'warp' is unknown; choose auto or one of mamba_ssm, reference" in line
 
 
-def test_checkpoints_that_are_missing_or_damaged(run: Path, tmp_path: Path) -> None:
-    assert "no run or checkpoint at" in said("export", tmp_path / "nowhere", tmp_path / "out")
+def test_missing_or_damaged_checkpoints(run: Path, tmp_path: Path) -> None:
+    assert "no run or checkpoint at" in error_line("export", tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    assert "has no checkpoint" in said("export", tmp_path / "empty", tmp_path / "out")
+    assert "has no checkpoint" in error_line("export", tmp_path / "empty", tmp_path / "out")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for states in (copy / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):
         states.write_bytes(states.read_bytes()[:-1])
-    assert "verifies" in said("export", copy, tmp_path / "out", code=1)
-    assert "does not verify" in said("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
+    assert "verifies" in error_line("export", copy, tmp_path / "out", code=1)
+    assert "does not verify" in error_line("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_that_are_damaged_or_gone(shards: Path, tmp_path: Path) -> None:
+def test_damaged_or_missing_shards(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     tar = next((copy / "train").glob("*.tar"))
@@ -172,21 +174,22 @@ def test_shards_that_are_damaged_or_gone(shards: Path, tmp_path: Path) -> None:
     tar.write_bytes(content)
     assert tar.name in cli("data", "verify", copy, code=1).stdout
     damaged = settings(copy, tmp_path / "runs", schedule__steps=30, data__max_bad_rows=0)
-    assert tar.name in said("launch", "tiny", "--local", 2, *damaged, code=1)
+    assert tar.name in error_line("launch", "tiny", "--local", 2, *damaged, code=1)
     tar.unlink()
-    assert "train" in said("train", "tiny", *settings(copy, tmp_path / "runs"), code=2)
+    assert "train" in error_line("train", "tiny", *settings(copy, tmp_path / "runs"), code=2)
 
 
-def test_an_export_that_is_none_and_a_prompt_that_is_empty(run: Path, tmp_path: Path) -> None:
-    assert "is not an exported model" in said("generate", tmp_path, "tree")
-    assert "is not an exported model" in said("eval", tmp_path, "--tasks", "perplexity", "--data", tmp_path)
-    assert "the prompt is empty" in said("generate", run / "export", "")
-    assert "--temperature is -1" in said("generate", run / "export", "tree", "--temperature", -1)
-    assert "--max-new-tokens is -3" in said("generate", run / "export", "tree", "--max-new-tokens", -3)
-    assert "the prompt is not UTF-8" in said("generate", run / "export", b"\xff".decode(errors="surrogateescape"))
+def test_a_folder_that_is_no_export_and_an_invalid_prompt(run: Path, tmp_path: Path) -> None:
+    assert "is not an exported model" in error_line("generate", tmp_path, "tree")
+    assert "is not an exported model" in error_line("eval", tmp_path, "--tasks", "perplexity", "--data", tmp_path)
+    assert "the prompt is empty" in error_line("generate", run / "export", "")
+    assert "--temperature is -1" in error_line("generate", run / "export", "tree", "--temperature", -1)
+    assert "--max-new-tokens is -3" in error_line("generate", run / "export", "tree", "--max-new-tokens", -3)
+    undecodable = b"\xff".decode(errors="surrogateescape")
+    assert "the prompt is not valid UTF-8" in error_line("generate", run / "export", undecodable)
 
 
-def test_an_export_that_is_damaged(run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_export(run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, words in (
         ("config.json", "is a damaged export"),
         ("model.safetensors", "model.safetensors is damaged (Error while deserializing header: incomplete metadata"),
@@ -195,30 +198,30 @@ def test_an_export_that_is_damaged(run: Path, shards: Path, tmp_path: Path, monk
         copy = tmp_path / name
         shutil.copytree(run / "export", copy)
         (copy / name).write_bytes((copy / name).read_bytes()[:-20])
-        assert words in said("generate", copy, "tree", code=1)
+        assert words in error_line("generate", copy, "tree", code=1)
     options = ["eval", run / "export", "--tasks", "perplexity", "--data", shards]
-    assert "--limit is 0" in said(*options, "--limit", 0)
+    assert "--limit is 0" in error_line(*options, "--limit", 0)
     monkeypatch.setenv("FUSIONTREE_SCAN", "warp")
-    assert "kernels.scan 'warp' is unknown" in said(*options)
+    assert "kernels.scan 'warp' is unknown" in error_line(*options)
 
 
 def test_shards_of_another_tokenizer(run: Path, corpus: Path, shards: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], 280, tmp_path / "other")
     build_shards([corpus], tmp_path / "other", tmp_path / "shards", BuildOptions(row_len=512, holdout=0.1))
-    line = said("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
+    line = error_line("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
     assert "is not the one that made the shards" in line
-    assert "unknown task 'magic'" in said("eval", run / "export", "--tasks", "magic", "--data", shards)
-    line = said("train", "tiny", *settings(tmp_path / "shards", run.parent, name="run"))
+    assert "unknown task 'magic'" in error_line("eval", run / "export", "--tasks", "magic", "--data", shards)
+    line = error_line("train", "tiny", *settings(tmp_path / "shards", run.parent, name="run"))
     assert "data (shards other than those of" in line
     copy = tmp_path / "swapped"
     shutil.copytree(shards, copy)
     shutil.copyfile(tmp_path / "other" / "tokenizer.json", copy / "tokenizer" / "tokenizer.json")
-    assert "tokenizer" in said("train", "tiny", *settings(copy, tmp_path / "runs"))
+    assert "tokenizer" in error_line("train", "tiny", *settings(copy, tmp_path / "runs"))
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
+    """Mount a file system of 400 KiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)]
@@ -228,27 +231,29 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_nothing_half_written(
+def test_a_full_disk_leaves_no_incomplete_output(
     small_disk: Path, corpus: Path, tokenizer_folder: Path, shards: Path, run: Path
 ) -> None:
     command = ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output", small_disk / "out"]
-    assert "No space left on device" in said(*command, "--row-len", 1 << 19, code=1)
-    assert "free disk space" in said("launch", "tiny", "--local", 2, *settings(shards, small_disk, name="r"), code=1)
+    assert "No space left on device" in error_line(*command, "--row-len", 1 << 19, code=1)
+    assert "free disk space" in error_line(
+        "launch", "tiny", "--local", 2, *settings(shards, small_disk, name="r"), code=1
+    )
     assert not list((small_disk / "r" / "checkpoints").glob("step-*"))
     shutil.rmtree(small_disk / "r")
-    assert "space" in said("export", run, small_disk / "export", code=1).lower()
+    assert "space" in error_line("export", run, small_disk / "export", code=1).lower()
     assert not list(small_disk.iterdir())
 
 
-def hear_ctrl_c() -> None:
-    """A suite in the background hands on that it is ignored."""
+def restore_ctrl_c() -> None:
+    """Restore SIGINT, which a suite in the background ignores and its children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupted(
     arguments: list, folder: Path, started: str, by: int = signal.SIGINT
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command and press Ctrl-C, or send `by`, as soon as something in `folder` matches the pattern `started`."""
+    """Run a command and send it Ctrl-C, or `by`, once a path in `folder` matches the pattern `started`."""
     command = [sys.executable, "-m", "fusiontree", *map(str, arguments)]
     with subprocess.Popen(
         command,
@@ -256,7 +261,7 @@ def interrupted(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=hear_ctrl_c,
+        preexec_fn=restore_ctrl_c,
     ) as process:
         deadline = time.monotonic() + 120
         while not list(folder.glob(started)):
@@ -273,8 +278,8 @@ MOMENTS = {
 if "--multiprocessing-fork" in sys.orig_argv:
     press()
 """,
-    "when workers have done three of the files": """
-left = 12  # each goes to a worker, and eight may wait
+    "when workers have finished three of the files": """
+left = 12  # opened by workers, and eight may wait
 def count(event, arguments):
     global left
     if event == "open" and str(arguments[0]).endswith(".txt"):
@@ -288,7 +293,7 @@ sys.addaudithook(count)
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_in_a_build(moment: str, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """One of the build's processes presses it itself at that moment, whatever the machine's speed."""
+    """One of the build's processes sends it at that moment, independent of the machine's speed."""
     site, many = tmp_path / "site", tmp_path / "many"
     site.mkdir()
     many.mkdir()
@@ -299,7 +304,7 @@ def press():
     try:
         open(mark, "x").close()
     except FileExistsError:
-        return  # the other worker has
+        return  # the other worker has sent it
     os.killpg(0, signal.SIGINT)
 {MOMENTS[moment]}""")
     for number in range(16):
@@ -313,7 +318,7 @@ def press():
         timeout=120,
         check=False,
         start_new_session=True,
-        preexec_fn=hear_ctrl_c,
+        preexec_fn=restore_ctrl_c,
     )
     assert (site / "pressed").exists()
     assert done.returncode == 1, done.stderr
@@ -330,7 +335,7 @@ def test_ctrl_c_in_training(shards: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_an_export_that_is_ended_leaves_nothing_and_a_killed_ones_rest_goes_with_the_next(
+def test_a_stopped_export_leaves_nothing_and_the_next_one_removes_the_rest_of_a_killed_one(
     run: Path, tmp_path: Path
 ) -> None:
     export = ["export", run, tmp_path / "out"]
@@ -345,7 +350,7 @@ def test_an_export_that_is_ended_leaves_nothing_and_a_killed_ones_rest_goes_with
     assert not (tmp_path / "out" / "stray").exists()
 
 
-def test_a_folder_that_was_being_written_is_gone(tmp_path: Path) -> None:
+def test_an_interrupted_write_removes_its_folder(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "old").touch()
 
@@ -366,6 +371,6 @@ def test_every_sources_golden_samples_are_encoded_again(shards: Path, tmp_path: 
     golden[next(iter(golden))].append(5)
     (other / "manifest.json").write_text(json.dumps(manifest))
     sources = ["data.path=null", f"data.sources.a.path={shards}", f"data.sources.b.path={other}"]
-    line = said("train", "tiny", *settings(shards, tmp_path, name="run"), *sources)
+    line = error_line("train", "tiny", *settings(shards, tmp_path, name="run"), *sources)
     assert f"tokenizer {other / 'tokenizer'} encodes" in line
     assert "differently than when the shards were made" in line

@@ -17,7 +17,7 @@ LEAVES = {
     "fusiontree.run.records",
 }
 
-# part of the project → the parts it may import, besides itself and the leaves; each part imports parts above it only
+# part of the project → the parts it may import, in addition to itself and the leaves, which are all above it
 ARROWS = {
     **{leaf: set() for leaf in sorted(LEAVES - {"fusiontree"})},
     "fusiontree.model": set(),
@@ -76,7 +76,7 @@ TORCH_FREE = (
 
 
 def modules() -> dict[str, Path]:
-    """Every first-party module by its dotted name."""
+    """Return the path of every first-party module by its dotted name."""
     found = {}
     for path in (p for package in PACKAGES for p in (ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -88,7 +88,7 @@ MODULES = modules()
 
 
 def imports(tree: ast.AST, module: str, is_package: bool = False) -> set[str]:
-    """Dotted names that `tree` imports, at any depth; ``from p import m`` counts as p.m where that is a module."""
+    """Return the dotted names that `tree` imports, at any depth; ``from p import m`` gives p.m if that is a module."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -110,11 +110,11 @@ def within(name: str, part: str) -> bool:
 
 
 def owner(module: str) -> str | None:
-    """The part of ARROWS that `module` belongs to, the most specific one; None for a free one."""
+    """Return the most specific part of ARROWS that contains `module`, or None for a part that may import everything."""
     if module in FREE or within(module, "fusiontree.cli"):
         return None
     parts = [part for part in ARROWS if within(module, part)]
-    assert parts, f"{module} stands in no part of ARROWS: say there what it may import"
+    assert parts, f"{module} is in no part of ARROWS; add the parts that it may import"
     return max(parts, key=len)
 
 
