@@ -1,1 +1,1 @@
-"""A run's folder: file names, records, data, incidents, lease."""
+"""A run's folder: file names, records, data, changed values, incidents, lease."""
