@@ -150,16 +150,18 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train two runs that skip one update; stop the second before update 6 and resume it."""
     output = tmp_path_factory.mktemp("runs")
     words = ["train", "tiny", *settings(shards, output, **RUN)]
-    in_a_process(TRAIN, 0, *words, "name=whole")
+    in_a_process(TRAIN, 0, *words, "name=uninterrupted")
     in_a_process(TRAIN, 6, *words, "name=stopped", ends=75)
     in_a_process(TRAIN, 0, *words, "name=stopped")
     return output
 
 
 def test_a_stopped_and_resumed_run_matches_an_uninterrupted_one(runs: Path) -> None:
-    whole, stopped = metrics(runs / "whole"), metrics(runs / "stopped")
-    assert [line["step"] for line in whole] == [line["step"] for line in stopped] == [0, 1, 2, 4, 4, 5, 6, 7, 8, 8]
-    for a, b in zip(whole, stopped, strict=True):
+    uninterrupted, stopped = metrics(runs / "uninterrupted"), metrics(runs / "stopped")
+    assert (
+        [line["step"] for line in uninterrupted] == [line["step"] for line in stopped] == [0, 1, 2, 4, 4, 5, 6, 7, 8, 8]
+    )
+    for a, b in zip(uninterrupted, stopped, strict=True):
         # kernels with nondeterministic sums change the last bits
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(b, rel=2e-3)
     assert [line["kind"] for line in incidents.read(runs / "stopped")] == ["skipped_update", "signal", "resume"]
@@ -175,11 +177,11 @@ def test_states_on_nvme_are_saved_and_restored(shards: Path, tmp_path: Path) -> 
         in_a_process(TRAIN, stop_before, *words, f"name={name}", ends=ends)
         shutil.rmtree(tmp_path / name / "zero_stage_3")  # the next job runs on another disk
 
-    train("whole")
+    train("uninterrupted")
     train("stopped", 5, ends=75)
     train("stopped")
-    whole, stopped = metrics(tmp_path / "whole"), metrics(tmp_path / "stopped")
-    assert [line["loss"] for line in stopped] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+    uninterrupted, stopped = metrics(tmp_path / "uninterrupted"), metrics(tmp_path / "stopped")
+    assert [line["loss"] for line in stopped] == pytest.approx([line["loss"] for line in uninterrupted], rel=1e-4)
     assert [line["kind"] for line in incidents.read(tmp_path / "stopped")] == ["skipped_update", "signal", "resume"]
 
 

@@ -256,21 +256,21 @@ def loss_by_source(run: Path) -> dict[str, float]:
 def test_a_curriculum_over_two_sources_matches_a_plain_loop_and_resumes_exactly(mixed: list[str]) -> None:
     run = load_config("tiny", mixed).run_dir
     cli("train", "tiny", *mixed)
-    whole = metrics(run)
+    complete = metrics(run)
     expected, norms, last_validation = plain_losses(load_config(str(run / "config.yaml")))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
-    assert [line["grad_norm"] for line in whole if "loss" in line] == pytest.approx(norms, rel=1e-4)
-    validation = [line for line in whole if "val_loss" in line]
+    assert [line["grad_norm"] for line in complete if "loss" in line] == pytest.approx(norms, rel=1e-4)
+    validation = [line for line in complete if "val_loss" in line]
     assert validation[-1]["val_loss"] == pytest.approx(last_validation, rel=1e-5)
     assert {key: value for key, value in validation[-1].items() if "/" in key} == pytest.approx(loss_by_source(run))
-    assert {line["tokens"] // line["step"] for line in whole if "loss" in line} == {1024}
+    assert {line["tokens"] // line["step"] for line in complete if "loss" in line} == {1024}
     assert store.read_state(run / "checkpoints" / "step-4")["rows_consumed"] == 4 * 1024 // 128
     bad_rows = store.read_state(run / "checkpoints" / "step-8")["bad_rows"]
     assert [entry["source"] for entry in bad_rows] == ["b"]
     shutil.rmtree(run / "checkpoints" / "step-8")
     (run / "checkpoints" / "latest").write_text("step-4\n")
     cli("train", "tiny", *mixed, "data.workers=0")
-    assert metrics(run) == whole
+    assert metrics(run) == complete
     assert store.read_state(run / "checkpoints" / "step-8")["bad_rows"] == bad_rows
     done = cli("train", "tiny", *mixed, "data.weights.4.a=2", code=2)
     assert "other values of data.weights.4.a;" in done.stderr

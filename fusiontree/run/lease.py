@@ -1,8 +1,8 @@
 """Lease of a run's folder: fencing against stale starts of the run. Free of torch.
 
 After a network partition a stale start may still be running while the job has been restarted elsewhere, on the same
-files. So each start takes the lease, and checks it before it gives a file its final name. Until then, its files carry
-its token.
+files. So each start takes the lease, and checks it before it publishes a file under its final name. Until then, its
+files carry its token.
 """
 
 import json
