@@ -351,6 +351,7 @@ def test_an_existing_dataset_is_replaced_only_with_overwrite(inputs: Path, token
     assert not (tmp_path / "set" / "mine").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_build_leaves_no_process_and_no_output(tokenizer: Path, tmp_path: Path, how: int) -> None:
     (tmp_path / "in").mkdir()

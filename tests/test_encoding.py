@@ -76,6 +76,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return train(request.param, tmp_path_factory.mktemp("tok") / request.param)
 
 
+@pytest.mark.slow
 def test_real_text_gets_the_ids_of_the_reference(folder: Path) -> None:
     encoder = Encoder(folder)
     reference, info = load_tokenizer(folder)

@@ -110,6 +110,7 @@ def test_images_are_uniformly_distributed() -> None:
 # --- several lengths and sources -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),

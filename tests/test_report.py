@@ -142,6 +142,7 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\(", page)
 
 
+@pytest.mark.slow
 def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
     run = make_run(tmp_path, 100_000, layers_every=100)
     figures = write_report([run])

@@ -66,6 +66,7 @@ def test_sequence_follows_the_recipe(undisturbed: list) -> None:
     assert set(packed) == {0, 1, 2}
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(

@@ -87,6 +87,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
+@pytest.mark.slow
 def test_the_peak_memory_of_an_export_is_a_few_tensors(tokenizer_folder: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, hidden_size=256, mlp_size=2048, num_layers=20)
     draw = torch.Generator().manual_seed(0)
