@@ -1,4 +1,4 @@
-"""The choice of kernels, worded for a user."""
+"""Kernel selection with errors for users."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from fusiontree.errors import UserError
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.kernel_registry import Kernels, select
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the activations, by precision
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the activations, by `precision` of the configuration
 
 
 def choose_kernels(
@@ -17,10 +17,10 @@ def choose_kernels(
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Kernels:
-    """`kernel_registry.select`, whose refusal is the user's to mend.
+    """Select kernels as `kernel_registry.select` does.
 
     Raises:
-        UserError: a back-end asked for by name is unknown or cannot run here.
+        UserError: a requested back-end is unknown or cannot run here.
     """
     try:
         return select(requested, device_type, config, dtype)

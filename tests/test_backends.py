@@ -198,7 +198,7 @@ def test_attention_of_a_later_piece_equals_the_reference(name: str, dtype: torch
 
 def compare_prefill(name: str, dtype: torch.dtype, window: int | None, N: int = 4, D: int = 64) -> None:
     q, k, v = (normal(2, 128, heads, D, dtype=dtype, seed=s) for s, heads in enumerate((N, 2, 2)))
-    truth = reference.attention(*(t.double() for t in (q, k, v)), Documents.whole_rows(2, 128, "cpu"), window)
+    truth = reference.attention(*(t.double() for t in (q, k, v)), Documents.one_per_row(2, 128, "cpu"), window)
     keys = slice(0 if window is None else 90 - window, None)
     found = backend("prefill", name)(*(t.to(DEVICE) for t in (q[:, 90:], k[:, keys], v[:, keys])), window)
     assert gap(found, truth[:, 90:]) < tolerance(dtype, rounds=True)[0]
@@ -264,7 +264,7 @@ def pieces(dtype: torch.dtype) -> dict[str, list[Piece]]:
         "time_step": [([x, weight], lambda f, *t: f(*t))],
         "gated_norm": [([x, y, weight], lambda f, *t: f(*t, 1e-5))],
         "mamba_step": [],
-        "remember": [],
+        "write_kv": [],
         "fuse": [([x, y, z, weight, *gate], partial(fuse, real=counted)) for gate in gates for counted in (real, None)],
         "swiglu": [([x], lambda f, *t: f(*t))],
     }

@@ -171,7 +171,7 @@ def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
     ids = torch.randint(96, (1, 300), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, 1, room=10)
     steps = [decoder.prefill(ids[:, :150])] + [decoder.step(ids[:, t]) for t in range(150, 300)]
-    assert decoder.cache.room >= 300
+    assert decoder.cache.capacity >= 300
     torch.testing.assert_close(torch.stack(steps, 1), model(ids).logits[:, 149:], rtol=1e-4, atol=1e-5)
 
 

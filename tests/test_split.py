@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusiontree.model.split import gradient_place, split_channels
+from fusiontree.model.split import gradient_allocator, split_channels
 
 SHAPES: list[tuple[int, ...]] = [(2, 3), (4,), (1,)]
 
@@ -16,12 +16,12 @@ class Doubled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.place = gradient_place(x)
+        ctx.allocate_gradient = gradient_allocator(x)
         return 2 * x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.mul(grads[0], 2, out=ctx.place())
+        return torch.mul(grads[0], 2, out=ctx.allocate_gradient())
 
 
 def gradients(x: Tensor, weights: list[Tensor], placed: int, twice: bool = False) -> tuple[Tensor, list[int]]:
@@ -69,6 +69,6 @@ def test_a_graph_kept_for_a_second_pass_gives_the_same_again() -> None:
 
 
 def test_what_is_no_part_gets_memory_of_its_own() -> None:
-    place = gradient_place(torch.zeros(4, 6)[:, 1:3])()
+    place = gradient_allocator(torch.zeros(4, 6)[:, 1:3])()
     assert place.shape == (4, 2)
     assert place.is_contiguous()

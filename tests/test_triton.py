@@ -7,7 +7,7 @@ import torch
 
 from fusiontree.model import pointwise
 from fusiontree.model.attention import rotary_embedding
-from fusiontree.model.triton_attention import attention_inputs, joined_norm, remember
+from fusiontree.model.triton_attention import attention_inputs, joined_norm, write_kv
 from fusiontree.model.triton_kernels import gated_norm, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +86,7 @@ def test_one_token_is_written_where_it_belongs(heads: int) -> None:
     slot = torch.tensor([5], device=DEVICE)
     k = torch.cat([v, k, v], 2)[:, :, heads : 2 * heads]  # a part of what was projected
     expected = keys.clone(), values.clone()
-    pointwise.remember(*expected, k, v, slot)
-    remember(keys, values, k, v, slot)
+    pointwise.write_kv(*expected, k, v, slot)
+    write_kv(keys, values, k, v, slot)
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])

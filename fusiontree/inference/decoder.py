@@ -42,7 +42,7 @@ class Decoder:
             Logits of the last token, fp32 [B, V].
         """
         B, L = ids.shape
-        if self.cache.length + L > self.cache.room:
+        if self.cache.length + L > self.cache.capacity:
             self._make_room(self.cache.length + L)
         if mask is not None:
             mask = None if bool(mask.all()) else mask.bool()  # without padding the faster kernels apply
@@ -62,15 +62,15 @@ class Decoder:
     def _prefill_by_row(self, ids: Tensor, mask: Tensor) -> Tensor:
         L = ids.shape[1]
         starts = (L - mask.sum(1)).tolist()
-        rows = [self.cache.row(index, start) for index, start in enumerate(starts)]
+        rows = [self.cache.row_view(index, start) for index, start in enumerate(starts)]
         logits = [self._prefill(row, ids[i : i + 1, starts[i] :], None) for i, row in enumerate(rows)]
-        self.cache.join(rows, L)
+        self.cache.merge_rows(rows, L)
         return torch.cat(logits)
 
     @torch.inference_mode()
     def step(self, token: Tensor) -> Tensor:
         """Append one token per row, int64 [B], and return logits fp32 [B, V], which the next step may overwrite."""
-        if self.cache.length == self.cache.room:  # beyond the room that was reserved
+        if self.cache.length == self.cache.capacity:  # beyond the reserved capacity
             self._make_room(self.cache.length + 1)
         self.steps += 1
         if token.device.type != "cuda" or self.steps <= self._EAGER_STEPS:

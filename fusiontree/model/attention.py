@@ -12,9 +12,9 @@ from .reference import attention_cached
 
 
 class AttentionBranch(nn.Module):
-    """Grouped-query attention with rotary positions and normed queries and keys, its own norm and output projection.
+    """Grouped-query attention with RoPE and QK norm, followed by the branch's own norm and output projection.
 
-    The first `global_heads` query heads see their whole document, the rest a window.
+    The first `global_heads` query heads see their full document, the others a sliding window.
     """
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
@@ -30,12 +30,12 @@ class AttentionBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start the norms without scaling."""
+        """Initialize the norm weights to one."""
         for weight in (self.q_norm, self.k_norm, self.norm):
             nn.init.ones_(weight)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents, cache: Cache | None) -> Tensor:
-        """[B, L, hidden_size] to [B, L, hidden_size]; continues and updates `cache` when there is one."""
+        """Return the branch's output; shapes [B, L, hidden_size]. `cache`, if any, is continued in place."""
         pointwise, eps = self.kernels.pointwise, self.config.norm_eps
         kinds = self.config.kv_heads_by_window(self.layer)
         groups = [heads for heads, _ in kinds]
@@ -48,23 +48,23 @@ class AttentionBranch(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: Cache | None, window: int | None
     ) -> Tensor:
-        """Attention of one kind of head; [B, L, heads, D]."""
+        """Return the attention output of the global or the windowed heads: [B, L, heads, D]."""
         if cache is None:
             return self.kernels.attention(q, k, v, documents, window)
         if q.shape[1] == 1:
-            keys, values, slot = cache.place(self.layer, window)
-            self.kernels.pointwise.remember(keys, values, k.detach(), v.detach(), slot)
-            return self.kernels.decode(q, keys, values, cache.visible(documents, window), cache.filled(window))
-        keys, values = cache.extend(self.layer, k, v, window)
+            keys, values, slot = cache.decode_buffers(self.layer, window)
+            self.kernels.pointwise.write_kv(keys, values, k.detach(), v.detach(), slot)
+            return self.kernels.decode(q, keys, values, cache.visible(documents, window), cache.key_count(window))
+        keys, values = cache.append(self.layer, k, v, window)
         if cache.length == 0:
             return self.kernels.attention(q, k, v, documents, window)
-        if cache.whole:
+        if cache.one_document:
             return self.kernels.prefill(q, keys, values, window)
         return attention_cached(q, keys, values, cache.mask(documents, window))
 
 
 def rotary_embedding(position_ids: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (arXiv 2104.09864), fp32 [B, L, 1, D / 2] each."""
+    """Return cosines and sines of the RoPE angles (arXiv 2104.09864): fp32 [B, L, 1, D / 2] each."""
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[..., None, None] * base**-exponent
     return angles.cos(), angles.sin()

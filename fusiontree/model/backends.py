@@ -1,8 +1,10 @@
-"""Other projects' kernels behind the signatures of `reference.py`, imported only when they are chosen.
+"""Loaders of the kernels, and adapters from other projects' kernels to the signatures of `reference.py`.
+
+Each loader imports its kernel when it is called, not before; `kernel_registry.py` lists them.
 
 Axes: B rows, L tokens, N query heads, K key-value heads, D head size, H SSM heads, P SSM head size, G groups, S state
-size, C chunks, Q tokens per chunk. Several of these kernels count offsets with 32 bits: a call too large for that is
-halved over rows, then over heads, which are independent of one another.
+size, C chunks, Q tokens per chunk. Several third-party kernels compute offsets in 32 bits. A call beyond that is split
+in halves over rows, then over heads, both of which are independent.
 """
 
 import importlib
@@ -18,18 +20,18 @@ from torch import Tensor
 from .documents import Documents
 from .loss import IGNORE
 from .pointwise import Pointwise
-from .split import gradient_place
+from .split import gradient_allocator
 
-MAX_OFFSET = 2**31 - 1  # elements that a 32-bit offset reaches
+MAX_OFFSET = 2**31 - 1  # largest 32-bit offset, in elements
 
 
 def fits(elements: int) -> bool:
-    """Whether 32-bit offsets reach all of a tensor that spans `elements`."""
+    """Return whether 32-bit offsets address a tensor that spans `elements`."""
     return elements <= MAX_OFFSET
 
 
 def _span(t: Tensor) -> int:
-    """Elements from the first to the last of a tensor, those between that are not its own included."""
+    """Count the elements from a tensor's first to its last in memory, including gaps of a strided view."""
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
@@ -38,8 +40,8 @@ def _span(t: Tensor) -> int:
 
 @lru_cache
 def _ssd() -> SimpleNamespace:
-    """The kernels that the scan is made of: some of mamba-ssm's, and our own."""
-    found: dict[str, Any] = {}
+    """Load the kernels of the scan: some of mamba-ssm's and our own."""
+    imported: dict[str, Any] = {}
     for module, names in {
         "mamba_ssm.ops.triton.ssd_chunk_state": ("_chunk_state_fwd", "_chunk_state_bwd_db"),
         "mamba_ssm.ops.triton.ssd_state_passing": ("_state_passing_fwd", "_state_passing_bwd"),
@@ -51,19 +53,20 @@ def _ssd() -> SimpleNamespace:
         ),
     }.items():
         loaded = importlib.import_module(module)
-        found |= {name.lstrip("_"): getattr(loaded, name) for name in names}
+        imported |= {name.lstrip("_"): getattr(loaded, name) for name in names}
     from .triton_scan import chunk_outputs, decay_backward, decay_sums, inputs_backward
 
     own = (chunk_outputs, decay_backward, decay_sums, inputs_backward)
-    return SimpleNamespace(**found, **{function.__name__: function for function in own})
+    return SimpleNamespace(**imported, **{function.__name__: function for function in own})
 
 
 class _Scan(torch.autograd.Function):
-    """The state-space duality of arXiv 2405.21060, section 6, out of mamba-ssm's kernels and ours.
+    """The chunked scan (state-space duality, arXiv 2405.21060, section 6) from mamba-ssm's kernels and ours.
 
-    mamba-ssm's own entry point is not used: there prefix sums of the decay run on over the end of a document, so that
-    its values reach the rounding of the next one. Here they begin anew, which these kernels, masked by document, allow;
-    and what the forward pass made of a chunk is kept, not made again.
+    mamba-ssm's entry point is not used: its prefix sums of the decay continue across documents, so the values of one
+    document affect the rounding of the next. Here they restart in each document; mamba-ssm's kernels, which mask by
+    document, allow this. The forward pass also saves the states and scores of the chunks, which mamba-ssm recomputes in
+    its backward pass.
     """
 
     @staticmethod
@@ -85,7 +88,7 @@ class _Scan(torch.autograd.Function):
         scores = ssd.bmm_chunk_fwd(C, B, Q, seq_idx=seq, output_dtype=x.dtype)
         y = ssd.chunk_outputs(x, steps, sums, scores, C, states, D, seq)
         ctx.save_for_backward(x, steps, sums, A, B, C, D, seq, states, scores)
-        ctx.continued, ctx.places = initial is not None, [gradient_place(t) for t in (x, B, C)]
+        ctx.continued, ctx.allocators = initial is not None, [gradient_allocator(t) for t in (x, B, C)]
         return y, last.unflatten(-1, (-1, S))
 
     @staticmethod
@@ -109,7 +112,7 @@ class _Scan(torch.autograd.Function):
             chunk_size=Q,
         )
         states, d_states = states.unflatten(-1, (-1, B.shape[-1])), d_states.unflatten(-1, (-1, B.shape[-1]))
-        dx, dB_out, dC_out = (place() for place in ctx.places)
+        dx, dB_out, dC_out = (allocate() for allocate in ctx.allocators)
         d_steps, dD, parts = ssd.inputs_backward(x, dy, steps, sums, scores, B, d_states, D, seq, dx)
         dB, d_decay = ssd.chunk_state_bwd_db(x, steps, sums, d_states, seq_idx=seq, B=B, ngroups=G)
         dC, d_sums = ssd.chunk_scan_bwd_dC(states, sums, dy, seq_idx=seq, C=C, ngroups=G)
@@ -124,7 +127,7 @@ class _Scan(torch.autograd.Function):
 
 @lru_cache
 def scan_mamba_ssm() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Mamba-2's scan out of mamba-ssm's Triton kernels and ours."""
+    """Load Mamba-2's scan, made of mamba-ssm's Triton kernels and ours."""
     _ssd()
     return _scan
 
@@ -141,13 +144,14 @@ def _scan(
     initial_seq: Tensor | None = None,
     chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.scan_chunked`.
+    """Run `reference.scan_chunked` by the kernels of `_ssd`.
 
     Raises:
-        ValueError: not even one head of one row is within their 32-bit offsets.
+        ValueError: one head of one row already exceeds 32-bit offsets.
     """
     if initial_seq is not None:
-        seq_idx = seq_idx - initial_seq[:, None]  # there the initial state is of document 0
+        seq_idx = seq_idx - initial_seq[:, None]  # the kernels take the initial state as that of document 0
+    # a short row needs no full chunk; 16 is the least side of a matrix product on tensor cores
     Q = min(chunk_size, max(16, 1 << (x.shape[1] - 1).bit_length()))
     return _scan_within_limits(x, dt, A, B_in, C_out, D, seq_idx.int().contiguous(), initial_state, Q)
 
@@ -157,9 +161,9 @@ def _scan_within_limits(
 ) -> tuple[Tensor, Tensor]:
     rows, L, H, P = x.shape
     G, S = B.shape[2:]
-    # states and scores of whole chunks; and the gradients of x, B and C, which lie side by side
-    made = rows * max(-(-L // Q) * max(H * P * S, G * Q * Q), L * (H * P + 2 * G * S))
-    if fits(max(_span(x), _span(B), _span(C), made)):
+    # elements of the states and scores, allocated in full chunks, and of the shared gradient buffer of x, B and C
+    allocated = rows * max(-(-L // Q) * max(H * P * S, G * Q * Q), L * (H * P + 2 * G * S))
+    if fits(max(_span(x), _span(B), _span(C), allocated)):
         return _Scan.apply(x, dt, A, B, C, D, seq, initial, Q)
     if rows > 1:
         halves = [slice(0, rows // 2), slice(rows // 2, rows)]
@@ -169,8 +173,8 @@ def _scan_within_limits(
         ]
         return torch.cat([y for y, _ in parts]), torch.cat([state for _, state in parts])
     if H == 1:
-        raise ValueError(f"one head of a row of {L:,} tokens is beyond the scan's 32-bit offsets; shorten the rows")
-    cut = H // G * (G // 2) if G > 1 else H // 2  # where a group ends, or inside the only one
+        raise ValueError(f"one head of a row of {L:,} tokens exceeds the scan's 32-bit offsets; shorten the rows")
+    cut = H // G * (G // 2) if G > 1 else H // 2  # at the end of a group, or inside the only group
     parts = []
     for h, g in ((slice(0, cut), slice(0, max(1, G // 2))), (slice(cut, H), slice(G // 2, G))):
         state = None if initial is None else initial[:, h].contiguous()
@@ -183,7 +187,7 @@ def _scan_within_limits(
 
 
 def _attention_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
-    """`reference.attention` by the varlen function `flash` of a FlashAttention."""
+    """Adapt the varlen function `flash` of FlashAttention to `reference.attention`."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
         bounds, longest = documents.cu_seqlens, documents.max_seqlen
@@ -193,7 +197,7 @@ def _attention_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def _continued_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
-    """`reference.attention_continued` by the varlen function `flash` of a FlashAttention."""
+    """Adapt the varlen function `flash` of FlashAttention to `reference.attention_continued`."""
 
     def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         rows = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
@@ -203,7 +207,7 @@ def _continued_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
     return attention_continued
 
 
-_Bounds = tuple[Tensor, int]  # of documents over the flattened tokens, int32 [documents + 1]; tokens of the longest
+_Bounds = tuple[Tensor, int]  # cu_seqlens, int32 [documents + 1], and the length of the longest document in tokens
 
 
 def _within_limits(
@@ -223,7 +227,7 @@ def _within_limits(
         )
         return (out[0] if isinstance(out, tuple) else out).view_as(q)
     if K == 1:
-        raise ValueError("one group of heads is beyond the 32-bit offsets of attention's kernels; shorten the rows")
+        raise ValueError("one group of attention heads exceeds the kernel's 32-bit offsets; shorten the rows")
     cut = K // 2
     halves = zip(
         q.tensor_split([q.shape[2] // K * cut], 2), k.tensor_split([cut], 2), v.tensor_split([cut], 2), strict=True
@@ -233,32 +237,32 @@ def _within_limits(
 
 
 def attention_flash4() -> Callable[..., Tensor]:
-    """FlashAttention-4, of the package flash-attn-4."""
+    """Load FlashAttention-4 of the package flash-attn-4."""
     return _attention_by(importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
 
 
 def attention_flash2() -> Callable[..., Tensor]:
-    """FlashAttention-2, of the package flash-attn."""
+    """Load FlashAttention-2 of the package flash-attn."""
     return _attention_by(importlib.import_module("flash_attn").flash_attn_varlen_func)
 
 
 def prefill_flash4() -> Callable[..., Tensor]:
-    """FlashAttention-4 over a later piece of a document."""
+    """Load FlashAttention-4 for the later chunks of a prefill."""
     return _continued_by(importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
 
 
 def prefill_flash2() -> Callable[..., Tensor]:
-    """FlashAttention-2 over a later piece of a document."""
+    """Load FlashAttention-2 for the later chunks of a prefill."""
     return _continued_by(importlib.import_module("flash_attn").flash_attn_varlen_func)
 
 
 @lru_cache
 def attention_flex() -> Callable[..., Tensor]:
-    """torch's FlexAttention, compiled for the mask of windows and documents."""
+    """Compile torch's FlexAttention for masks of windows and documents."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex = torch.compile(flex_attention, dynamic=False)  # it takes no lengths that are known only as it runs
-    block = 128  # tokens that its masks count in; rows are filled up to whole blocks, so that few lengths are compiled
+    flex = torch.compile(flex_attention, dynamic=False)  # FlexAttention does not support dynamic lengths
+    block = 128  # block size of its masks, in tokens; padding rows to full blocks limits the number of compilations
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
         B, L = documents.seq_idx.shape
@@ -284,15 +288,15 @@ def attention_flex() -> Callable[..., Tensor]:
 
 @lru_cache
 def loss_liger() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Liger's fused linear cross-entropy; gradients of the matrix are summed in fp32, z_loss in the dtype of hidden."""
+    """Load Liger's fused linear cross-entropy; it sums the weight's gradient in fp32, the z-loss in hidden's dtype."""
     liger = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
 
     class Loss(liger):  # type: ignore[misc,valid-type]
-        """Without asking the device whether the gradient from behind is 1: the host would wait for the answer."""
+        """Liger's loss without its check whether the upstream gradient is 1, which would sync with the device."""
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            d_hidden, d_weight, _ = ctx.saved_tensors  # of the sum
+            d_hidden, d_weight, _ = ctx.saved_tensors  # gradients of the sum
             return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], *[None] * 10
 
     def linear_cross_entropy(
@@ -323,13 +327,13 @@ def decode_triton() -> Callable[..., Tensor]:
 
 
 def pointwise_compile() -> Pointwise:
-    """Compile the pointwise functions; those that our own Triton kernels compute faster are replaced by these."""
+    """Compile the pointwise functions, except those with a faster Triton kernel of our own."""
     importlib.import_module("triton")  # torch.compile generates Triton code for a GPU
     # one process may see prompts of many lengths and models of many shapes; beyond the limit, fullgraph=True raises
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     compiled = Pointwise(*(torch.compile(function, fullgraph=True) for function in Pointwise()))
-    from .triton_attention import attention_inputs, joined_norm, remember
+    from .triton_attention import attention_inputs, joined_norm, write_kv
     from .triton_kernels import gated_norm, swiglu
 
-    own = (attention_inputs, gated_norm, joined_norm, remember, swiglu)
+    own = (attention_inputs, gated_norm, joined_norm, write_kv, swiglu)
     return compiled._replace(**{function.__name__: function for function in own})

@@ -1,4 +1,4 @@
-"""One block: two branches side by side, fused by a learned gate, then an MLP. Axes: B rows, L tokens, H width."""
+"""The hybrid block: parallel Mamba and attention branches, a learned gate, an MLP. Axes: B rows, L tokens, H width."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ Branch = Literal["mamba", "attention"]
 
 
 class Fusion(nn.Module):
-    """The gate g in ``2·(g ⊙ m + (1 − g) ⊙ a)``: one half everywhere at the start, so exactly m + a."""
+    """The learned fusion ``2·(g ⊙ m + (1 − g) ⊙ a)``. At initialization the gate g is one half: exactly m + a."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
@@ -34,7 +34,7 @@ class Fusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Zero what leads to the gate's logits: g is one half."""
+        """Initialize the gate's logits to zero, so the gate g is one half."""
         if self.kind in ("channel", "token"):
             nn.init.normal_(self.down, std=0.02, generator=generator)
             nn.init.zeros_(self.up)
@@ -44,15 +44,16 @@ class Fusion(nn.Module):
     def forward(
         self, x: Tensor, m: Tensor, a: Tensor, real: Tensor | None, norm_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The residual stream with the branches' fusion added, its norm, and the gate's mean over the real tokens.
+        """Add the fused branches to the residual stream, and compute the MLP's norm.
 
         Args:
-            x, m, a: the stream and the branches' outputs, [B, L, H] each.
-            real: bool [B, L]; None: no mean is made.
+            x: the residual stream, [B, L, H].
+            m, a: the outputs of the Mamba and the attention branch, [B, L, H] each.
+            real: bool [B, L], tokens that count in the gate's mean; None: the mean is not computed.
             norm_weight: [H].
 
         Returns:
-            [B, L, H] twice, and fp32 [H].
+            The new residual stream and its norm, [B, L, H] each, and the mean gate by channel, fp32 [H] or None.
         """
         gate = getattr(self, "down", None), getattr(self, "up", None), getattr(self, "bias", None)
         fused, normed, mean = self.kernels.pointwise.fuse(x, m, a, gate, real, norm_weight, self.eps)
@@ -60,11 +61,11 @@ class Fusion(nn.Module):
 
 
 class Context(NamedTuple):
-    """What every block of one forward shares."""
+    """Inputs that all blocks share in one forward pass."""
 
     documents: Documents
-    rotary: tuple[Tensor, Tensor]  # of `rotary_embedding`
-    real: Tensor | None  # bool [B, L], tokens that count in the gate's statistics; None: none are kept
+    rotary: tuple[Tensor, Tensor]  # cosines and sines, see `rotary_embedding`
+    real: Tensor | None  # bool [B, L], tokens that count in the gate's mean; None: the mean is not computed
     cache: Cache | None
     recompute: Recompute
 
@@ -79,17 +80,20 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.mlp_size, config.hidden_size, config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to [..., H]."""
+        """Return the MLP's output; shapes [..., H]."""
         return self.down(self.kernels.pointwise.swiglu(self.gate_up(x)))
 
 
 class HybridBlock(nn.Module):
-    """x ← x + fusion(mamba, attention)(norm x); x ← x + MLP(norm x). A pruned layer has one branch and no fusion."""
+    """``x ← x + fusion(mamba(h), attention(h)), h = norm(x)``, then ``x ← x + MLP(norm(x))``.
+
+    A pruned layer has one branch and no fusion.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
         self.kind, self.kernels, self.eps = config.kind_at(layer), kernels, config.norm_eps
-        # norms are made together with what stands around them: a block owns their weights
+        # the block owns the weights of its norms: each norm is fused with neighbouring pointwise operations
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
         has_mamba, has_attention = config.has("mamba", layer), config.has("attention", layer)
@@ -101,22 +105,25 @@ class HybridBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start the norms without scaling."""
+        """Initialize the norm weights to one."""
         nn.init.ones_(self.norm)
         nn.init.ones_(self.mlp_norm)
 
     def forward(
         self, x: Tensor, time: Tensor | None, context: Context, dropped: Branch | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, H] to [B, L, H], and the gate's mean over the real tokens by channel, fp32 [H].
+        """Apply the block to the residual stream.
 
         Args:
-            x: the residual stream.
-            time: [B, L, H], the time encoding, if all blocks share one.
-            context: what the blocks share.
-            dropped: the branch whose output is zero in this forward, if any.
+            x: the residual stream, [B, L, H].
+            time: the time encoding, [B, L, H], if all blocks share one.
+            context: inputs that the blocks share.
+            dropped: the branch whose output is zeroed in this forward pass, if any.
+
+        Returns:
+            The new residual stream, [B, L, H], and the mean gate by channel over the real tokens, fp32 [H] or None.
         """
-        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors are on
+        with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of its tensors
             return self._forward(x, time, context, dropped)
 
     def _forward(

@@ -1,4 +1,4 @@
-"""Where documents lie in packed rows. Axes: B rows, L tokens."""
+"""Document boundaries in packed rows. Axes: B rows, L tokens."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -11,51 +11,51 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of B rows of L tokens; nothing of one ever reaches another.
+    """The documents in B rows of L tokens, between which no information flows.
 
-    A stretch of padding is a document of its own: so it needs no mask, and no row is without a valid key.
+    A run of padding tokens is a document of its own. Padding therefore needs no mask, and every query has a valid key.
     """
 
     position_ids: Tensor  # int64 [B, L], from 0 at each document's start
-    seq_idx: Tensor  # int32 [B, L], the document's number in its row, never falling along the row
-    cu_seqlens: Tensor  # int32 [documents + 1], their bounds over the flattened B·L tokens; rows begin documents
-    max_seqlen: int  # tokens of the longest document
-    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    seq_idx: Tensor  # int32 [B, L], index of the document in its row; never decreases along a row
+    cu_seqlens: Tensor  # int32 [documents + 1], bounds over the flattened B·L tokens; each row starts a document
+    max_seqlen: int  # length of the longest document, in tokens
+    _memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives: made for the first layer that asks for `key`, the same for those after it."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        """Return ``make()``, computed at the first call with `key` and shared by later calls, one per layer."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
     def to(self, device: torch.device | str | int) -> "Documents":
-        """The same on `device`, as a model that is spread over several hands it to its layers; made once for each."""
+        """Return a copy on `device`, made once per device: a model may be spread over several."""
         device = torch.device(device)
         if device == self.seq_idx.device:
             return self
         names = ("position_ids", "seq_idx", "cu_seqlens")
         return self.once(
-            device, lambda: replace(self, _made={}, **{name: getattr(self, name).to(device) for name in names})
+            device, lambda: replace(self, _memo={}, **{name: getattr(self, name).to(device) for name in names})
         )
 
     @cached_property
     def bounds(self) -> list[int]:
-        """`cu_seqlens` on the host."""
+        """`cu_seqlens` as a list on the host."""
         return self.cu_seqlens.tolist()
 
     @classmethod
-    def whole_rows(cls, rows: int, length: int, device: torch.device | str) -> "Documents":
-        """Every row is one document."""
+    def one_per_row(cls, rows: int, length: int, device: torch.device | str) -> "Documents":
+        """Return documents that each fill one row."""
         return cls.from_seq_idx(torch.zeros(rows, length, dtype=torch.int32, device=device))
 
     @classmethod
     def from_mask(cls, mask: Tensor, resuming: Tensor | None = None) -> "Documents":
-        """Documents of rows padded on either side.
+        """Return the documents of rows with padding on either side.
 
         Args:
             mask: [B, L], bool or integer; true where the token is real.
-            resuming: bool [B or 1, L - 1], whether a token but the first is of the document of the one before it, where
-                both are real; None: it is.
+            resuming: bool [B or 1, L - 1], whether each token after the first continues the document of the token
+                before it, read where both are real; None: all do.
         """
         mask = mask.bool()
         changed = torch.zeros_like(mask)
@@ -66,7 +66,7 @@ class Documents:
 
     @classmethod
     def from_seq_idx(cls, seq_idx: Tensor) -> "Documents":
-        """Documents from each token's document number, int32 [B, L], never falling along a row."""
+        """Return documents from each token's document index, int32 [B, L], which never decreases along a row."""
         B, L = seq_idx.shape
         starts = torch.ones_like(seq_idx, dtype=torch.bool)
         starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
@@ -76,12 +76,13 @@ class Documents:
         return cls(position_ids, seq_idx, cu_seqlens.int(), int(cu_seqlens.diff().max()))
 
     @classmethod
-    def behind(cls, document: Tensor, position: Tensor, mask: Tensor) -> "Documents":
-        """Documents of new tokens behind others of the same rows.
+    def continuing(cls, document: Tensor, position: Tensor, mask: Tensor) -> "Documents":
+        """Return the documents of new tokens that follow earlier tokens of the same rows.
 
         Args:
-            document: int32 [B], of each row's last token before them. position: int64 [B], the next one in it.
-            mask: [B, 1 + L], bool or integer; true where that last token and the new ones are real.
+            document: int32 [B], document index of each row's last earlier token.
+            position: int64 [B], the next position in that document.
+            mask: [B, 1 + L], bool or integer; true where the last earlier token and the new tokens are real.
         """
         numbers = document[:, None] + cls.from_mask(mask).seq_idx[:, 1:]
         new = cls.from_seq_idx(numbers)
@@ -89,7 +90,7 @@ class Documents:
         return replace(new, position_ids=new.position_ids + before)
 
     def last(self, tokens: int) -> "Documents":
-        """The same documents seen by the last `tokens` tokens of each row only; positions go on counting."""
+        """Return the documents of the last `tokens` tokens of each row, with positions as before."""
         if tokens == self.seq_idx.shape[1]:
             return self
         tail = Documents.from_seq_idx(self.seq_idx[:, -tokens:])
@@ -97,7 +98,7 @@ class Documents:
 
 
 def to_device(batch: Any, device: torch.device | str) -> tuple[Tensor, Tensor, Documents]:
-    """A batch of numpy arrays (`input_ids`, `labels` and the fields of `Documents`) as tensors on `device`."""
+    """Copy a batch of numpy arrays (`input_ids`, `labels` and the fields of `Documents`) to `device`."""
 
     def tensor(array: Any) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)

@@ -1,16 +1,16 @@
-"""The model's own floating-point operations, by layer type, and the most that a device could do. Free of torch.
+"""Model FLOPs by part of the model. Free of torch.
 
-What is counted is the work that the model's definition asks for, whatever the kernels do to get it done:
+The count follows the model's definition, not its kernels:
 
-- a matrix product, two operations per weight and token; the head's as well, the look-up of the embedding not;
-- attention, 4·D operations per head and visible pair of a query and a key (the score and the weighted value);
-- the scan by its recurrence, per head and token 5·P·S (decay and add two, outer product one, read two) and 3·P (dt·x,
-  D·x, their sum). The chunked algorithm does more, the more the larger its chunks are: that is its price for running
-  on matrix units, and counting it would reward a wasteful chunk size;
-- the convolution, two operations per channel, tap and token.
+- matrix products: two operations per weight and token, the head included, the embedding lookup excluded;
+- attention: 4·D operations per head and visible query-key pair (the score and the weighted value);
+- the scan: those of the recurrence, 5·P·S (decay and add two, outer product one, read two) plus 3·P (dt·x, D·x, their
+  sum) per head and token. The chunked algorithm executes more operations the larger its chunks are, in exchange for
+  running on matrix units; counting these would reward a wasteful chunk size;
+- the convolution: two operations per channel, tap and token.
 
-Norms, activations, rotary positions and the gate's blend are left out: a few operations per value. A backward pass
-costs twice its forward pass. What is computed again to save memory is never counted.
+Norms, activations, RoPE and the gated sum are excluded: they take a few operations per value. A backward pass counts
+as two forward passes. Recomputed activations are not counted.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from .config import ModelConfig
 
 
 def update_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, int]:
-    """Operations of one forward and backward pass, by part of the model.
+    """Count the operations of one forward and backward pass, by part of the model.
 
     Args:
         config: the model's shape.
-        documents: the lengths of all documents in tokens, stretches of padding among them.
+        documents: the lengths of all documents in tokens; a run of padding counts as a document.
     """
     return {part: 3 * count for part, count in forward_flops(config, documents).items()}
 
 
 def forward_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, int]:
-    """Operations of one forward pass, by part of the model; arguments as of `update_flops`."""
+    """Count the operations of one forward pass, by part of the model; arguments as in `update_flops`."""
     tokens, layers = sum(documents), range(config.num_layers)
     per_pair, everything = 4 * config.head_dim, _all_pairs(documents, None)
     heads = [tuple(config.queries_per_kv * kv for kv in config.kv_heads_at(layer)) for layer in layers]
@@ -48,12 +48,12 @@ def forward_flops(config: ModelConfig, documents: Sequence[int]) -> dict[str, in
 
 
 def six_n_flops(config: ModelConfig, tokens: int) -> int:
-    """The usual estimate of one forward and backward pass, 6 per parameter and token (arXiv 2001.08361)."""
+    """Estimate one forward and backward pass as 6·N operations per token (arXiv 2001.08361)."""
     return 6 * config.parameter_count() * tokens
 
 
 def visible_pairs(length: int, window: int | None) -> int:
-    """Pairs of a query and a key it sees in a document of `length` tokens; a window counts the query's own token."""
+    """Count the visible query-key pairs in a document of `length` tokens; the window includes the query's own token."""
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window
@@ -64,7 +64,7 @@ def _all_pairs(documents: Sequence[int], window: int | None) -> int:
 
 
 def _matrix_weights(config: ModelConfig) -> dict[str, int]:
-    """Weights that take part in a matrix product with every token, by part, all layers together."""
+    """Count the weights that multiply every token, by part of the model, summed over the layers."""
     H, layers = config.hidden_size, range(config.num_layers)
     kv_heads = sum(sum(config.kv_heads_at(layer)) for layer in layers)
     heads = 2 * (config.queries_per_kv + 1) * kv_heads * config.head_dim  # queries and outputs, keys and values

@@ -1,4 +1,4 @@
-"""The model as Hugging Face tools know it; the only file that imports transformers."""
+"""The model with the interfaces of Hugging Face transformers; the only file of the model that imports it."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ from .recompute import KEEP, Recompute
 
 
 class FusionTreeConfig(PretrainedConfig):
-    """`ModelConfig`'s fields as a Hugging Face configuration, and `kernels`: the back-end by operation.
+    """`ModelConfig`'s fields as a Hugging Face configuration, plus `kernels`: back-ends by operation.
 
-    Without `kernels` the best that run on the model's device are taken, as the project's own programs do; a key is one
-    of `kernel_registry.OPERATIONS`, e.g. ``{"attention": "reference"}``.
+    Keys of `kernels` are those of `kernel_registry.OPERATIONS`, e.g. ``{"attention": "reference"}``. Missing keys mean
+    `auto`: the fastest back-end that can run on the model's device.
     """
 
     model_type = "fusiontree"
@@ -35,36 +35,36 @@ class FusionTreeConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs: Any):
-        kwargs.setdefault("tie_word_embeddings", False)  # a tied model has no second matrix at all
+        kwargs.setdefault("tie_word_embeddings", False)  # even for a tied model: it has one matrix only
         kwargs.setdefault("kernels", None)
         super().__init__(**kwargs)
 
     def model_config(self) -> ModelConfig:
-        """The shape alone."""
+        """Return the model's shape."""
         return ModelConfig.from_dict(vars(self))
 
 
 class FusionTreeCache(Cache):
-    """The model's cache under the names that `generate()` calls."""
+    """The model's cache with the methods that `generate()` calls."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, padding included."""
+        """Return the number of cached tokens, padding included."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> "FusionTreeCache":
-        """Keep the rows of the chosen beams, int64 [B]."""
+        """Select the rows of the chosen beams, int64 [B]."""
         self.select(beam_idx)
         return self
 
 
 class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
-    """A hybrid language model with the interface of `AutoModelForCausalLM`."""
+    """The hybrid language model with the interface of `AutoModelForCausalLM`."""
 
     config_class = FusionTreeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridBlock"]  # noqa: RUF012 - read as a class attribute by transformers
-    # a cache knows its own devices, and is continued in place
+    # the cache moves its layers itself; a copy by accelerate would not be continued in place
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 - likewise
     FP32_NAMES = STATE_PARAMETERS
     _keep_in_fp32_modules_strict = list(FP32_NAMES)  # noqa: RUF012 - likewise
@@ -72,15 +72,15 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FusionTreeConfig):
         super().__init__(config)
         self.model = HybridLM(config.model_config())
-        self._kernels_for: tuple[str, torch.dtype] | None = None  # where the kernels were chosen to run
+        self._kernels_for: tuple[str, torch.dtype] | None = None  # device type and dtype of the chosen kernels
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: `HybridLM` starts its own weights when it is made, and loaded ones must stay as they are."""
+        """Do nothing: `HybridLM` initializes its weights itself, and loaded weights must not change."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first forward makes the cache
+        return False  # the first forward pass creates the cache
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int | None = None
@@ -88,15 +88,15 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.recompute = Recompute(every=every_n_layers or 1) if enable else KEEP
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Replace the token embedding, and with it a tied head."""
+        """Replace the token embedding, and thereby a tied head."""
         self.model.embedding = value
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
-        """The head; None when the embedding is the head too."""
+        """Return the head; None if it is tied to the embedding."""
         return self.model.head
 
     def set_output_embeddings(self, value: Any) -> None:
@@ -116,21 +116,25 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         cache: FusionTreeCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, fp32 [B, L, V], the cache and, with labels, the loss.
+        """Return logits, fp32 [B, L, V], the cache and, with labels, the loss.
 
         Args:
             input_ids: int64 [B, L]; with a cache, the new tokens only.
-            attention_mask: [B, past + L], true or 1 where a token is real; padding may stand on either side. Behind a
-                cache only its last past token and the new ones are read.
-            position_ids: int64 [B or 1, L]; where they do not go on by one, a packed row's next document begins. Read
-                before anything is cached; tokens behind a cache go on with its last document.
+            attention_mask: [B, past + L], true or 1 where a token is real; padding may be on either side. With a filled
+                cache, only the last past token and the new tokens are read.
+            position_ids: int64 [B or 1, L]; where they do not increase by one, the next document of a packed row
+                starts. Ignored with a filled cache: new tokens continue the last document of their row.
             past_key_values: the cache of an earlier call, continued in place.
             labels: int64 [B, L], not shifted, -100 where there is no loss.
-            use_cache: make a cache and return it; implied by `past_key_values`.
-            logits_to_keep: make logits of the last so many tokens only, or of those at these places; 0: of all.
+            use_cache: create a cache and return it; implied by `past_key_values`.
+            logits_to_keep: compute logits of the last n tokens, or of the tokens at these indices; 0: of all tokens.
             num_items_in_batch: divide the summed loss by this instead of the number of labels.
-            cache: `past_key_values` under the name that transformers gives it from 5.24 on.
-            others: what transformers hands to every model; none may hold a cache, which would be passed over.
+            cache: new name of `past_key_values`, from transformers 5.24.
+            others: arguments that transformers passes to every model, ignored.
+
+        Raises:
+            TypeError: one of `others` is a cache.
+            ValueError: a document is longer than SRTE's learned table.
         """
         if any(isinstance(value, Cache) for value in others.values()):
             raise TypeError(
@@ -152,16 +156,16 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self._loss(output.logits, labels, attention_mask, documents, num_items_in_batch)
-        return CausalLMOutputWithPast(loss, output.logits, cache)  # the cache's name differs by version
+        return CausalLMOutputWithPast(loss, output.logits, cache)  # positional: the cache's name depends on the version
 
     def _documents(
         self, B: int, L: int, mask: Tensor | None, position_ids: Tensor | None, cache: FusionTreeCache | None
     ) -> Documents | None:
-        """Where documents lie; None where each row is one, or goes on with its last: no masks, and faster kernels."""
+        """Return the documents; None, which is faster, if each row is one document or continues one."""
         if cache is not None and cache.length:
             if mask is None or bool(mask[:, -L - 1 :].all()):
                 return None
-            return Documents.behind(cache.last_document, cache.next_position, mask[:, -L - 1 :])
+            return Documents.continuing(cache.last_document, cache.next_position, mask[:, -L - 1 :])
         if mask is not None and bool(mask.all()):
             mask = None
         resuming = None if position_ids is None else position_ids.diff(dim=1) == 1
@@ -170,7 +174,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         return Documents.from_mask(torch.ones(B, L, device=resuming.device) if mask is None else mask, resuming)
 
     def _check_positions(self, documents: Documents | None, L: int, cache: FusionTreeCache | None) -> None:
-        """Raise ValueError where a document is longer than SRTE's learned table; asks the device only if one may be."""
+        """Raise ValueError if a document exceeds SRTE's learned table; syncs with the device only if one may."""
         seen, config = 0 if cache is None else cache.length, self.model.config
         if config.srte != "learned" or seen + L <= config.max_positions:
             return
@@ -195,7 +199,7 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         documents: Documents | None,
         items: int | Tensor | None,
     ) -> Tensor:
-        """Mean loss of predicting each real token from the one before it in its document."""
+        """Return the mean loss of predicting each real token from the previous token of its document."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         if mask is not None:
             targets = targets.masked_fill(~F.pad(mask[:, -labels.shape[1] :][:, 1:].bool(), (0, 1)), IGNORE)

@@ -1,6 +1,6 @@
-"""Layers whose parameters keep their own precision: they are cast to the dtype of the input where they are used.
+"""Layers that cast their parameters to the dtype of the input.
 
-So the parameters of a training run stay fp32, and are its master weights, while activations are bf16.
+In training the parameters stay fp32 and are the master weights, while activations are bf16.
 """
 
 import torch
@@ -11,39 +11,39 @@ from .pointwise import norm
 
 
 class Linear(nn.Linear):
-    """A projection without bias in the dtype of its input; its weights start with deviation `std`."""
+    """Linear projection without bias, in the dtype of its input; weights are initialized from N(0, std²)."""
 
     def __init__(self, inputs: int, outputs: int, std: float = 0.02):
-        self.std = std  # before the parent's constructor, which starts the weights
+        self.std = std  # set first: the parent's constructor calls reset_parameters
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights anew."""
+        """Initialize the weights from N(0, std²)."""
         nn.init.normal_(self.weight, std=self.std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] to [..., outputs]."""
+        """Project [..., inputs] to [..., outputs]."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
-    """Vectors by token, which may be the head's too; they start with deviation `std`."""
+    """Token embedding, which may also serve as the head; vectors are initialized from N(0, std²)."""
 
     def __init__(self, tokens: int, size: int, std: float):
         self.std = std
         super().__init__(tokens, size)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the vectors anew."""
+        """Initialize the vectors from N(0, std²)."""
         nn.init.normal_(self.weight, std=self.std, generator=generator)
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
-        """Tokens, int64 [...], to vectors [..., size]; as a head, vectors to logits [..., tokens] in their dtype."""
+        """Map tokens, int64 [...], to vectors [..., size]; as a head, map vectors to logits [..., tokens]."""
         return F.linear(x, self.weight.to(x.dtype)) if as_head else super().forward(x)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis (arXiv 1910.07467), in the dtype of its input."""
+    """RMSNorm over the last axis (arXiv 1910.07467), in the dtype of its input."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -52,9 +52,9 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start without scaling."""
+        """Initialize the weight to one."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
+        """Return the normalized input; shapes [..., size]."""
         return norm(x, self.weight, self.eps)

@@ -1,4 +1,22 @@
-"""The language model. Axes: B rows, L tokens, H width, V vocabulary."""
+"""The language model. Axes: B rows, L tokens, H width, V vocabulary.
+
+Notable features:
+
+- parallel Mamba-2 (arXiv 2405.21060) and attention branches in each layer, with a norm and an output projection each
+- branches fused by a learned gate per channel and token; at initialization it is exactly their sum
+- grouped-query attention (arXiv 2305.13245); some heads see their full document, the others a sliding window
+- QK norm (arXiv 2010.04245) before RoPE (arXiv 2104.09864)
+- SRTE: sinusoidal or learned time encoding, added to the Mamba branch's input only
+- packed documents isolated to the last bit in scan, convolution, attention and positions
+- pre-norm with RMSNorm (arXiv 1910.07467), SwiGLU MLP (arXiv 2002.05202), no bias in linear layers
+- tied embedding and head by default
+- chunked loss head that never materializes all logits; optional z-loss (arXiv 2204.02311) and distillation
+- optional branch dropout: a layer trains some steps without one of its branches
+- layers pruned to one branch, or to fewer global heads
+- fp32 master weights with bf16 activations; the scan's parameters, decays and states stay fp32
+- initialization on the meta device, one module at a time: ZeRO-3 never needs the full model in one memory
+- decoding with a constant-size state and ring buffers, except for the global heads; CUDA-graph capture
+"""
 
 import math
 import random
@@ -21,20 +39,20 @@ from .time_encoding import time_encoding
 
 
 class Output(NamedTuple):
-    """What a forward gives; None where it was not asked for."""
+    """Results of a forward pass; None where not requested."""
 
-    loss_sum: Tensor | None  # (), fp32: nats summed over the labelled tokens, z_sum included
+    loss_sum: Tensor | None  # (), fp32: nats summed over the labelled tokens, including z_sum
     logits: Tensor | None  # [B, kept L, V], fp32
-    gates: Tensor | None  # [layers, H], fp32: mean gate by channel over the labelled tokens; 1 is all Mamba
-    token_losses: Tensor | None = None  # [B, L], fp32: nats, 0 where nothing is labelled; without gradient
-    z_sum: Tensor | None = None  # (), fp32, without a gradient: what the z-loss is of loss_sum
-    distill_sum: Tensor | None = None  # (), fp32: nats from the teacher, summed over the labelled tokens
+    gates: Tensor | None  # [layers, H], fp32: mean gate by channel over the labelled tokens; 1 is Mamba only
+    token_losses: Tensor | None = None  # [B, L], fp32: nats, 0 without a label; detached
+    z_sum: Tensor | None = None  # (), fp32: the z-loss in loss_sum; detached
+    distill_sum: Tensor | None = None  # (), fp32: KL divergence from the teacher, nats summed over the labelled tokens
 
 
 class HybridLM(nn.Module):
     """A stack of hybrid blocks between an embedding and a head.
 
-    Parameters are fp32 unless converted; activations are `compute_dtype`, or the embedding's dtype where that is None.
+    Parameters are fp32 unless converted. Activations are in `compute_dtype`; None means the embedding's dtype.
     """
 
     def __init__(
@@ -49,7 +67,7 @@ class HybridLM(nn.Module):
         self.kernels = kernels or reference_kernels()
         self.compute_dtype = compute_dtype
         self.recompute = recompute
-        std = 0.5 / math.sqrt(config.hidden_size)  # so that logits start with a deviation of one half
+        std = 0.5 / math.sqrt(config.hidden_size)  # initial logits have a standard deviation of 0.5
         self.embedding = Embedding(config.vocab_size, config.hidden_size, std)
         self.srte = time_encoding(config) if config.srte_shared else None
         self.blocks = nn.ModuleList(HybridBlock(config, i, self.kernels) for i in range(config.num_layers))
@@ -58,7 +76,7 @@ class HybridLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, H], the embedding's own when tied."""
+        """Weight of the head, [V, H]; that of the embedding if tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     @property
@@ -67,13 +85,13 @@ class HybridLM(nn.Module):
         return self.compute_dtype or self.embedding.weight.dtype
 
     def use_kernels(self, kernels: Kernels) -> None:
-        """Compute with `kernels` from now on."""
+        """Replace the kernels of all modules."""
         for module in self.modules():
             if hasattr(module, "kernels"):
                 module.kernels = kernels  # type: ignore[assignment]
 
     def new_cache(self, rows: int) -> Cache:
-        """An empty cache for `rows` rows."""
+        """Return an empty cache for `rows` rows."""
         return Cache(self.config, rows, self.activation_dtype, self.embedding.weight.device)
 
     def forward(
@@ -88,32 +106,33 @@ class HybridLM(nn.Module):
         z_loss: float = 0.0,
         teacher: Teacher | None = None,
     ) -> Output:
-        """One forward over packed rows, or over the next tokens of cached ones.
+        """Run the model over packed rows, or over the next tokens of cached rows.
 
         Args:
             input_ids: int64 [B, L].
-            documents: where documents lie; None when each row is one document (with a cache: goes on with it).
-            labels: int64 [B, L], already shifted, `IGNORE` where there is none. Given, the loss is made and no logits.
-            cache: what came before; continued in place.
-            keep_logits: make logits of the last so many tokens only, or of those at these places, int64; None for all.
+            documents: of the tokens; None: each row is one document, or continues the last one of its cached row.
+            labels: int64 [B, L], already shifted, `IGNORE` where there is no label. With labels, the loss is computed
+                and no logits.
+            cache: of the earlier tokens; continued in place.
+            keep_logits: compute logits of the last n tokens, or of the tokens at these int64 indices; None: of all.
             branch_drops: by layer, the branch to zero in this training step.
-            by_token: with labels, give the token losses and nothing else.
-            z_loss: weight of the z-loss, see `reference.linear_cross_entropy`.
-            teacher: what to be near, see `reference.linear_distillation`.
+            by_token: with labels, return the token losses and nothing else.
+            z_loss: weight of the z-loss, see `loss.linear_cross_entropy`.
+            teacher: for distillation, see `loss.linear_distillation`.
         """
         x, gates = self.hidden(input_ids, documents, labels, cache, branch_drops)
         if labels is None:
             if keep_logits is not None:
                 x = x[:, -keep_logits:] if isinstance(keep_logits, int) else x[:, keep_logits]
-            # by a module's own call: who keeps its weights elsewhere fetches them before it
+            # a module's call, not its weight: hooks of ZeRO-3 and of offloading fetch the weight at the call
             logits = self.embedding(x, as_head=True) if self.head is None else self.head(x)
             return Output(None, logits.float(), None)
         head = x.flatten(0, 1), self.head_weight
         if by_token:
             return Output(None, None, None, token_losses(*head, labels.flatten()).view_as(labels))
         loss_sum, z_sum = self.kernels.loss(*head, labels.flatten(), z_loss)
-        far = None if teacher is None else linear_distillation(*head, teacher, (labels != IGNORE).flatten())
-        return Output(loss_sum, None, gates, None, z_sum, far)
+        distill_sum = None if teacher is None else linear_distillation(*head, teacher, (labels != IGNORE).flatten())
+        return Output(loss_sum, None, gates, None, z_sum, distill_sum)
 
     def hidden(
         self,
@@ -123,21 +142,21 @@ class HybridLM(nn.Module):
         cache: Cache | None = None,
         branch_drops: list[Branch | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the head makes its logits of, [B, L, H], and with labels the mean gates; see `forward`."""
+        """Return the input of the head, [B, L, H], and with labels the mean gates; arguments as in `forward`."""
         if cache is not None:
             cache.reserve(cache.length + input_ids.shape[1])
-            cache.whole = cache.whole and documents is None
+            cache.one_document = cache.one_document and documents is None
         if documents is None:
             documents = self._continue(input_ids, cache)
         if cache is not None:
             cache.begin(documents)
         rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
-        # computed again, a block would meet the cache behind its own tokens
+        # no recomputation with a cache: the second run of a block would find its own tokens in the cache
         recompute = self.recompute if cache is None else KEEP
         context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache, recompute)
         time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
         x = self.embedding(input_ids).to(self.activation_dtype)
-        gates: list[Any] = []  # nothing where nothing is labelled
+        gates: list[Any] = []  # entries are None without labels
         drops = branch_drops or [None] * len(self.blocks)
         for layer, (block, dropped) in enumerate(zip(self.blocks, drops, strict=True)):
             x, gate = recompute.block(layer, block, x, time, context, dropped)
@@ -147,48 +166,48 @@ class HybridLM(nn.Module):
         return self.norm(x), None if labels is None else torch.stack(gates)
 
     def _continue(self, input_ids: Tensor, cache: Cache | None) -> Documents:
-        """Documents of new tokens that go on with the cached document of their row."""
+        """Return the documents of new tokens that continue the last document of their row."""
         B, L = input_ids.shape
         if cache is None or cache.length == 0:
-            return Documents.whole_rows(B, L, input_ids.device)
+            return Documents.one_per_row(B, L, input_ids.device)
         if L == 1:
             return cache.next_token()
         new = cache.last_document[:, None].expand(B, L)
         return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
 
 
-Initializer = Callable[
-    [str, Any], None
-]  # makes the own parameters of a module, given with its name; before, they are meta
+# (module name, module) → None: replaces the module's own meta parameters, not those of its children, by real ones
+Initializer = Callable[[str, Any], None]
 
 
-def materialize(model: HybridLM, give: Initializer, device: torch.device) -> Iterator[nn.Module]:
-    """Bring a model made on the meta device to `device`, with the weights that `give` gives (`drawn`, for one).
+def materialize(model: HybridLM, initializer: Initializer, device: torch.device) -> Iterator[nn.Module]:
+    """Initialize a model that was built on the meta device, module by module, on `device`.
 
     Yields:
-        Each module as soon as its own parameters are there: who cuts them up never holds the whole model.
+        Each module that has parameters, as soon as these are on `device`. A caller that partitions them before the next
+        module needs memory for one module only.
     """
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
-        give(name, module)
+        initializer(name, module)
         for own, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, own, nn.Parameter(parameter.detach().to(device)))
         yield module
 
 
 def seeded_init(seed: int) -> Initializer:
-    """Initial weights: a function of `seed` and the modules' names alone, drawn on the host for every device."""
+    """Return an initializer whose weights depend on `seed` and the module names only; drawn on the CPU."""
 
-    def give(name: str, module: Any) -> None:
+    def initialize(name: str, module: Any) -> None:
         module.to_empty(device="cpu", recurse=False)
         module.reset_parameters(torch.Generator().manual_seed(random.Random(f"weights {seed} {name}").getrandbits(63)))
 
-    return give
+    return initialize
 
 
 def branch_drops(config: ModelConfig, seed: int, step: int) -> list[Branch | None]:
-    """By layer, the branch that `step` trains without, if any: a pure function, the same on every rank and resume."""
+    """Return, by layer, the branch dropped in `step`, if any: a pure function, equal on all ranks and on resume."""
     drops: list[Branch | None] = []
     for layer in range(config.num_layers):
         draw = random.Random(f"branch drop {seed} {step} {layer}")

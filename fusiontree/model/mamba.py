@@ -12,11 +12,11 @@ from .kernel_registry import Kernels
 from .layers import Linear
 from .split import split_channels
 
-STATE_PARAMETERS = ("A_log", "D", "dt_bias")  # stored and used in fp32 whatever the dtype of the rest
+STATE_PARAMETERS = ("A_log", "D", "dt_bias")  # stored and used in fp32, whatever the dtype of the model
 
 
 class MambaBranch(nn.Module):
-    """Mamba-2 (arXiv 2405.21060) up to and with its own norm and output projection."""
+    """Mamba-2 (arXiv 2405.21060) with its gated norm and output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels):
         super().__init__()
@@ -32,7 +32,7 @@ class MambaBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Decay rates in [1, 16], time steps log-uniform in [0.001, 0.1], as Mamba-2's authors start them."""
+        """Initialize decay rates in [1, 16] and time steps log-uniform in [0.001, 0.1], as Mamba-2's authors do."""
         bound = 1 / math.sqrt(self.config.conv_kernel)
         nn.init.uniform_(self.conv_weight, -bound, bound, generator)
         nn.init.uniform_(self.conv_bias, -bound, bound, generator)
@@ -44,7 +44,7 @@ class MambaBranch(nn.Module):
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def forward(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
-        """[B, L, hidden_size] to [B, L, hidden_size]; continues and updates `cache` when there is one."""
+        """Return the branch's output; shapes [B, L, hidden_size]. `cache`, if any, is continued in place."""
         c = self.config
         z, xBC, dt = split_channels(self.in_proj(x), [(c.ssm_size,), (c.conv_size,), (c.ssm_heads,)])
         if cache is not None and x.shape[1] == 1:

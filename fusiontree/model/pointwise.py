@@ -1,8 +1,8 @@
-"""What happens between the matrix products and the kernels: norms, rotations, gates. Small pure functions.
+"""Pointwise operations between the matrix products and the kernels: norms, rotations, gates.
 
-A compiler makes one pass over memory of each, forward and backward; run as they stand they are the specification.
+Uncompiled, these functions are the specification. Compiled, each is one pass over memory, forward and backward.
 Axes: B rows, L tokens, H width, N query heads, K key-value heads, D head size, P SSM head size, G groups, S state size.
-All take fp32 or lower parameters and return the dtype of their activations, except where they say fp32.
+Parameters may be in fp32 or a lower precision. Results are in the dtype of the activations unless stated otherwise.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from .reference import scan_step
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis (arXiv 1910.07467): [..., size]."""
+    """Return the RMSNorm over the last axis (arXiv 1910.07467): [..., size]."""
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
 def norm_with_time(x: Tensor, time: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x [B, L, H], and the same with the time encoding [B, L, H] added."""
+    """Return the norm of x [B, L, H], and the norm plus the time encoding [B, L, H]."""
     h = norm(x, weight, eps)
     return h, h if time is None else h + time
 
@@ -29,14 +29,17 @@ def norm_with_time(x: Tensor, time: Tensor | None, weight: Tensor, eps: float) -
 def attention_inputs(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rotary: tuple[Tensor, Tensor], eps: float, groups: list[int]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Queries and keys normed by head and rotated, cut into the kinds of head.
+    """Apply QK norm and RoPE, and split the heads into global and windowed ones.
 
     Args:
-        qkv: [B, L, (N + 2K)·D], queries, keys, values. q_weight, k_weight: [D], of the norms.
-        rotary: of `attention.rotary_embedding`. groups: key-value heads of each kind, none 0, together K.
+        qkv: queries, keys and values, [B, L, (N + 2K)·D].
+        q_weight, k_weight: of the norms, [D].
+        rotary: cosines and sines of `attention.rotary_embedding`.
+        eps: of the norms.
+        groups: number of key-value heads of each kind, at least 1 each, K in total.
 
     Returns:
-        For each kind q [B, L, its N, D], k and v [B, L, its K, D].
+        For each kind: q [B, L, its N, D], k and v [B, L, its K, D].
     """
     D, K = q_weight.shape[0], sum(groups)
     q, k, v = qkv.unflatten(-1, (-1, D)).split([qkv.shape[-1] // D - 2 * K, K, K], 2)
@@ -47,24 +50,24 @@ def attention_inputs(
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the two halves of each head, in fp32; [B, L, heads, D] in the dtype of x."""
+    """Rotate the two halves of each head (RoPE), computed in fp32: [B, L, heads, D] in the dtype of x."""
     cos, sin = rotary
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def joined_norm(parts: list[Tensor], weight: Tensor, eps: float) -> Tensor:
-    """The norm over all heads of the parts [B, L, heads, D], side by side: [B, L, N·D]."""
+    """Return the norm over the concatenated heads of the parts [B, L, heads, D]: [B, L, N·D]."""
     return norm(torch.cat(parts, 2).flatten(-2), weight, eps)
 
 
 def time_step(dt: Tensor, bias: Tensor) -> Tensor:
-    """softplus(dt + bias), fp32 [B, L, heads]; positive."""
+    """Return the scan's time step softplus(dt + bias), positive: fp32 [B, L, heads]."""
     return F.softplus(dt.float() + bias)
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of y ⊙ silu(z); [B, L, size]."""
+    """Return the norm of y ⊙ silu(z): [B, L, size]."""
     return norm(y * F.silu(z), weight, eps)
 
 
@@ -78,14 +81,18 @@ def mamba_step(
     scan: tuple[Tensor, Tensor, Tensor],
     groups: int,
 ) -> Tensor:
-    """One token through convolution and scan; `tail` and `state` are brought up to date in place.
+    """Run one token through the convolution and the scan, and update `tail` and `state` in place.
 
     Args:
-        xBC: [B, 1, channels], the convolution's new input. dt: [B, 1, heads].
-        tail: [B, taps - 1, channels], its last inputs. state: fp32 [B, heads, P, S].
-        continues: which of the last inputs, the newest last, are of the new token's document, bool [B, taps - 1]; and
-            whether the state is, bool [B].
-        conv: weight [channels, taps] and bias [channels]. scan: A_log, D and dt_bias, fp32 [heads] each.
+        xBC: new input of the convolution, [B, 1, channels].
+        dt: [B, 1, heads].
+        tail: last inputs of the convolution, [B, taps - 1, channels].
+        continues: whether each input in `tail`, the newest last, is of the new token's document, bool [B, taps - 1];
+            and whether `state` is, bool [B].
+        state: of the scan, fp32 [B, heads, P, S].
+        conv: weight [channels, taps] and bias [channels].
+        scan: A_log, D and dt_bias, fp32 [heads] each.
+        groups: G.
 
     Returns:
         [B, 1, heads, P].
@@ -120,16 +127,17 @@ def fuse(
     weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y = x + 2·(g ⊙ m + (1 − g) ⊙ a) with g = sigmoid(W_up·silu(W_down·[m; a]) + b), its norm, and the mean of g.
+    """Compute y = x + 2·(g ⊙ m + (1 − g) ⊙ a) with g = sigmoid(W_up·silu(W_down·[m; a]) + b).
 
     Args:
-        x, m, a: [B, L, H]. gate: W_down [rank, 2H] and W_up [H or 1, rank], or None for a gate without input; and
-            b [H or 1], or None for no gate, which is m + a.
-        real: bool [B, L], the tokens that count in the mean; None: no mean is made.
-        weight, eps: of the norm, weight [H].
+        x, m, a: residual stream and outputs of the two branches, [B, L, H] each.
+        gate: W_down [rank, 2H] and W_up [H or 1, rank], or None for a gate without input; and b [H or 1], or None for
+            no gate: then y = x + m + a.
+        real: bool [B, L], tokens that count in the mean of g; None: the mean is not computed.
+        weight, eps: of the norm; weight is [H].
 
     Returns:
-        y and its norm, [B, L, H] each, and fp32 [H or 1], one half where no token is real.
+        y and its norm, [B, L, H] each, and the mean of g, fp32 [H or 1], or None; 0.5 if no token is real.
     """
     down, up, bias = gate
     if bias is None:
@@ -150,25 +158,25 @@ def fuse(
 
 
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y, [B, L, H] each, and its norm."""
+    """Return x + y, [B, L, H], and its norm."""
     total = x + y
     return total, norm(total, weight, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) ⊙ up of [..., 2·inner], gate first (arXiv 2002.05202): [..., inner]."""
+    """Return silu(gate) ⊙ up of [..., 2·inner], gate first (arXiv 2002.05202): [..., inner]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
-def remember(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
-    """Write the keys and values of one token, [B, 1, K, D], into the cache's, [B, T, K, D], at `slot`, int64 [1]."""
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
+    """Write the keys and values of one token, [B, 1, K, D], into the cache, [B, T, K, D], at `slot`, int64 [1]."""
     keys.index_copy_(1, slot, k)
     values.index_copy_(1, slot, v)
 
 
 class Pointwise(NamedTuple):
-    """The functions of this file that a model calls, as they stand or compiled."""
+    """The functions of this file that a model calls; by default uncompiled."""
 
     norm_with_time: Callable[..., Any] = norm_with_time
     attention_inputs: Callable[..., Any] = attention_inputs
@@ -179,4 +187,4 @@ class Pointwise(NamedTuple):
     fuse: Callable[..., Any] = fuse
     add_norm: Callable[..., Any] = add_norm
     swiglu: Callable[..., Any] = swiglu
-    remember: Callable[..., Any] = remember
+    write_kv: Callable[..., Any] = write_kv

@@ -1,4 +1,4 @@
-"""Activations that the backward pass computes again instead of finding them kept."""
+"""Activation checkpointing: the backward pass recomputes activations instead of storing them."""
 
 import contextlib
 from collections.abc import Callable
@@ -12,38 +12,44 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Recompute:
-    """Which parts of the model keep only their input for the backward pass; gradients are the same to the bit."""
+    """Policy of activation checkpointing. Gradients are bitwise equal under every policy."""
 
-    every: int = 0  # whole blocks: the first of each `every`; 0: none
-    branches: tuple[str, ...] = ()  # these branches of every block
-    offload: bool = False  # a kept input waits in the host's memory
+    every: int = 0  # recompute the first of each `every` blocks; 0: none
+    branches: tuple[str, ...] = ()  # recompute these branches in every block
+    offload: bool = False  # store the inputs of recomputed parts in host memory
 
     def block(self, layer: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What block `layer` gives for `arguments`, see `_recomputed`."""
-        whole = self.every > 0 and layer % self.every == 0
-        return self._recomputed(function, *arguments) if whole else function(*arguments)
+        """Run block `layer`, recomputed if the policy includes it; see `_recomputed`."""
+        included = self.every > 0 and layer % self.every == 0
+        return self._recomputed(function, *arguments) if included else function(*arguments)
 
     def branch(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What branch `name` of a block gives for `arguments`, see `_recomputed`."""
+        """Run branch `name` of a block, recomputed if the policy includes it; see `_recomputed`."""
         return self._recomputed(function, *arguments) if name in self.branches else function(*arguments)
 
     def _recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function` gives. What has a gradient must be an argument of its own; the first is the input to keep."""
+        """Run `function` under checkpointing.
+
+        Args:
+            function: a block or a branch.
+            arguments: its inputs, of which the first may be offloaded. Tensors that need a gradient must be arguments
+                themselves: the reentrant checkpoint does not look into containers.
+        """
         if not torch.is_grad_enabled():
             return function(*arguments)
         with _offloaded(arguments[0]) if self.offload else contextlib.nullcontext():
-            # reentrant: under DeepSpeed's ZeRO-3 the other kind meets weights that have been released again
+            # under ZeRO-3, non-reentrant recomputation would find the weights already released
             return checkpoint(function, *arguments, use_reentrant=True, preserve_rng_state=False)
 
 
-KEEP = Recompute()  # nothing: all that the backward pass needs is kept
+KEEP = Recompute()  # no recomputation: all activations are stored
 
 
 def _offloaded(kept: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Where autograd saves `kept`, [B, L, H], save a copy on the host. Neither way waits for the device."""
+    """Return hooks that let autograd save `kept`, [B, L, H], on the host. Both copies are asynchronous."""
 
     def pack(saved: Tensor) -> Tensor:
-        if saved.data_ptr() != place:  # shared by all blocks: one copy on the device is the cheaper one
+        if saved.data_ptr() != address:  # inputs that all blocks share: one copy on the device is cheaper
             return saved
         host = torch.empty_like(saved, device="cpu", pin_memory=saved.is_cuda)
         return host.copy_(saved, non_blocking=True)
@@ -51,5 +57,6 @@ def _offloaded(kept: Tensor) -> contextlib.AbstractContextManager[None]:
     def unpack(saved: Tensor) -> Tensor:
         return saved.to(device, non_blocking=True)
 
-    place, device = kept.data_ptr(), kept.device  # the hooks live as long as the graph, and must not hold `kept`
+    # the hooks live as long as the graph: a reference to `kept` would keep it in device memory
+    address, device = kept.data_ptr(), kept.device
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,8 +1,8 @@
-"""Pure-torch kernels: the specification that every other back-end is held to.
+"""Pure-torch kernels: the specification of every other back-end.
 
 Axes: B rows, L tokens, N query heads, K key-value heads, D head size, H SSM heads, P SSM head size, G groups,
-S state size, C chunks, Q tokens per chunk. All are exact at document bounds: a token of another document enters no
-sum but as an exact zero, so that changing it changes no bit.
+S state size, C chunks, Q tokens per chunk. All kernels are exact at document boundaries: a token of another document
+contributes an exact zero to every sum, so a change of it changes no bit of the result.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .documents import Documents
 
-_TILE = 2**26  # queries times keys under a mask at a time: torch turns a mask of bools into one of numbers
+_TILE = 2**26  # query-key pairs per masked call: torch converts the bool mask to a float mask of this size
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32, the precision that sums are made in; what is fp64 stays so, for those who measure rounding."""
+    """Cast to fp32, the precision of all sums; fp64 is kept, for tests that measure rounding."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -28,7 +28,7 @@ def _wide(x: Tensor) -> Tensor:
 def scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B_in: Tensor, C_out: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of the Mamba-2 recurrence, ``h ← exp(dt·A)·h + dt·x⊗B``, ``y = h·C + D·x`` (arXiv 2405.21060, eq. 1).
+    """Run a token of the Mamba-2 recurrence ``h ← exp(dt·A)·h + dt·x⊗B``, ``y = h·C + D·x`` (arXiv 2405.21060, eq. 1).
 
     Args:
         x: [B, H, P]. dt: [B, H], positive, fp32. A: [H], negative, fp32. B_in, C_out: [B, G, S]. D: [H], fp32.
@@ -58,7 +58,7 @@ def scan_sequential(
     initial_state: Tensor | None = None,
     initial_seq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan token by token: slow, plain, and the truth that `scan_chunked` is tested against. Same signature."""
+    """Run the scan token by token: slow and simple, for tests of `scan_chunked`. Arguments and results as there."""
     state, previous = _initial(x, B_in, initial_state, initial_seq)
     outputs = []
     for t in range(x.shape[1]):
@@ -82,12 +82,13 @@ def scan_chunked(
     initial_seq: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The Mamba-2 scan by matrix products over chunks (state-space duality, arXiv 2405.21060, section 6).
+    """Run the Mamba-2 scan by matrix products over chunks (state-space duality, arXiv 2405.21060, section 6).
 
     Args:
         x: [B, L, H, P]. dt: [B, L, H], positive, fp32. A: [H], negative, fp32. B_in, C_out: [B, L, G, S].
-        D: [H], fp32. seq_idx: int [B, L], document of each token; the state is zero at each document's start.
-        initial_state: [B, H, P, S], fp32, of the document `initial_seq` [B]; tokens of other documents do not see it.
+        D: [H], fp32. seq_idx: int [B, L], document of each token; the state is reset to zero at each document's start.
+        initial_state: [B, H, P, S], fp32, None for zeros.
+        initial_seq: int [B], document of `initial_state`; tokens of other documents do not see that state.
         chunk_size: tokens per chunk, Q.
 
     Returns:
@@ -106,8 +107,9 @@ def scan_chunked(
     log_decay = _chunks(dt * A, pad, C)  # [B, C, Q, H]
     B_chunks, C_chunks = _chunks(_wide(B_in), pad, C), _chunks(_wide(C_out), pad, C)  # [B, C, Q, G, S]
 
-    # decay from token j to token i of one chunk, zero across documents: [B, C, H, Q, Q]. The prefix sums run over the
-    # tokens of one document only, by a masked product: a difference of plain prefix sums would let others' rounding in
+    # decay from token j to token i of the same chunk, zero across documents: [B, C, H, Q, Q]. Prefix sums restart in
+    # each document, by a masked product: differences of plain prefix sums would depend on the rounding of earlier
+    # documents
     visible = (seq[..., :, None] == seq[..., None, :]).tril()
     cumulative = (visible.to(log_decay.dtype) @ log_decay).transpose(2, 3)  # [B, C, H, Q]
     exponent = cumulative[..., :, None] - cumulative[..., None, :]
@@ -118,7 +120,7 @@ def scan_chunked(
     weights = (scores[:, :, :, None] * decay.view(B, C, G, H // G, Q, Q)).view(B, C, H, Q, Q)
     y = weights @ drive.transpose(2, 3)  # [B, C, H, Q, P]
 
-    # what each chunk adds to the state at its end, and what reaches the end of each chunk from all before it
+    # the state that each chunk adds at its end, then the state at the end of each chunk, with that of earlier chunks
     to_end = (drive.transpose(2, 3) * decay[:, :, :, -1, :, None]).view(B, C, G, H // G, Q, P)
     added = torch.einsum("bcghqp,bcqgs->bcghps", to_end, B_chunks).reshape(B, C, H, P * S)
     added = torch.cat([initial_state.view(B, 1, H, P * S), added], 1).transpose(1, 2)  # [B, H, C+1, P·S]
@@ -129,7 +131,7 @@ def scan_chunked(
     exponent = across[..., :, None] - across[..., None, :]
     states = exponent.masked_fill(~carried[:, None], -torch.inf).exp() @ added  # [B, H, C+1, P·S]
 
-    # the state at a chunk's start is seen by the tokens that continue the document of the chunk before
+    # the state before a chunk is visible to the tokens that continue the last document of the previous chunk
     continues = (seq == last_seq[:, :-1, None])[:, :, None]
     from_start = cumulative.masked_fill(~continues, -torch.inf).exp()  # [B, C, H, Q]
     entering = states[:, :, :-1].transpose(1, 2).reshape(B, C, G, H // G, P, S)
@@ -140,14 +142,14 @@ def scan_chunked(
 
 
 def _chunks(value: Tensor, pad: int, chunks: int) -> Tensor:
-    """[B, L, ...] padded with zeros at the end and cut: [B, C, Q, ...]."""
+    """Pad [B, L, ...] with zeros at the end and split it into chunks: [B, C, Q, ...]."""
     if pad:
         value = torch.cat([value, value.new_zeros(value.shape[0], pad, *value.shape[2:])], 1)
     return value.unflatten(1, (chunks, -1))
 
 
 def _initial(x: Tensor, B_in: Tensor, state: Tensor | None, seq: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The state before the first token and its document: zeros of no document (-1) unless given."""
+    """Return the state before the first token and its document; defaults are zeros of no document, -1."""
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B_in.shape[-1], dtype=_wide(x).dtype)
     if seq is None:
@@ -159,11 +161,13 @@ def _initial(x: Tensor, B_in: Tensor, state: Tensor | None, seq: Tensor | None) 
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
-    """Causal depthwise convolution with SiLU; a tap that falls into another document, or before the row, is zero.
+    """Apply a causal depthwise convolution and SiLU; taps in another document or before the row read zero.
 
     Args:
-        x: [B, L, channels]. weight: [channels, taps], the last tap on the token itself. bias: [channels].
-        seq_idx: int [B, L], never falling along a row.
+        x: [B, L, channels].
+        weight: [channels, taps]; the last tap is on the token itself.
+        bias: [channels].
+        seq_idx: int [B, L], document of each token; never decreases along a row.
 
     Returns:
         [B, L, channels] in the dtype of x.
@@ -182,11 +186,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Ten
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Causal grouped-query attention inside documents; no L×L matrix is ever made.
+    """Compute causal grouped-query attention inside documents, without materializing an L×L matrix.
 
     Args:
-        q: [B, L, N, D]. k, v: [B, L, K, D]. documents: of the B rows of L tokens.
-        window: tokens a query sees, itself included; None for the whole document.
+        q: [B, L, N, D].
+        k, v: [B, L, K, D].
+        documents: of the B rows of L tokens.
+        window: tokens that a query sees, its own included; None for the full document.
 
     Returns:
         [B, L, N, D].
@@ -206,7 +212,7 @@ def _attention_per_document(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) 
 
 
 def _attention_blockwise(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, window: int) -> Tensor:
-    """Blocks of `window` queries, each against its own and the block before: [B·blocks, heads, window, 2·window]."""
+    """Attend from blocks of `window` queries to their own and the previous block; scores [window, 2·window] each."""
     B, L = seq_idx.shape
     pad = -L % window
     blocks = (L + pad) // window
@@ -214,7 +220,7 @@ def _attention_blockwise(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, windo
     seq = F.pad(seq_idx, (0, pad), value=-1)
 
     def with_previous(t: Tensor) -> Tensor:
-        """[B, L, ...] to [B, blocks, 2·window, ...]; the first block's predecessor is nothing (-2, no document)."""
+        """Split [B, L, ...] into [B, blocks, 2·window, ...]; before the first block, the document is -2: none."""
         cut = t.view(B, blocks, window, *t.shape[2:])
         before = torch.cat([torch.full_like(cut[:, :1], -2 if t is seq else 0), cut[:, :-1]], 1)
         return torch.cat([before, cut], 2)
@@ -233,10 +239,12 @@ def _attention_blockwise(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor, windo
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of new queries to cached keys.
+    """Compute attention of new queries to cached keys.
 
     Args:
-        q: [B, L, N, D]. k, v: [B, T, K, D]. mask: bool [B, L, T], true where the query sees the key.
+        q: [B, L, N, D].
+        k, v: [B, T, K, D].
+        mask: bool [B, L, T], true where the query sees the key.
 
     Returns:
         [B, L, N, D].
@@ -248,11 +256,12 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of a document's last tokens to all of it, or to what their windows reach.
+    """Compute causal attention of a document's last tokens to all its tokens, or to those within the window.
 
     Args:
-        q: [B, L, N, D], one document a row. k, v: [B, T, K, D], of its last T tokens, T at least L.
-        window: tokens a query sees, itself included; None for the whole document.
+        q: [B, L, N, D], one document per row.
+        k, v: [B, T, K, D], of the document's last T tokens; T is at least L.
+        window: tokens that a query sees, its own included; None for the full document.
 
     Returns:
         [B, L, N, D].
@@ -266,11 +275,13 @@ def attention_continued(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> 
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: Tensor) -> Tensor:
-    """Attention of one new token to the cache.
+    """Compute attention of one new token to the cache.
 
     Args:
-        q: [B, 1, N, D]. k, v: [B, T, K, D], room for T tokens. visible: bool [B, T], those that the new token sees.
-        length: int [1], tokens in the cache: nothing behind is visible, and a kernel need not read it.
+        q: [B, 1, N, D].
+        k, v: buffers of the cache, [B, T, K, D].
+        visible: bool [B, T], true where the new token sees the key.
+        length: int [1], filled slots; later slots are not visible, so a kernel may skip them.
 
     Returns:
         [B, 1, N, D].
@@ -279,10 +290,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, length: T
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of [B, N, L, D] to [B, K, T, D] by torch's kernels, causal unless there is a mask.
+    """Compute attention of [B, N, L, D] to [B, K, T, D] by torch's kernels; causal without a mask.
 
-    Only kernels that hold no L×T matrix may run where nothing bounds it; cuDNN's, which plans anew for every length
-    of document, never. On a GPU they take head sizes that are multiples of 4 in fp32: others are filled up with zeros.
+    torch's math kernel materializes the L×T scores, so it may run only with a mask, whose callers bound this size.
+    cuDNN's kernel is excluded: it plans anew for every document length. On a GPU, the kernels need head sizes that are
+    multiples of 4 in fp32; others are padded with zeros.
     """
     D = q.shape[-1]
     q, k, v = (F.pad(t, (0, -D % 4)) if D % 4 else t for t in (q, k, v))

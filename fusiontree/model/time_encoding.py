@@ -1,4 +1,4 @@
-"""Shared relative time encoding (SRTE): where in its document a token stands, for the Mamba branch."""
+"""Shared relative time encoding (SRTE): a token's position in its document, as an input of the Mamba branch."""
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ class SincosTimeEncoding(nn.Module):
         self.frequencies = config.hidden_size // 2
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """int64 [B, L] to `dtype` [B, L, hidden_size]."""
+        """Encode positions, int64 [B, L], as `dtype` [B, L, hidden_size]."""
         exponent = torch.arange(self.frequencies, device=position_ids.device, dtype=torch.float32) / self.frequencies
         angles = position_ids[..., None] * 10_000.0**-exponent
         return torch.cat([angles.sin(), angles.cos()], -1).to(dtype)
 
 
 class LearnedTimeEncoding(nn.Module):
-    """A learned table of low rank: [max_positions, r] times [r, hidden_size], which starts as zero."""
+    """Learned low-rank table, [max_positions, r] times [r, hidden_size]; zero at initialization."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -30,16 +30,16 @@ class LearnedTimeEncoding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Random table, zero projection: the encoding starts as a no-op that has a gradient."""
+        """Initialize a random table and a zero projection: the encoding is zero, but its gradient is not."""
         nn.init.normal_(self.table, std=1.0, generator=generator)
         nn.init.zeros_(self.up)
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """int64 [B, L] to `dtype` [B, L, hidden_size]; positions must be below max_positions."""
+        """Encode positions, int64 [B, L] below max_positions, as `dtype` [B, L, hidden_size]."""
         return self.table[position_ids].to(dtype) @ self.up.to(dtype)
 
 
 def time_encoding(config: ModelConfig) -> nn.Module | None:
-    """The encoding that `config.srte` names; None for `none`."""
+    """Return the encoding that `config.srte` selects; None for `none`."""
     kinds = {"sincos": SincosTimeEncoding, "learned": LearnedTimeEncoding}
     return kinds[config.srte](config) if config.srte != "none" else None

@@ -242,7 +242,7 @@ def joined_norm(parts: list[Tensor], weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _remember_kernel(keys, values, k, v, slot, row_stride, k_stride, v_stride, size, BLOCK: tl.constexpr):
+def _write_kv_kernel(keys, values, k, v, slot, row_stride, k_stride, v_stride, size, BLOCK: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = row * row_stride + tl.load(slot) * size + i
     tl.store(keys + place, tl.load(k + row * k_stride + i, mask=i < size), mask=i < size)
@@ -254,12 +254,12 @@ def _whole_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
-def remember(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
-    """`pointwise.remember` in one launch: decoding one row, what counts is how many there are."""
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slot: Tensor) -> None:
+    """`pointwise.write_kv` in one launch: decoding one row, what counts is how many there are."""
     B, _, K, D = k.shape
     grid = B, triton.cdiv(K * D, 1024)
     k, v = _whole_heads(k), _whole_heads(v)
-    _remember_kernel[grid](keys, values, k, v, slot, keys.stride(0), k.stride(0), v.stride(0), K * D, BLOCK=1024)
+    _write_kv_kernel[grid](keys, values, k, v, slot, keys.stride(0), k.stride(0), v.stride(0), K * D, BLOCK=1024)
 
 
 @triton.jit

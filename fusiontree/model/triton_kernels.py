@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .split import gradient_place
+from .split import gradient_allocator
 
 try:
     import triton
@@ -162,7 +162,7 @@ def _conv_backward_kernel(
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
-        ctx.place = gradient_place(x)
+        ctx.allocate_gradient = gradient_allocator(x)
         if x.stride(-1) != 1:
             x = x.contiguous()
         B, L, D = x.shape
@@ -184,7 +184,7 @@ class _Convolution(torch.autograd.Function):
         if dy.stride(-1) != 1:
             dy = dy.contiguous()
         B, L, D = x.shape
-        dx = ctx.place()
+        dx = ctx.allocate_gradient()
         BD, steps = 128, 32
         parts = triton.cdiv(L, 4 * steps)
         partial = torch.empty(B * parts, 5, D, dtype=torch.float32, device=x.device)
@@ -315,7 +315,7 @@ def _gated_norm_backward_kernel(
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.shape, ctx.place = y.shape, gradient_place(z)
+        ctx.shape, ctx.allocate_gradient = y.shape, gradient_allocator(z)
         y, z = as_rows(y), as_rows(z)
         rows, size = y.shape
         out = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
@@ -333,7 +333,7 @@ class _GatedNorm(torch.autograd.Function):
         d_out = as_rows(grads[0])
         rows, size = y.shape
         dy = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
-        dz = ctx.place()
+        dz = ctx.allocate_gradient()
         programs = min(rows, 132)  # one for each multiprocessor
         d_weight = torch.empty(programs, size, dtype=torch.float32, device=y.device)
         BLOCK = triton.next_power_of_2(size)
