@@ -1,7 +1,8 @@
-"""Triton kernels of this project's own: what no library does as we need it, or as fast.
+"""This project's Triton kernels for the convolution, SwiGLU and the gated norm.
 
-Axes: B rows, L tokens, D channels. Offsets are 64-bit, so no size wraps round. Import this file only where Triton is
-installed; those of the scan and of attention are in files of their own.
+Axes: B rows, L tokens, D channels. Offsets are 64-bit and do not overflow. All arithmetic is fp32; loads and stores are
+in the dtype of the tensors. Import this file only where Triton is installed. The kernels of the scan and of attention
+are in `triton_scan.py` and `triton_attention.py`.
 """
 
 from typing import Any
@@ -15,15 +16,18 @@ from .split import gradient_allocator
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the exported folder must load, and say so, where there is none
+except ImportError:  # an exported folder must load without Triton; the registry reports this message
     raise ImportError("triton is not installed") from None
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
+#
+# A program has BD channels and walks along its tokens. The last three inputs stay in registers, so each token is read
+# once. AT_ONCE tokens are loaded together before any is used, to hide the latency of memory. Triton cannot index
+# registers, so each tap has its own variable (x0, x1, x2, x3).
 
-
-TAPS = tl.constexpr(4)  # most taps; fewer are padded with zeros
-AT_ONCE = tl.constexpr(4)  # tokens whose loads are under way together: as many as there are taps
+TAPS = tl.constexpr(4)  # maximum; fewer taps are padded with zeros
+AT_ONCE = tl.constexpr(4)  # tokens loaded together
 
 
 @triton.jit
@@ -33,7 +37,7 @@ def _weight(weight, d, back, D: tl.constexpr):
 
 @triton.jit
 def _token(x, t, stride, L, d, D: tl.constexpr):
-    """Channels of one token, zero outside the row."""
+    """Load the channels of one token; zero outside the row."""
     return tl.load(x + t * stride + d, mask=d < tl.where((t >= 0) & (t < L), D, 0), other=0.0)
 
 
@@ -59,9 +63,9 @@ def _documents(seq, t, L):
 
 @triton.jit
 def _before(x, seq, t, stride, L, d, D: tl.constexpr):
-    """The three tokens before t, the nearest first, fp32; zero where one is not of the nearest's document; and that.
+    """Load the three tokens before t, the nearest first, in fp32, and the document of the nearest.
 
-    Whether t itself is of it is for the caller to see.
+    Tokens of an earlier document are zero. The caller compares the document with that of t.
     """
     last = _document(seq, t - 1, L)
     first = _token(x, t - 1, stride, L, d, D).to(tl.float32)
@@ -75,7 +79,7 @@ def _before(x, seq, t, stride, L, d, D: tl.constexpr):
 def _conv_forward_kernel(
     x, weight, bias, seq, y, L, stride_b, stride_t, D: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr
 ):
-    """Some channels of a stretch of tokens, one token after the other: each is read once."""
+    """Compute BD channels of STEPS · AT_ONCE consecutive tokens."""
     row, across = tl.program_id(1).to(tl.int64), tl.cdiv(D, BD)
     d = tl.program_id(0) % across * BD + tl.arange(0, BD)
     t = (tl.program_id(0) // across).to(tl.int64) * STEPS * AT_ONCE
@@ -104,10 +108,11 @@ def _conv_backward_kernel(
     x, weight, bias, seq, dy, dx, partial, L, stride_b, stride_t, dy_stride_b, dy_stride_t, dx_stride_b, dx_stride_t,
     D: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """A stretch's gradient of the input, and its part of those of the taps and the bias.
+    """Compute the input's gradient of STEPS · AT_ONCE tokens, and their part of the gradients of taps and bias.
 
-    With g the gradient before the SiLU, a token's is known three tokens later: ``w0·g[t] + … + w3·g[t + 3]``, as far as
-    its document goes. So a stretch reads a few tokens of the next one.
+    With g the gradient before the SiLU, the gradient of input t is ``w0·g[t] + … + w3·g[t + 3]`` within its document.
+    It is therefore complete three tokens later, and a program runs one step into the next program's tokens. The sums
+    for taps and bias are fp32 per program; the host adds the programs, which is deterministic.
     """
     row, across = tl.program_id(1).to(tl.int64), tl.cdiv(D, BD)
     part, parts = tl.program_id(0) // across, tl.num_programs(0) // across
@@ -124,7 +129,7 @@ def _conv_backward_kernel(
     b = tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     sums = tl.zeros((BD,), tl.float32)
     sums0, sums1, sums2, sums3 = sums, sums, sums, sums
-    g1, g2, g3 = sums, sums, sums  # of the tokens before
+    g1, g2, g3 = sums, sums, sums  # of the previous tokens
     x1, x2, x3, id1 = _before(x, seq, t, stride_t, L, d, D)
     id2, id3 = id1, id1
     for _ in range(STEPS + 1):
@@ -198,7 +203,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
-    """`reference.convolution` in one pass over memory each way; x may be a strided view."""
+    """Run `reference.convolution` in one pass over memory each way; x may be a strided view."""
     return _Convolution.apply(x, weight, bias, seq_idx)
 
 
@@ -223,9 +228,9 @@ def _swiglu_backward_kernel(x, dy, dx, inner, stride, dy_stride, BLOCK: tl.const
     upstream = tl.load(dy + row * dy_stride + c, mask=c < inner, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     d_gate = upstream * up * sigmoid * (1 + gate * (1 - sigmoid))
-    place = dx + row * 2 * inner + c
-    tl.store(place, d_gate.to(dx.dtype.element_ty), mask=c < inner)
-    tl.store(place + inner, (upstream * gate * sigmoid).to(dx.dtype.element_ty), mask=c < inner)
+    pointers = dx + row * 2 * inner + c
+    tl.store(pointers, d_gate.to(dx.dtype.element_ty), mask=c < inner)
+    tl.store(pointers + inner, (upstream * gate * sigmoid).to(dx.dtype.element_ty), mask=c < inner)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -250,12 +255,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`pointwise.swiglu` at the speed of memory, its gradient too: a compiler writes the two halves at half of that."""
+    """Run `pointwise.swiglu` at memory bandwidth; torch.compile writes the gradient's halves at half of it."""
     return _SwiGLU.apply(gate_up)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., size] as a matrix whose rows lie whole in memory."""
+    """Return [..., size] as a matrix whose rows are contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x.flatten(0, -2)
 
@@ -274,7 +279,7 @@ def _gated_norm_forward_kernel(y, z, weight, out, inverse, size, y_stride, z_str
 
 
 @triton.jit
-def _gated_norm_row(y, z, d_out, row, c, rows, size, y_stride, z_stride, d_stride):
+def _load_gated_norm_row(y, z, d_out, row, c, rows, size, y_stride, z_stride, d_stride):
     inside = c < tl.where(row < rows, size, 0)
     return (
         tl.load(y + row * y_stride + c, mask=inside, other=0.0),
@@ -288,16 +293,19 @@ def _gated_norm_backward_kernel(
     y, z, weight, inverse, d_out, dy, dz, d_weight, rows, size, y_stride, z_stride, d_stride, dz_stride,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows' gradients, and their part of the weight's. The next row is loaded while one is computed."""
+    """Compute the gradients of STEPS rows, and their contribution to the weight's gradient in fp32.
+
+    The next row is loaded before the current one is computed, to hide the latency of memory.
+    """
     first, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.arange(0, BLOCK)
     w = tl.load(weight + c, mask=c < size, other=0.0).to(tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     row = first.to(tl.int64)
-    loaded = _gated_norm_row(y, z, d_out, row, c, rows, size, y_stride, z_stride, d_stride)
+    loaded = _load_gated_norm_row(y, z, d_out, row, c, rows, size, y_stride, z_stride, d_stride)
     for _ in range(STEPS):
         value, gate, upstream = loaded[0].to(tl.float32), loaded[1].to(tl.float32), loaded[2].to(tl.float32)
-        loaded = _gated_norm_row(y, z, d_out, row + programs, c, rows, size, y_stride, z_stride, d_stride)
+        loaded = _load_gated_norm_row(y, z, d_out, row + programs, c, rows, size, y_stride, z_stride, d_stride)
         inside = c < tl.where(row < rows, size, 0)
         scale = tl.load(inverse + tl.minimum(row, rows - 1))
         sigmoid = tl.sigmoid(gate)
@@ -334,7 +342,7 @@ class _GatedNorm(torch.autograd.Function):
         rows, size = y.shape
         dy = torch.empty(ctx.shape, dtype=y.dtype, device=y.device)
         dz = ctx.allocate_gradient()
-        programs = min(rows, 132)  # one for each multiprocessor
+        programs = min(rows, 132)  # one per multiprocessor of an H100
         d_weight = torch.empty(programs, size, dtype=torch.float32, device=y.device)
         BLOCK = triton.next_power_of_2(size)
         _gated_norm_backward_kernel[(programs,)](
@@ -345,10 +353,10 @@ class _GatedNorm(torch.autograd.Function):
 
 
 def warps_of(block: int, values: int = 16) -> int:
-    """Warps of which each thread holds `values` of a row."""
+    """Return the number of warps with which each thread has `values` elements of a row."""
     return max(1, min(16, block // (32 * values)))
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`pointwise.gated_norm` in one pass over memory each way; z may be a strided view."""
+    """Run `pointwise.gated_norm` in one pass over memory each way; z may be a strided view."""
     return _GatedNorm.apply(y, z, weight, eps)
