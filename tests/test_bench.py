@@ -411,7 +411,7 @@ def test_a_back_end_fixed_by_the_environment_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("FUSIONTREE_SCAN", "reference")
     assert operations._backend("scan", "reference", CPU)
     monkeypatch.setattr(operations, "choose_kernels", lambda *_: types.SimpleNamespace(names={"scan": "reference"}))
-    with pytest.raises(UserError, match="FUSIONTREE_SCAN fixes the back-end of scan; unset it"):
+    with pytest.raises(UserError, match="FUSIONTREE_SCAN sets the back-end of scan; unset it"):
         operations._backend("scan", "fast", CPU)
 
 

@@ -1,4 +1,4 @@
-"""Every back-end of every operation, at a model's own shapes: time, rate, and how far it is from the reference.
+"""Benchmark of every back-end of every operation at a model's shapes: time, rate, and error against the reference.
 
 Axes: B rows (1), L tokens, N query heads, K key-value heads, D head size, H SSM heads, P SSM head size, G groups,
 S state size.
@@ -23,7 +23,7 @@ from fusiontree.model.attention import rotary_embedding
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.documents import Documents, to_device
 
-_CHECKED_TOKENS = 4096  # at most, of the comparison with the reference, which may be slow
+_CHECKED_TOKENS = 4096  # limit for the comparison with the reference, which may be slow
 
 
 class Case(NamedTuple):
@@ -31,27 +31,28 @@ class Case(NamedTuple):
 
     op: str
     title: str
-    call: Callable[[Any, Sequence[Tensor]], list[Tensor]]  # the back-end on the inputs, to all that has a gradient
+    call: Callable[[Any, Sequence[Tensor]], list[Tensor]]  # (back-end, inputs) → outputs
     inputs: Callable[[], list[Tensor]]
-    flops: int | None = None  # of a forward pass; where it is None, memory bounds the operation
+    flops: int | None = None  # operations of a forward pass; None: the operation is memory-bound
 
 
 def bench_kernels(preset: str, overrides: list[str], seq_len: int | None = None, repeats: int = 10) -> dict[str, Any]:
     """Measure all back-ends that can run here.
 
     Args:
-        preset: its name or a YAML file: the shapes. overrides: ``key=value``, as for a run.
-        seq_len: tokens in the one row; None for the preset's.
-        repeats: timed calls, of which the median counts.
+        preset: name or YAML file of the configuration with the model's shapes.
+        overrides: ``key=value``, as for a run.
+        seq_len: tokens in the single row; None for the preset's.
+        repeats: number of timed calls; the median is reported.
 
     Returns:
-        The machine, and for each operation, input and back-end: milliseconds of a forward pass and of both passes, the
-        rate (TFLOP/s or TB/s: a backward pass counts as two forward ones), and the greatest difference of output and
-        gradients from the fp32 reference, relative to its greatest value, on up to 4,096 tokens. Where it cannot run,
-        why (`problem`).
+        The machine, and for each operation, input and back-end: milliseconds of a forward pass and of forward plus
+        backward, the rate (TFLOP/s or TB/s; a backward pass counts as two forward passes), and the largest difference
+        of outputs and gradients from the fp32 reference, relative to its largest value, on up to 4,096 tokens. If the
+        back-end runs out of memory, `problem` is the reason.
 
     Raises:
-        UserError: the configuration is wrong, or the environment fixes a back-end.
+        UserError: the configuration is invalid, or an environment variable sets a back-end.
     """
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
@@ -94,17 +95,17 @@ def _measure(case: Case, small: Case, name: str, device: torch.device, repeats: 
 def _backend(op: str, name: str, device: torch.device) -> Any:
     kernels = choose_kernels(device.type, {op: name})
     if kernels.names[op] != name:
-        raise UserError(f"the environment's FUSIONTREE_{op.upper()} fixes the back-end of {op}; unset it")
+        raise UserError(f"the environment variable FUSIONTREE_{op.upper()} sets the back-end of {op}; unset it")
     return getattr(kernels, op)
 
 
 def _times_and_rates(case: Case, backend: Any, device: torch.device, repeats: int) -> dict[str, float | None]:
-    """Median time of a forward pass and of a forward and a backward pass, and what they get done in it."""
+    """Return the median times of forward and of forward plus backward, and the rates."""
     inputs = case.inputs()
     learned = [value for value in inputs if value.requires_grad]
     outputs = case.call(backend, inputs)
     gradients = [torch.ones_like(output) for output in outputs]
-    moved = sum(value.nbytes for value in [*inputs, *outputs])
+    bytes_moved = sum(value.nbytes for value in [*inputs, *outputs])
     del outputs
 
     def both() -> None:
@@ -114,7 +115,7 @@ def _times_and_rates(case: Case, backend: Any, device: torch.device, repeats: in
         with torch.no_grad():
             case.call(backend, inputs)
 
-    unit, work = ("tb", moved) if case.flops is None else ("tflop", case.flops)
+    unit, work = ("tb", bytes_moved) if case.flops is None else ("tflop", case.flops)
     figures: dict[str, float | None] = {}
     for title, run, passes in (("forward", forward, 1), ("both", both, 3)):
         seconds = _median(run, device, repeats) if learned or passes == 1 else None
@@ -124,26 +125,26 @@ def _times_and_rates(case: Case, backend: Any, device: torch.device, repeats: in
 
 
 def _median(run: Callable[[], None], device: torch.device, repeats: int) -> float:
-    run()  # compiles and tunes
+    run()  # compilation and autotuning
     return statistics.median(elapsed(device, run) for _ in range(repeats))
 
 
 def _difference(case: Case, backend: Any, reference: Any) -> float:
-    """Greatest difference from the reference in fp32, of outputs and gradients, each relative to its greatest."""
+    """Return the largest difference of outputs and gradients from the fp32 reference, each relative to its largest."""
     inputs = case.inputs()
     exact = [
         value.detach().float().requires_grad_(value.requires_grad) if value.is_floating_point() else value
         for value in inputs
     ]
     worst = 0.0
-    found = _outputs_and_gradients(case, backend, inputs)
-    for value, true in zip(found, _outputs_and_gradients(case, reference, exact), strict=True):
+    results = _outputs_and_gradients(case, backend, inputs)
+    for value, true in zip(results, _outputs_and_gradients(case, reference, exact), strict=True):
         worst = max(worst, ((value.float() - true).abs().max() / true.abs().max().clamp(min=1e-30)).item())
     return worst
 
 
 def _outputs_and_gradients(case: Case, backend: Any, inputs: list[Tensor]) -> list[Tensor]:
-    """All outputs and the gradients of the inputs that have one, for one and the same random weighting of outputs."""
+    """Return all outputs, and the gradients of a fixed random weighting of the outputs."""
     outputs = case.call(backend, inputs)
     learned = [value for value in inputs if value.requires_grad]
     if not learned:
@@ -156,7 +157,7 @@ def _outputs_and_gradients(case: Case, backend: Any, inputs: list[Tensor]) -> li
 # --- the operations' inputs ------------------------------------------------------------------------------------------
 
 
-Make = Callable[..., Tensor]
+Draw = Callable[..., Tensor]
 
 
 def _cases(model: ModelConfig, seq_len: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -180,8 +181,8 @@ def _documents(kind: rows.Documents, seq_len: int, device: torch.device) -> Docu
     return to_device(rows.synthetic_batch(kind, 1, seq_len, 2, (0,)), device)[2]
 
 
-def _drawer(device: torch.device, dtype: torch.dtype) -> Make:
-    """Makes normal values that have a gradient; the same ones in the same order from each drawer."""
+def _drawer(device: torch.device, dtype: torch.dtype) -> Draw:
+    """Return a seeded function that draws normal leaf tensors which require a gradient."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0, in_dtype: torch.dtype = dtype) -> Tensor:
@@ -251,7 +252,7 @@ def _prefill(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Case:
-    """The last quarter of a prompt's attention to all of it, or to what the windows reach."""
+    """Build the attention of a prompt's last quarter to all its tokens, or to those within the window."""
     (heads, kv_heads, D), new = shape, max(2, seq_len // 4)
     seen = seq_len if window is None else min(seq_len, window + new)
 
@@ -298,7 +299,7 @@ def _loss(model: ModelConfig, seq_len: int, device: torch.device, dtype: torch.d
 
 
 def _pointwise(model: ModelConfig, documents: Documents, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The pieces between matrix products and kernels, as the model's layers call them in training."""
+    """Build a case for each pointwise function, called as in training."""
     L, H, N, K, D = documents.seq_idx.shape[1], model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim
     eps, size, fp32 = model.norm_eps, model.ssm_size, {"in_dtype": torch.float32}
     groups = [kv for kv in (model.global_kv_heads, K - model.global_kv_heads) if kv]
