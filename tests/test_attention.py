@@ -1,4 +1,4 @@
-"""The reference attention is a masked softmax, for any rows, documents, heads and window."""
+"""The reference attention equals a masked softmax, for any rows, documents, heads and windows."""
 
 import torch
 from conftest import documents_of
@@ -10,7 +10,7 @@ from fusiontree.model.reference import attention, attention_continued
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seq: Tensor, window: int | None) -> Tensor:
-    """All scores at once, in fp64."""
+    """Compute attention in fp64 with all scores materialized."""
     L, groups = q.shape[1], q.shape[2] // k.shape[2]
     q, k, v = q.double(), k.double().repeat_interleave(groups, 2), v.double().repeat_interleave(groups, 2)
     distance = torch.arange(L)[:, None] - torch.arange(L)
@@ -32,7 +32,7 @@ def heads_of(seed: int, B: int, L: int, K: int, groups: int) -> list[Tensor]:
     groups=st.integers(1, 3),
     window=st.none() | st.integers(1, 40),
 )
-def test_attention_is_a_masked_softmax(
+def test_attention_equals_a_masked_softmax(
     seed: int, rows: list[list[int]], K: int, groups: int, window: int | None
 ) -> None:
     torch.set_num_threads(1)
@@ -45,11 +45,11 @@ def test_attention_is_a_masked_softmax(
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), L=st.integers(2, 60), new=st.integers(1, 60), window=st.none() | st.integers(1, 40))
-def test_the_last_tokens_attend_as_they_do_in_the_whole(seed: int, L: int, new: int, window: int | None) -> None:
+def test_continued_attention_equals_full_attention(seed: int, L: int, new: int, window: int | None) -> None:
     torch.set_num_threads(1)
     new = min(new, L)
     q, k, v = heads_of(seed, 2, L, 2, 2)
     reached = slice(0 if window is None else max(0, L - new - window), None)
     found = attention_continued(q[:, L - new :], k[:, reached], v[:, reached], window)
-    whole = dense(q, k, v, torch.zeros(2, L), window)
-    torch.testing.assert_close(found.double(), whole[:, L - new :], rtol=1e-4, atol=1e-5)
+    full = dense(q, k, v, torch.zeros(2, L), window)
+    torch.testing.assert_close(found.double(), full[:, L - new :], rtol=1e-4, atol=1e-5)

@@ -1,8 +1,8 @@
-"""Every back-end that this machine can run equals the reference in fp64, and keeps documents and tokens apart.
+"""Every back-end that this machine can run equals the reference in fp64, and isolates documents and tokens.
 
-On a machine without a GPU that is the reference itself and our Triton kernels in Triton's interpreter. Errors are
-relative Euclidean norms. Tolerances: fp32 1e-5, but 2e-3 where a kernel's matrix units round to 10 bits (TF32); bf16
-rounds each value to 8 bits, 4e-3, so outputs are allowed 1e-2 and gradients, through two rounded factors, 2e-2.
+Without a GPU these are the reference itself and our Triton kernels in Triton's interpreter. Errors are relative
+Euclidean norms. Tolerances: fp32 1e-5, but 2e-3 where matrix units round to 10 bits (TF32); bf16 rounds each value to 8
+bits, 4e-3, so outputs may differ by 1e-2 and gradients, products of two rounded factors, by 2e-2.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ SHAPE = dataclasses.replace(
     chunk_size=32,
     max_positions=256,
 )
-ROWS = [[75, 3, 50], [32, 33, 63]]  # past the chunk and the window; bounds on and off a chunk's
+ROWS = [[75, 3, 50], [32, 33, 63]]  # longer than chunk and window; boundaries on and off chunk boundaries
 DTYPES = [torch.float32, torch.bfloat16]
 GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def usable(op: str) -> list[object]:
-    """The back-ends of `op` that can run here, in each dtype that they take."""
+    """Return the back-ends of `op` that can run here, with each dtype that they support."""
     return [
         pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=GPU)
         for dtype in DTYPES
@@ -48,7 +48,7 @@ def usable(op: str) -> list[object]:
 
 
 def no_products_in(dtype: torch.dtype, op: str, name: str) -> bool:
-    """Triton's interpreter multiplies the bits of bf16 matrices as if they were integers."""
+    """Return whether to skip a case: Triton's interpreter multiplies the bits of bf16 matrices as integers."""
     return DEVICE == "cpu" and (op, name) == ("decode", "triton") and dtype == torch.bfloat16
 
 
@@ -67,7 +67,7 @@ def compare(
     inputs: list[torch.Tensor],
     tolerances: tuple[float, float],
 ) -> None:
-    """Outputs and gradients of `found`, on the device, against those of `truth` in fp64."""
+    """Compare outputs and gradients of `found`, on the device, with those of `truth` in fp64."""
     results = []
     for function, place in ((truth, lambda t: t.double()), (found, lambda t: t.to(DEVICE))):
         leaves = [place(t).detach().requires_grad_() for t in inputs]
@@ -82,7 +82,7 @@ def compare(
 
 
 def tolerance(dtype: torch.dtype, rounds: bool) -> tuple[float, float]:
-    """Of outputs and of gradients."""
+    """Return the tolerances of outputs and gradients; `rounds`: fp32 matrix products are in TF32."""
     if dtype == torch.bfloat16:
         return 1e-2, 2e-2
     return (2e-3, 2e-3) if rounds and DEVICE == "cuda" else (1e-5, 1e-5)
@@ -100,13 +100,13 @@ def scan_inputs(dtype: torch.dtype, L: int, P: int = 32, S: int = 32) -> list[to
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("scan"))
-@pytest.mark.parametrize(("first", "length"), [(0, 128), (-1, 117)])  # the second ends inside a chunk
-def test_the_scan_equals_the_reference(name: str, dtype: torch.dtype, first: int, length: int) -> None:
+@pytest.mark.parametrize(("first", "length"), [(0, 128), (-1, 117)])  # the second length ends inside a chunk
+def test_scan_equals_the_reference(name: str, dtype: torch.dtype, first: int, length: int) -> None:
     compare_scan(name, dtype, documents_of(ROWS).seq_idx[:, :length], first, chunk_size=32)
 
 
 def compare_scan(name: str, dtype: torch.dtype, seq: torch.Tensor, first: int, chunk_size: int, **sizes: int) -> None:
-    """On rows of documents `seq` that a state of document `first` goes before."""
+    """Compare the scan on rows of documents `seq`, after an initial state of document `first`."""
 
     def run(function: Callable[..., object], device: str) -> Callable[..., object]:
         before = torch.full((2,), first, dtype=torch.int32, device=device)
@@ -126,16 +126,16 @@ def compare_scan(name: str, dtype: torch.dtype, seq: torch.Tensor, first: int, c
         (4, ROWS, 40),
         (3, ROWS, 40),
         (4, [[300, 1, 299]], 150),  # several programs along the row and across the channels
-        (4, [[31, 97, 5], [30, 97, 6]], 40),  # documents that begin just before a program's first token
+        (4, [[31, 97, 5], [30, 97, 6]], 40),  # documents that start just before a program's first token
     ],
 )
-def test_the_convolution_equals_the_reference(
+def test_convolution_equals_the_reference(
     name: str, dtype: torch.dtype, taps: int, rows: list[list[int]], channels: int
 ) -> None:
     seq, convolution = documents_of(rows).seq_idx, backend("convolution", name)
     wide, part = normal(*seq.shape, channels + 32, dtype=dtype), slice(16, 16 + channels)
     inputs = [wide, normal(channels, taps, seed=1), normal(channels, seed=2)]
-    compare(  # a view of wider rows, as the model gives it
+    compare(  # a view of wider rows, as in the model
         lambda x, w, b: convolution(x[..., part], w, b, seq.to(DEVICE)),
         lambda x, w, b: reference.convolution(x[..., part], w, b, seq),
         inputs,
@@ -146,7 +146,7 @@ def test_the_convolution_equals_the_reference(
 @pytest.mark.parametrize(("name", "dtype"), usable("convolution"))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
 @pytest.mark.parametrize("changed", ["input", "gradient"])
-def test_no_value_of_a_document_reaches_another_through_the_convolution(
+def test_convolution_isolates_documents_from_any_value(
     name: str, dtype: torch.dtype, value: float, changed: str
 ) -> None:
     lengths = [1, 30, 2, 40, 54, 3, 10]
@@ -158,11 +158,11 @@ def test_no_value_of_a_document_reaches_another_through_the_convolution(
         y = convolution(x, weight, bias, seq)
         return y.detach(), torch.autograd.grad(y, x, upstream.to(DEVICE))[0]
 
-    given = {"input": normal(1, 140, 8, dtype=dtype), "gradient": normal(1, 140, 8, dtype=dtype, seed=3)}
-    before = both(*given.values())
+    tensors = {"input": normal(1, 140, 8, dtype=dtype), "gradient": normal(1, 140, 8, dtype=dtype, seed=3)}
+    before = both(*tensors.values())
     for document in range(len(lengths)):
         there = seq[0].cpu() == document
-        other = given | {changed: given[changed].clone()}
+        other = tensors | {changed: tensors[changed].clone()}
         other[changed][0, there] = value
         for one, two in zip(before, both(*other.values()), strict=True):
             assert torch.equal(one[0, ~there], two[0, ~there])
@@ -192,7 +192,7 @@ def compare_attention(name: str, dtype: torch.dtype, window: int | None, N: int 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("prefill"))
 @pytest.mark.parametrize("window", [None, 48])
-def test_attention_of_a_later_piece_equals_the_reference(name: str, dtype: torch.dtype, window: int | None) -> None:
+def test_prefill_equals_the_reference(name: str, dtype: torch.dtype, window: int | None) -> None:
     compare_prefill(name, dtype, window)
 
 
@@ -205,8 +205,8 @@ def compare_prefill(name: str, dtype: torch.dtype, window: int | None, N: int = 
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("decode"))
-@pytest.mark.parametrize("rows", [2, 40])  # the cache shared out among programs; several blocks for each
-def test_decoding_attention_equals_the_reference(name: str, dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("rows", [2, 40])  # the cache split among programs; several blocks per program
+def test_decode_equals_the_reference(name: str, dtype: torch.dtype, rows: int) -> None:
     compare_decode(name, dtype, rows)
 
 
@@ -214,9 +214,9 @@ def compare_decode(name: str, dtype: torch.dtype, rows: int, N: int = 4, D: int 
     decode = backend("decode", name)
     q, k, v = (normal(rows, t, heads, D, dtype=dtype, seed=t) for t, heads in ((1, N), (300, 2), (301, 2)))
     v = v[:, :300]
-    q = torch.cat([q, q], 2)[:, :, N:]  # a part of what was projected
+    q = torch.cat([q, q], 2)[:, :, N:]  # a slice of a wider projection
     visible = torch.rand(rows, 300, generator=torch.Generator().manual_seed(0)) > 0.3
-    visible[:, 250:], visible[1, :150] = False, False  # whole stretches unseen
+    visible[:, 250:], visible[1, :150] = False, False  # splits without a visible key
     arguments = [t.to(DEVICE) for t in (q, k, v, visible, torch.tensor([250]))]
     truth = reference.decode_attention(*(t.double() for t in (q, k, v)), visible, torch.tensor([250]))
     assert gap(decode(*arguments), truth) < tolerance(dtype, rounds=True)[0]
@@ -224,7 +224,7 @@ def compare_decode(name: str, dtype: torch.dtype, rows: int, N: int = 4, D: int 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize(("name", "dtype"), usable("loss"))
-def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype, z_loss: float) -> None:
+def test_loss_equals_the_reference(name: str, dtype: torch.dtype, z_loss: float) -> None:
     labels = torch.randint(200, (128,), generator=torch.Generator().manual_seed(0))
     labels[::5] = IGNORE
     loss = backend("loss", name)
@@ -239,16 +239,18 @@ def test_the_loss_head_equals_the_reference(name: str, dtype: torch.dtype, z_los
     )
 
 
-Piece = tuple[list[torch.Tensor], Callable[..., object]]  # leaves, and how the piece is called with them
+PointwiseCase = tuple[list[torch.Tensor], Callable[..., object]]  # leaves, and a call of the function with them
 
 
-def pieces(dtype: torch.dtype) -> dict[str, list[Piece]]:
-    """By name what each piece is compared on, activations in `dtype`; none: by the tests of the whole model."""
+def pointwise_cases(dtype: torch.dtype) -> dict[str, list[PointwiseCase]]:
+    """Return test cases by pointwise function, activations in `dtype`; empty: covered by tests of the model."""
     x, y, z = (normal(2, 128, 64, dtype=dtype, seed=s) for s in range(3))
     rotary = tuple(t.to(DEVICE) for t in (normal(2, 128, 1, 32).cos(), normal(2, 128, 1, 32).sin()))
     real = torch.arange(128, device=DEVICE).expand(2, -1) < 100
     weight, bias = normal(64, seed=4), normal(64, seed=9)
-    down, up, up_token = (normal(*shape, seed=7) * 0.1 for shape in ((8, 128), (64, 8), (1, 8)))  # as in a model
+    down, up, up_token = (
+        normal(*shape, seed=7) * 0.1 for shape in ((8, 128), (64, 8), (1, 8))
+    )  # magnitudes as in a model
     gates = [[down, up, bias], [down, up_token, bias[:1]], [bias], []]  # by channel, by token, static, none
     heads = [normal(2, 128, n, 8, dtype=dtype, seed=n) for n in (3, 5)]
     return {
@@ -270,10 +272,10 @@ def pieces(dtype: torch.dtype) -> dict[str, list[Piece]]:
     }
 
 
-def test_every_compiled_piece_is_compared() -> None:
-    found = pieces(torch.float32)
-    assert set(found) == set(Pointwise._fields)
-    for name, calls in found.items():
+def test_every_pointwise_function_has_cases() -> None:
+    cases = pointwise_cases(torch.float32)
+    assert set(cases) == set(Pointwise._fields)
+    for name, calls in cases.items():
         for leaves, call in calls:
             assert flat(call(getattr(Pointwise(), name), *(t.to(DEVICE) for t in leaves)))
 
@@ -284,19 +286,19 @@ def fuse(f: Callable[..., object], x: torch.Tensor, m: torch.Tensor, *rest: torc
 
 
 def flat(outputs: object) -> tuple[torch.Tensor, ...]:
-    """All tensors of nested tuples and lists, in order."""
+    """Return all tensors of nested tuples and lists, in order."""
     if outputs is None or isinstance(outputs, torch.Tensor):
         return () if outputs is None else (outputs,)
     return tuple(t for o in outputs for t in flat(o))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="the compiled pieces are for GPUs")
+@pytest.mark.skipif(DEVICE == "cpu", reason="compiled functions are for GPUs")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name, calls in pieces(torch.float32).items() if calls])
-def test_compiled_pieces_equal_their_functions(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [name for name, calls in pointwise_cases(torch.float32).items() if calls])
+def test_compiled_functions_equal_uncompiled_ones(name: str, dtype: torch.dtype) -> None:
     compiled, plain = getattr(kernel_registry.select(device_type=DEVICE).pointwise, name), getattr(Pointwise(), name)
-    for leaves, call in pieces(dtype)[name]:
+    for leaves, call in pointwise_cases(dtype)[name]:
         compare(
             lambda *t, call=call: flat(call(compiled, *t)),
             lambda *t, call=call: flat(call(plain, *(value.to(DEVICE) for value in t))),
@@ -306,10 +308,10 @@ def test_compiled_pieces_equal_their_functions(name: str, dtype: torch.dtype) ->
 
 
 def edges() -> list[object]:
-    """By operation, each back-end here with the smallest, the largest and an odd shape that its limits allow."""
+    """Return the back-ends that can run here, with the smallest, the largest and an odd shape within their limits."""
     scans = [(16, 8, 8), (512, 256, 256), (256, 256, 256), (512, 64, 128), (64, 24, 200)]
     changes = {"scan": [{"chunk_size": Q, "ssm_head_dim": P, "ssm_state_size": S} for Q, P, S in scans]}
-    heads = [  # two heads, or sixteen, to a key-value head
+    heads = [  # two or sixteen query heads per key-value head
         {"head_dim": D, "num_heads": N, "global_heads": N // 2}
         for D, N in [*((D, 4) for D in (6, *range(8, 136, 8), 256)), (64, 32), (256, 32)]
     ]
@@ -326,9 +328,7 @@ def edges() -> list[object]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "name", "change", "dtype"), edges())
-def test_every_shape_that_is_taken_at_construction_runs(
-    op: str, name: str, change: dict[str, int], dtype: torch.dtype
-) -> None:
+def test_every_shape_within_the_limits_runs(op: str, name: str, change: dict[str, int], dtype: torch.dtype) -> None:
     if op == "scan":
         rows = documents_of([[150, 3, 103], [128, 128]] if change["chunk_size"] < 256 else [[700, 3, 321], [512, 512]])
         sizes = {"P": change["ssm_head_dim"], "S": change["ssm_state_size"]}
@@ -343,7 +343,7 @@ def test_every_shape_that_is_taken_at_construction_runs(
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a large GPU")
 @torch.inference_mode()
-def test_a_scan_beyond_32_bit_offsets_is_split_and_right() -> None:
+def test_a_scan_beyond_32_bit_offsets_is_split_and_exact() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs a GPU with 60 GiB")
     L, H, P, S, last = 540_672, 64, 64, 128, 1000
@@ -358,11 +358,11 @@ def test_a_scan_beyond_32_bit_offsets_is_split_and_right() -> None:
     y_tail, state_tail = scan(
         tail[0], tail[1], A, *tail[2:], torch.ones(H, device=DEVICE), seq[:, -last:] * 0, chunk_size=256
     )
-    assert gap(y[:, -last:], y_tail.double().cpu()) < 1e-2  # its chunks begin elsewhere
+    assert gap(y[:, -last:], y_tail.double().cpu()) < 1e-2  # its chunks start at other tokens
     assert gap(state, state_tail.double().cpu()) < 1e-2
 
 
-# --- the whole model on every back-end -------------------------------------------------------------------------------
+# --- the model on every back-end -------------------------------------------------------------------------------------
 
 
 def on_device(documents: Documents) -> Documents:
@@ -370,16 +370,16 @@ def on_device(documents: Documents) -> Documents:
 
 
 def choices() -> list[object]:
-    """The back-ends that `auto` takes here, and each other one beside them."""
-    found = []
+    """Return the back-ends that `auto` chooses here, and every single deviation from them."""
+    params = []
     for dtype in DTYPES:
         automatic = kernel_registry.select({}, DEVICE, SHAPE, dtype).names
-        found.append(pytest.param({}, dtype, id=f"auto-{str(dtype)[6:]}", marks=GPU))
+        params.append(pytest.param({}, dtype, id=f"auto-{str(dtype)[6:]}", marks=GPU))
         for op in kernel_registry.OPERATIONS:
             for name, reason in kernel_registry.available(op, DEVICE, SHAPE, dtype).items():
                 if reason is None and name != automatic[op] and not no_products_in(dtype, op, name):
-                    found.append(pytest.param({op: name}, dtype, id=f"{op}-{name}-{str(dtype)[6:]}", marks=GPU))
-    return found
+                    params.append(pytest.param({op: name}, dtype, id=f"{op}-{name}-{str(dtype)[6:]}", marks=GPU))
+    return params
 
 
 def model_with(requested: dict[str, str], dtype: torch.dtype) -> HybridLM:
@@ -390,7 +390,7 @@ def model_with(requested: dict[str, str], dtype: torch.dtype) -> HybridLM:
 
 @pytest.mark.parametrize(("requested", "dtype"), choices())
 @torch.inference_mode()
-def test_documents_are_apart_to_the_last_bit_and_as_if_alone(requested: dict[str, str], dtype: torch.dtype) -> None:
+def test_documents_are_isolated_bitwise_and_equal_those_alone(requested: dict[str, str], dtype: torch.dtype) -> None:
     model = model_with(requested, dtype)
     ids = torch.randint(96, (2, 128), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     documents = on_device(documents_of(ROWS))
@@ -419,7 +419,7 @@ def test_a_later_token_changes_no_earlier_logit(requested: dict[str, str], dtype
 
 @pytest.mark.parametrize(("requested", "dtype"), choices())
 @torch.inference_mode()
-def test_padding_changes_no_real_logit_and_all_stays_finite_in_its_dtype(
+def test_padding_changes_no_real_logit_and_all_is_finite_in_its_dtype(
     requested: dict[str, str], dtype: torch.dtype
 ) -> None:
     model, streams = model_with(requested, dtype), set()
@@ -442,20 +442,20 @@ def test_padding_changes_no_real_logit_and_all_stays_finite_in_its_dtype(
 @pytest.mark.parametrize(("requested", "dtype"), choices())
 @pytest.mark.parametrize(
     ("padding", "piece"), [((0, 60, 20), 30), ((0, 0, 0), 30), ((0, 69, 67), 128)]
-)  # the last: row by row, each prompt in one piece
+)  # the last: row by row, each prompt in one chunk
 @torch.inference_mode()
-def test_decoding_step_by_step_equals_the_full_forward(
+def test_prefill_and_decoding_equal_the_full_forward(
     padding: tuple[int, ...], piece: int, requested: dict[str, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PREFILL_TOKENS, DEVICE, 3 * piece)
     model = model_with(requested, dtype)
     ids = torch.randint(96, (3, 128), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     mask = torch.arange(128, device=DEVICE) >= torch.tensor(padding, device=DEVICE)[:, None]
-    whole = model(ids, Documents.from_mask(mask)).logits
-    end = 128 if DEVICE == "cuda" else 77  # Triton's interpreter takes a second a token
-    decoder = Decoder(model, 3, room=80)  # less than there will be: the cache moves on the way
+    full = model(ids, Documents.from_mask(mask)).logits
+    end = 128 if DEVICE == "cuda" else 77  # Triton's interpreter takes a second per token
+    decoder = Decoder(model, 3, room=80)  # smaller than needed: the cache is reallocated on the way
     steps = [decoder.prefill(ids[:, :70], mask[:, :70])]
     steps += [decoder.step(ids[:, t]).clone() for t in range(70, end)]
     stepped = torch.stack(steps, 1)
     assert decoder.cache.length == end
-    assert gap(stepped[:, :-1], whole[:, 69 : end - 1].double().cpu()) < (2e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert gap(stepped[:, :-1], full[:, 69 : end - 1].double().cpu()) < (2e-2 if dtype == torch.bfloat16 else 2e-3)

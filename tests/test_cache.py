@@ -1,4 +1,4 @@
-"""Prefill and decoding with the cache give the full forward's logits."""
+"""Prefill and decoding with the cache return the logits of the full forward pass."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fusiontree.model.recompute import Recompute
 
 
 def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: list[int]) -> torch.Tensor:
-    """Logits of the pieces of `ids` between `cuts`, each a forward that continues the cache."""
+    """Return the logits of `ids`, computed in chunks that end at `cuts`, each of which continues the cache."""
     cache = model.new_cache(ids.shape[0])
     pieces = []
     for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
@@ -36,16 +36,16 @@ def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: lis
         ]
     ),
 )
-def test_pieces_of_any_size_equal_the_whole(seed: int, padding: list[int], cuts: set[int], kind: dict) -> None:
+def test_prefill_in_chunks_equals_the_full_forward(seed: int, padding: list[int], cuts: set[int], kind: dict) -> None:
     torch.set_num_threads(1)
     model = build(seed % 7, **kind)
     ids = torch.randint(96, (len(padding), 70), generator=torch.Generator().manual_seed(seed))
     mask = torch.arange(70) >= torch.tensor(padding)[:, None]
-    whole = model(ids, Documents.from_mask(mask)).logits
-    torch.testing.assert_close(with_cache(model, ids, mask, sorted(cuts)), whole, rtol=1e-4, atol=1e-5)
+    full = model(ids, Documents.from_mask(mask)).logits
+    torch.testing.assert_close(with_cache(model, ids, mask, sorted(cuts)), full, rtol=1e-4, atol=1e-5)
 
 
-def test_token_by_token_equals_the_whole_far_past_the_window() -> None:
+def test_decoding_far_past_the_window_equals_the_full_forward() -> None:
     model = build()
     ids = torch.randint(96, (2, 70), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -53,7 +53,7 @@ def test_token_by_token_equals_the_whole_far_past_the_window() -> None:
     torch.testing.assert_close(stepped, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_without_documents_new_tokens_go_on_with_their_row() -> None:
+def test_without_documents_new_tokens_continue_their_row() -> None:
     model = build()
     ids = torch.randint(96, (2, 50), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(2)
@@ -61,7 +61,7 @@ def test_without_documents_new_tokens_go_on_with_their_row() -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_on_the_left_changes_no_real_logit_and_a_padded_row_is_finite() -> None:
+def test_left_padding_changes_no_real_logit_and_padded_rows_are_finite() -> None:
     model = build()
     ids = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(40) >= torch.tensor([0, 25, 40])[:, None]
@@ -71,22 +71,24 @@ def test_padding_on_the_left_changes_no_real_logit_and_a_padded_row_is_finite() 
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("starts", [(0, 25, 40), (0, 30, 40), (40,)])  # less padding than prompt, more, nothing else
-def test_a_row_of_padding_alone_decodes_to_finite_logits_and_disturbs_no_other(starts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "starts", [(0, 25, 40), (0, 30, 40), (40,)]
+)  # shorter and longer than the prompt; only padding
+def test_a_row_of_only_padding_decodes_to_finite_logits_and_affects_no_other(starts: tuple[int, ...]) -> None:
     model = build()
     ids = torch.randint(96, (len(starts), 43), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(40) >= torch.tensor(starts)[:, None]
     decoder = Decoder(model, len(starts), room=43)
-    found = [decoder.prefill(ids[:, :40], mask), *(decoder.step(ids[:, t]) for t in range(40, 43))]
+    steps = [decoder.prefill(ids[:, :40], mask), *(decoder.step(ids[:, t]) for t in range(40, 43))]
     for row, start in enumerate(starts):
-        logits = torch.stack([step[row] for step in found])
+        logits = torch.stack([step[row] for step in steps])
         assert logits.isfinite().all()
         if start < 40:
             alone = model(ids[row : row + 1, start:]).logits[0, -4:]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_selected_rows_go_on_as_they_were() -> None:
+def test_selected_rows_continue_unchanged() -> None:
     model = build()
     ids = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(3)
@@ -98,19 +100,19 @@ def test_selected_rows_go_on_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("global_heads", [0, 2])
-def test_memory_grows_with_the_global_heads_only(global_heads: int) -> None:
+def test_the_cache_grows_with_the_global_heads_only(global_heads: int) -> None:
     model = build(global_heads=global_heads)
 
-    def numbers(tokens: int) -> int:
+    def elements(tokens: int) -> int:
         cache = model.new_cache(1)
         model(torch.zeros(1, tokens, dtype=torch.int64), cache=cache)
         return sum(t.numel() for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
 
-    growth = numbers(200) - numbers(100)
+    growth = elements(200) - elements(100)
     assert growth == 100 * 3 * 2 * (global_heads // 2) * 8  # tokens, layers, keys and values, heads, head size
 
 
-def test_a_branch_that_is_gone_remembers_nothing() -> None:
+def test_a_pruned_branch_has_no_cache() -> None:
     layers = build(layer_kinds=("mamba", "attention", "hybrid")).new_cache(2).layers
     assert [layer.state.numel() > 0 for layer in layers] == [True, False, True]
     assert [layer.conv_tail.numel() > 0 for layer in layers] == [True, False, True]
@@ -118,7 +120,7 @@ def test_a_branch_that_is_gone_remembers_nothing() -> None:
     assert [layer.global_k.shape[2] for layer in layers] == [0, 1, 1]
 
 
-def test_no_gradient_passes_through_the_cache_and_it_holds_no_graph() -> None:
+def test_no_gradient_passes_through_the_cache_and_it_keeps_no_graph_alive() -> None:
     model = build()
     ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(2)
@@ -128,7 +130,7 @@ def test_no_gradient_passes_through_the_cache_and_it_holds_no_graph() -> None:
     assert not any(value.requires_grad for value in tensors)
 
 
-def test_recomputation_leaves_a_cache_alone() -> None:
+def test_recomputation_does_not_change_results_with_a_cache() -> None:
     model = build()
     ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -139,7 +141,7 @@ def test_recomputation_leaves_a_cache_alone() -> None:
     assert all(torch.equal(a, b) for others in gradients[1:] for a, b in zip(gradients[0], others, strict=True))
 
 
-def test_a_convolution_of_one_tap_decodes() -> None:
+def test_a_convolution_with_one_tap_decodes() -> None:
     model = build(conv_kernel=1)
     ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(40) >= torch.tensor([0, 9])[:, None]
@@ -147,7 +149,7 @@ def test_a_convolution_of_one_tap_decodes() -> None:
     torch.testing.assert_close(stepped, model(ids, Documents.from_mask(mask)).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_long_cache_is_attended_to_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_to_a_long_cache_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, length, heads, 8, generator=draw) for length, heads in ((30, 4), (70, 2), (70, 2)))
     sizes: list[int] = []
@@ -159,14 +161,14 @@ def test_a_long_cache_is_attended_to_in_tiles(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(reference, "_sdpa", counted)
     for window in (None, 20):
-        whole = reference.attention_continued(q, k, v, window)
+        untiled = reference.attention_continued(q, k, v, window)
         with monkeypatch.context() as small:
             small.setattr(reference, "_TILE", 2 * 70 * 8)
-            torch.testing.assert_close(reference.attention_continued(q, k, v, window), whole)
+            torch.testing.assert_close(reference.attention_continued(q, k, v, window), untiled)
     assert sizes == 2 * [30, 8, 8, 8, 6]
 
 
-def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
+def test_a_decoder_grows_beyond_its_initial_capacity() -> None:
     model = build()
     ids = torch.randint(96, (1, 300), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, 1, room=10)
@@ -176,9 +178,9 @@ def test_a_decoder_makes_room_for_more_than_it_was_made_for() -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, {"srte": "learned"}, {"window_schedule": "pyramid", "conv_kernel": 1}])
-@pytest.mark.parametrize("padded", [False, True])  # whether the longest row is
+@pytest.mark.parametrize("padded", [False, True])  # whether the longest row is padded
 @pytest.mark.parametrize("lengths", [[1, 70], [30, 3, 65, 3], [40, 40, 39], [4]])
-def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(
+def test_prompts_of_very_different_lengths_are_prefilled_without_their_padding(
     lengths: list[int], padded: bool, kind: dict
 ) -> None:
     model, end = build(**kind), 5 * padded + max(lengths)
@@ -186,7 +188,7 @@ def test_prompts_of_very_different_lengths_are_taken_in_without_their_padding(
     mask = torch.arange(end) >= end - torch.tensor(lengths)[:, None]
     decoder, seen = Decoder(model, len(lengths), room=end + 30), []
     handle = model.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].numel()))
-    steps = [decoder.prefill(ids[:, :end], 2 * mask)]  # any integer but 0 is true
+    steps = [decoder.prefill(ids[:, :end], 2 * mask)]  # any nonzero integer is true
     handle.remove()
     assert sum(seen) <= max(2 * sum(lengths), 135)
     steps += [decoder.step(ids[:, t]) for t in range(end, end + 30)]

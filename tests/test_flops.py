@@ -1,4 +1,4 @@
-"""The FLOP count is that of the model: pairs by brute force, matrix products by torch's own counter."""
+"""FLOP counts equal those of the model: pairs by brute force, matrix products by torch's counter."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ NOT_PRODUCTS = {"attention_global", "attention_windowed", "scan", "convolution"}
 
 
 def counted_products(config: ModelConfig, backward: bool) -> int:
-    """Operations in the matrix products that a real forward (and backward) pass makes outside its kernels."""
+    """Count the operations of matrix products outside the kernels in a real forward (and backward) pass."""
     model = build(**dataclasses.asdict(config))
     ids = torch.zeros(2, sum(ROWS[0]), dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -30,7 +30,7 @@ def counted_products(config: ModelConfig, backward: bool) -> int:
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 9, 100])
 @pytest.mark.parametrize("length", [1, 2, 8, 9, 31])
-def test_visible_pairs_are_those_of_the_mask(length: int, window: int | None) -> None:
+def test_visible_pairs_equal_those_of_the_mask(length: int, window: int | None) -> None:
     seen = sum(k <= q and (window is None or q - k < window) for q in range(length) for k in range(length))
     assert visible_pairs(length, window) == seen
 
@@ -46,14 +46,14 @@ def test_visible_pairs_are_those_of_the_mask(length: int, window: int | None) ->
     ],
 )
 @pytest.mark.parametrize("backward", [False, True])
-def test_matrix_products_are_those_that_torch_counts(changes: dict, backward: bool) -> None:
+def test_matrix_products_equal_those_counted_by_torch(changes: dict, backward: bool) -> None:
     config = dataclasses.replace(SMALL, **changes)
     parts = (update_flops if backward else forward_flops)(config, LENGTHS)
     products = sum(count for part, count in parts.items() if part not in NOT_PRODUCTS)
     assert products == counted_products(config, backward)
 
 
-def test_attention_counts_each_layers_own_window_and_each_kind_of_head() -> None:
+def test_attention_counts_the_window_of_each_layer_and_both_kinds_of_head() -> None:
     config = dataclasses.replace(SMALL, num_layers=4, window_schedule="pyramid")
     parts = forward_flops(config, LENGTHS)
     per_pair = 2 * config.head_dim * 2
@@ -62,12 +62,12 @@ def test_attention_counts_each_layers_own_window_and_each_kind_of_head() -> None
     assert parts["attention_global"] == per_pair * 2 * 4 * sum(n * (n + 1) // 2 for n in LENGTHS)
 
 
-def test_a_branch_that_is_gone_costs_nothing() -> None:
-    whole = forward_flops(SMALL, LENGTHS)
+def test_a_pruned_branch_costs_nothing() -> None:
+    full = forward_flops(SMALL, LENGTHS)
     pruned = forward_flops(dataclasses.replace(SMALL, layer_kinds=("mamba", "attention", "hybrid")), LENGTHS)
     for part in ("attention_global", "attention_windowed", "attention_projections", "scan", "mamba_projections"):
-        assert 3 * pruned[part] == 2 * whole[part]
-    assert 3 * pruned["gate"] == whole["gate"]
+        assert 3 * pruned[part] == 2 * full[part]
+    assert 3 * pruned["gate"] == full["gate"]
 
 
 def test_scan_and_convolution_follow_their_formulas() -> None:
@@ -77,7 +77,7 @@ def test_scan_and_convolution_follow_their_formulas() -> None:
     assert parts["convolution"] == layers * 10 * (H * P + 2 * SMALL.ssm_groups * S) * 2 * SMALL.conv_kernel
 
 
-def test_only_global_attention_depends_on_how_a_row_is_cut_when_documents_pass_the_window() -> None:
+def test_only_global_attention_depends_on_document_lengths_beyond_the_window() -> None:
     config = load_config("1b").model
     one, two = update_flops(config, [32_768]), update_flops(config, [16_384] * 2)
     differing = {part for part in one if one[part] != two[part]}
@@ -93,6 +93,6 @@ def test_six_n_counts_every_parameter() -> None:
 @pytest.mark.parametrize(
     ("device", "peak"), [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500)]
 )
-def test_utilization_is_a_share_of_the_peak_where_that_is_known(device: str, peak: float) -> None:
+def test_utilization_is_relative_to_the_peak_if_known(device: str, peak: float) -> None:
     assert utilization(400e12, device) == {"tflop_per_s": 400, "mfu": pytest.approx(400 / peak)}
     assert utilization(2e9, "CPU") == {"tflop_per_s": 0.002}

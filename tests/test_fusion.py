@@ -1,4 +1,4 @@
-"""The gate starts as an exact no-op, its kinds are what they say, and its statistics count real tokens only."""
+"""The gate is a no-op at initialization, each kind varies as specified, and its mean counts real tokens only."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from fusiontree.model.loss import IGNORE
 
 
 def gate_of(fusion: Fusion, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """The gate that fusing m and a shows, [B, L, H], and the mean that is reported held to it."""
+    """Recover the gate from the fusion of m and a, [B, L, H], and check the reported mean against it."""
     fused, normed, mean = fusion(torch.zeros_like(m), m, a, torch.ones(m.shape[:2], dtype=torch.bool), torch.ones(32))
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(fused, (32,), eps=1e-5))
     gate = (fused / 2 - a) / (m - a)
@@ -22,7 +22,7 @@ def gate_of(fusion: Fusion, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["channel", "token", "static", "sum"])
-def test_every_gate_starts_as_the_plain_sum(kind: str) -> None:
+def test_at_initialization_every_gate_is_the_plain_sum(kind: str) -> None:
     x, m, a = torch.randn(3, 2, 5, 32)
     fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), kernel_registry.select())
     fused, _, mean = fusion(x, m, a, torch.ones(2, 5, dtype=torch.bool), torch.ones(32))
@@ -33,7 +33,7 @@ def test_every_gate_starts_as_the_plain_sum(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "varies"), [("channel", (True, True)), ("token", (True, False)), ("static", (False, True))]
 )
-def test_a_gate_varies_by_token_or_channel_as_its_kind_says(kind: str, varies: tuple[bool, bool]) -> None:
+def test_each_kind_of_gate_varies_by_token_or_channel_as_specified(kind: str, varies: tuple[bool, bool]) -> None:
     torch.manual_seed(0)
     fusion = Fusion(dataclasses.replace(SMALL, fusion=kind), kernel_registry.select())
     for parameter in fusion.parameters():
@@ -44,7 +44,7 @@ def test_a_gate_varies_by_token_or_channel_as_its_kind_says(kind: str, varies: t
     assert (bool((gate.std(1) > 1e-3).any()), bool((gate.std(2) > 1e-3).any())) == varies
 
 
-def test_gate_statistics_leave_padding_out() -> None:
+def test_the_mean_gate_excludes_padding() -> None:
     model = build()
     ids = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
@@ -56,7 +56,7 @@ def test_gate_statistics_leave_padding_out() -> None:
     assert gates.shape == (3, 32)
 
 
-def test_dropped_branches_are_gone_and_repeat_with_seed_and_step() -> None:
+def test_branch_drops_are_a_function_of_seed_and_step() -> None:
     config = dataclasses.replace(SMALL, branch_drop=0.5, num_layers=200)
     drops = branch_drops(config, seed=1, step=7)
     assert drops == branch_drops(config, seed=1, step=7)
@@ -68,7 +68,7 @@ def test_dropped_branches_are_gone_and_repeat_with_seed_and_step() -> None:
 
 
 @pytest.mark.parametrize("dropped", ["mamba", "attention"])
-def test_a_dropped_branch_has_no_say(dropped: str) -> None:
+def test_a_dropped_branch_has_no_effect(dropped: str) -> None:
     model = build()
     ids = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

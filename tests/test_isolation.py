@@ -1,4 +1,4 @@
-"""Documents of one packed row never reach each other, and no token sees what comes after it."""
+"""Documents in a packed row are isolated from each other, and no token sees later tokens."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from conftest import build, documents_of
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.reference import convolution
 
-# documents longer than the chunk (16) and the window (16), and shorter; bounds on and off chunk bounds
+# documents longer and shorter than the chunk (16) and the window (16); boundaries on and off chunk boundaries
 ROWS = [[37, 3, 24], [16, 20, 28]]
 KINDS = [
     {},
@@ -48,7 +48,7 @@ def test_changing_one_document_changes_no_bit_of_another(kind: dict, dtype: torc
 
 
 def gradient_reach(model: HybridLM, token: int) -> torch.Tensor:
-    """By position of the first row, whether its embedding moves the logits of `token`."""
+    """Return, for each position of the first row, whether its embedding affects the logits of `token`."""
     ids = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(2))
     embedded: list[torch.Tensor] = []
     hook = model.embedding.register_forward_hook(lambda _m, _i, out: embedded.append(out.requires_grad_()))
@@ -59,7 +59,7 @@ def gradient_reach(model: HybridLM, token: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("token", [0, 20, 36, 37, 45, 63])
-def test_a_token_sees_its_document_up_to_itself_and_nothing_else(token: int) -> None:
+def test_a_token_sees_its_own_document_up_to_itself_only(token: int) -> None:
     start = 0 if token < 37 else 37 if token < 40 else 40
     expected = torch.zeros(64, dtype=torch.bool)
     expected[start : token + 1] = True
@@ -80,5 +80,5 @@ def test_a_convolution_tap_in_another_document_is_zero() -> None:
     x = torch.ones(1, 6, 1)
     seq = torch.tensor([[0, 0, 0, 1, 1, 1]])
     taps = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
-    y = convolution(x, taps, torch.zeros(1), seq)  # SiLU is the identity to fp32 at such sizes
+    y = convolution(x, taps, torch.zeros(1), seq)  # at these magnitudes SiLU is the identity in fp32
     assert y[0, :, 0].tolist() == [1000, 1100, 1110, 1000, 1100, 1110]

@@ -1,4 +1,4 @@
-"""A back-end that cannot run is refused by name, passed over by `auto`, and none is given more than it can count."""
+"""The registry rejects back-ends that cannot run, `auto` skips them, and adapters respect 32-bit offsets."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ GPU_SHAPE = dataclasses.replace(SMALL, head_dim=32, ssm_head_dim=8, ssm_state_si
 
 
 def needs_absent(module: str) -> pytest.MarkDecorator:
-    """What an absent package brings can only be tested where it is absent."""
+    """Skip a test of an absent package where the package is installed."""
     return pytest.mark.skipif(importlib.util.find_spec(module) is not None, reason=f"{module} is installed here")
 
 
@@ -51,7 +51,7 @@ def test_kernels_are_imported_only_when_chosen_or_checked() -> None:
         pytest.param("loss", "liger", "liger-kernel", marks=needs_absent("liger_kernel")),
     ],
 )
-def test_an_absent_package_is_named(op: str, name: str, package: str) -> None:
+def test_an_absent_package_is_named_with_its_install_command(op: str, name: str, package: str) -> None:
     with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here: ModuleNotFoundError: .*") as caught:
         kernel_registry.select({op: name}, "cuda", GPU_SHAPE, torch.bfloat16)
     assert str(caught.value).endswith(f"pip install '{package}'")
@@ -72,7 +72,7 @@ def test_an_absent_package_is_named(op: str, name: str, package: str) -> None:
         ("decode", "triton", {"head_dim": 24}, "head_dim 24 is not a power of two"),
     ],
 )
-def test_a_shape_that_a_kernel_cannot_take_is_refused_by_field(op: str, name: str, change: dict, words: str) -> None:
+def test_an_unsupported_shape_is_rejected_by_field(op: str, name: str, change: dict, words: str) -> None:
     shape = dataclasses.replace(GPU_SHAPE, **change)
     with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here") as caught:
         kernel_registry.select({op: name}, "cuda", shape, torch.bfloat16)
@@ -80,17 +80,17 @@ def test_a_shape_that_a_kernel_cannot_take_is_refused_by_field(op: str, name: st
     assert kernel_registry.select({}, "cuda", shape, torch.bfloat16).names[op] != name
 
 
-def test_a_precision_that_a_kernel_cannot_take_is_refused() -> None:
+def test_an_unsupported_dtype_is_rejected() -> None:
     with pytest.raises(ValueError, match="supports bfloat16 or float16, not float32"):
         kernel_registry.select({"attention": "flash4"}, "cuda", GPU_SHAPE, torch.float32)
 
 
-def test_the_environment_has_no_say_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_does_not_change_the_reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONTREE_SCAN", "mamba_ssm")  # for the GPU of the same machine
     assert set(kernel_registry.reference_kernels().names.values()) == {"reference"}
 
 
-def test_on_a_cpu_only_the_reference_runs_unless_asked_for() -> None:
+def test_on_a_cpu_auto_chooses_the_reference() -> None:
     assert set(kernel_registry.select({}, "cpu", GPU_SHAPE).names.values()) == {"reference"}
     with pytest.raises(ValueError, match="kernels.scan 'mamba_ssm' cannot run here: needs a CUDA device"):
         kernel_registry.select({"scan": "mamba_ssm"}, "cpu")
@@ -100,7 +100,7 @@ def test_on_a_cpu_only_the_reference_runs_unless_asked_for() -> None:
 
 
 class Counted:
-    """The reference in the place of a kernel with 32-bit offsets: refuses what they would not reach."""
+    """The reference scan with the limits of a kernel with 32-bit offsets, which counts its calls."""
 
     calls = 0
 
@@ -114,8 +114,8 @@ class Counted:
         chunks = rows * math.ceil(L / Q)
         gradients, states, scores = rows * L * (H * P + 2 * G * S), chunks * H * P * S, chunks * G * Q * Q
         assert max(gradients, states, scores) <= backends.MAX_OFFSET
-        before = torch.zeros(len(x), dtype=torch.int32)
-        return reference.scan_chunked(x, dt, A, B, C, D, seq, initial, before, chunk_size=Q)
+        first = torch.zeros(len(x), dtype=torch.int32)
+        return reference.scan_chunked(x, dt, A, B, C, D, seq, initial, first, chunk_size=Q)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -123,15 +123,17 @@ class Counted:
     ("sizes", "limit", "least"),
     [
         *(((5, 4, 4), limit, least) for limit, least in [(10**9, 1), (2200, 2), (1300, 4), (950, 4), (550, 12)]),
-        ((40, 40, 16), 26_000, 4),  # the states of a row's third chunk, half full, are whole ones
+        ((40, 40, 16), 26_000, 4),  # the third chunk of a row is half full, but its states take full size
     ],
 )
-def test_a_scan_beyond_the_limit_is_split_and_equal(
+def test_a_scan_beyond_the_limit_is_split_and_exact(
     groups: int, sizes: tuple[int, int, int], limit: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (P, S, Q), (B, L, H) = sizes, (2, 40, 6)
     draw = torch.Generator().manual_seed(0)
-    joint = torch.randn(B, L, H * P + 2 * groups * S, generator=draw)  # x, B and C are views of wider rows, as always
+    joint = torch.randn(
+        B, L, H * P + 2 * groups * S, generator=draw
+    )  # x, B and C are views of wider rows, as in the model
     x, b, c = joint.split([H * P, groups * S, groups * S], -1)
     dt, A = torch.rand(B, L, H, generator=draw), -torch.rand(H, generator=draw)
     seq, initial = documents_of([[25, 15], [40]]).seq_idx, torch.randn(B, H, P, S, generator=draw)
@@ -139,17 +141,17 @@ def test_a_scan_beyond_the_limit_is_split_and_equal(
         *(x.unflatten(-1, (H, P)), dt, A, b.unflatten(-1, (groups, S)), c.unflatten(-1, (groups, S))),
         *(torch.randn(H, generator=draw), seq, initial),
     )
-    whole = Counted.apply(*arguments, Q)
+    unsplit = Counted.apply(*arguments, Q)
     monkeypatch.setattr(backends, "_Scan", Counted)
     monkeypatch.setattr(backends, "MAX_OFFSET", limit)
     monkeypatch.setattr(Counted, "calls", 0)
     y, state = backends._scan_within_limits(*arguments, Q)
     assert Counted.calls >= least
-    torch.testing.assert_close(y, whole[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state, whole[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, unsplit[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, unsplit[1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_scan_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_that_cannot_be_split_enough_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_Scan", Counted)
     monkeypatch.setattr(backends, "MAX_OFFSET", 100)
     x, small = torch.randn(1, 40, 2, 5), torch.randn(1, 40, 1, 4)
@@ -160,27 +162,27 @@ def test_a_scan_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.Monke
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, **options: object):
-    """A FlashAttention with 32-bit offsets, in the reference's arithmetic."""
+    """Compute the reference attention with the signature and the limits of a FlashAttention with 32-bit offsets."""
     assert all(backends._span(t) <= backends.MAX_OFFSET for t in (q, k, v))
     window = options["window_size"][0] + 1 if "window_size" in options else None
-    numbers = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff())
-    documents = documents_of([numbers.bincount().tolist()])
+    index = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff())
+    documents = documents_of([index.bincount().tolist()])
     return reference.attention(q[None], k[None], v[None], documents, window)[0]
 
 
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("limit", [10**9, 1919, 700])
-def test_attention_beyond_the_limit_is_split_and_equal(
+def test_attention_beyond_the_limit_is_split_and_exact(
     window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = documents_of([[25, 15]])
     q, k, v = torch.randn(1, 40, 6, 8), torch.randn(1, 40, 3, 8), torch.randn(1, 40, 3, 8)
     monkeypatch.setattr(backends, "MAX_OFFSET", limit)
-    found = backends._attention_by(flash)(q, k, v, documents, window)
-    torch.testing.assert_close(found, reference.attention(q, k, v, documents, window), rtol=0, atol=1e-5)
+    result = backends._attention_by(flash)(q, k, v, documents, window)
+    torch.testing.assert_close(result, reference.attention(q, k, v, documents, window), rtol=0, atol=1e-5)
 
 
-def test_attention_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_cannot_be_split_enough_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "MAX_OFFSET", 500)  # below the 640 values of one group's two query heads
     q, k, v = torch.randn(1, 40, 6, 8), torch.randn(1, 40, 3, 8), torch.randn(1, 40, 3, 8)
     with pytest.raises(ValueError, match="shorten the rows"):
@@ -190,7 +192,7 @@ def test_attention_that_cannot_be_split_enough_is_refused(monkeypatch: pytest.Mo
 def test_every_limit_names_a_field_of_the_model() -> None:
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     impossible = dataclasses.replace(SMALL, head_dim=6, chunk_size=5, conv_kernel=9, ssm_state_size=3)
-    for backends_of_op in kernel_registry.BACKENDS.values():
-        for backend in backends_of_op.values():
+    for named in kernel_registry.BACKENDS.values():
+        for backend in named.values():
             reason = backend.limits(impossible)
             assert reason is None or reason.split()[0] in fields

@@ -1,4 +1,4 @@
-"""The loss head equals plain cross-entropy, and no forward or backward ever holds a matrix it must not."""
+"""The loss head equals plain cross-entropy, and no pass materializes all logits or a matrix of tokens by tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def test_sum_and_gradients_equal_plain_cross_entropy(
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
-def test_losses_by_token_are_plain_cross_entropy(chunk: int) -> None:
+def test_token_losses_equal_plain_cross_entropy(chunk: int) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 12), torch.randn(30, 12, requires_grad=True)
     labels = torch.randint(30, (50,)).masked_fill(torch.rand(50) < 0.3, IGNORE)
@@ -58,7 +58,7 @@ def test_no_labels_give_zero_loss_and_zero_gradients() -> None:
     assert hidden.grad.abs().sum() == 0
 
 
-def test_z_loss_adds_the_squared_log_partition_and_says_how_much() -> None:
+def test_z_loss_adds_the_squared_log_partition_and_returns_it() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 12, requires_grad=True), torch.randn(30, 12, requires_grad=True)
     labels = torch.randint(30, (50,)).masked_fill(torch.rand(50) < 0.3, IGNORE)
@@ -94,7 +94,7 @@ def test_distillation_equals_the_divergence_over_the_top_and_the_rest(top_k: int
     torch.testing.assert_close(torch.autograd.grad(ours * 0.3, [hidden, weight]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_that_agrees_learns_nothing_and_one_that_is_far_is_finite() -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss_and_a_distant_one_is_finite() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 12), torch.randn(30, 12)
     every = torch.ones(20, dtype=torch.bool)
@@ -108,7 +108,7 @@ def test_a_student_that_agrees_learns_nothing_and_one_that_is_far_is_finite() ->
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation gave."""
+    """A dispatch mode that records the largest number of elements in any operation's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_matrix_of_tokens_by_tokens_and_not_all_logits() -> None:
+def test_neither_all_logits_nor_tokens_by_tokens_are_materialized() -> None:
     L, V = 4096, 1024
     model = build(vocab_size=V, num_layers=1, max_positions=L)
     ids = torch.randint(V, (1, L))
@@ -136,7 +136,7 @@ def test_no_matrix_of_tokens_by_tokens_and_not_all_logits() -> None:
 
 
 @torch.no_grad()
-def test_losses_by_token_add_up_to_the_loss_and_hold_one_chunk_of_logits() -> None:
+def test_token_losses_sum_to_the_loss_with_one_chunk_of_logits() -> None:
     L, V = 4096, 1024
     model = build(vocab_size=V, num_layers=1, max_positions=L)
     ids, documents = torch.randint(V, (1, L)), documents_of([[1000, L - 1000]])

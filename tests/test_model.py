@@ -1,4 +1,4 @@
-"""Sizes, starts and precision of the model; every field of its configuration reaches a layer."""
+"""Sizes, initialization and precision of the model; every field of its configuration has an effect."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ CHANGES = [
 ]
 
 
-def test_every_field_is_changed_here_but_those_that_change_no_output() -> None:
+def test_every_field_that_affects_the_output_is_covered() -> None:
     changed = {key for change in CHANGES for key in change}
     elsewhere = {"chunk_size", "branch_drop", "srte_rank", "srte_shared", "max_positions"}
     assert changed | elsewhere == {f.name for f in dataclasses.fields(ModelConfig)}
@@ -54,7 +54,7 @@ def test_a_changed_field_changes_the_logits(change: dict) -> None:
     assert before.shape != after.shape or not torch.allclose(before, after, atol=1e-4)
 
 
-def test_the_size_of_a_chunk_reaches_the_scan() -> None:
+def test_chunk_size_reaches_the_scan() -> None:
     kernels, sizes = kernel_registry.select(), []
 
     def scan(*args: object, chunk_size: int, **options: object) -> object:
@@ -80,22 +80,22 @@ def test_fields_of_the_learned_time_encoding_reach_its_table() -> None:
      {"layer_kinds": ("mamba", "hybrid", "attention"), "srte": "learned", "srte_shared": False},
      {"layer_global_heads": (2, 0, 2)}],
 )  # fmt: skip
-def test_the_parameter_formula_counts_the_modules(change: dict) -> None:
+def test_the_parameter_formula_equals_the_count_over_modules(change: dict) -> None:
     model = build(**change)
     assert sum(p.numel() for p in model.parameters()) == model.config.parameter_count()
 
 
-def test_the_first_loss_is_a_uniform_guess() -> None:
+def test_the_initial_loss_is_that_of_a_uniform_guess() -> None:
     config = dataclasses.replace(SMALL, vocab_size=8192, hidden_size=256)
     torch.manual_seed(0)
     model, ids = HybridLM(config), torch.randint(8192, (8, 128))
     with torch.no_grad():
         loss = model(ids, labels=ids.roll(-1, 1)).loss_sum / ids.numel()
     assert loss == pytest.approx(math.log(8192), rel=0.02)
-    assert loss == pytest.approx(math.log(8192) + 0.5**2 / 2, rel=0.005)  # logits deviate by one half
+    assert loss == pytest.approx(math.log(8192) + 0.5**2 / 2, rel=0.005)  # the standard deviation of logits is 0.5
 
 
-def test_depth_does_not_raise_the_scale_of_activations() -> None:
+def test_the_scale_of_activations_does_not_grow_with_depth() -> None:
     torch.manual_seed(0)
     scales = []
     for layers in (6, 48):
@@ -108,14 +108,14 @@ def test_depth_does_not_raise_the_scale_of_activations() -> None:
     assert scales[1] < 2 * scales[0]
 
 
-def test_scan_parameters_start_as_their_authors_start_them() -> None:
+def test_scan_parameters_are_initialized_as_in_mamba2() -> None:
     mamba = build(ssm_heads=64, ssm_groups=1).blocks[0].mamba
     decay, dt = mamba.A_log.exp(), torch.nn.functional.softplus(mamba.dt_bias)
     assert 1 <= decay.min() < 3
     assert 14 < decay.max() <= 16
     assert 0.00099 < dt.min() < 0.003
     assert 0.03 < dt.max() < 0.101
-    assert 0.005 < dt.median() < 0.02  # uniform in its logarithm
+    assert 0.005 < dt.median() < 0.02  # log-uniform
 
 
 @pytest.mark.parametrize(
@@ -123,17 +123,17 @@ def test_scan_parameters_start_as_their_authors_start_them() -> None:
     [*({"fusion": kind} for kind in ("channel", "token", "static", "sum")),
      {"layer_kinds": ("mamba", "hybrid", "attention")}],
 )  # fmt: skip
-def test_activations_keep_the_compute_dtype_from_end_to_end(change: dict) -> None:
+def test_activations_are_in_the_compute_dtype_from_end_to_end(change: dict) -> None:
     model = build(srte="learned", dtype=torch.bfloat16, **change)
     kinds: set[tuple[str, torch.dtype]] = set()
 
-    def note(module: torch.nn.Module, _inputs: object, output: object) -> None:
-        first = output[0] if isinstance(output, tuple) else output  # a block's stream stands before its gate
+    def record(module: torch.nn.Module, _inputs: object, output: object) -> None:
+        first = output[0] if isinstance(output, tuple) else output  # a block returns (stream, gate)
         if torch.is_tensor(first) and module not in (model.embedding, model):
             kinds.add((type(module).__name__, first.dtype))
 
     for module in model.modules():
-        module.register_forward_hook(note)
+        module.register_forward_hook(record)
     ids, cache = torch.randint(96, (1, 40)), model.new_cache(1)
     for part in (ids, ids[:, :1]):
         model(part, cache=cache)
@@ -143,7 +143,7 @@ def test_activations_keep_the_compute_dtype_from_end_to_end(change: dict) -> Non
     assert expected <= {name for name, _ in kinds}
 
 
-def test_fields_that_disagree_are_refused_by_name() -> None:
+def test_inconsistent_fields_are_rejected_by_name() -> None:
     for change, words in [
         ({"num_heads": 5}, ("num_heads 5", "num_kv_heads 2")),
         ({"global_heads": 1}, ("global_heads 1", "num_heads / num_kv_heads = 2")),
@@ -179,10 +179,10 @@ def test_kernels_are_chosen_by_name_and_environment(monkeypatch: pytest.MonkeyPa
 def test_rotary_positions_keep_lengths_and_make_products_relative() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
-    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+    def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
         return rotate(x, rotary_embedding(torch.tensor([[position]]), 8, 100.0)).flatten()
 
-    torch.testing.assert_close(turned(q, 50).norm(), q.norm())
-    product = turned(q, 13) @ turned(k, 5)
-    torch.testing.assert_close(turned(q, 108) @ turned(k, 100), product, rtol=1e-4, atol=1e-4)
-    assert abs(turned(q, 14) @ turned(k, 5) - product) > 1e-3
+    torch.testing.assert_close(rotated(q, 50).norm(), q.norm())
+    product = rotated(q, 13) @ rotated(k, 5)
+    torch.testing.assert_close(rotated(q, 108) @ rotated(k, 100), product, rtol=1e-4, atol=1e-4)
+    assert abs(rotated(q, 14) @ rotated(k, 5) - product) > 1e-3

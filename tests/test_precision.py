@@ -1,4 +1,4 @@
-"""On a live bf16 engine the scan's state parameters are fp32, stored and used, and three steps are three."""
+"""On a real bf16 engine the scan's parameters are stored and used in fp32, and three updates are three Adam steps."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from fusiontree.model.lm import HybridLM, materialize, seeded_init
 from fusiontree.training.step import TrainingStep
 
 
-def whole(parameters):
+def gathered(parameters):
     with GatheredParameters(parameters):
         return [parameter.detach().clone() for parameter in parameters]
 
@@ -40,7 +40,7 @@ for deepspeed in sys.argv[1].split(","):
     list(materialize(plain, seeded_init(config.seed), torch.device("cpu")))
     training = TrainingStep(config, world)
     model, used = training.engine.module, set()
-    as_drawn = all(map(torch.equal, whole([*model.parameters()]), whole([*plain.parameters()])))
+    as_initialized = all(map(torch.equal, gathered([*model.parameters()]), gathered([*plain.parameters()])))
     for block in model.blocks:
         scan, stream = block.mamba.kernels.scan, []
 
@@ -56,7 +56,7 @@ for deepspeed in sys.argv[1].split(","):
     stored = {str(p.dtype) for n, p in model.named_parameters() if n.rpartition(".")[2] in ("A_log", "D", "dt_bias")}
     adam = getattr(training.engine.optimizer, "optimizer", training.engine.optimizer)
     counts = sorted({float(state["step"]) for state in adam.state.values()})
-    figures = {"losses": losses, "as_drawn": as_drawn, "counts": counts}
+    figures = {"losses": losses, "as_initialized": as_initialized, "counts": counts}
     results.append({"used": sorted([n, str(d)] for n, d in used), "stored": sorted(stored), **figures})
 collectives.leave()
 print(json.dumps(results))
@@ -64,7 +64,7 @@ print(json.dumps(results))
 
 
 def test_state_parameters_are_fp32_at_every_stage(tmp_path: Path) -> None:
-    gathered = tmp_path / "zero3.json"  # no parameter is small enough to stay whole on every rank
+    gathered = tmp_path / "zero3.json"  # partition even the smallest parameters
     gathered.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     stages = ["zero1", "zero0", "zero2", "zero3", str(gathered)]
     shape = [f"{key}={value}" for key, value in MICRO.items() if key not in ("batch.tokens",)]
@@ -80,18 +80,20 @@ def test_state_parameters_are_fp32_at_every_stage(tmp_path: Path) -> None:
             **dict.fromkeys(("A", "D", "dt"), "torch.float32"),
             **dict.fromkeys(("x", "stream"), "torch.bfloat16"),
         }, stage
-        assert (result["as_drawn"], result["counts"]) == (True, [3.0]), stage  # DeepSpeed's own bf16 steps at the start
+        assert (result["as_initialized"], result["counts"]) == (True, [3.0]), (
+            stage
+        )  # DeepSpeed's own bf16 engine takes an extra step at the start
         assert result["losses"] == pytest.approx(results[0]["losses"], rel=2e-2), stage
         assert result["losses"][2] < result["losses"][0], stage
 
 
 @torch.no_grad()
-def test_decay_and_time_step_are_made_in_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decay_and_time_step_are_computed_in_fp32_in_a_bf16_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(dtype=torch.bfloat16)
-    branch, given = model.blocks[0].mamba, []
+    branch, calls = model.blocks[0].mamba, []
 
     def recording(scan, x, dt, A, B_in, C_out, D, *rest, **options):
-        given.append((dt, A, D))
+        calls.append((dt, A, D))
         return scan(x, dt, A, B_in, C_out, D, *rest, **options)
 
     scan = branch.kernels.scan
@@ -99,13 +101,13 @@ def test_decay_and_time_step_are_made_in_fp32_in_a_bf16_model(monkeypatch: pytes
         branch.kernels, scan=lambda *args, **options: recording(scan, *args, **options)
     )
     monkeypatch.setattr(pointwise, "scan_step", lambda *args: recording(scan_step, *args))
-    branch.in_proj.weight.zero_()  # time steps are the bias's alone
+    branch.in_proj.weight.zero_()  # the time step then depends on the bias only
     cache = model.new_cache(1)
     model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
     model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
     steps, decay = F.softplus(branch.dt_bias), -torch.exp(branch.A_log)
     assert not any(torch.equal(exact, exact.bfloat16().float()) for exact in (steps, decay))
-    for dt, A, D in (given[0], given[-model.config.num_layers]):  # in sequence, and the one step of this layer
+    for dt, A, D in (calls[0], calls[-model.config.num_layers]):  # this layer's prefill and its decoding step
         assert torch.equal(dt, steps.expand_as(dt))
         assert torch.equal(A, decay)
         assert torch.equal(D, branch.D)

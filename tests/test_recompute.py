@@ -1,4 +1,4 @@
-"""Activations computed again are the very same: gradients agree to the bit, and only what was asked for runs twice."""
+"""Recomputed activations are exact: gradients are bitwise equal, and only the chosen parts run twice."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ IDS = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def gradients(model: HybridLM, recompute: Recompute) -> list[torch.Tensor]:
-    """Gradients of a loss that the gates have a part in, with branches dropped in some layers."""
+    """Compute gradients of a loss that includes the gates, with branches dropped in some layers."""
     model.recompute = recompute
     model.zero_grad()
     output = model(IDS, DOCUMENTS, labels=IDS, branch_drops=[None, "mamba", "attention"])
@@ -38,7 +38,7 @@ def gradients(model: HybridLM, recompute: Recompute) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "change", [{}, {"srte": "learned"}, {"srte": "learned", "srte_shared": False}, {"srte": "none"}]
 )
-def test_gradients_are_those_of_no_recomputation_to_the_bit(change: dict, offload: bool) -> None:
+def test_gradients_are_bitwise_equal_with_and_without_recomputation(change: dict, offload: bool) -> None:
     model = build(**change)
     expected = gradients(model, Recompute())
     for name, policy in POLICIES.items():
@@ -47,7 +47,7 @@ def test_gradients_are_those_of_no_recomputation_to_the_bit(change: dict, offloa
 
 
 def runs(policy: Recompute) -> Counter[str]:
-    """How often one update runs each block and each branch forward."""
+    """Count the forward passes of each block and branch in one update."""
     model, counts = build(), Counter()
     for name, module in model.named_modules():
         if name.split(".")[-1] in BOTH or name.split(".")[:-1] == ["blocks"]:
@@ -66,7 +66,7 @@ def runs(policy: Recompute) -> Counter[str]:
         (POLICIES["attention"], [f"blocks.{i}.attention" for i in range(3)]),
     ],
 )
-def test_only_what_was_asked_for_runs_twice(policy: Recompute, twice: list[str]) -> None:
+def test_only_the_chosen_parts_run_twice(policy: Recompute, twice: list[str]) -> None:
     expected = {
         name: 1 + any(name == part or name.startswith(f"{part}.") for part in twice)
         for layer in range(3)
@@ -76,7 +76,7 @@ def test_only_what_was_asked_for_runs_twice(policy: Recompute, twice: list[str])
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_an_offloaded_input_is_freed_until_the_backward_pass(offload: bool) -> None:
+def test_an_offloaded_input_is_freed_on_the_device(offload: bool) -> None:
     model, inputs = build(), []
     model.recompute = Recompute(every=1, offload=offload)
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""The chunked scan is the step recurrence: forward, gradients, documents, initial states; the convolution, its sum."""
+"""The chunked scan equals the recurrence in outputs, gradients and states; the convolution equals its sum."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def numbered(lengths: list[int]) -> torch.Tensor:
 
 
 def cut_anywhere(seed: int, B: int, L: int, often: float) -> torch.Tensor:
-    """Document numbers int32 [B, L]; each row has its own, a new one begins at a token with probability `often`."""
+    """Draw document indices, int32 [B, L]; in each row a document starts at a token with probability `often`."""
     return (torch.rand(B, L, generator=torch.Generator().manual_seed(seed)) < often).cumsum(1).int()
 
 
@@ -36,12 +36,14 @@ def cut_anywhere(seed: int, B: int, L: int, often: float) -> torch.Tensor:
     groups=st.sampled_from([(1, 1), (1, 3), (2, 2)]),
     chunk=st.sampled_from([1, 7, 16, 64]),
 )
-def test_chunks_equal_steps(seed: int, B: int, L: int, often: float, groups: tuple[int, int], chunk: int) -> None:
+def test_chunks_equal_the_recurrence(
+    seed: int, B: int, L: int, often: float, groups: tuple[int, int], chunk: int
+) -> None:
     G, per_group = groups
     args, seq = inputs(seed, B, L, G * per_group, 4, G, 6), cut_anywhere(seed, B, L, often)
     y, state = scan_chunked(*args, seq, chunk_size=chunk)
     y_ref, state_ref = scan_sequential(*args, seq)
-    torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)  # fp32 sums of up to 150 terms in another order
+    torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)  # fp32 sums of up to 150 terms in a different order
     torch.testing.assert_close(state, state_ref, rtol=1e-4, atol=1e-4)
 
 
@@ -54,7 +56,7 @@ def test_chunks_equal_steps(seed: int, B: int, L: int, often: float, groups: tup
     channels=st.integers(1, 5),
     taps=st.integers(1, 5),
 )
-def test_a_convolution_sums_the_taps_of_its_document(
+def test_the_convolution_sums_taps_within_the_document(
     seed: int, B: int, L: int, often: float, channels: int, taps: int
 ) -> None:
     generator, seq = torch.Generator().manual_seed(seed), cut_anywhere(seed, B, L, often)
@@ -69,7 +71,7 @@ def test_a_convolution_sums_the_taps_of_its_document(
     torch.testing.assert_close(found, total * total.sigmoid(), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_equal_those_of_the_steps() -> None:
+def test_gradients_equal_those_of_the_recurrence() -> None:
     args = [a.requires_grad_() for a in inputs(1, 2, 45, 4, 4, 2, 6)]
     seq = numbered([20, 3, 22]).expand(2, -1)
     initial = torch.randn(2, 4, 4, 6, requires_grad=True)
@@ -82,7 +84,7 @@ def test_gradients_equal_those_of_the_steps() -> None:
         torch.testing.assert_close(chunked, stepped, rtol=1e-3, atol=1e-3)
 
 
-def test_a_state_continues_its_own_document_only() -> None:
+def test_an_initial_state_continues_its_own_document_only() -> None:
     args = inputs(2, 1, 50, 4, 4, 2, 6)
     seq = numbered([30, 20])
     whole, final = scan_chunked(*args, seq, chunk_size=16)

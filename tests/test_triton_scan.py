@@ -1,4 +1,4 @@
-"""Our Triton kernels of the scan, in Triton's interpreter where there is no GPU, compute what the formulas say."""
+"""Our Triton kernels of the scan equal the formulas in fp64; interpreted where there is no GPU."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from fusiontree.model.triton_scan import chunk_outputs, decay_backward, decay_su
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("H", [3, 11])  # below and above what one program takes
-def test_prefix_sums_begin_anew_in_each_document_and_chunk(H: int) -> None:
+@pytest.mark.parametrize("H", [3, 11])  # below and above the 8 heads of one program
+def test_prefix_sums_restart_in_each_document_and_chunk(H: int) -> None:
     lengths, Q = [[20, 1, 22], [16, 27]], 16
     dt, A = torch.rand(2, 43, H, generator=torch.Generator().manual_seed(0)), -torch.arange(1.0, H + 1) / 2
     seq = documents_of(lengths).seq_idx
@@ -23,14 +23,14 @@ def test_prefix_sums_begin_anew_in_each_document_and_chunk(H: int) -> None:
     for row in range(2):
         for t in range(3 * Q):
             chunk, q = divmod(t, Q)
-            value = dt[row, t] * A if t < 43 else torch.zeros(H)  # the padding goes on with the last document
+            value = dt[row, t] * A if t < 43 else torch.zeros(H)  # padding continues the last document
             if q > 0 and (t >= 43 or seq[row, t] == seq[row, t - 1]):
                 value = value + sums[row, :, chunk, q - 1]
             torch.testing.assert_close(sums[row, :, chunk, q], value)
             torch.testing.assert_close(steps[row, :, chunk, q], dt[row, t] if t < 43 else torch.zeros(H))
 
 
-def test_the_sums_of_a_document_do_not_depend_on_the_others_by_a_bit() -> None:
+def test_prefix_sums_of_a_document_do_not_depend_on_others_bitwise() -> None:
     seq = documents_of([[30, 34]]).seq_idx.to(DEVICE)
     dt, A = torch.rand(1, 64, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE), -torch.ones(4, device=DEVICE)
     other = dt.clone()
@@ -41,7 +41,7 @@ def test_the_sums_of_a_document_do_not_depend_on_the_others_by_a_bit() -> None:
 
 
 class Chunks(NamedTuple):
-    """Inputs of the kernels: two rows that end inside a chunk, and all that comes from behind."""
+    """Inputs of the kernels, for two rows that end inside a chunk, and upstream gradients."""
 
     x: Tensor
     dt: Tensor
@@ -52,7 +52,7 @@ class Chunks(NamedTuple):
     scores: Tensor
     states: Tensor
     seq: Tensor  # [2, L]
-    cut: Tensor  # [2, chunks, Q], documents; the padding goes on with the last
+    cut: Tensor  # [2, chunks, Q], documents; padding continues the last one
     dy: Tensor
     d_states: Tensor
     d_sums: Tensor
@@ -83,7 +83,7 @@ def chunks_of(Q: int, H: int, G: int, P: int, S: int, lengths: list[list[int]]) 
         cut=cut,
         dy=normal(2, L, H, P),
         d_states=normal(2, chunks, H, P, S),
-        # from outside a chunk, only the sums of its first document are read, the last one if that fills it
+        # other kernels read only the prefix sums of a chunk's first document, and the last sum if that fills the chunk
         d_sums=normal(2, H, chunks, Q) * first[:, None],
         d_last=normal(2, H, chunks) * first[..., -1][:, None],
         d_decay=normal(2, H, chunks, Q),
@@ -91,7 +91,7 @@ def chunks_of(Q: int, H: int, G: int, P: int, S: int, lengths: list[list[int]]) 
 
 
 def by_the_formulas(c: Chunks) -> tuple[Tensor, list[Tensor]]:
-    """Outputs, and the gradients of x, dt, A and D, in fp64, from every pair of tokens."""
+    """Compute outputs and the gradients of x, dt, A and D in fp64, from every pair of tokens."""
     x, dt, A, D = (value.double().requires_grad_() for value in (c.x, c.dt, c.A, c.D))
     L, Q, repeat = x.shape[1], c.cut.shape[2], x.shape[2] // c.B.shape[2]
 
@@ -106,7 +106,7 @@ def by_the_formulas(c: Chunks) -> tuple[Tensor, list[Tensor]]:
     pairs = torch.exp((sums[..., :, None] - sums[..., None, :]).clamp(max=0)) * seen[:, None]
     scores = c.scores.double().repeat_interleave(repeat, 2)
     y = torch.einsum("bchmn,bhcmn,bhcn,bcnhp->bcmhp", scores, pairs, steps, by_chunk(x))
-    # gradients through the states are the other kernels' work: here they are cut off, but for x and its time step
+    # other kernels compute the gradients through the states, so these are detached, except for x and its time step
     before = F.pad(c.cut[:, :-1, -1], (1, 0))[..., None] == c.cut
     entering = torch.exp(sums.detach()) * before[:, None]
     C, B = (by_chunk(value.repeat_interleave(repeat, 2)) for value in (c.C, c.B))
@@ -120,7 +120,7 @@ def by_the_formulas(c: Chunks) -> tuple[Tensor, list[Tensor]]:
 
 
 def by_the_kernels(c: Chunks, dx: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same; `dx` is written to."""
+    """Compute the same as `by_the_formulas` with the kernels; the gradient of x is written to `dx`."""
     c, Q = Chunks(*(value.to(DEVICE) for value in c)), c.cut.shape[2]
     steps, sums = decay_sums(c.dt, c.A, c.seq, Q)
     y = chunk_outputs(c.x, steps, sums, c.scores, c.C, c.states, c.D, c.seq)
@@ -129,7 +129,7 @@ def by_the_kernels(c: Chunks, dx: Tensor) -> tuple[Tensor, list[Tensor]]:
     return y.cpu(), [value.cpu() for value in (dx, d_dt, d_A, d_D)]
 
 
-# one block, two and four; sizes below a matrix product's and above what one program takes; one head a group and many
+# one, two and four blocks; sizes below a tile and above the limit of one program; one and several heads per group
 SHAPES = [(16, 3, 1, 8, 8), (256, 4, 2, 16, 24), (128, 3, 3, 24, 8), (32, 2, 1, 136, 264)]
 
 
@@ -138,19 +138,22 @@ SHAPES = [(16, 3, 1, 8, 8), (256, 4, 2, 16, 24), (128, 3, 3, 24, 8), (32, 2, 1, 
 def test_outputs_and_gradients_of_chunks(Q: int, H: int, G: int, P: int, S: int, packed: bool) -> None:
     lengths = [[Q // 2, 1, Q + 5, 7], [Q + 3, Q // 2 + 10]]
     c = chunks_of(Q, H, G, P, S, lengths if packed else [[sum(row)] for row in lengths])
-    wide = torch.zeros(*c.x.shape[:2], H * P + 5, device=DEVICE)  # the gradient may have others' beside it
+    wide = torch.zeros(*c.x.shape[:2], H * P + 5, device=DEVICE)  # the gradient is a slice of a wider buffer
     y, grads = by_the_kernels(c, wide[..., 2 : 2 + H * P].unflatten(-1, (H, P)))
     expected_y, expected = by_the_formulas(c)
-    near = {"rtol": 0.0, "atol": 1e-5 if DEVICE == "cpu" else 5e-3}  # of the greatest value; a GPU multiplies in TF32
-    for found, wanted in zip([y, *grads], [expected_y, *expected], strict=True):
+    near = {
+        "rtol": 0.0,
+        "atol": 1e-5 if DEVICE == "cpu" else 5e-3,
+    }  # relative to the largest value; a GPU multiplies in TF32
+    for actual, wanted in zip([y, *grads], [expected_y, *expected], strict=True):
         scale = wanted.abs().max()
-        torch.testing.assert_close(found.double() / scale, wanted / scale, **near)
+        torch.testing.assert_close(actual.double() / scale, wanted / scale, **near)
     assert not wide[..., :2].any()
     assert not wide[..., 2 + H * P :].any()
 
 
-@pytest.mark.parametrize("changed", [slice(0, 30), slice(100, 140)])  # before and behind, in the same chunk
-def test_what_a_document_gives_and_gets_does_not_depend_on_the_others_by_a_bit(changed: slice) -> None:
+@pytest.mark.parametrize("changed", [slice(0, 30), slice(100, 140)])  # before and after it, in the same chunk
+def test_outputs_and_gradients_of_a_document_do_not_depend_on_others_bitwise(changed: slice) -> None:
     c = chunks_of(128, 2, 1, 16, 16, [[30, 70, 40], [100, 40]])
     other = c._replace(x=c.x.clone(), dt=c.dt.clone(), dy=c.dy.clone())
     for value in (other.x, other.dt, other.dy):
