@@ -87,7 +87,7 @@ def test_gradients_equal_those_of_the_recurrence() -> None:
 def test_an_initial_state_continues_its_own_document_only() -> None:
     args = inputs(2, 1, 50, 4, 4, 2, 6)
     seq = numbered([30, 20])
-    whole, final = scan_chunked(*args, seq, chunk_size=16)
+    full, final = scan_chunked(*args, seq, chunk_size=16)
     for cut in (13, 30, 41):
         head = [a[:, :cut] if a.ndim > 1 else a for a in args]
         tail = [a[:, cut:] if a.ndim > 1 else a for a in args]
@@ -95,7 +95,7 @@ def test_an_initial_state_continues_its_own_document_only() -> None:
         second, last = scan_chunked(
             *tail, seq[:, cut:], initial_state=state, initial_seq=seq[:, cut - 1], chunk_size=16
         )
-        torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat([first, second], 1), full, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(last, final, rtol=1e-4, atol=1e-4)
 
 
