@@ -300,7 +300,7 @@ def test_a_resume_is_bitwise_exact(two_ranks: Path, shards: Path, tmp_path: Path
     assert torch.equal(*(store.read_gates(run / "checkpoints" / "step-8") for run in (two_ranks, resumed)))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_skipped(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "two"
     shutil.copytree(two_ranks, copy)
     victim = next((copy / "checkpoints" / "step-8").glob("*optim_states.pt"))
@@ -332,7 +332,7 @@ def test_a_checkpoint_that_could_run_code_is_refused_in_one_line_unless_trusted(
     mark.rmdir()
 
 
-def test_a_finished_run_is_left_as_it_is(two_ranks: Path, shards: Path) -> None:
+def test_a_finished_run_is_unchanged(two_ranks: Path, shards: Path) -> None:
     before = (two_ranks / "metrics.jsonl").read_text()
     done = cli("launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two"))
     assert "8" in done.stdout
