@@ -104,6 +104,7 @@ def test_an_existing_output_is_rejected_without_overwrite(
     )
 
 
+@pytest.mark.slow
 def test_a_corpus_of_one_document_has_no_held_out_rows(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "one.txt").write_text("tree gate branch scan. " * 400)
     build_shards([tmp_path / "one.txt"], tokenizer_folder, tmp_path / "shards", BuildOptions(row_len=512))

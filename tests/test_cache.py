@@ -177,6 +177,7 @@ def test_a_decoder_grows_beyond_its_initial_capacity() -> None:
     torch.testing.assert_close(torch.stack(steps, 1), model(ids).logits[:, 149:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, {"srte": "learned"}, {"window_schedule": "pyramid", "conv_kernel": 1}])
 @pytest.mark.parametrize("padded", [False, True])  # whether the longest row is padded
 @pytest.mark.parametrize("lengths", [[1, 70], [30, 3, 65, 3], [40, 40, 39], [4]])

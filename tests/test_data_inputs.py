@@ -230,6 +230,7 @@ def test_length_limits_that_exclude_everything_are_refused(lengths: dict) -> Non
         InputOptions(**lengths)
 
 
+@pytest.mark.slow
 def test_all_formats_and_two_broken_files_from_build_to_training(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -194,6 +194,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None:
     code = INTERRUPTED.format(module="export.exporter", name="prove")
     command = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
@@ -204,6 +205,7 @@ def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_generation_ends_with_one_line(exported: Path) -> None:
     code = INTERRUPTED.format(module="inference.generate", name="draw")
     command = [sys.executable, "-c", code, "generate", str(exported), "tree", "--max-new-tokens", "9"]

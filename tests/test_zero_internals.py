@@ -83,6 +83,7 @@ USED["zero2"] = USED["zero1"]
 USED["zero3_nvme"] = USED["zero3"] | {*internals.OPTIMIZER_NVME}
 
 
+@pytest.mark.slow
 def test_an_engine_that_lacks_an_attribute_is_refused_in_one_line(tmp_path: Path) -> None:
     stages = [stage for stage in USED if "nvme" not in stage or has_async_io()]
     shape = [f"{key}={value}" for key, value in MICRO.items() if key != "batch.tokens"]
