@@ -15,11 +15,10 @@ import torch
 from conftest import SMALL, build, export_small, write_run
 
 from fusiontree.cli import main
-from fusiontree.cli.model import EVAL_TASKS
 from fusiontree.errors import UserError
 from fusiontree.evaluate import heatmap, held_out
 from fusiontree.evaluate.ngram import Bigram
-from fusiontree.evaluate.options import EvalOptions
+from fusiontree.evaluate.options import TASK_NAMES, EvalOptions
 from fusiontree.evaluate.retrieval import DEPTHS, PAIRS, Probe, _bigram_solves, _hide, _solve
 from fusiontree.evaluate.subject import Subject
 from fusiontree.evaluate.tasks import TASKS, evaluate
@@ -129,7 +128,7 @@ def test_all_tasks_report_figures_baselines_json_and_heat_maps(exported: Path, s
     for figures in results["throughput"]["by_length"].values():
         assert figures["first_token"]["p95_seconds"] >= figures["first_token"]["median_seconds"] > 0
         assert figures["prefill_tokens_per_s"] > 0 < figures["tokens_per_s"]
-    assert tuple(TASKS) == EVAL_TASKS
+    assert tuple(TASKS) == TASK_NAMES
 
 
 def test_a_heat_map_shows_chance_and_the_bigram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.model.flops", "fusiontree.data"),
     *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
+    *("fusiontree.evaluate.options", "fusiontree.export.options"),
     *("fusiontree.training.metrics", "fusiontree.training.progress", "fusiontree.doctor.memory"),
     *("fusiontree.cli", "fusiontree.__main__", "launcher", "data_tools"),
 )

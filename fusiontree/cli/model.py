@@ -8,14 +8,13 @@ from typing import Any
 from fusiontree.cli.parsing import add_overwrite, add_trust, command
 from fusiontree.cli.printing import show, show_tables
 from fusiontree.errors import UserError
+from fusiontree.evaluate.options import TASK_NAMES, EvalOptions
+from fusiontree.export.options import ExportOptions
 from fusiontree.files import refuse_below_file, write_atomic
-
-EVAL_TASKS = ("perplexity", "passkey", "needle", "recall", "throughput")
 
 
 def _export(args: argparse.Namespace) -> int:
     from fusiontree.export.exporter import export
-    from fusiontree.export.options import ExportOptions
 
     options = ExportOptions(
         dtype=args.dtype,
@@ -71,7 +70,6 @@ def _stream(text: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from fusiontree.evaluate.options import EvalOptions
     from fusiontree.evaluate.tasks import evaluate
 
     options = EvalOptions(
@@ -205,7 +203,7 @@ def add(commands: Any) -> None:
         "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
     )
     evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder created by `fusiontree export`")
-    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"any of {', '.join(EVAL_TASKS)}")
+    evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"any of {', '.join(TASK_NAMES)}")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the dataset")
     evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="maximum number of held-out rows (default: all)")

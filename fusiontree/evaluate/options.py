@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fusiontree.errors import UserError
 
+TASK_NAMES = ("perplexity", "passkey", "needle", "recall", "throughput")
 LONGEST = 2**24  # tokens of a prompt, longer than any training row of the presets
 
 
