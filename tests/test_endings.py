@@ -29,7 +29,7 @@ CHANGES = {
 CHAIN = 4  # processes of a launch of two ranks: DeepSpeed's runner, its launcher, the ranks
 
 
-def expect(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -45,7 +45,7 @@ class Launch:
         with open(self.errors, "w") as stream:
             command = [sys.executable, "-m", "fusiontree", "launch", "tiny", "--local", "2", *words]
             self.process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-        expect(lambda: {*folder.glob("fusiontree-launch-*")} - before)
+        wait_until(lambda: {*folder.glob("fusiontree-launch-*")} - before)
         (self.folder,) = {*folder.glob("fusiontree-launch-*")} - before
 
     def rank(self, number: int) -> int:
@@ -83,8 +83,8 @@ def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
         saved = list_checkpoints(run / "checkpoints")
         goal = 10 + (step_of(saved[-1]) if saved else 0)
         launches.append(made := Launch(words, tmp_path))
-        expect(lambda: made.process.poll() is None and len(made.family()) == CHAIN)
-        expect(lambda: steps_since(made, run) >= goal)
+        wait_until(lambda: made.process.poll() is None and len(made.family()) == CHAIN)
+        wait_until(lambda: last_step(made, run) >= goal)
         return made
 
     yield start
@@ -95,7 +95,7 @@ def launch(shards: Path, tmp_path: Path) -> Iterator[Callable[[], Launch]]:
         made.process.wait()
 
 
-def steps_since(made: Launch, run: Path) -> int:
+def last_step(made: Launch, run: Path) -> int:
     """Return the last step that the launch has written to the metrics."""
     assert made.process.poll() is None, made.errors.read_text()
     if not (made.folder / "rank-0.started").exists() or not (run / "metrics.jsonl").exists():
@@ -121,7 +121,7 @@ def test_no_process_outlives_a_run_that_hangs_or_is_killed_or_stopped(launch: Ca
     orphaned = launch()
     mapped |= orphaned.shared_memory()
     orphaned.process.kill()
-    expect(lambda: orphaned.family() == [])
+    wait_until(lambda: orphaned.family() == [])
     step = metrics(run)[-1]["step"]
     assert store.newest(run / "checkpoints") == (run / "checkpoints" / f"step-{step}", {})
 
@@ -132,9 +132,9 @@ def test_no_process_outlives_a_run_that_hangs_or_is_killed_or_stopped(launch: Ca
     assert f"stopped by SIGTERM after step {metrics(run)[-1]['step']:,}, which is saved" in output
     assert metrics(run)[-1]["step"] > step
 
-    robbed = launch()
-    os.kill(robbed.rank(1), signal.SIGKILL)
-    code, output = robbed.wait()
+    killed = launch()
+    os.kill(killed.rank(1), signal.SIGKILL)
+    code, output = killed.wait()
     assert code == 1, output
     # "was killed by SIGKILL", or, if the launch noticed rank 0 first, "died" without a cause
     assert "error: rank 1 " in output
