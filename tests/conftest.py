@@ -68,7 +68,7 @@ SLOW_FILES = {
     *("test_backends", "test_triton", "test_triton_scan", "test_zero", "test_bench_export", "test_serve"),
     *("test_placement", "test_clipping", "test_precision", "test_data_continue", "test_overhead"),
 }
-SLOW_FIXTURES = {"shards", "job", "started"}  # a dataset for real runs; launches of test_launcher
+SLOW_FIXTURES = {"shards", "job", "started", "measured"}  # data of real runs; launches; a run of bench train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
