@@ -3,7 +3,7 @@
 Notable features:
 
 - parallel Mamba-2 (arXiv 2405.21060) and attention branches in each layer, with a norm and an output projection each
-- branches fused by a learned gate per channel and token; at initialization it is exactly their sum
+- learned gate per channel and token between the branches; at initialization the fusion is exactly their sum
 - grouped-query attention (arXiv 2305.13245); some heads see their full document, the others a sliding window
 - QK norm (arXiv 2010.04245) before RoPE (arXiv 2104.09864)
 - SRTE: sinusoidal or learned time encoding, added to the Mamba branch's input only
@@ -12,7 +12,7 @@ Notable features:
 - tied embedding and head by default
 - chunked loss head that never materializes all logits; optional z-loss (arXiv 2204.02311) and distillation
 - optional branch dropout: a layer trains some steps without one of its branches
-- layers pruned to one branch, or to fewer global heads
+- pruned layers: one branch only, or fewer global heads
 - fp32 master weights with bf16 activations; the scan's parameters, decays and states stay fp32
 - initialization on the meta device, one module at a time: ZeRO-3 never needs the full model in one memory
 - decoding with a constant-size state and ring buffers, except for the global heads; CUDA-graph capture
