@@ -242,7 +242,6 @@ def test_a_document_longer_than_a_learned_table_is_refused(exported: Path) -> No
 
 
 def test_all_model_files_are_copied(exported: Path) -> None:
-    # flops.py counts operations for training and benchmarks; the exported model does not import it
     source = Path(model_package.__file__).parent
     not_of_the_model = {"__init__.py", "flops.py"}  # flops.py counts operations, and no module of the model imports it
     assert {path.name for path in source.glob("*.py")} - not_of_the_model <= {p.name for p in exported.glob("*.py")}
