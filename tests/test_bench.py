@@ -7,18 +7,16 @@ import statistics
 import sys
 import types
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import MICRO, cli
 from torch import Tensor
 
-from fusiontree.bench import conv1d, operations, rows
+from fusiontree.bench import operations, rows
 from fusiontree.bench import train as bench
 from fusiontree.bench.decode import bench_decode, random_model
 from fusiontree.bench.peers import PEERS, Peer, _build, check_peer
@@ -35,7 +33,7 @@ SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("mod
 
 
 def micro(*overrides: str, seq_len: int = 96) -> RunConfig:
-    return bench.bench_config("tiny", [*SHAPE, *overrides], CPU, seq_len)
+    return bench.bench_config("tiny", [*SHAPE, *overrides], CPU, bench.Workload(seq_len=seq_len))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -68,7 +66,9 @@ def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -
     config = bench.bench_config("tiny", [], CPU)
     assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (1024, 1024, "zero1")
     assert (config.activation_checkpointing.policy, config.precision) == ("none", "fp32")
-    config = bench.bench_config("tiny", ["deepspeed=zero2"], CPU, 512, 2048, "full")
+    config = bench.bench_config(
+        "tiny", ["deepspeed=zero2"], CPU, bench.Workload(seq_len=512, batch_tokens=2048, recompute="full")
+    )
     assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (2048, 512, "zero2")
     assert config.activation_checkpointing.policy == "full"
     assert bench.bench_config("1b", [], torch.device("cuda")).precision == "bf16"
@@ -137,7 +137,7 @@ def test_a_peer_that_does_not_fit_costs_no_figure(monkeypatch: pytest.MonkeyPatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     monkeypatch.setattr(bench, "Peer", TooLarge)
-    figures = bench._measure_peer("hf-llama", micro(), bench.Workload(steps=1), CPU, recompute=False)
+    figures = bench._measure_peer(bench.PeerRun("hf-llama", False), micro(), bench.Workload(steps=1), CPU)
     expected = "out of GPU memory with hf-llama, 1 x 96 tokens, recompute none: CUDA out of memory. Tried to allocate"
     assert figures["problem"] == expected
 
@@ -268,102 +268,21 @@ def test_peers_learn(name: str, recompute: bool) -> None:
     assert {p.dtype for p in peer.model.parameters()} == {torch.bfloat16}
 
 
-def test_a_peer_without_its_kernels_is_refused_on_a_gpu() -> None:
-    with pytest.raises(UserError, match="needs its own kernels to be compared fairly: pip install mamba-ssm"):
+@pytest.mark.parametrize("missing", ["mamba_ssm", "causal_conv1d"])
+def test_a_peer_without_its_kernels_is_refused_on_a_gpu(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("mamba_ssm", "causal_conv1d"):
+        monkeypatch.setitem(sys.modules, package, None if package == missing else types.ModuleType(package))
+    remedy = f"pip install {missing.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"needs {missing} for its fused kernels.*{remedy}"):
         check_peer("hf-falcon-h1", torch.device("cuda"))
+    check_peer("hf-falcon-h1", torch.device("cpu"))
     check_peer("hf-llama", torch.device("cuda"))
 
 
-# --- the stand-in for causal_conv1d ----------------------------------------------------------------------------------
-
-
-def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """Causal depthwise convolution of x [B, L, D], by torch."""
-    taps = weight.shape[1]
-    y = F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
-    return F.silu(y) if activation == "silu" else y
-
-
-@pytest.fixture
-def fla() -> Iterator[types.ModuleType]:
-    """A module with the interface of flash-linear-attention's convolution, in torch; what it stands for is put back.
-
-    Nothing else is: parts of torch cannot be imported twice.
-    """
-
-    def stood_for() -> dict[str, types.ModuleType]:
-        packages = ("fla", "causal_conv1d", "mamba_ssm")
-        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
-
-    before = stood_for()
-    module = types.ModuleType("fla.modules.causal_conv1d")
-
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, residual: None, activation: str | None
-    ) -> tuple[Tensor, None]:
-        return plain_convolution(x, weight, bias, activation), None
-
-    def backward(
-        x: Tensor, dy: Tensor, dht: None, weight: Tensor, bias: Tensor | None, activation: str | None
-    ) -> tuple[Any, ...]:
-        with torch.enable_grad():
-            inputs = [value.detach().requires_grad_() for value in (x, weight, bias) if value is not None]
-            y = plain_convolution(inputs[0], inputs[1], inputs[2] if bias is not None else None, activation)
-            grads = torch.autograd.grad(y, inputs, dy)
-        return grads[0], grads[1], grads[2] if bias is not None else None, None, None
-
-    module.causal_conv1d = lambda x, weight, bias, activation: (plain_convolution(x, weight, bias, activation), None)
-    module.causal_conv1d_fwd, module.causal_conv1d_bwd = forward, backward
-    sys.modules |= {"fla": types.ModuleType("fla"), "fla.modules": types.ModuleType("fla.modules")}
-    sys.modules["fla.modules.causal_conv1d"] = module
-    yield module
-    for name in stood_for():
-        del sys.modules[name]
-    sys.modules.update(before)
-
-
-@pytest.mark.parametrize("silu", [False, True])
-def test_the_stand_in_convolves_as_the_package_does(fla: types.ModuleType, silu: bool) -> None:
-    fused = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
-    sys.modules["mamba_ssm.ops.triton.ssd_combined"] = fused
-    assert conv1d.provide_causal_conv1d() == "flash-linear-attention (Triton)"
-    assert conv1d.provide_causal_conv1d() == "flash-linear-attention (Triton)"  # a second peer in the same process
-
-    from causal_conv1d import causal_conv1d_fn
-    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
-
-    assert fused.causal_conv1d_bwd_function is causal_conv1d_bwd_function
-    torch.manual_seed(0)
-    wide = torch.randn(2, 9, 10)
-    x = wide[..., 2:8].transpose(1, 2)  # [B, D, L], channels side by side in memory, as in the fused scan
-    weight, bias = torch.randn(6, 4), torch.randn(6)
-    exact = [value.detach().clone().requires_grad_() for value in (x, weight, bias)]
-    y = plain_convolution(exact[0].transpose(1, 2), exact[1], exact[2], "silu" if silu else None).transpose(1, 2)
-    dout = torch.randn_like(y)
-    grads = torch.autograd.grad(y, exact, dout)
-
-    torch.testing.assert_close(causal_conv1d_fn(x, weight, bias, activation="silu" if silu else None), y)
-    torch.testing.assert_close(causal_conv1d_fwd_function(x, weight, bias, None, None, None, silu), y)
-    given = torch.zeros(2, 9, 10)
-    dx = given[..., 1:7].transpose(1, 2)
-    found = causal_conv1d_bwd_function(x, weight, bias, dout, None, None, None, dx, False, silu)
-    torch.testing.assert_close(found[:3], grads)
-    torch.testing.assert_close(given[..., 1:7].transpose(1, 2), grads[0])  # written where the caller will look
-    assert given[..., [0, 7, 8, 9]].abs().max() == 0
-
-
-def test_the_stand_in_refuses_documents_rather_than_mixing_them(fla: types.ModuleType) -> None:
-    x, weight = torch.zeros(1, 2, 3), torch.zeros(2, 4)
-    with pytest.raises(NotImplementedError, match="whole rows only"):
-        conv1d.causal_conv1d_fn(x, weight, seq_idx=torch.zeros(1, 3, dtype=torch.int32))
-    with pytest.raises(NotImplementedError, match="whole rows only"):
-        conv1d.causal_conv1d_bwd_function(x, weight, None, x, None, x, None, None, False, True)
-
-
-def test_without_any_kernel_the_stand_in_says_so() -> None:
-    with pytest.raises(ImportError, match="neither causal_conv1d nor flash-linear-attention can be imported"):
-        conv1d.provide_causal_conv1d()
-    assert "causal_conv1d" not in sys.modules
+def test_a_peer_with_its_kernels_is_accepted_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("mamba_ssm", "causal_conv1d"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    check_peer("hf-falcon-h1", torch.device("cuda"))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusiontree.bench import rows
-from fusiontree.bench.train import bench_config
+from fusiontree.bench.train import Workload, bench_config
 from fusiontree.console import progress_bar
 from fusiontree.device import accelerator, describe_machine, elapsed, oom_context, reset_memory
 from fusiontree.errors import RunError, UserError
@@ -57,7 +57,7 @@ def bench_kernels(preset: str, overrides: list[str], seq_len: int | None = None,
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
     device = torch.device(accelerator())
-    config = bench_config(preset, overrides, device, seq_len)
+    config = bench_config(preset, overrides, device, Workload(seq_len=seq_len))
     dtype = DTYPES[config.precision]
     cases = _cases(config.model, config.data.seq_len, device, dtype)
     near = _cases(config.model, min(config.data.seq_len, _CHECKED_TOKENS), device, dtype)

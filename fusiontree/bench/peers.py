@@ -1,11 +1,10 @@
-"""Models that others train, of about 1.3 to 1.4 billion parameters, trained the way their users commonly do.
+"""Peer models of 1.3 to 1.4 billion parameters, trained the way their users commonly train them.
 
-bf16 weights and moments, fused AdamW, clipping, torch's attention, activations computed again in the backward pass.
-None of them keeps documents apart: a packed row is one document to them.
+That is: bf16 weights and moments, fused AdamW, gradient clipping, torch's attention, full recomputation. None of the
+peers separates packed documents: each packed row is one document.
 """
 
 import importlib
-import importlib.util
 import inspect
 import sys
 import types
@@ -14,23 +13,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusiontree.bench.conv1d import provide_causal_conv1d
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
 from fusiontree.device import default_dtype_and_device
 from fusiontree.errors import RunError, UserError
 
-_SMALL = 100_000_000  # parameters below which a configuration is measured beside a small peer
+_SMALL = 100_000_000  # a configuration with fewer parameters is compared with a small peer
+_FUSED_PATH = ("mamba_ssm", "causal_conv1d")  # packages whose kernels the fused path of a Mamba-2 peer calls
 
 
 class Spec(NamedTuple):
-    """A peer's class and shape; vocabulary and tied embeddings are those of the configuration measured."""
+    """Class and shape of a peer; vocabulary and tied embeddings come from the configuration it is compared with."""
 
     family: str  # module of transformers.models
-    name: str  # of the class, without ForCausalLM
+    name: str  # class name without ForCausalLM
     shape: dict[str, Any]
-    small: dict[str, Any]  # what differs for a small configuration
-    fused_scan: str | None = None  # the function of mamba-ssm that its training must run through
+    small: dict[str, Any]  # overrides of `shape` for a small configuration
+    fused_scan: str | None = None  # mamba-ssm function that the training pass must call; None: no scan
 
 
 PEERS = {
@@ -103,45 +102,47 @@ PEERS = {
 
 
 def check_peer(name: str, device: torch.device) -> None:
-    """Raise UserError if there is no such peer, or it could not run its own kernels on `device`."""
+    """Raise UserError if the peer does not exist or cannot run its fused kernels on `device`."""
     if name not in PEERS:
         raise UserError(f"--peer {name} is unknown; choose one of {', '.join(PEERS)}")
     if PEERS[name].fused_scan is None or device.type == "cpu":
         return
-    if importlib.util.find_spec("mamba_ssm") is None:
-        raise UserError(f"--peer {name} needs its own kernels to be compared fairly: pip install mamba-ssm")
-    try:
-        provide_causal_conv1d()
-    except ImportError as error:
-        raise UserError(f"--peer {name}: {error}; pip install flash-linear-attention, or causal_conv1d") from None
+    for package in _FUSED_PATH:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # compiled packages raise anything: OSError or RuntimeError for a missing library
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--peer {name} needs {package} for its fused kernels, and importing it fails ({reason}); "
+                f"pip install {package.replace('_', '-')}, or choose --peer hf-llama"
+            ) from None
 
 
 class Peer:
     """A peer with random weights and its optimizer."""
 
     def __init__(self, name: str, config: RunConfig, device: torch.device, recompute: bool):
-        """Put it on `device`; `recompute`: keep only the layers' inputs for the backward pass.
+        """Build the peer on `device`; with `recompute`, keep only the inputs of its layers for the backward pass.
 
         Raises:
-            RunError: on a GPU, it would run torch's slow scan in place of its own.
+            RunError: on a GPU, the peer would run torch's slow scan instead of the fused one.
         """
         self.name, self.device, self.clip = name, device, config.optimizer.grad_clip
-        self.convolution = "torch"
-        if device.type == "cuda" and PEERS[name].fused_scan is not None:
-            self.convolution = provide_causal_conv1d()
-            _open_mamba_ssm()
+        self.convolution = "causal_conv1d" if device.type == "cuda" else "torch"
         with default_dtype_and_device(torch.bfloat16, device):
             self.model = _build(name, config, device)
         self.scan = _scan_of(name, self.model)
         if device.type == "cuda" and self.scan is not None and not self.scan.startswith("mamba_ssm"):
-            raise RunError(f"--peer {name} would run its scan in {self.scan}, not in mamba_ssm: not a fair comparison")
+            raise RunError(
+                f"--peer {name} would run its scan in {self.scan} instead of mamba_ssm, which is no fair comparison"
+            )
         if recompute:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.optimizer.lr, fused=True)
 
     def update(self, batches: list[Batch], step: int) -> None:
-        """One optimizer update on the rows of `batches`, each row one document; `step` is not looked at."""
+        """Run one optimizer update on the rows of `batches`, each row one document; `step` is unused."""
         for batch in batches:
             ids = torch.from_numpy(batch.input_ids).to(self.device)
             loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -151,14 +152,14 @@ class Peer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def describe(self) -> dict[str, Any]:
-        """Class, size, kernels and what the comparison is not."""
+        """Return the class, the size, the kernels and the differences that make the comparison unequal."""
         kernels = {"attention": getattr(self.model.config, "_attn_implementation", None), "scan": self.scan}
         return {
             "model": f"{type(self.model).__module__}.{type(self.model).__name__}",
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "kernels": kernels if self.scan is None else {**kernels, "convolution": self.convolution},
-            "weights": "bf16, with bf16 moments and no fp32 master copy",
-            "documents": "not kept apart: each row is one document",
+            "weights": "bf16 with bf16 moments, no fp32 master weights",
+            "documents": "not separated: each row is one document",
         }
 
 
@@ -174,35 +175,24 @@ def _build(name: str, config: RunConfig, device: torch.device) -> Any:
 
 
 def _module_of(name: str, device: torch.device) -> types.ModuleType:
-    """The module with the peer's classes: fla's own if it is wanted and there, else the one of transformers."""
+    """Return the module with the peer's classes: fla's if asked for and installed, otherwise that of transformers."""
     if name.startswith("fla-") and device.type == "cuda":
         try:
             return importlib.import_module(f"fla.models.{PEERS[name].family}")
-        except Exception:  # fla-core has no models, and its modules raise anything; `describe` names the class used
+        except (
+            Exception
+        ):  # fla-core ships without models, and its modules raise anything; `describe` names the class that was used
             return importlib.import_module(f"transformers.models.{PEERS[name].family}")
     return importlib.import_module(f"transformers.models.{PEERS[name].family}")
 
 
-def _open_mamba_ssm() -> None:
-    """Make mamba-ssm's Triton kernels importable even where the package, for want of what Mamba-1 needs, is not."""
-    try:
-        importlib.import_module("mamba_ssm")
-    except Exception:  # ImportError for a missing extension, RuntimeError for a missing CUDA library
-        found = importlib.util.find_spec("mamba_ssm")
-        assert found is not None, "check_peer has found it"
-        bare = types.ModuleType("mamba_ssm")
-        bare.__path__ = list(found.submodule_search_locations or [])
-        bare.__spec__ = found
-        sys.modules["mamba_ssm"] = bare
-
-
 def _scan_of(name: str, model: Any) -> str | None:
-    """Module of the function that the model's scan runs through in training; None where it has none."""
+    """Return the module of the function that runs the model's scan in training; None for a model without a scan."""
     wanted = PEERS[name].fused_scan
     if wanted is None:
         return None
     module = sys.modules[type(model).__module__]
-    # transformers calls the function by another name and wraps what it found of the package, or of its own
+    # transformers renames the function and wraps the implementation that it found
     function: Callable[..., Any] | None = getattr(module, wanted.replace("mamba_", "mamba2_"), None)
     function = function or getattr(module, wanted, None)
     if function is None:

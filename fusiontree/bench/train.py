@@ -1,4 +1,4 @@
-"""Training, measured: the engine of a real run on made-up rows, and the models that others train."""
+"""Benchmark of training: the engine of a real run on synthetic rows, next to peer models."""
 
 import gc
 import math
@@ -37,15 +37,18 @@ from fusiontree.training.step import TrainingStep
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured, and on which rows.
+    """The rows and updates of a training benchmark.
 
     Raises:
-        UserError: a number is out of its range.
+        UserError: a number is out of range.
     """
 
     documents: rows.Documents = "packed"
-    steps: int = 10  # that are timed
-    warmup: int = 3  # before them: compilation, autotuning, the allocator
+    steps: int = 10  # timed updates
+    warmup: int = 3  # untimed updates before them: compilation, autotuning, the allocator
+    seq_len: int | None = None  # tokens per row; None: the preset's
+    batch_tokens: int | None = None  # tokens per update; None: one row
+    recompute: str = "none"  # value of `activation_checkpointing`
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0)):
@@ -53,71 +56,64 @@ class Workload:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {least}")
 
 
+@dataclass(frozen=True)
+class PeerRun:
+    """The peer of a training benchmark."""
+
+    name: str  # one of `peers.PEERS`
+    recompute: bool = True  # full recomputation in its backward pass
+
+
 def bench_train(
-    preset: str,
-    overrides: list[str],
-    workload: Workload,
-    seq_len: int | None = None,
-    batch_tokens: int | None = None,
-    recompute: str = "none",
-    peer: str | None = None,
-    peer_recompute: bool = True,
-    profile: Path | None = None,
+    preset: str, overrides: list[str], workload: Workload, peer: PeerRun | None = None, profile: Path | None = None
 ) -> dict[str, Any]:
-    """Measure optimizer updates of `preset` on one device and, beside it, those of a `peer`.
+    """Measure optimizer updates of `preset` on one device and, in the same process, those of a `peer`.
 
     Args:
-        preset: its name or a YAML file. overrides: ``key=value``, as for a run.
-        seq_len: tokens per row; None for the preset's. batch_tokens: per update; None for one row.
-        recompute: `activation_checkpointing`.
-        peer: one of `peers.PEERS`. peer_recompute: whether it computes its activations again.
-        profile: file for the report on where the time of a step goes.
+        preset: its name or a YAML file.
+        overrides: ``key=value``, as for a run.
+        workload: rows and number of updates.
+        peer: another model that trains on the same rows.
+        profile: file for a report of the GPU time of one update.
 
     Returns:
-        Throughput, step time, model FLOPs and their use (MFU), memory; with a peer, its figures and the ratio.
+        Throughput, step time, model FLOPs, MFU and memory; with a peer, the same of the peer and the ratio.
 
     Raises:
-        UserError: the configuration or the peer cannot be measured here. RunError: memory ran out, or the loss is not
-            finite.
+        UserError: the configuration or the peer cannot be measured here.
+        RunError: out of memory, or the loss is not finite.
     """
     device = torch.device(accelerator())
-    config = bench_config(preset, overrides, device, seq_len, batch_tokens, recompute)
+    config = bench_config(preset, overrides, device, workload)
     if peer is not None:
-        check_peer(peer, device)
+        check_peer(peer.name, device)
     if profile is not None and not profile.absolute().parent.is_dir():
-        raise UserError(f"--profile {profile}: there is no folder {profile.parent}; make it first")
+        raise UserError(f"--profile {profile}: the folder {profile.parent} does not exist; create it first")
     world = collectives.start()
     if world.size > 1:
         raise UserError(f"bench train measures one device, but WORLD_SIZE is {world.size}; start it without a launcher")
     figures = _measure_own(config, workload, world, profile)
     if peer is not None:
-        # the peer takes minutes more, and a limit of time may cut it
-        console.print(f"{config.name}: {figures['tokens_per_s']:,.0f} tokens/s; now {peer}", markup=False)
-        figures["peer"] = _measure_peer(peer, config, workload, world.device, peer_recompute)
+        # print our figure now: the peer takes minutes more, and a time limit may end the process
+        console.print(f"{config.name}: {figures['tokens_per_s']:,.0f} tokens/s; next: {peer.name}", markup=False)
+        figures["peer"] = _measure_peer(peer, config, workload, world.device)
         if "tokens_per_s" in figures["peer"]:
             figures["ratio"] = figures["tokens_per_s"] / figures["peer"]["tokens_per_s"]
     collectives.leave()
     return figures
 
 
-def bench_config(
-    preset: str,
-    overrides: list[str],
-    device: torch.device,
-    seq_len: int | None = None,
-    batch_tokens: int | None = None,
-    recompute: str = "none",
-) -> RunConfig:
-    """The preset as it is measured: ZeRO-1, one row per update, bf16 on a GPU; `overrides` win.
+def bench_config(preset: str, overrides: list[str], device: torch.device, workload: Workload = Workload()) -> RunConfig:
+    """Return the preset as it is measured: ZeRO-1, one row per update, bf16 on a GPU; `overrides` take precedence.
 
     Raises:
         UserError: see `load_config`.
     """
-    tokens = load_config(preset).data.seq_len if seq_len is None else seq_len
+    tokens = load_config(preset).data.seq_len if workload.seq_len is None else workload.seq_len
     settings = [
         f"data.seq_len={tokens}",
-        f"batch.tokens={tokens if batch_tokens is None else batch_tokens}",
-        f"activation_checkpointing={recompute}",
+        f"batch.tokens={tokens if workload.batch_tokens is None else workload.batch_tokens}",
+        f"activation_checkpointing={workload.recompute}",
         "deepspeed=zero1",
         *(["precision=bf16"] if device.type == "cuda" else []),
     ]
@@ -138,7 +134,7 @@ def _measure_own(config: RunConfig, workload: Workload, world: World, profile: P
         memory = memory_figures(device)
         loss = losses[-1]
         if not math.isfinite(loss):
-            raise RunError(f"the loss of {config.name} became {loss} after {len(losses)} updates: nothing was measured")
+            raise RunError(f"the loss of {config.name} is {loss} after {len(losses)} updates, so nothing was measured")
         figures = {
             **_describe(config, workload),
             **describe_machine(device),
@@ -173,14 +169,14 @@ def _describe(config: RunConfig, workload: Workload) -> dict[str, Any]:
 
 
 def _throughput(tokens: int, seconds: list[float]) -> dict[str, Any]:
-    """Tokens/s of the median step, and the spread of all."""
+    """Return the tokens/s of the median step and the spread of all steps."""
     return {"tokens_per_s": tokens / statistics.median(seconds), "step": timing_summary(seconds)}
 
 
 def _utilization(
     config: RunConfig, flops: list[dict[str, int]], seconds: float, device: torch.device
 ) -> dict[str, Any]:
-    """Model FLOPs of the mean step, by part, and the share of the device's peak that they make of the median step."""
+    """Return the model FLOPs of the mean step by part, and the MFU of the median step."""
     by_part = {part: sum(step[part] for step in flops) / len(flops) for part in flops[0]}
     total, six_n = sum(by_part.values()), six_n_flops(config.model, config.batch.tokens)
     peak = peak_flops(device_name(device))
@@ -195,7 +191,7 @@ def _utilization(
 
 
 def _batches(config: RunConfig, workload: Workload, step: int) -> list[Batch]:
-    """The batches of one update, a fresh one for each pass."""
+    """Return the batches of one update, one per accumulation step."""
     micro_rows, seq_len = config.batch.micro_rows, config.data.seq_len
     return [
         rows.synthetic_batch(workload.documents, micro_rows, seq_len, config.model.vocab_size, (config.seed, step, i))
@@ -210,7 +206,10 @@ def _timed_updates(
     device: torch.device,
     update: Callable[[list[Batch], int], None],
 ) -> tuple[list[float], list[dict[str, int]]]:
-    """Run the updates; seconds of each timed one, and its model FLOPs by part. Making the rows is not timed."""
+    """Run the updates and return the seconds and the model FLOPs by part of each timed one.
+
+    The rows are generated outside the timed region.
+    """
     seconds, flops = [], []
     with progress_bar() as bar:
         task = bar.add_task(title, total=workload.warmup + workload.steps, note="warming up")
@@ -225,21 +224,19 @@ def _timed_updates(
     return seconds, flops
 
 
-def _measure_peer(
-    name: str, config: RunConfig, workload: Workload, device: torch.device, recompute: bool
-) -> dict[str, Any]:
-    """The peer's figures on the same rows; if it does not fit the device, the line that says so (`problem`)."""
+def _measure_peer(run: PeerRun, config: RunConfig, workload: Workload, device: torch.device) -> dict[str, Any]:
+    """Return the peer's figures on the same rows, or the reason (`problem`) if it does not fit the device."""
     gc.collect()
     reset_memory(device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-    tried = f"{name}, {config.batch.micro_rows} x {config.data.seq_len} tokens"
-    figures = {"peer": name, "recompute": "full" if recompute else "none", "held_before_bytes": held}
+    tried = f"{run.name}, {config.batch.micro_rows} x {config.data.seq_len} tokens"
+    figures = {"peer": run.name, "recompute": "full" if run.recompute else "none", "held_before_bytes": held}
     try:
         with oom_context(f"{tried}, recompute {figures['recompute']}"):
-            peer = Peer(name, config, device, recompute)
-            seconds, _ = _timed_updates(name, config, workload, device, peer.update)
+            peer = Peer(run.name, config, device, run.recompute)
+            seconds, _ = _timed_updates(run.name, config, workload, device, peer.update)
     except RunError as error:
-        return {**figures, "problem": str(error)}  # what was measured of the other is worth keeping
+        return {**figures, "problem": str(error)}  # keep the figures of our own model
     return {
         **figures,
         **peer.describe(),

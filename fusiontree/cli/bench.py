@@ -26,19 +26,11 @@ def _shown(bench: Callable[[argparse.Namespace], Figures]) -> Callable[[argparse
 
 
 def _bench_train(args: argparse.Namespace) -> Figures:
-    from fusiontree.bench.train import Workload, bench_train
+    from fusiontree.bench.train import PeerRun, Workload, bench_train
 
-    return bench_train(
-        args.preset,
-        args.overrides,
-        Workload(args.documents, args.steps, args.warmup),
-        seq_len=args.seq_len,
-        batch_tokens=args.batch_tokens,
-        recompute=args.recompute,
-        peer=args.peer,
-        peer_recompute=args.peer_recompute == "full",
-        profile=args.profile,
-    )
+    workload = Workload(args.documents, args.steps, args.warmup, args.seq_len, args.batch_tokens, args.recompute)
+    peer = None if args.peer is None else PeerRun(args.peer, args.peer_recompute == "full")
+    return bench_train(args.preset, args.overrides, workload, peer, args.profile)
 
 
 def _bench_decode(args: argparse.Namespace) -> Figures:
