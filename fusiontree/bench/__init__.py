@@ -1,4 +1,4 @@
-"""Measurements: training and its peers, decoding and kernels on made-up tokens, the loader on a dataset.
+"""Benchmarks of training, peer models, decoding, kernels, the data loader, export and the engine's overhead.
 
-An export's needs are measured on drawn weights. All run the code that users run.
+Each benchmark runs the code that users run, on synthetic tokens and random weights; the data loader reads a dataset.
 """

@@ -1,4 +1,4 @@
-"""Decoding, measured: prompts taken in, tokens made one by one, and what the cache holds."""
+"""Benchmark of decoding: prefill, single-token steps and the size of the cache."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +22,16 @@ def bench_decode(
     """Measure prefill and decoding of `preset` with random weights, for every batch and context.
 
     Args:
-        preset: its name or a YAML file. overrides: ``key=value``, as for a run.
-        batches: rows decoded together. contexts: tokens of each row's prompt.
-        steps: tokens that are made, and timed, per row.
+        preset: its name or a YAML file.
+        overrides: ``key=value``, as for a run.
+        batches: numbers of rows decoded together.
+        contexts: prompt lengths in tokens.
+        steps: tokens generated and timed per row.
 
     Returns:
-        The model and the machine, and for each batch and context: tokens/s of the prefill and of decoding (all rows
-        together, the median step), the spread of a step, the cache's bytes and the memory's peak.
-        Where memory does not suffice, the line that says so (`problem`).
+        The model and the machine, and for each batch and context: tokens/s of prefill and decoding (all rows together,
+        median step), the spread of a step, the bytes of the cache and the peak memory, or the reason (`problem`) if
+        memory does not suffice.
 
     Raises:
         UserError: the configuration or a number is wrong.
@@ -62,7 +64,7 @@ def bench_decode(
 
 
 def random_model(config: RunConfig, device: torch.device) -> HybridLM:
-    """The model with random weights in the precision of its activations; the scan's own parameters are fp32 always."""
+    """Return the model with random weights in the precision of its activations; state parameters are fp32."""
     torch.manual_seed(config.seed)
     dtype = DTYPES[config.precision]
     kernels = choose_kernels(device.type, config.kernels.model_dump(), config.model, dtype)

@@ -1,4 +1,4 @@
-"""What an export needs: a checkpoint of drawn weights is made, and exported by a process whose memory is watched."""
+"""Benchmark of export: peak memory and time of exporting a checkpoint with random weights."""
 
 import json
 import shutil
@@ -30,25 +30,26 @@ from fusiontree.run.folder import CONFIG_FILE, GATES_FILE, STATE_FILE, TOKENIZER
 from fusiontree.training.optimizer import parameter_groups
 from fusiontree.zero import layout
 
-MARGIN = 2**28  # bytes of disk beside the weights
-POLL = 0.02  # seconds between two looks at the process
+MARGIN = 2**28  # bytes of disk needed in addition to the weights
+POLL = 0.02  # seconds between two readings of the process's memory
 
 
 def bench_export(
     preset: str, overrides: list[str], dtype: str = "fp32", ranks: int = 8, folder: Path | None = None
 ) -> dict[str, Any]:
-    """Export a checkpoint of `preset` with initial weights by ``fusiontree export`` in a process of its own.
+    """Write a checkpoint of `preset` with initial weights and export it by ``fusiontree export`` in a child process.
 
     Args:
-        preset: its name or a YAML file. overrides: ``key=value``, as for a run; `deepspeed` decides on the ZeRO stage.
+        preset: its name or a YAML file.
+        overrides: ``key=value``, as for a run; `deepspeed` sets the ZeRO stage.
         dtype: `fp32` or `bf16`, of the exported weights.
-        ranks: that the checkpoint is of.
-        folder: where run and export are made and stay; None: in the system's temporary folder, and nothing stays.
+        ranks: number of ranks that the checkpoint is partitioned for.
+        folder: empty folder that keeps run and export; None: a temporary folder that is removed.
 
     Returns:
-        The machine and the checkpoint; its bytes and the export's, of all files; those of the largest tensor in fp32;
-        the greatest resident memory of the process, mapped files included; its seconds, the interpreter's start
-        included; and the parity figures.
+        The machine and the checkpoint, the bytes of checkpoint and export, the bytes of the largest tensor in fp32, the
+        peak resident memory of the child process (mapped files included), its seconds (interpreter start included) and
+        the parity figures.
 
     Raises:
         UserError: the configuration, a number or the folder is wrong, or the disk lacks the room.
@@ -59,7 +60,7 @@ def bench_export(
     if ranks < 1:
         raise UserError(f"--ranks is {ranks}; it must be at least 1")
     if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--folder {folder} is there and no empty folder; name another")
+        raise UserError(f"--folder {folder} exists and is not an empty folder; name another")
     _require_room(folder or Path(tempfile.gettempdir()), config, dtype)
     if folder is not None:
         refuse_below_file(folder)
@@ -91,7 +92,7 @@ def _require_room(folder: Path, config: RunConfig, dtype: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
-            f"checkpoint and export need {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free; "
+            f"checkpoint and export need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; "
             "name a folder on another disk with --folder"
         )
 
@@ -100,9 +101,9 @@ def _require_room(folder: Path, config: RunConfig, dtype: str) -> None:
 
 
 def write_checkpoint(run: Path, config: RunConfig, stage: int, ranks: int) -> Path:
-    """A run's folder with a checkpoint of its initial weights, made module by module; returns the checkpoint.
+    """Write a run's folder with a checkpoint of its initial weights, module by module, and return the checkpoint.
 
-    What a run saves besides, the optimizer's moments and copies of weights, an export hashes and does not read.
+    Optimizer moments and duplicate weights, which an export only hashes, are left out.
     """
     folder = checkpoint_path(run, 1)
     folder.mkdir(parents=True)
@@ -123,7 +124,7 @@ def write_checkpoint(run: Path, config: RunConfig, stage: int, ranks: int) -> Pa
 
 
 def _write_weights(folder: Path, model: HybridLM, config: RunConfig, stage: int, ranks: int) -> None:
-    """DeepSpeed's files: first with holes for the weights, then each weight where a reader looks for it."""
+    """Write DeepSpeed's files: first as sparse files without tensor data, then each weight at its offset."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [
         {names[parameter]: parameter.shape for parameter in group["params"]}
@@ -157,7 +158,7 @@ def _fill(place: StoredTensor, value: Tensor) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer of one token: no text is encoded."""
+    """Write a tokenizer with a single token; the benchmark encodes no text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -171,7 +172,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _watch_export(run: Path, output: Path, dtype: str) -> dict[str, Any]:
-    """Peak of resident memory in bytes, seconds and parity of ``fusiontree export``."""
+    """Run ``fusiontree export`` and return its peak resident memory in bytes, its seconds and its parity figures."""
     words = ["export", str(run), str(output), "--dtype", dtype, "--json"]
     started, peak = time.perf_counter(), 0
     with subprocess.Popen([sys.executable, "-m", "fusiontree", *words], stdout=subprocess.PIPE, text=True) as process:
@@ -180,19 +181,19 @@ def _watch_export(run: Path, output: Path, dtype: str) -> dict[str, Any]:
                 peak = max(peak, _peak_resident(process.pid))
                 time.sleep(POLL)
         finally:
-            process.terminate()  # an interrupted one: what it has begun goes before its folder does
+            process.terminate()  # after an interrupt, the child must remove its output before the folder goes
             process.wait()
-        said, _ = process.communicate()
+        output_text, _ = process.communicate()
     if process.returncode:
-        raise RunError(f"the export of {run} ended with code {process.returncode}; what it said stands above")
+        raise RunError(f"the export of {run} ended with code {process.returncode}; its own error is printed above")
     seconds = time.perf_counter() - started
-    return {"peak_memory_bytes": peak, "seconds": seconds, "parity": json.loads(said)["parity"]}
+    return {"peak_memory_bytes": peak, "seconds": seconds, "parity": json.loads(output_text)["parity"]}
 
 
 def _peak_resident(process: int) -> int:
-    """Bytes that a process has had resident at most, pages of mapped files included; 0 when it is ending.
+    """Return the peak resident memory of a process in bytes, mapped files included; 0 once it has exited.
 
-    Unlike `ru_maxrss`, it does not begin with what the process that started it held.
+    `VmHWM` starts at zero for a new program, whereas `ru_maxrss` inherits the peak of the parent.
     """
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

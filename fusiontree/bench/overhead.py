@@ -1,6 +1,6 @@
-"""What the engine costs: a real run beside a bare DeepSpeed loop over the same model and the very same rows.
+"""Benchmark of the engine's overhead: a real run against a bare DeepSpeed loop over the same model and rows.
 
-Both live in one process and take turns, block by block, so that whatever else slows the machine slows both.
+Both run in one process and alternate block by block, so that other load on the machine affects both.
 """
 
 import contextlib
@@ -32,23 +32,25 @@ from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.trainer import Trainer
 from fusiontree.zero.setup import initialize
 
-BLOCK = 5  # updates of the one, then as many of the other
+BLOCK = 5  # consecutive updates of the run, and of the bare loop
 SYNTHETIC_ROWS = 256
 
 
 def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: int = 2) -> dict[str, Any]:
     """Measure a run of configuration `source` on one device against a bare loop.
 
-    The run is `Trainer`'s own: it reads shards, counts damaged rows, keeps gate statistics, records metrics at least
-    once a block and looks at layers when they are due; it does not validate or save. The bare loop has the rows of each
-    block in memory and does forward, backward and step.
+    The run uses `Trainer`: it reads shards, counts damaged rows, keeps gate statistics, records metrics at least once
+    per block and layer figures when due; it does not validate or save. The bare loop has the rows of each block in
+    memory and runs forward, backward and step.
 
     Args:
-        source: a preset's name or a YAML file. overrides: ``key=value``; data.path, if none is given, is made up.
-        rounds: pairs of blocks that are timed. warmup: pairs before them.
+        source: a preset's name or a YAML file.
+        overrides: ``key=value``; without data.path, rows are synthetic.
+        rounds: timed pairs of blocks.
+        warmup: untimed pairs before them.
 
     Returns:
-        Seconds of an update of either and the overhead: the median over the rounds of their ratio, less one.
+        Seconds per update of both, and the overhead: the median over the rounds of their ratio minus one.
 
     Raises:
         UserError: the configuration cannot be measured here.
@@ -68,7 +70,7 @@ def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: 
 
 
 def overhead_config(source: str, overrides: list[str], folder: Path, steps: int) -> RunConfig:
-    """The configuration as it is measured, over rows made up under `folder` unless it names some.
+    """Return the measured configuration, over synthetic rows under `folder` unless it names a dataset.
 
     Raises:
         UserError: see `load_config`.
@@ -86,7 +88,7 @@ def overhead_config(source: str, overrides: list[str], folder: Path, steps: int)
 
 
 def _write_rows(folder: Path, config: RunConfig) -> None:
-    """A dataset of random tokens in documents of random lengths."""
+    """Write a dataset of random tokens in documents of random lengths."""
     length, vocab, draw = config.data.seq_len, config.model.vocab_size, np.random.default_rng(config.seed)
     dtype = np.uint16 if vocab <= 2**16 else np.uint32
     folder.mkdir()
@@ -102,7 +104,7 @@ def _write_rows(folder: Path, config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long a block took: by the clock, and of the process's own computing on a CPU."""
+    """Wall-clock time and CPU time of a block."""
 
     wall: float
     cpu: float
@@ -114,14 +116,14 @@ class Seconds:
         return Seconds(self.wall - other.wall, self.cpu - other.cpu)
 
 
-class _Over(Exception):  # noqa: N818
-    """All rounds are done: what ends the run from within its stream."""
+class _RoundsDone(Exception):  # noqa: N818
+    """Signal from the stream that all rounds are done; it ends the run."""
 
 
-class _TakingTurns(TrainStream):
-    """The run's own stream, block by block: for each, the bare loop makes the run's updates, before or after it.
+class _AlternatingStream(TrainStream):
+    """The run's stream, which hands every block to the bare loop as well, before or after the run trains on it.
 
-    Whichever comes first meets what a new shape of rows costs once, so the order changes from block to block.
+    The first to see a new shape of rows pays for its compilation, so the order alternates from block to block.
     """
 
     def __init__(self, config: RunConfig, world: World, bare: "BareLoop", rounds: int):
@@ -130,20 +132,20 @@ class _TakingTurns(TrainStream):
         )
         self.bare, self.device, self.rounds = bare, world.device, rounds
         self.block: list[list[Batch]] = []
-        self.left: list[list[Batch]] = []  # of the block, for the run
-        self.pairs: list[tuple[Seconds, Seconds]] = []  # the run's, the bare loop's
+        self.remaining: list[list[Batch]] = []  # batches of the block that the run has not trained on
+        self.pairs: list[tuple[Seconds, Seconds]] = []  # of the run and of the bare loop
 
     def __next__(self) -> list[Batch]:
-        if not self.left:
+        if not self.remaining:
             if self.block:
                 self._close_block()
             self._open_block()
-        return self.left.pop(0)
+        return self.remaining.pop(0)
 
     def _open_block(self) -> None:
         start = _clock(self.device)
         self.block = [TrainStream.__next__(self) for _ in range(BLOCK)]
-        self.left = list(self.block)
+        self.remaining = list(self.block)
         self.reading = _clock(self.device) - start
         self.bare_seconds = self._bare_block() if len(self.pairs) % 2 else None
         self.started = _clock(self.device)
@@ -152,7 +154,7 @@ class _TakingTurns(TrainStream):
         ours = _clock(self.device) - self.started + self.reading
         self.pairs.append((ours, self.bare_seconds or self._bare_block()))
         if len(self.pairs) == self.rounds:
-            raise _Over
+            raise _RoundsDone
 
     def _bare_block(self) -> "Seconds":
         start = _clock(self.device)
@@ -162,18 +164,20 @@ class _TakingTurns(TrainStream):
 
 
 class BareLoop:
-    """The least that trains: the same model and optimizer under DeepSpeed, which clips by itself; nothing around it."""
+    """Minimal training loop: the same model and optimizer under DeepSpeed, with DeepSpeed's own clipping."""
 
     def __init__(self, config: RunConfig, world: World):
         settings = engine_settings(config, world) | {"gradient_clipping": config.optimizer.grad_clip}
-        settings["zero_optimization"].pop("compute_grad_norm", None)  # the run's own clipping needs none
+        settings["zero_optimization"].pop(
+            "compute_grad_norm", None
+        )  # set for the run, whose clipping computes the norm
         model = build_model(config, world, settings)
         optimizer = build_optimizer(model, config.optimizer)
         self.engine = initialize(model, optimizer, settings)
         self.device = world.device
 
     def update(self, batches: list[Batch]) -> torch.Tensor:
-        """One optimizer update; the last batch's mean loss in nats per token, ()."""
+        """Run one optimizer update and return the mean loss of the last batch in nats per token, ()."""
         self.engine.train()
         for batch in batches:
             input_ids, labels, documents = to_device(batch, self.device)
@@ -186,15 +190,15 @@ class BareLoop:
 def _measure(config: RunConfig, world: World, rounds: int) -> list[tuple[Seconds, Seconds]]:
     config.run_dir.mkdir(parents=True)
     with oom_context(f"two models of {config.name} in memory"):
-        stream = _TakingTurns(config, world, BareLoop(config, world), rounds)
+        stream = _AlternatingStream(config, world, BareLoop(config, world), rounds)
         trainer = Trainer(config, world, open_data(config), stream, None)
-        with contextlib.closing(stream), contextlib.suppress(_Over):
+        with contextlib.closing(stream), contextlib.suppress(_RoundsDone):
             trainer.run()
     return stream.pairs
 
 
 def _clock(device: torch.device) -> Seconds:
-    """Now, when the device has done all that it was given."""
+    """Return the clocks after the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Seconds(time.perf_counter(), time.process_time())
@@ -216,7 +220,7 @@ def _describe(config: RunConfig, rounds: int) -> dict[str, Any]:
 
 
 def _figures(pairs: list[tuple[Seconds, Seconds]]) -> dict[str, Any]:
-    """The overhead by the clock; by computing time as well, which other work on the machine disturbs less."""
+    """Return the overhead by wall-clock time and by CPU time, which other load on the machine disturbs less."""
     return {
         "run_update": timing_summary([ours.wall / BLOCK for ours, _ in pairs]),
         "bare_update": timing_summary([bare.wall / BLOCK for _, bare in pairs]),
@@ -226,7 +230,7 @@ def _figures(pairs: list[tuple[Seconds, Seconds]]) -> dict[str, Any]:
 
 
 def _overhead(ratios: list[float]) -> dict[str, Any]:
-    """Median over the rounds, less one, with the quartiles and each round beside it."""
+    """Return the median ratio minus one, with the quartiles and every round."""
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "median": statistics.median(ratios) - 1,

@@ -1,4 +1,4 @@
-"""Where the time of one training step goes: kernels by kind and by name, and when the device waited."""
+"""Profile of one training step: GPU time by kind of work and by kernel, and idle time."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from fusiontree.device import elapsed
 from fusiontree.files import write_atomic
 
-TOP = 40  # kernels that the report names
+TOP = 40  # kernels listed in the report
 
-# kind of work by a kernel's name, or an operator's on a CPU; the first that matches counts
+# kind of work by the name of a kernel (on a CPU: of an operator); the first match counts
 _KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d|gloo"),
-    # the compiler's, which are named after what they fuse, so they come first; and ours
+    # kernels of torch.compile contain the names of the operators they fuse, so they must match first; then ours
     ("fused pointwise", r"^triton_(poi|red|per|for)_|^_(swiglu|gated_norm|joined_norm|heads)_"),
     ("scan, backward", r"_chunk_\w*bwd|_state_passing_bwd|_scan_\w*backward"),
     ("scan, forward", r"_chunk_(cumsum|state|scan)_fwd|_bmm_chunk_fwd|_state_passing_fwd|_scan_(decay|outputs)_kernel"),
@@ -38,7 +38,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 
 
 class Kernel(NamedTuple):
-    """One run of a kernel; on a CPU, all runs of an operator together."""
+    """One execution of a kernel; on a CPU, all executions of an operator together."""
 
     name: str
     start: float  # µs
@@ -47,19 +47,22 @@ class Kernel(NamedTuple):
 
 
 def profile_step(device: torch.device, run: Callable[[], Any], path: Path, usual_seconds: float) -> dict[str, Any]:
-    """Profile the second of two calls of `run`, when nothing starts up any more, and write its ranked report to `path`.
+    """Profile the second of two calls of `run`, after all initialization, and write a ranked report to `path`.
 
     Args:
-        usual_seconds: what `run` takes when nobody watches, for the report.
+        device: of the model.
+        run: executes one step.
+        path: Markdown file of the report.
+        usual_seconds: time of `run` without the profiler, for the report.
 
     Returns:
-        Seconds of the step, seconds in which the device was busy or waited, and the share of each kind of work.
+        Seconds of the step, busy and idle seconds of the device, and the share of each kind of work.
     """
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     for _ in range(2):
-        with profile(activities=[activity]) as watched:
+        with profile(activities=[activity]) as profiler:
             wall = elapsed(device, run)
-    kernels = _device_kernels(watched) if device.type == "cuda" else _operators(watched)
+    kernels = _device_kernels(profiler) if device.type == "cuda" else _operators(profiler)
     busy = _busy_seconds(kernels) if device.type == "cuda" else sum(kernel.duration for kernel in kernels) / 1e6
     kinds = _summed(kernels, lambda kernel: kind_of(kernel.name))
     total = sum(duration for duration, _ in kinds.values())
@@ -75,27 +78,27 @@ def profile_step(device: torch.device, run: Callable[[], Any], path: Path, usual
 
 
 def kind_of(name: str) -> str:
-    """The kind of work that a kernel's name stands for."""
+    """Return the kind of work of a kernel by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def _device_kernels(watched: Any) -> list[Kernel]:
-    """All kernels, copies and fills on the device, from the profiler's own trace."""
+def _device_kernels(profiler: Any) -> list[Kernel]:
+    """Return all kernels, copies and memory sets on the device from the profiler's trace."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        watched.export_chrome_trace(str(path))
+        profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     wanted = ("kernel", "gpu_memcpy", "gpu_memset")
     return [Kernel(e["name"], float(e["ts"]), float(e["dur"])) for e in events if e.get("cat") in wanted]
 
 
-def _operators(watched: Any) -> list[Kernel]:
-    """On a CPU: the operators' own time, without that of those they call."""
-    return [Kernel(e.key, 0.0, e.self_cpu_time_total, e.count) for e in watched.key_averages()]
+def _operators(profiler: Any) -> list[Kernel]:
+    """Return the self time of each operator on a CPU."""
+    return [Kernel(e.key, 0.0, e.self_cpu_time_total, e.count) for e in profiler.key_averages()]
 
 
 def _busy_seconds(kernels: Iterable[Kernel]) -> float:
-    """Time in which at least one kernel ran: the union of their intervals."""
+    """Return the seconds in which at least one kernel ran: the length of the union of their intervals."""
     busy, end = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         finish = kernel.start + kernel.duration
@@ -105,7 +108,7 @@ def _busy_seconds(kernels: Iterable[Kernel]) -> float:
 
 
 def _summed(kernels: Sequence[Kernel], key: Callable[[Kernel], str]) -> dict[str, tuple[float, int]]:
-    """Duration in µs and calls by `key`, the longest first."""
+    """Return duration in µs and number of calls by `key`, longest first."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for kernel in kernels:
         sums[key(kernel)][0] += kernel.duration
@@ -122,9 +125,9 @@ def _report(summary: dict[str, Any], kinds: dict[str, tuple[float, int]], names:
     )
     lines = [
         "# One training step",
-        f"{step} under the profiler, {usual} without it; the device was busy for {busy} and waited for {gap}.",
+        f"{step} under the profiler, {usual} without it; the device was busy for {busy} and idle for {gap}.",
         "\n".join(_table("kind", kinds, total)),
-        f"The {len(shown)} kernels that took longest, of {len(names)}:",
+        f"The {len(shown)} longest of {len(names)} kernels:",
         "\n".join(_table("kernel", shown, total)),
     ]
     return "\n\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What pruning layers to one branch gains: prefill, decoding and memory of both models in one process."""
+"""Benchmark of pruning: prefill, decoding and memory of the complete and the pruned model in one process."""
 
 import itertools
 from pathlib import Path
@@ -15,8 +15,8 @@ from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.model.config import LayerKind, ModelConfig
 from fusiontree.prune.plan import Pruning, pruned_model, read_plan
 
-PREFILLS = 5  # timed, behind one that compiles and tunes
-# what every second layer keeps, in turn
+PREFILLS = 5  # timed prefills, after one that compiles and tunes
+# branches that layers 1, 3, 5, ... keep, in turn
 HALVES: dict[str, tuple[LayerKind, ...]] = {
     "mamba": ("mamba",),
     "attention": ("attention",),
@@ -33,19 +33,25 @@ def bench_prune(
     keep: str = "alternate",
     prefills: int = PREFILLS,
 ) -> dict[str, Any]:
-    """Measure `preset` with random weights, whole and with layers pruned to one branch.
+    """Measure `preset` with random weights, complete and with layers pruned to one branch.
 
-    What pruning gains depends on what the gates let go of: attention's cache grows with the prompt, Mamba's does not.
+    The gain depends on which branches go: the cache of attention grows with the prompt, that of Mamba does not.
 
     Args:
-        preset: its name or a YAML file. overrides: ``key=value``, as for a run.
-        batch: rows decoded together. context: tokens of each row's prompt. steps: tokens made, and timed, per row.
-        keep: what layers 1, 3, 5, ... keep, one of `HALVES`; or the path of a plan that says what each layer keeps.
-        prefills: timed of each model.
+        preset: its name or a YAML file.
+        overrides: ``key=value``, as for a run.
+        batch: rows decoded together.
+        context: prompt length in tokens.
+        steps: tokens generated and timed per row.
+        keep: branch that layers 1, 3, 5, ... keep, one of `HALVES`; or the path of a pruning plan.
+        prefills: timed prefills of each model.
 
     Returns:
-        The machine, the kinds of the layers, the figures of both models as of `measure_decoding`, and their ratios,
-        pruned over whole: decoding and prefill by tokens/s, memory by the peak (on a CPU: weights and cache).
+        The machine, the kinds of the layers, the figures of both models (see `measure_decoding`) and the ratios of
+        pruned to complete: tokens/s of decoding and prefill, peak memory (on a CPU: weights plus cache).
+
+    Raises:
+        UserError: a number is out of range, or the plan does not fit the model.
     """
     for name, value in (("batch", batch), ("context", context), ("steps", steps), ("prefills", prefills)):
         if value < 1:
@@ -59,7 +65,7 @@ def bench_prune(
     figures = {}
     for name in ("whole", "pruned"):
         if name == "pruned":
-            # what both share stays where it is, what only the whole model has goes with it
+            # both models share the kept weights; the others are freed with the complete model
             weights, kernels = dict(model.named_parameters()), model.kernels
             gates = torch.full((config.model.num_layers, config.model.hidden_size), 0.5, device=device)
             model = pruned_model(weights, config.model, pruning, gates, kernels)
@@ -85,7 +91,7 @@ def bench_prune(
 
 
 def half_pruned(config: ModelConfig, keep: str = "alternate") -> Pruning:
-    """Every second layer with one branch, `keep` one of `HALVES`."""
+    """Return a pruning of every second layer to one branch; `keep` is one of `HALVES`."""
     turns = itertools.cycle(HALVES[keep])
     pruning = Pruning.none(config)
     for layer, kind in zip(range(1, config.num_layers, 2), turns, strict=False):

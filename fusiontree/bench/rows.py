@@ -1,4 +1,4 @@
-"""Made-up packed rows: random tokens in documents of random lengths. Free of torch."""
+"""Synthetic packed rows: random tokens in documents of random lengths. Free of torch."""
 
 from typing import Literal
 
@@ -8,13 +8,13 @@ from fusiontree.data.batch import Batch, collate
 
 Documents = Literal["packed", "single"]
 
-# a document's length is log-normal: mean 2,104 tokens, one in 500 longer than 32,768
+# document lengths are log-normal: mean 2,104 tokens, one in 500 longer than 32,768
 MEDIAN_TOKENS = 1024
-SIGMA = 1.2  # deviation of the length's logarithm
+SIGMA = 1.2  # standard deviation of the logarithm
 
 
 def document_lengths(kind: Documents, seq_len: int, draw: np.random.Generator) -> list[int]:
-    """Lengths of the documents that fill a row of `seq_len` tokens; the last is cut to fit."""
+    """Return document lengths that fill a row of `seq_len` tokens; the last document is cut to fit."""
     if kind == "single":
         return [seq_len]
     lengths: list[int] = []
@@ -26,7 +26,7 @@ def document_lengths(kind: Documents, seq_len: int, draw: np.random.Generator) -
 
 
 def synthetic_batch(kind: Documents, rows: int, seq_len: int, vocab_size: int, seed: tuple[int, ...]) -> Batch:
-    """A batch of random tokens, the same for the same `seed`."""
+    """Return a batch of random tokens, deterministic in `seed`."""
     draw = np.random.default_rng(seed)
     ends = [np.cumsum(document_lengths(kind, seq_len, draw), dtype=np.int32) for _ in range(rows)]
     return collate(draw.integers(vocab_size, size=(rows, seq_len)), ends)

@@ -1,4 +1,4 @@
-"""``fusiontree bench``: measurements."""
+"""``fusiontree bench``: benchmarks."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ Figures = dict[str, Any]
 
 
 def _shown(bench: Callable[[argparse.Namespace], Figures]) -> Callable[[argparse.Namespace], int]:
-    """The handler that shows what `bench` measures; what libraries print meanwhile goes to standard error."""
+    """Return a handler that prints the figures of `bench`; output of libraries goes to standard error meanwhile."""
 
     def handler(args: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr):
@@ -76,7 +76,7 @@ def _bench_overhead(args: argparse.Namespace) -> Figures:
 
 def add(commands: Any) -> None:
     """Add the subcommands."""
-    summary = "Measure how fast things are here, and what they need; nothing stays but what an option names."
+    summary = "Measure speed and memory on this machine. Only files named by an option are kept."
     bench = commands.add_parser(
         "bench",
         help=summary,
@@ -90,7 +90,7 @@ def add(commands: Any) -> None:
         bench_commands,
         "train",
         _shown(_bench_train),
-        "Measure training under the real engine, beside a peer's if wished.",
+        "Measure training with the engine of real runs, optionally next to a peer model.",
         "bench train --preset 1b --seq-len 32768 --peer hf-falcon-h1",
     )
     add_preset(train)
@@ -100,16 +100,18 @@ def add(commands: Any) -> None:
         "--documents",
         choices=("packed", "single"),
         default="packed",
-        help="documents of random lengths, or one a row (default packed)",
+        help="documents of random lengths, or one per row (default packed)",
     )
-    train.add_argument("--steps", type=int, default=10, metavar="N", help="updates timed (default 10)")
-    train.add_argument("--warmup", type=int, default=3, metavar="N", help="updates before them (default 3)")
+    train.add_argument("--steps", type=int, default=10, metavar="N", help="timed updates (default 10)")
+    train.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed updates before them (default 3)")
     train.add_argument("--recompute", default="none", metavar="KIND", help="activation checkpointing (default none)")
-    train.add_argument("--peer", metavar="NAME", help="hf-llama, hf-falcon-h1 or fla-mamba2, in the same run")
     train.add_argument(
-        "--peer-recompute", choices=("none", "full"), default="full", help="the peer's checkpointing (default full)"
+        "--peer", metavar="NAME", help="also measure hf-llama, hf-falcon-h1 or fla-mamba2 in the same process"
     )
-    train.add_argument("--profile", type=Path, metavar="FILE", help="write where the time of a step goes, in Markdown")
+    train.add_argument(
+        "--peer-recompute", choices=("none", "full"), default="full", help="recomputation of the peer (default full)"
+    )
+    train.add_argument("--profile", type=Path, metavar="FILE", help="write a profile of one step as Markdown")
 
     decode = command(
         bench_commands,
@@ -119,47 +121,53 @@ def add(commands: Any) -> None:
         "bench decode --preset 1b --batch 1 64 --context 1024 32768",
     )
     add_preset(decode)
-    decode.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows together (default 1)")
     decode.add_argument(
-        "--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens of a prompt (default 1024)"
+        "--batch", type=int, nargs="+", default=[1], metavar="N", help="rows decoded together (default 1)"
     )
-    decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens made per row (default 32)")
+    decode.add_argument(
+        "--context", type=int, nargs="+", default=[1024], metavar="N", help="prompt length in tokens (default 1024)"
+    )
+    decode.add_argument("--steps", type=int, default=32, metavar="N", help="tokens generated per row (default 32)")
 
     prune = command(
         bench_commands,
         "prune",
         _shown(_bench_prune),
-        "Measure what pruning layers to one branch gains, with random weights.",
+        "Measure the gain from pruning layers to one branch, with random weights.",
         "bench prune --preset 1b --context 32768",
     )
     add_preset(prune)
-    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows together (default 1)")
-    prune.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of a prompt (default 32768)")
-    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens made per row (default 64)")
-    prune.add_argument("--prefills", type=int, default=5, metavar="N", help="prefills timed of each (default 5)")
+    prune.add_argument("--batch", type=int, default=1, metavar="N", help="rows decoded together (default 1)")
+    prune.add_argument(
+        "--context", type=int, default=32768, metavar="N", help="prompt length in tokens (default 32768)"
+    )
+    prune.add_argument("--steps", type=int, default=64, metavar="N", help="tokens generated per row (default 64)")
+    prune.add_argument("--prefills", type=int, default=5, metavar="N", help="timed prefills of each model (default 5)")
     prune.add_argument(
         "--keep",
         default="alternate",
         metavar="mamba|attention|alternate|PLAN",
-        help="what every second layer keeps (default: the one and the other in turn), or a plan of `fusiontree prune`",
+        help="branch that every second layer keeps (default: alternate), or a plan of `fusiontree prune`",
     )
 
     kernels = command(
         bench_commands,
         "kernels",
         _shown(_bench_kernels),
-        "Measure every back-end that runs here against the reference.",
+        "Measure every available kernel back-end against the reference.",
         "bench kernels --preset 1b --seq-len 32768",
     )
     add_preset(kernels)
-    kernels.add_argument("--seq-len", type=int, metavar="N", help="tokens in the row (default: the preset's)")
-    kernels.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls each (default 10)")
+    kernels.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: the preset's)")
+    kernels.add_argument(
+        "--repeats", type=int, default=10, metavar="N", help="timed calls of each back-end (default 10)"
+    )
 
     loader = command(
         bench_commands,
         "loader",
         _shown(_bench_loader),
-        "Measure how fast training batches come from a dataset.",
+        "Measure the throughput of training batches from a dataset.",
         "bench loader --data data/books",
     )
     loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
@@ -170,25 +178,36 @@ def add(commands: Any) -> None:
         bench_commands,
         "export",
         _shown(_bench_export),
-        "Measure what exporting a checkpoint of drawn weights needs, which is made for it.",
+        "Measure memory and time of exporting a checkpoint with random weights.",
         "bench export --preset 1b --dtype bf16",
     )
     add_preset(export)
-    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the export (default fp32)")
-    export.add_argument("--ranks", type=int, default=8, metavar="N", help="that the checkpoint is of (default 8)")
-    export.add_argument("--folder", type=Path, metavar="DIR", help="keep run and export there (default: nothing stays)")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the export (default fp32)"
+    )
+    export.add_argument(
+        "--ranks", type=int, default=8, metavar="N", help="ranks that the checkpoint is partitioned for (default 8)"
+    )
+    export.add_argument(
+        "--folder", type=Path, metavar="DIR", help="empty folder to keep run and export in (default: both are removed)"
+    )
 
     overhead = command(
         bench_commands,
         "overhead",
         _shown(_bench_overhead),
-        "Measure what the engine costs: a real run beside a bare DeepSpeed loop, in turns.",
+        "Measure the overhead of the engine: a real run alternates with a bare DeepSpeed loop.",
         "bench overhead 125m --json overhead.json",
         figures=False,
     )
     add_config(overhead)
-    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="pairs of blocks timed (default 12)")
-    overhead.add_argument("--warmup", type=int, default=2, metavar="N", help="pairs before them (default 2)")
+    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="timed pairs of blocks (default 12)")
+    overhead.add_argument("--warmup", type=int, default=2, metavar="N", help="untimed pairs before them (default 2)")
     overhead.add_argument(
-        "--json", nargs="?", type=Path, const=True, metavar="FILE", help="print the figures as JSON, or write them"
+        "--json",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FILE",
+        help="print the figures as JSON, or write them to FILE",
     )
