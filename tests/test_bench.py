@@ -1,4 +1,4 @@
-"""The benchmarks run what users run, and their figures agree with one another. Nothing here asserts a speed."""
+"""The benchmarks run the code that users run, and their figures are consistent. Nothing here asserts a speed."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_a_single_document_fills_the_row() -> None:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -> None:
+def test_the_default_is_one_row_under_zero1() -> None:
     config = bench.bench_config("tiny", [], CPU)
     assert (config.batch.tokens, config.data.seq_len, config.deepspeed) == (1024, 1024, "zero1")
     assert (config.activation_checkpointing.policy, config.precision) == ("none", "fp32")
@@ -76,7 +76,7 @@ def test_the_preset_is_measured_at_one_row_under_zero1_unless_told_otherwise() -
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Figures and profile of a whole run of the command, peer included."""
+    """Figures and profile of one run of the command, with a peer."""
     report = tmp_path_factory.mktemp("bench") / "step.md"
     options = ["--seq-len", 2048, "--batch-tokens", 4096, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
     done = cli("bench", "train", "--preset", "tiny", *options, "--profile", report, "--json", *SHAPE)
@@ -96,7 +96,7 @@ def test_training_figures_agree_with_one_another(measured: tuple[dict[str, Any],
     assert figures["ratio"] == pytest.approx(figures["tokens_per_s"] / figures["peer"]["tokens_per_s"])
 
 
-def test_model_flops_are_those_of_the_timed_rows(measured: tuple[dict[str, Any], str]) -> None:
+def test_model_flops_count_the_timed_rows(measured: tuple[dict[str, Any], str]) -> None:
     config = micro("batch.tokens=4096", seq_len=2048)
     assert config.accumulation_steps(1) == 2
     workload = bench.Workload(steps=2, warmup=1)
@@ -107,10 +107,10 @@ def test_model_flops_are_those_of_the_timed_rows(measured: tuple[dict[str, Any],
         lengths = [length for batch in batches for length in batch.lengths]
         totals.append(sum(flops.update_flops(config.model, lengths).values()))
     assert measured[0]["model_tflop_per_step"] == pytest.approx(statistics.mean(totals[1:]) / 1e12)
-    assert totals[0] != totals[1]  # the step before the timed ones would show
+    assert totals[0] != totals[1]  # so including the warm-up step would change the mean
 
 
-def test_the_peer_says_what_it_is(measured: tuple[dict[str, Any], str]) -> None:
+def test_the_peer_describes_itself(measured: tuple[dict[str, Any], str]) -> None:
     peer = measured[0]["peer"]
     assert peer["model"].endswith("FalconH1ForCausalLM")
     assert "each row is one document" in peer["documents"]
@@ -131,7 +131,7 @@ def test_the_profile_ranks_kinds_and_kernels(measured: tuple[dict[str, Any], str
     assert figures["profile"]["busy_seconds"] <= figures["profile"]["step_seconds"] * 1.01
 
 
-def test_a_peer_that_does_not_fit_costs_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_out_of_memory_keeps_our_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     class TooLarge:
         def __init__(self, *_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
@@ -142,7 +142,7 @@ def test_a_peer_that_does_not_fit_costs_no_figure(monkeypatch: pytest.MonkeyPatc
     assert figures["problem"] == expected
 
 
-def test_lack_of_memory_is_one_line() -> None:
+def test_out_of_memory_is_one_line() -> None:
     expected = pytest.raises(RunError, match=r"^out of GPU memory with 1 x 8 tokens: none left$")
     with expected, oom_context("1 x 8 tokens"):
         raise torch.OutOfMemoryError("none left\nstack")
@@ -161,7 +161,7 @@ def test_lack_of_memory_is_one_line() -> None:
         (["kernels", "--preset", "tiny", "--repeats", "0"], "--repeats is 0; it must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     from fusiontree.cli import main
 
     assert main(["bench", *words]) == 2
@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert len(error.splitlines()) == 1
 
 
-def test_the_peak_is_that_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_flops_depend_on_the_device_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, peak in (
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H200", 989.4e12),
@@ -217,7 +217,7 @@ def test_the_peak_is_that_of_the_very_device(monkeypatch: pytest.MonkeyPatch) ->
         ("a_kernel_of_no_known_kind", "other"),
     ],
 )
-def test_kernels_are_told_apart_by_name(name: str, kind: str) -> None:
+def test_kernels_are_classified_by_name(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
 
@@ -226,7 +226,7 @@ def test_the_device_is_busy_while_any_kernel_runs() -> None:
     assert _busy_seconds(spans) == pytest.approx((8 + 2) / 1e6)
 
 
-def test_only_what_ran_on_the_device_counts_as_its_work() -> None:
+def test_only_device_events_count_as_device_time() -> None:
     kinds = ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cuda_runtime", "cpu_op")
     events = [{"cat": kind, "name": kind, "ts": 10.0 * i, "dur": 4.0} for i, kind in enumerate(kinds)]
 
@@ -296,7 +296,7 @@ def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
     for entry in references:
         assert entry["difference"] == 0
         unit = "tflop_per_s" if entry["op"] in ("attention", "loss") else "tb_per_s"
-        if entry["op"] in ("prefill", "decode"):  # which have no backward pass
+        if entry["op"] in ("prefill", "decode"):  # no backward pass
             assert entry["both_ms"] is None
             continue
         work = {name: entry[f"{name}_{unit}"] * entry[f"{name}_ms"] for name in ("forward", "both")}
@@ -304,13 +304,13 @@ def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
 
 
 @pytest.mark.parametrize("wrong_gradient", [False, True])
-def test_a_wrong_back_end_shows(wrong_gradient: bool) -> None:
+def test_a_wrong_back_end_is_reported(wrong_gradient: bool) -> None:
     case = next(case for case in operations._cases(micro().model, 4096, CPU, torch.float32) if case.op == "convolution")
     reference = operations._backend("convolution", "reference", CPU)
 
     def wrong(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
         if not wrong_gradient:
-            return reference(x, weight, bias, torch.zeros_like(seq_idx))  # forgets the documents
+            return reference(x, weight, bias, torch.zeros_like(seq_idx))  # ignores the documents
         return reference(x, weight, bias.detach() + 0 * bias, seq_idx)
 
     assert operations._difference(case, reference, reference) == 0
@@ -326,7 +326,7 @@ def test_attention_and_loss_count_the_operations_of_the_model() -> None:
     assert cases["loss head, 64 to 512"].flops == parts["head"]
 
 
-def test_a_back_end_fixed_by_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_back_end_set_by_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONTREE_SCAN", "reference")
     assert operations._backend("scan", "reference", CPU)
     monkeypatch.setattr(operations, "choose_kernels", lambda *_: types.SimpleNamespace(names={"scan": "reference"}))
@@ -344,10 +344,10 @@ def test_decoding_is_measured_for_every_batch_and_context() -> None:
         assert entry["tokens_per_s"] == pytest.approx(entry["batch"] / entry["step"]["median_seconds"])
         assert entry["prefill_tokens_per_s"] > 0
     small, _, large, _ = (entry["cache_bytes"] for entry in figures["decode"])
-    assert large == pytest.approx(2 * small, abs=64)  # all but the count of tokens is kept by row
+    assert large == pytest.approx(2 * small, abs=64)  # everything but the token count grows with the rows
 
 
-def test_the_cache_of_the_untimed_prefill_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_the_untimed_prefill_is_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref] = []
 
     class Watched(speed.Decoder):
@@ -367,13 +367,13 @@ def test_scan_parameters_stay_fp32_in_a_decoded_bf16_model() -> None:
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"A_log", "D", "dt_bias"}
 
 
-def test_memory_held_is_counted_once() -> None:
+def test_shared_storage_is_counted_once() -> None:
     whole = torch.zeros(10, dtype=torch.float64)
     held = types.SimpleNamespace(layers=[{"k": whole[2:], "v": whole}], again=(whole,), other=torch.zeros(3), n=3)
     assert speed.tensor_bytes(held) == 80 + 12
 
 
-def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_affects_only_its_own_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusiontree.inference import speed
 
     run = speed._run
@@ -389,7 +389,7 @@ def test_lack_of_memory_spoils_only_its_own_entry(monkeypatch: pytest.MonkeyPatc
     assert second == {"batch": 2, "context": 20, "problem": "out of GPU memory with 2 rows of 20 tokens: no memory"}
 
 
-def test_progress_and_chatter_stay_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_and_library_output_stay_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     from fusiontree.cli import main
 
     words = ["bench", "decode", "--preset", "tiny", "--context", "20", "--steps", "1", "--json"]

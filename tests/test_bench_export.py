@@ -1,4 +1,4 @@
-"""`bench export` makes a checkpoint as DeepSpeed does, has it exported, and leaves nothing behind."""
+"""`bench export` writes a checkpoint in DeepSpeed's layout, exports it and removes both."""
 
 import json
 import os
@@ -25,13 +25,13 @@ SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("mod
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The system's temporary folder, empty."""
+    """An empty folder as the system's temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 def initial(config: RunConfig) -> dict[str, torch.Tensor]:
-    """The weights that a run starts from."""
+    """Initial weights of a run."""
     with torch.device("meta"):
         model = HybridLM(config.model)
     for _ in materialize(model, seeded_init(config.seed), torch.device("cpu")):
@@ -54,7 +54,7 @@ def test_deepspeed_itself_reads_the_checkpoint(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_its_files_are_laid_out_as_those_of_a_run(stage: int, shards: Path, tmp_path: Path) -> None:
+def test_its_files_have_the_layout_of_a_real_run(stage: int, shards: Path, tmp_path: Path) -> None:
     changes = {"deepspeed": f"zero{stage}", "schedule__steps": 1, "schedule__warmup_steps": 0, "validation__every": 0}
     cli("train", "tiny", *settings(shards, tmp_path, name="run", **changes))
     real = tmp_path / "run" / "checkpoints" / "step-1"
@@ -76,7 +76,7 @@ def test_its_files_are_laid_out_as_those_of_a_run(stage: int, shards: Path, tmp_
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("fp32", 2), ("bf16", 3)])
-def test_the_figures_are_those_of_the_files(dtype: str, stage: int, tmp_path: Path) -> None:
+def test_the_figures_match_the_files(dtype: str, stage: int, tmp_path: Path) -> None:
     options = ["--dtype", dtype, "--ranks", 2, "--folder", tmp_path / "kept", "--json"]
     done = cli("bench", "export", "--preset", "tiny", *options, *SHAPE, f"deepspeed=zero{stage}")
     figures, run, out = json.loads(done.stdout), tmp_path / "kept" / "run", tmp_path / "kept" / "export"
@@ -99,7 +99,7 @@ def test_the_figures_are_those_of_the_files(dtype: str, stage: int, tmp_path: Pa
     assert figures["parity"] == json.loads((out / "parity.json").read_text())
 
 
-def test_a_damaged_checkpoint_fails_the_bench_which_leaves_nothing(
+def test_a_damaged_checkpoint_fails_the_benchmark_and_leaves_no_files(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write = bench.write_checkpoint
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_fails_the_bench_which_leaves_nothing(
     assert [*temporary.iterdir()] == []
 
 
-def test_an_interrupted_bench_ends_the_export_and_leaves_nothing(
+def test_an_interrupted_benchmark_stops_the_export_and_leaves_no_files(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
@@ -139,7 +139,7 @@ def test_an_interrupted_bench_ends_the_export_and_leaves_nothing(
     assert [*temporary.iterdir()] == []
 
 
-def test_the_peak_outlives_what_was_held_and_knows_nothing_of_who_started_the_process() -> None:
+def test_the_peak_survives_freed_memory_and_excludes_the_parent() -> None:
     code = "held = b'x' * 2**28\ndel held\nprint()\ninput()"
     assert bench._peak_resident(os.getpid()) > 2**28 + 2**26  # this process
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -150,9 +150,7 @@ def test_the_peak_outlives_what_was_held_and_knows_nothing_of_who_started_the_pr
     assert 2**28 <= peak < 2**28 + 2**26
 
 
-def test_a_disk_without_the_room_is_refused_before_anything_is_made(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_refused_before_any_file_is_written(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 70 * 2**30}))
     monkeypatch.setattr(bench, "write_checkpoint", lambda *_: pytest.fail("made all the same"))
     with pytest.raises(UserError, match=r"need 71\.3 GiB, and .* has 70\.0 GiB free"):
@@ -173,7 +171,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_made(
         (["--preset", "tiny", "--folder", "a.txt/b"], "which is a file; name another"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+def test_user_errors_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     error = cli("bench", "export", *words, code=2, cwd=tmp_path).stderr
     assert message in error

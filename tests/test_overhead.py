@@ -1,4 +1,4 @@
-"""The overhead is measured on the same rows for both, block by block, over the whole of a real run's loop."""
+"""The overhead compares the run and the bare loop on the same rows, block by block."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ import torch
 from conftest import MICRO, cli, settings
 
 from fusiontree.bench import overhead
-from fusiontree.bench.overhead import BLOCK, _Over, _TakingTurns
+from fusiontree.bench.overhead import BLOCK, _AlternatingStream, _RoundsDone
 from fusiontree.config import load_config
 from fusiontree.data.batch import Batch
 from fusiontree.distributed.collectives import World
@@ -20,7 +20,7 @@ SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith(("mo
 
 
 class Recorder:
-    """In the place of the bare loop."""
+    """Stand-in for the bare loop."""
 
     def __init__(self) -> None:
         self.seen: list[list[Batch]] = []
@@ -29,15 +29,15 @@ class Recorder:
         self.seen.append(batches)
 
 
-def test_the_bare_loop_has_the_very_rows_of_each_block_of_the_run(shards: Path, tmp_path: Path) -> None:
+def test_the_bare_loop_trains_on_the_rows_of_each_block_of_the_run(shards: Path, tmp_path: Path) -> None:
     config = load_config("tiny", settings(shards, tmp_path, validation__every=0))
     bare, given = Recorder(), []
-    stream = _TakingTurns(config, World(0, 1, torch.device("cpu")), bare, rounds=3)  # type: ignore[arg-type]
+    stream = _AlternatingStream(config, World(0, 1, torch.device("cpu")), bare, rounds=3)  # type: ignore[arg-type]
     for _ in range(3 * BLOCK):
         given.append(next(stream))
-        whole = (len(given) - 1) // BLOCK  # blocks that the run has done; before every second one the bare loop goes
-        assert len(bare.seen) == (whole + whole % 2) * BLOCK
-    with pytest.raises(_Over):
+        complete = (len(given) - 1) // BLOCK  # completed blocks of the run; the bare loop precedes every second one
+        assert len(bare.seen) == (complete + complete % 2) * BLOCK
+    with pytest.raises(_RoundsDone):
         next(stream)
     stream.close()
     assert len(given) == len(bare.seen) == 3 * BLOCK
@@ -46,14 +46,14 @@ def test_the_bare_loop_has_the_very_rows_of_each_block_of_the_run(shards: Path, 
     assert len(stream.pairs) == 3
 
 
-def test_the_command_measures_a_whole_run_on_made_up_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_measures_a_complete_run_on_synthetic_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["--rounds", 2, "--warmup", 0, "--json", tmp_path / "o.json"]
     done = cli("bench", "overhead", "tiny", *SHAPE, "batch.tokens=256", "logging.every=50", *options)
     figures = json.loads((tmp_path / "o.json").read_text())
     assert "overhead" in done.stdout
     assert (figures["rounds"], figures["updates_per_block"], figures["batch_tokens"]) == (2, BLOCK, 256)
-    assert figures["logging_every"] == BLOCK  # at least once a block, however seldom the preset does
+    assert figures["logging_every"] == BLOCK  # at least once per block, whatever the preset says
     for loop in ("run_update", "bare_update"):
         assert 0 < figures[loop]["min_seconds"] <= figures[loop]["median_seconds"] <= figures[loop]["max_seconds"]
     low, high = (figures["run_update"][f"{end}_seconds"] for end in ("min", "max"))
@@ -61,7 +61,7 @@ def test_the_command_measures_a_whole_run_on_made_up_rows(tmp_path: Path, monkey
     assert figures["overhead"]["median"] <= high / figures["bare_update"]["min_seconds"] - 1
 
 
-def test_the_overhead_is_the_median_of_the_rounds_ratios() -> None:
+def test_the_overhead_is_the_median_ratio_of_the_rounds() -> None:
     def pair(ours: float, bare: float) -> tuple[overhead.Seconds, overhead.Seconds]:
         return overhead.Seconds(ours, 2 * ours), overhead.Seconds(bare, bare)
 
