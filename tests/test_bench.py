@@ -81,7 +81,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     options = ["--seq-len", 2048, "--batch-tokens", 4096, "--steps", 2, "--warmup", 1, "--peer", "hf-falcon-h1"]
     done = cli("bench", "train", "--preset", "tiny", *options, "--profile", report, "--json", *SHAPE)
     figures = json.loads(done.stdout)
-    assert f": {figures['tokens_per_s']:,.0f} tokens/s; now hf-falcon-h1" in done.stderr
+    assert f": {figures['tokens_per_s']:,.0f} tokens/s; next: hf-falcon-h1" in done.stderr
     return figures, report.read_text()
 
 
@@ -155,7 +155,7 @@ def test_out_of_memory_is_one_line() -> None:
         (["train", "--preset", "tiny", "--peer", "gpt"], "--peer gpt is unknown; choose one of hf-llama"),
         (["train", "--preset", "tiny", "--steps", "0"], "--steps is 0; it must be at least 1"),
         (["train", "--preset", "tiny", "--seq-len", "0"], "data.seq_len is 0"),
-        (["train", "--preset", "tiny", "--profile", "no/such/file.md"], "there is no folder no/such; make it first"),
+        (["train", "--preset", "tiny", "--profile", "no/such/file.md"], "the folder no/such does not exist"),
         (["train", "--preset", "tiny", "--recompute", "some"], "activation_checkpointing.policy is 'some'"),
         (["decode", "--preset", "tiny", "--batch", "0"], "--batch is 0; it must be at least 1"),
         (["kernels", "--preset", "tiny", "--repeats", "0"], "--repeats is 0; it must be at least 1"),

@@ -25,13 +25,13 @@ SHAPE = [f"{key}={value}" for key, value in MICRO.items() if key.startswith("mod
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder as the system's temporary folder."""
+    """Set the system's temporary folder to an empty one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 def initial(config: RunConfig) -> dict[str, torch.Tensor]:
-    """Initial weights of a run."""
+    """Return the initial weights of a run."""
     with torch.device("meta"):
         model = HybridLM(config.model)
     for _ in materialize(model, seeded_init(config.seed), torch.device("cpu")):
@@ -153,7 +153,7 @@ def test_the_peak_survives_freed_memory_and_excludes_the_parent() -> None:
 def test_a_full_disk_is_refused_before_any_file_is_written(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 70 * 2**30}))
     monkeypatch.setattr(bench, "write_checkpoint", lambda *_: pytest.fail("made all the same"))
-    with pytest.raises(UserError, match=r"need 71\.3 GiB, and .* has 70\.0 GiB free"):
+    with pytest.raises(UserError, match=r"need 71\.3 GiB, but .* has 70\.0 GiB free"):
         bench.bench_export("13b", [], "bf16")
     with pytest.raises(UserError, match=r"need 94\.9 GiB"):
         bench.bench_export("13b", [], "fp32", folder=temporary / "deep" / "kept")
@@ -166,8 +166,8 @@ def test_a_full_disk_is_refused_before_any_file_is_written(temporary: Path, monk
         (["--preset", "tinny"], "tinny is neither a file nor a preset"),
         (["--preset", "tiny", "--ranks", "0"], "--ranks is 0; it must be at least 1"),
         (["--preset", "tiny", "deepspeed=zero9"], "deepspeed 'zero9' is neither"),
-        (["--preset", "tiny", "--folder", "."], "--folder . is there and no empty folder"),
-        (["--preset", "tiny", "--folder", "a.txt"], "--folder a.txt is there and no empty folder"),
+        (["--preset", "tiny", "--folder", "."], "--folder . exists and is not an empty folder"),
+        (["--preset", "tiny", "--folder", "a.txt"], "--folder a.txt exists and is not an empty folder"),
         (["--preset", "tiny", "--folder", "a.txt/b"], "which is a file; name another"),
     ],
 )
