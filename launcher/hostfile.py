@@ -1,4 +1,4 @@
-"""Hostfiles: the slots of each host that a job uses."""
+"""Hostfile parser with one-line errors, because DeepSpeed's raises bare ValueErrors in its launcher process."""
 
 import re
 from collections.abc import Mapping

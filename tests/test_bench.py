@@ -155,7 +155,10 @@ def test_out_of_memory_is_one_line() -> None:
         (["train", "--preset", "tiny", "--peer", "gpt"], "--peer gpt is unknown; choose one of hf-llama"),
         (["train", "--preset", "tiny", "--steps", "0"], "--steps is 0; it must be at least 1"),
         (["train", "--preset", "tiny", "--seq-len", "0"], "data.seq_len is 0"),
-        (["train", "--preset", "tiny", "--profile", "no/such/file.md"], "the folder no/such does not exist"),
+        (
+            ["train", "--preset", "tiny", "--profile", "no/such/file.md"],
+            "folder no/such does not exist; create it first",
+        ),
         (["train", "--preset", "tiny", "--recompute", "some"], "activation_checkpointing.policy is 'some'"),
         (["decode", "--preset", "tiny", "--batch", "0"], "--batch is 0; it must be at least 1"),
         (["kernels", "--preset", "tiny", "--repeats", "0"], "--repeats is 0; it must be at least 1"),

@@ -4,8 +4,11 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from conftest import SMALL, documents_of
 from fusiontree.config.sections import KernelsConfig
 from fusiontree.model import backends, kernel_registry, reference
 from fusiontree.model.config import ModelConfig
+from fusiontree.model.kernel_registry import BACKENDS
 
 PACKAGES = ("mamba_ssm", "flash_attn", "liger_kernel")  # of other projects' kernels; torch itself may import triton
 GPU_SHAPE = dataclasses.replace(SMALL, head_dim=32, ssm_head_dim=8, ssm_state_size=16)
@@ -45,10 +49,10 @@ def test_kernels_are_imported_only_when_chosen_or_checked() -> None:
 @pytest.mark.parametrize(
     ("op", "name", "package"),
     [
-        pytest.param("scan", "mamba_ssm", "mamba-ssm>=2.3.2", marks=needs_absent("mamba_ssm")),
-        pytest.param("attention", "flash2", "flash-attn>=2.8", marks=needs_absent("flash_attn")),
+        pytest.param("scan", "mamba_ssm", "mamba-ssm>=2.3.2,<2.4", marks=needs_absent("mamba_ssm")),
+        pytest.param("attention", "flash2", "flash-attn>=2.8,<3", marks=needs_absent("flash_attn")),
         pytest.param("attention", "flash4", "flash-attn-4", marks=needs_absent("flash_attn")),
-        pytest.param("loss", "liger", "liger-kernel", marks=needs_absent("liger_kernel")),
+        pytest.param("loss", "liger", "liger-kernel>=0.8,<0.9", marks=needs_absent("liger_kernel")),
     ],
 )
 def test_an_absent_package_is_named_with_its_install_command(op: str, name: str, package: str) -> None:
@@ -196,3 +200,11 @@ def test_every_limit_names_a_field_of_the_model() -> None:
         for backend in named.values():
             reason = backend.limits(impossible)
             assert reason is None or reason.split()[0] in fields
+
+
+def test_the_packages_to_install_have_the_bounds_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    required = {re.split("[<>=]", text)[0]: text for text in project["optional-dependencies"]["cuda"]}
+    named = {backend.package for backends in BACKENDS.values() for backend in backends.values()}
+    bounded = {text for text in named if re.split("[<>=]", text)[0] in required}
+    assert bounded == set(required.values())

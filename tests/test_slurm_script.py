@@ -30,7 +30,7 @@ GOLDEN = f"""\
 #SBATCH --time=4:00:00
 #SBATCH --constraint=ib
 #SBATCH --signal=USR1@300
-#SBATCH --output=/work/runs/books/logs/slurm-%j.log
+#SBATCH --output=/shared/runs/books/logs/slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --exclusive
@@ -45,7 +45,7 @@ export NCCL_DEBUG=INFO
 export DS_ACCELERATOR=cuda
 export GREETING='hello world'
 
-run=/work/runs/books
+run=/shared/runs/books
 
 # select nodes and rendezvous; exit if too many attempts made no progress
 facts=$({PYTHON} -m launcher.allocation begin "$run" --ranks-per-node 8 --nodes 2-4 --save-ahead 300) || exit
@@ -85,7 +85,7 @@ def config(tmp_path):
 def rendered(config, job: JobOptions, nodes: int = 1, ranks: int = 2, names: tuple[str, ...] = ("books",)) -> str:
     options = LaunchOptions({"GREETING": "hello world"}, ("module load cuda/12.8",))
     plan = plan_slurm(config, nodes, ranks, job.gpus_per_node is not None, ["--json"], options)
-    return sbatch.render(plan, job, [Path("/work/runs") / name for name in names], Path("/work/runs/books/logs"))
+    return sbatch.render(plan, job, [Path("/shared/runs") / name for name in names], Path("/shared/runs/books/logs"))
 
 
 def test_the_complete_script(config):
@@ -159,9 +159,9 @@ def test_a_sweep_is_a_job_array_of_runs_with_different_names(config):
     )
     script = rendered(config, JobOptions(), names=("books-1", "books-2"))
     assert "#SBATCH --array=0-1\n" in script
-    assert "#SBATCH --output=/work/runs/books/logs/slurm-%A_%a.log\n" in script
+    assert "#SBATCH --output=/shared/runs/books/logs/slurm-%A_%a.log\n" in script
     assert (
-        "case $SLURM_ARRAY_TASK_ID in\n    0) run=/work/runs/books-1 ;;\n    1) run=/work/runs/books-2 ;;\nesac\n"
+        "case $SLURM_ARRAY_TASK_ID in\n    0) run=/shared/runs/books-1 ;;\n    1) run=/shared/runs/books-2 ;;\nesac\n"
     ) in script
     assert Sweep.from_axes("books", []).runs == ((),)
 

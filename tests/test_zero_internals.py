@@ -160,3 +160,14 @@ def test_no_attribute_that_is_listed_is_used_elsewhere() -> None:
     for package in ("fusiontree", "launcher", "data_tools"):
         for path in (path for path in (ROOT / package).rglob("*.py") if path not in FILES):
             assert attributes(path) & private == set(), path
+
+
+def test_every_class_that_is_named_exists() -> None:
+    for path in (internals.MUON, internals.ASYNC_IO, *internals.PICKLED):
+        assert internals.require_class(path).__name__ == path.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("path", ["deepspeed.runtime.zero.muon.Renamed", "deepspeed.no_such_module.Muon"])
+def test_a_class_that_is_missing_is_named_in_one_line(path: str) -> None:
+    with pytest.raises(UserError, match=rf"^DeepSpeed \S+ has no {re.escape(path)}, which FusionTree uses; install '"):
+        internals.require_class(path)

@@ -1,4 +1,6 @@
-"""Asynchronous checkpoints: training waits for a copy to host memory, and a thread writes it to disk.
+"""Asynchronous saver of our own, because DeepSpeed's writes no hashes and no atomic names.
+
+Training waits for a copy to host memory, and a thread writes it to disk.
 
 Files are hashed while they are written, then read back and compared. Only then is the folder renamed to its final name,
 `latest` updated and the retention applied. The threads of all ranks coordinate over a process group of their own.

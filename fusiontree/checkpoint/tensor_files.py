@@ -205,9 +205,9 @@ class Spec(NamedTuple):
 def write_safetensors(
     folder: Path, read: Callable[[str], Tensor], specs: Mapping[str, Spec], max_shard_bytes: int
 ) -> Iterator[str]:
-    """Write the tensors of `specs` into files of at most `max_shard_bytes` each; a larger tensor has its own file.
+    """Write tensors one at a time, because safetensors' own writer needs all tensors of a file in memory.
 
-    The writers of safetensors and huggingface_hub need all tensors of a file in memory; this one needs one tensor.
+    Files have at most `max_shard_bytes` of tensors each; a larger tensor has its own file.
 
     Args:
         folder: for the files.

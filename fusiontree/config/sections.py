@@ -194,7 +194,7 @@ class LossConfig(Section):
 
     @property
     def shapes_gates(self) -> bool:
-        """Whether a gate penalty has a nonzero weight at any step."""
+        """True if a gate penalty has a nonzero weight at any step."""
         return any([*self.gate_balance.values(), *self.gate_entropy.values()])
 
 

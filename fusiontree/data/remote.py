@@ -1,4 +1,6 @@
-"""Datasets at an address (s3://, gs://, http(s)://): ranged reads of single rows into a cache per node.
+"""Cache of single rows of remote datasets, because fsspec caches whole files or blocks, not rows shared by ranks.
+
+Datasets are at an address (s3://, gs://, http(s)://) and are read by range.
 
 The unit is a row, because the order of training draws rows from anywhere: with a cache smaller than the dataset, every
 row would fetch a complete shard. Cached files are written atomically. A lock makes one process of the node fetch a row

@@ -145,7 +145,7 @@ class TrainStream:
 
     @property
     def ready(self) -> bool:
-        """Whether the next step's batches can be taken without waiting."""
+        """True if the next step's batches can be taken without waiting."""
         return self._ahead is not None and self._ahead.ready
 
     def close(self) -> None:

@@ -1,4 +1,7 @@
-"""Sampling of the next token: temperature, top-k, top-p, min-p, repetition penalty."""
+"""Sampling of our own, because transformers sums probabilities in fp32, which misplaces top-p at large vocabularies.
+
+Temperature, top-k, top-p, min-p and repetition penalty.
+"""
 
 import math
 from dataclasses import dataclass

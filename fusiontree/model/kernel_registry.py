@@ -78,7 +78,7 @@ class Kernels:
 
     scan: Callable[..., Any] = field(
         metadata={
-            "mamba_ssm": Backend(scan_mamba_ssm, "mamba-ssm>=2.3.2", limits=_scan_limits),
+            "mamba_ssm": Backend(scan_mamba_ssm, "mamba-ssm>=2.3.2,<2.4", limits=_scan_limits),
             "reference": Backend(lambda: reference.scan_chunked),
         }
     )
@@ -92,7 +92,7 @@ class Kernels:
         metadata={
             # multiples of 32 only: at other head sizes flash-attn-4 4.0.0b36 returns wrong gradients without an error
             "flash4": Backend(attention_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128, 32)),
-            "flash2": Backend(attention_flash2, "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
+            "flash2": Backend(attention_flash2, "flash-attn>=2.8,<3", dtypes=_HALF, limits=_head_limits(256)),
             "flex": Backend(attention_flex, "triton", limits=_head_limits(256, power=True)),
             "reference": Backend(lambda: reference.attention),
         }
@@ -100,7 +100,7 @@ class Kernels:
     prefill: Callable[..., Any] = field(
         metadata={
             "flash4": Backend(prefill_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128)),
-            "flash2": Backend(prefill_flash2, "flash-attn>=2.8", dtypes=_HALF, limits=_head_limits(256)),
+            "flash2": Backend(prefill_flash2, "flash-attn>=2.8,<3", dtypes=_HALF, limits=_head_limits(256)),
             "reference": Backend(lambda: reference.attention_continued),
         }
     )
@@ -112,7 +112,7 @@ class Kernels:
     )
     loss: Callable[..., Any] = field(
         metadata={
-            "liger": Backend(loss_liger, "liger-kernel"),
+            "liger": Backend(loss_liger, "liger-kernel>=0.8,<0.9"),
             "reference": Backend(lambda: linear_cross_entropy),
         }
     )

@@ -47,7 +47,10 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder` (``checkpoints/``), oldest step first, without unfinished ones."""
+    """Return the checkpoints in `folder` (``checkpoints/``), oldest step first, without unfinished ones.
+
+    Resume verifies them from the newest down, so it does not depend on `newest_step`.
+    """
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=step_of)
 
@@ -58,6 +61,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """Return the step that ``checkpoints/latest`` names; 0 without a checkpoint."""
+    """Return the step that ``checkpoints/latest`` names; 0 without a checkpoint.
+
+    For status and requeueing, which must answer at once: nothing is verified.
+    """
     latest = run / CHECKPOINTS / LATEST
     return step_of(Path(latest.read_text().strip())) if latest.exists() else 0

@@ -4,6 +4,7 @@ DeepSpeed may rename any of them in a release. The check turns that into one lin
 AttributeError would otherwise end the first save or resume. `tests/test_zero_internals.py` compares lists and code.
 """
 
+import importlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -35,6 +36,17 @@ PARAMETER_STAGE_1_2 = ("_hp_mapping", "_index_in_param_group")
 FRAGMENT = ("get_lp_grad_fragment", "hp_fragment_address", "lp_fragment_address")  # of a parameter's _hp_mapping
 ADDRESS = ("numel", "start")  # of a fragment's addresses
 PARAMETER_STAGE_3 = ("convert_to_zero_parameters", "ds_shape", "partition")
+# classes, by dotted path
+MUON = "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"
+ASYNC_IO = "deepspeed.ops.op_builder.AsyncIOBuilder"
+PICKLED = frozenset(  # in checkpoint files, next to the tensors
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
 
 
 def check_engine(engine: Any) -> None:
@@ -45,6 +57,8 @@ def check_engine(engine: Any) -> None:
     """
     for owner, names in _used_attributes(engine):
         require(owner, names)
+    for path in sorted(PICKLED):
+        require_class(path)
 
 
 def require(owner: Any, names: tuple[str, ...]) -> None:
@@ -55,6 +69,21 @@ def require(owner: Any, names: tuple[str, ...]) -> None:
             raise UserError(
                 f"DeepSpeed {version('deepspeed')} has no {where}.{name}, which FusionTree uses; install '{SUPPORTED}'"
             )
+
+
+def require_class(path: str) -> Any:
+    """Import and return the class at the dotted `path` inside DeepSpeed.
+
+    Raises:
+        UserError: the module or the class does not exist.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"DeepSpeed {version('deepspeed')} has no {path}, which FusionTree uses; install '{SUPPORTED}'"
+        ) from None
 
 
 def _used_attributes(engine: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:

@@ -4,7 +4,7 @@ Below stage 3 ``mp_rank_00_model_states.pt`` has the full fp32 weights, which ar
 it has the optimizer's states too. From stage 1 on, each rank writes its flat fp32 tensors and their moments to
 ``zero_pp_rank_N_mp_rank_00_optim_states.pt``. `fusiontree.zero.engine` shows how ZeRO cuts parameters into them.
 
-This module is the only one that knows names and contents of these files.
+This package is the only one that knows the names and the contents of these files.
 """
 
 import contextlib
@@ -21,17 +21,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusiontree.errors import RunError, UserError
+from fusiontree.zero import internals
 
 Reader = Callable[[Path], dict[str, Any]]  # reads a file, see `reader`
 _MODEL_STATES = "mp_rank_00_model_states.pt"
 _SUB_GROUP = 10**9  # elements of a flat tensor of stage 3 at which DeepSpeed starts another; its default sub_group_size
-# DeepSpeed pickles objects of these classes with the tensors; placeholders replace them, so none of its code runs
-_PICKLED_BY_DEEPSPEED = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
 
 
 class Part(NamedTuple):
@@ -181,7 +175,7 @@ def reader(values: bool, trust: bool = False) -> Reader:
     """
 
     def read(path: Path) -> dict[str, Any]:
-        inert: Any = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in _PICKLED_BY_DEEPSPEED]
+        inert: Any = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in internals.PICKLED]
         allowed = contextlib.nullcontext() if trust else torch.serialization.safe_globals(inert)
         # a fake tensor has no memory, but torch.load notes the offset of its storage in the file
         fake: Any = contextlib.nullcontext() if values else FakeTensorMode()

@@ -1,4 +1,6 @@
-"""Loading of a checkpoint into an engine with another layout: another number of ranks or another ZeRO stage.
+"""Resharding of our own, because DeepSpeed's universal checkpoints do not cross stage 3 and lose group options.
+
+It loads a checkpoint into an engine with another number of ranks or another ZeRO stage.
 
 ZeRO partitions the fp32 weights and the optimizer's moments, and the stage and the number of ranks decide on the cuts.
 `layout.parts` lists which file has which part of which parameter, `engine.slots` which flat tensor of this rank needs

@@ -64,9 +64,7 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 def muon_class() -> Any:
     """Return DeepSpeed's Muon. Torch's own cannot be used: ZeRO would pass it flat partitions, not matrices."""
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    return MuonWithAuxAdam
+    return internals.require_class(internals.MUON)
 
 
 def require_async_io(zero: dict[str, Any]) -> None:
@@ -75,11 +73,9 @@ def require_async_io(zero: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     offloads = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
     on_nvme = any(offload.get("device") == "nvme" for offload in offloads)
-    if on_nvme and not AsyncIOBuilder().is_compatible(verbose=False):
+    if on_nvme and not internals.require_class(internals.ASYNC_IO)().is_compatible(verbose=False):
         raise UserError(
             "states on NVMe need DeepSpeed's asynchronous I/O, which it builds at first use; install libaio-dev, g++ "
             "and ninja, or set deepspeed=zero3_offload"
