@@ -13,7 +13,7 @@ from fusiontree.distributed.ports import free_port
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.run.changes import check_changes
-from fusiontree.run.data import check_data
+from fusiontree.run.datasets import check_data
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LOGS
 
 # rendezvous ports: below the ephemeral ports that Linux gives to clients (32,768 and up)

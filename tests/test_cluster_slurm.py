@@ -261,7 +261,7 @@ def test_a_full_disk_on_one_node_fails_checkpoints_but_not_the_run(calm, shards,
     assert (run / "checkpoints" / "latest").read_text() == f"step-{LONG['schedule__steps']}\n"
 
 
-def test_a_job_that_keeps_failing_is_not_requeued_for_ever(calm, shards, tmp_path):
+def test_a_job_that_keeps_failing_is_not_requeued_again(calm, shards, tmp_path):
     """The ranks cannot write their first checkpoint."""
     run = tmp_path / "run"
     run.mkdir()
@@ -316,7 +316,7 @@ def test_a_stale_attempt_leaves_the_run_to_the_next_one(calm, shards, tmp_path):
     assert calm.state(job)["JobState"] == "COMPLETED"
 
 
-def test_a_stale_attempt_that_could_train_on_ends_itself(calm, shards, tmp_path):
+def test_a_stale_attempt_after_a_partition_ends_itself(calm, shards, tmp_path):
     """The stale ranks need no other node: they train until they check the lease."""
     run = tmp_path / "run"
     job = submitted(calm, shards, run, "--nodes", 1, **LONG | {"schedule__steps": 100_000, "checkpoint__every": 20})

@@ -9,7 +9,7 @@ from conftest import write_manifest
 
 from fusiontree.config import KEYS, RunConfig, config_differences, deepspeed_json, load_config, preset_names, to_yaml
 from fusiontree.errors import UserError
-from fusiontree.run.data import check_data
+from fusiontree.run.datasets import check_data
 
 
 def error_of(source, *overrides) -> str:

@@ -48,7 +48,7 @@ ARROWS = {
     "fusiontree.report": {"fusiontree.checkpoint", "fusiontree.model.config"},
     "fusiontree.doctor": {
         *("fusiontree.config", "fusiontree.device", "fusiontree.distributed", "fusiontree.kernels"),
-        *("fusiontree.model", "fusiontree.run.data"),
+        *("fusiontree.model", "fusiontree.run.datasets"),
     },
     "fusiontree.doctor.memory": {"fusiontree.config", "fusiontree.model.config"},
     "fusiontree.training": {
@@ -59,7 +59,7 @@ ARROWS = {
     "fusiontree.bench": {
         *("fusiontree.checkpoint", "fusiontree.config", "fusiontree.data", "fusiontree.device"),
         *("fusiontree.distributed", "fusiontree.inference", "fusiontree.kernels", "fusiontree.model"),
-        *("fusiontree.prune", "fusiontree.run.data", "fusiontree.training", "fusiontree.zero"),
+        *("fusiontree.prune", "fusiontree.run.datasets", "fusiontree.training", "fusiontree.zero"),
     },
     "launcher": {"fusiontree.config", "fusiontree.doctor.memory", "fusiontree.run"},
     "data_tools": {"fusiontree.data"},
@@ -155,7 +155,7 @@ def test_relative_and_absolute_imports_are_both_seen():
         ("fusiontree.zero.engine", "fusiontree.checkpoint.store"),
     ],
 )
-def test_these_arrows_would_be_refused(module, name):
+def test_forbidden_imports_are_detected(module, name):
     assert forbidden_first_party(module, {name}) == {name}
 
 

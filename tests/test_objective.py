@@ -9,7 +9,7 @@ from conftest import write_manifest
 
 from fusiontree.config import LossConfig, config_differences, load_config, to_yaml
 from fusiontree.errors import UserError
-from fusiontree.run.data import check_data
+from fusiontree.run.datasets import check_data
 from fusiontree.training.objective import gate_penalty
 
 

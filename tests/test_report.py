@@ -176,7 +176,7 @@ def test_a_downsampled_curve_keeps_its_ends_and_its_peaks(values: list[float | N
         assert min(heights) in [value for _, value in kept]
 
 
-def test_a_run_of_another_version_is_shown_unvalidated(tmp_path: Path) -> None:
+def test_a_configuration_is_shown_without_validation(tmp_path: Path) -> None:
     run = make_run(tmp_path, 5)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["gone"] = 1

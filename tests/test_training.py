@@ -20,7 +20,7 @@ from fusiontree.model.documents import to_device
 from fusiontree.model.flops import update_flops
 from fusiontree.model.lm import HybridLM, materialize, seeded_init
 from fusiontree.run import incidents
-from fusiontree.run.data import make_recipe, open_data, open_stream, open_training
+from fusiontree.run.datasets import make_recipe, open_data, open_stream, open_training
 from fusiontree.run.folder import INCIDENTS_FILE, list_checkpoints
 from fusiontree.training.optimizer import parameter_groups
 from fusiontree.training.schedule import learning_rate

@@ -26,7 +26,7 @@ from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
 from fusiontree.errors import UserError
 from fusiontree.model.documents import to_device
-from fusiontree.run.data import make_recipe, open_data
+from fusiontree.run.datasets import make_recipe, open_data
 from fusiontree.training.engine_setup import build_model, engine_settings
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.training.trainer import Trainer

@@ -73,7 +73,7 @@ def _data_inspect(args: argparse.Namespace) -> int:
 def _data_plan(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
     from fusiontree.data.preview import preview_run
-    from fusiontree.run.data import open_stream, open_training
+    from fusiontree.run.datasets import open_stream, open_training
 
     config = load_config(args.config, args.overrides)
     figures = preview_run(open_stream(config, open_training(config)), config.schedule.steps)
@@ -83,7 +83,7 @@ def _data_plan(args: argparse.Namespace) -> int:
 def _data_at(args: argparse.Namespace) -> int:
     from fusiontree.config import load_config
     from fusiontree.data.preview import documents_at
-    from fusiontree.run.data import open_stream, open_training
+    from fusiontree.run.datasets import open_stream, open_training
     from fusiontree.training.resume import seek_before
 
     config = load_config(args.config, args.overrides)

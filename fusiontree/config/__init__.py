@@ -6,7 +6,7 @@ Every user error raises a UserError of one line with the problem, its place and 
 from fusiontree.config.deepspeed import deepspeed_json
 from fusiontree.config.keys import KEYS, config_differences, is_among, is_key
 from fusiontree.config.reading import load_config, preset_names
-from fusiontree.config.run import RunConfig
+from fusiontree.config.run_config import RunConfig
 from fusiontree.config.sections import CheckpointingConfig, HealthConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from fusiontree.config.text import to_yaml
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.config.keys import short
-from fusiontree.config.run import RunConfig
+from fusiontree.config.run_config import RunConfig
 from fusiontree.errors import UserError
 from fusiontree.files import parse_json
 

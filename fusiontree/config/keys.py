@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from fusiontree.config.run import RunConfig
+from fusiontree.config.run_config import RunConfig
 from fusiontree.config.sections import Section
 from fusiontree.errors import UserError
 from fusiontree.model.config import ModelConfig

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fusiontree.config.keys import LENGTHS, hint, leaves, short, table_of
-from fusiontree.config.run import RunConfig
+from fusiontree.config.run_config import RunConfig
 from fusiontree.config.text import load_yaml
 from fusiontree.errors import UserError
 

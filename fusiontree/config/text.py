@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from fusiontree.config.run import RunConfig
+from fusiontree.config.run_config import RunConfig
 from fusiontree.errors import UserError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from fusiontree.config import RunConfig, deepspeed_json
 from fusiontree.doctor import memory
 from fusiontree.errors import UserError
-from fusiontree.run.data import check_data
+from fusiontree.run.datasets import check_data
 
 # distribution: module; FusionTree does not run without the required ones
 _REQUIRED = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transformers", "webdataset": "webdataset"}

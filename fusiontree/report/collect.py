@@ -55,7 +55,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the run's configuration by dotted key, without validation: another version may have other keys."""
+    """Return the run's configuration by dotted key, without validation: a report must open for any run."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -210,7 +210,7 @@ def _parameters(config: Mapping[str, Any]) -> int | None:
     shape = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
     try:
         return ModelConfig(**shape).parameter_count()
-    except (TypeError, ValueError):  # written by another version
+    except (TypeError, ValueError):  # a hand-edited or damaged configuration
         return None
 
 

@@ -24,7 +24,7 @@ from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
 from fusiontree.evaluate.held_out import HeldOutLoss
 from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents
-from fusiontree.run.data import Data, open_data, open_stream
+from fusiontree.run.datasets import Data, open_data, open_stream
 from fusiontree.run.folder import CONFIG_FILE, step_of
 from fusiontree.run.records import summarize
 from fusiontree.training.health import Health, Trouble, Watchdog, format_rows, rows_of_failing_ranks
