@@ -11,7 +11,7 @@ from fusiontree.errors import UserError
 def require_workers(workers: int) -> None:
     """Raise UserError unless there is at least one worker."""
     if workers < 1:
-        raise UserError(f"workers {workers} is too few; give at least 1")
+        raise UserError(f"--workers is {workers}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,6 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
-            raise UserError(f"holdout {self.holdout} is out of range; give a fraction with 0 <= holdout < 1")
+            raise UserError(f"--holdout is {self.holdout}; it must be at least 0 and below 1")
         require_workers(self.workers)
         check_row_len(self.row_len)

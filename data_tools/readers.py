@@ -96,7 +96,7 @@ def find_fault(file: TextFile, options: InputOptions) -> str:
     except PermissionError:
         return "permission denied"
     except _DAMAGED as error:
-        return f"broken {file.compression or file.kind}: {' '.join(str(error).split())}"
+        return f"unreadable {file.compression or file.kind}: {' '.join(str(error).split())}"
     return ""
 
 

@@ -51,7 +51,7 @@ def reindex(
     names = [f"{split}/{path.name}" for split in SPLITS for path in sorted((folder / split).glob("*.tar"))]
     if not names:
         raise UserError(
-            f"{folder} contains neither {' nor '.join(f'{split}/*.tar' for split in SPLITS)}: nothing to reindex"
+            f"{folder} contains neither {' nor '.join(f'{split}/*.tar' for split in SPLITS)}; give a dataset folder"
         )
     bundled = folder / "tokenizer"
     if tokenizer is None and not bundled.is_dir():
@@ -74,7 +74,7 @@ def _reindex_listed(folder: Path, skip_damaged: bool, workers: int) -> dict[str,
     try:
         manifest = Manifest.load(folder)
     except UserError as error:
-        raise UserError(f"{error}, or remove it to rebuild it with reindex") from None
+        raise UserError(f"{error}, or remove the manifest and run `fusiontree data reindex` again") from None
     infos = [info for shards in manifest.splits.values() for info in shards if not has_index(folder, info)]
     if not infos:
         raise UserError(

@@ -51,7 +51,9 @@ def train_tokenizer(
     started = time.perf_counter()
     options = options or InputOptions()
     if vocab_size < _MIN_VOCAB_SIZE:
-        raise UserError(f"vocab size {vocab_size} is too small; 256 bytes and 2 special tokens need {_MIN_VOCAB_SIZE}")
+        raise UserError(
+            f"--vocab-size is {vocab_size}; it must be at least {_MIN_VOCAB_SIZE}: 256 bytes and 2 special tokens"
+        )
     refuse_existing(output, overwrite, marker=TOKENIZER_FILE)
     files, skipped = find_files(inputs, options)
     require_readers(files)

@@ -97,7 +97,7 @@ def _tokenizer_mismatches(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in ("eos_id", "pad_id", "vocab_size"):
         recorded, found = getattr(manifest.tokenizer, name), getattr(info, name)
         if recorded != found:
-            yield f"manifest.json: {name} is {recorded}, in {bundled} it is {found}"
+            yield f"manifest.json: {name} is {recorded}, but {found} in {bundled}"
 
 
 def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardInfo) -> list[str]:
@@ -124,7 +124,7 @@ def _content_faults(scan: ShardScan, row_len: int, dtype: str) -> Iterator[str]:
     """Yield structural faults, and row shapes that differ from the dataset's."""
     yield from scan.faults
     for other_len, other_dtype in scan.shapes - {(row_len, dtype)}:
-        yield f"rows have {other_len} tokens of {other_dtype}, in the manifest {row_len} of {dtype}"
+        yield f"rows have {other_len} tokens of {other_dtype}, but {row_len} of {dtype} in the manifest"
 
 
 def _mismatches(scan: ShardScan, index: np.ndarray | None, info: ShardInfo, vocab_size: int) -> Iterator[str]:
@@ -137,7 +137,7 @@ def _mismatches(scan: ShardScan, index: np.ndarray | None, info: ShardInfo, voca
 def _index_mismatches(scan: ShardScan, index: np.ndarray, info: ShardInfo) -> Iterator[str]:
     changed = scan.sha256 != info.sha256
     if len(index) != info.rows:
-        yield f"the index lists {len(index)} rows, the manifest {info.rows}"
+        yield f"the index lists {len(index)} rows, but the manifest {info.rows}"
     else:
         for row, entry in zip(scan.row_numbers, scan.index, strict=True):
             if row < len(index) and index[row] != entry:
@@ -148,7 +148,7 @@ def _index_mismatches(scan: ShardScan, index: np.ndarray, info: ShardInfo) -> It
 def manifest_mismatches(scan: ShardScan, info: ShardInfo, vocab_size: int) -> Iterator[str]:
     """Yield the differences between a shard and its entry in the manifest, one line each."""
     if scan.bytes != info.bytes:
-        yield f"has {scan.bytes} bytes, in the manifest {info.bytes}"
+        yield f"has {scan.bytes} bytes, but {info.bytes} in the manifest"
     if scan.sha256 != info.sha256:
         yield "SHA-256 differs from the manifest: the shard was changed after it was written"
         return
@@ -156,6 +156,6 @@ def manifest_mismatches(scan: ShardScan, info: ShardInfo, vocab_size: int) -> It
     found = scan.info(info.name)
     for name in ("rows", "tokens", "documents"):
         if getattr(found, name) != getattr(info, name):
-            yield f"has {getattr(found, name)} {name}, in the manifest {getattr(info, name)}"
+            yield f"has {getattr(found, name)} {name}, but {getattr(info, name)} in the manifest"
     if found.index_sha256 != info.index_sha256:
-        yield "the index listed in the manifest is not that of the shard"
+        yield "the manifest lists another index than the shard's"

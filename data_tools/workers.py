@@ -108,7 +108,7 @@ def process_pool(
     try:
         yield pool
     except BrokenProcessPool:
-        raise RunError("a worker process was killed, possibly for lack of memory; use fewer workers") from None
+        raise RunError("a worker process was killed, possibly for lack of memory; lower --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -70,7 +70,7 @@ def refuse_existing(target: Path, overwrite: bool, marker: str) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not (target / marker).is_file():
-        raise UserError(f"output folder {target} contains something else (no {marker} there); name another")
+        raise UserError(f"output folder {target} has other contents (no {marker}); name another")
     if not overwrite:
         raise UserError(f"output folder {target} is not empty; name another or pass --overwrite")
 

@@ -49,8 +49,8 @@ def begin(run: Path, ranks_per_node: int, min_nodes: int, max_nodes: int, save_a
     record = _next_record(read_attempts(run), job, step, nodes)
     if record["failed_attempts"] >= MAX_ATTEMPTS:
         raise RunError(
-            f"job {job} has begun {MAX_ATTEMPTS} attempts from step {step} without a new checkpoint; fix the cause, "
-            f"see {run / LOGS}, and submit the script again"
+            f"job {job} has begun {MAX_ATTEMPTS} attempts from step {step} without a new checkpoint; fix the cause "
+            f"(see {run / LOGS}) and submit the script again"
         )
     write_atomic(run / ATTEMPTS_FILE, json.dumps(record, indent=1))
     logs = run / LOGS / f"{job}-{record['start']}"
@@ -60,7 +60,7 @@ def begin(run: Path, ranks_per_node: int, min_nodes: int, max_nodes: int, save_a
     _log(f"attempt {record['start']} from step {step} on {place}; the ranks' output is in {logs}")
     if len(nodes) < max_nodes:
         spare = f", {len(allocated)} allocated" if len(allocated) > len(nodes) else ""
-        _log(f"using {len(nodes)} of {max_nodes} nodes (at least {min_nodes}{spare}): their ranks divide the batch")
+        _log(f"using {len(nodes)} of {max_nodes} nodes (at least {min_nodes}{spare}), whose ranks divide the batch")
     if step and (needed := sbatch.estimate_save_ahead(config, len(nodes))) > save_ahead:
         _log(f"steps and saves take longer than reserved: submit the next job with --save-ahead {needed}")
     for line in network_settings(os.environ):
@@ -140,7 +140,7 @@ def _requeue(job: str, step: int, code: int) -> int:
     """Requeue the job unless SLURM or a user is ending it, and return the exit code of the script."""
     if [task.get("JobState") for task in slurm.query_tasks(job)] != ["RUNNING"]:
         return code
-    _log(f"requeued: resumes from step {step}")
+    _log(f"requeued: the next attempt resumes from step {step}")
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         _log(f"scontrol requeue {job} failed: {' '.join(done.stderr.split())}; submit the script again")

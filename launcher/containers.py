@@ -62,7 +62,9 @@ def _apptainer(image: str, binds: Sequence[str], gpus: bool) -> ContainerCommand
 
 def _oci(bundle: str, mounts: str | None) -> ContainerCommand:
     if mounts:
-        raise UserError(f"--container-mounts {mounts}: an OCI bundle has its own; add them to {bundle}/config.json")
+        raise UserError(
+            f"--container-mounts {mounts}: an OCI bundle defines its own mounts; add them to {bundle}/config.json"
+        )
     # a bundle starts in its own folder, and some versions of SLURM do not set the task's variables inside
     setup = f': "${{SLURM_PROCID:?is not set inside}}"; cd {shlex.quote(os.getcwd())} || exit; '
     return ContainerCommand((f"--container={shlex.quote(bundle)}",), setup, python="python")

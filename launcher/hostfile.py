@@ -19,9 +19,9 @@ def read(path: Path, include: str = "", exclude: str = "") -> dict[str, tuple[in
         UserError: no such file, a malformed line, a host listed twice or without slots, an unknown host or slot.
     """
     if not path.is_file():
-        raise UserError(f"--hostfile {path}: no such file")
+        raise UserError(f"--hostfile {path} does not exist; give a file with one line `NAME slots=N` per host")
     if include and exclude:
-        raise UserError("--include and --exclude cannot be combined; give one of them")
+        raise UserError("--include and --exclude cannot be combined; remove one")
     hosts = _parse(path)
     if include:
         chosen = _selection("--include", include, hosts)
@@ -29,7 +29,7 @@ def read(path: Path, include: str = "", exclude: str = "") -> dict[str, tuple[in
     excluded = _selection("--exclude", exclude, hosts) if exclude else {}
     kept = {host: tuple(s for s in slots if s not in excluded.get(host, ())) for host, slots in hosts.items()}
     if not any(kept.values()):
-        raise UserError(f"--exclude {exclude} leaves no slot of {path}; exclude fewer")
+        raise UserError(f"--exclude {exclude} leaves no slot of {path}; exclude fewer slots")
     return {host: slots for host, slots in kept.items() if slots}
 
 
@@ -58,11 +58,13 @@ def _selection(option: str, text: str, hosts: Mapping[str, tuple[int, ...]]) -> 
     for part in text.split("@"):
         host, colon, numbers = part.partition(":")
         if host not in hosts:
-            raise UserError(f"{option} {text}: {host or 'an empty name'} is not in the hostfile ({', '.join(hosts)})")
+            raise UserError(
+                f"{option} {text}: {host or 'an empty name'} is not in the hostfile; choose from {', '.join(hosts)}"
+            )
         if colon and not all(number.isdecimal() for number in numbers.split(",")):
             raise UserError(f"{option} {text}: '{part}' is not of the form HOST:SLOT,SLOT")
         slots = tuple(sorted(set(map(int, numbers.split(","))))) if colon else hosts[host]
         if not set(slots) <= set(hosts[host]):
-            raise UserError(f"{option} {text}: {host} has the slots 0 to {len(hosts[host]) - 1}")
+            raise UserError(f"{option} {text}: {host} has only the slots 0 to {len(hosts[host]) - 1}; use those")
         chosen[host] = slots
     return chosen

@@ -76,7 +76,7 @@ def plan_local(
             invalid, or there are fewer GPUs than ranks.
     """
     if ranks < 1:
-        raise UserError(f"--local {ranks}: give the number of ranks, at least 1")
+        raise UserError(f"--local is {ranks}; it must be at least 1")
     _check(config, ranks)
     gpus = visible_gpus()
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if gpus else "cpu")
@@ -151,7 +151,7 @@ def plan_slurm(
         UserError: as in `plan_hosts`.
     """
     if nodes < 1 or ranks_per_node < 1:
-        raise UserError(f"{nodes} nodes with {ranks_per_node} ranks each: give at least 1 of both")
+        raise UserError(f"{nodes} nodes with {ranks_per_node} ranks each; both must be at least 1")
     _check(config, nodes * ranks_per_node)
     accelerator = "cuda" if gpus else "cpu"
     threads = {} if gpus and "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": _omp_threads(cores)}
@@ -175,7 +175,7 @@ def launch_options(pairs: Iterable[str], file: Path | None, setup: Iterable[str]
     entries = [("--env", pair) for pair in pairs]
     if file is not None:
         if not file.is_file():
-            raise UserError(f"--env-file {file}: no such file")
+            raise UserError(f"--env-file {file} does not exist; give a file of KEY=VALUE lines")
         entries = [*((str(file), line) for line in file.read_text().splitlines()), *entries]
     environment = {}
     for where, line in entries:
@@ -274,10 +274,12 @@ def _devices(gpus: list[str], ranks: int) -> tuple[int, ...] | None:
         return None
     if ranks > len(gpus):
         raise UserError(
-            f"--local {ranks} needs {ranks} GPUs, this machine has {len(gpus)} ({','.join(gpus)}); start fewer ranks"
+            f"--local {ranks} needs {ranks} GPUs, but this machine has {len(gpus)}: {','.join(gpus)}; start fewer"
         )
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         return None
     if not all(name.isdecimal() for name in gpus):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: DeepSpeed's launcher takes only indices, e.g. 0,1")
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={','.join(gpus)}: DeepSpeed's launcher takes only indices; set indices, e.g. 0,1"
+        )
     return tuple(map(int, gpus[:ranks]))

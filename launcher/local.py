@@ -219,7 +219,7 @@ def _exit_code(
         )
     if 0 < returned < 128 and not failures:
         return returned  # the rank failed before it could report, and printed the reason
-    raise RunError(f"{_cause_of_death(returned, dead_rank)}, then start again")
+    raise RunError(f"{_cause_of_death(returned, dead_rank)}, and start again")
 
 
 def _raise_or_return(failure: dict[str, Any], shared: bool) -> int:

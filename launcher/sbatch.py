@@ -76,7 +76,7 @@ class Sweep:
         ]
         if len({run[-1] for run in runs}) < len(runs):
             raise UserError(
-                f"--sweep {' --sweep '.join(axes)}: a value is given twice; each run needs different values"
+                f"--sweep {' --sweep '.join(axes)}: two runs have the same values; remove the repeated value"
             )
         return cls(tuple(runs))
 
@@ -201,7 +201,7 @@ def estimate_save_ahead(config: RunConfig, nodes: int) -> int:
 def check_options(job: JobOptions, nodes: int) -> None:
     """Raise UserError for a node range that is empty, or a time limit that leaves no time before the save."""
     if job.min_nodes is not None and not 1 <= job.min_nodes <= nodes:
-        raise UserError(f"--min-nodes {job.min_nodes} with --nodes {nodes}: give a number from 1 to {nodes}")
+        raise UserError(f"--min-nodes is {job.min_nodes}; it must be from 1 to {nodes}, the value of --nodes")
     if job.time is not None:
         check_time_limit(f"--time {job.time}", job.time, job.save_ahead)
 

@@ -41,7 +41,7 @@ def check_cluster(partition: str | None) -> None:
     partitions = set(_output("sinfo", "--noheader", "--format=%R").split())
     for name in partition.split(","):
         if name not in partitions:
-            raise UserError(f"--partition {name}: no such partition; choose from {', '.join(sorted(partitions))}")
+            raise UserError(f"--partition {name} does not exist; choose from {', '.join(sorted(partitions))}")
 
 
 def default_time_limit(partition: str | None) -> str | None:

@@ -93,12 +93,12 @@ def test_an_existing_output_is_rejected_without_overwrite(
         ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output"],
         ["export", run],
     ):
-        assert "contains something else" in error_line(*command, tmp_path, "--overwrite")
+        assert "has other contents" in error_line(*command, tmp_path, "--overwrite")
     foreign = settings(shards, tmp_path.parent, name=tmp_path.name)
-    assert "contains something else" in error_line("train", "tiny", *foreign)
+    assert "has other contents" in error_line("train", "tiny", *foreign)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert "name another or pass --overwrite" in error_line("export", run, run / "export")
-    assert "contains something else" in error_line("export", run, run, "--overwrite")
+    assert "has other contents" in error_line("export", run, run, "--overwrite")
     assert "must not contain each other" in error_line(
         "train", "tiny", *settings(shards, shards.parent, name=shards.name)
     )
@@ -161,8 +161,8 @@ def test_missing_or_damaged_checkpoints(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, copy)
     for states in (copy / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):
         states.write_bytes(states.read_bytes()[:-1])
-    assert "verifies" in error_line("export", copy, tmp_path / "out", code=1)
-    assert "does not verify" in error_line("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
+    assert "no valid checkpoint under" in error_line("export", copy, tmp_path / "out", code=1)
+    assert "step-8 is damaged: " in error_line("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -211,7 +211,7 @@ def test_shards_of_another_tokenizer(run: Path, corpus: Path, shards: Path, tmp_
     build_shards([corpus], tmp_path / "other", tmp_path / "shards", BuildOptions(row_len=512, holdout=0.1))
     line = error_line("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
     assert "is not the one that made the shards" in line
-    assert "unknown task 'magic'" in error_line("eval", run / "export", "--tasks", "magic", "--data", shards)
+    assert "--tasks 'magic' is unknown" in error_line("eval", run / "export", "--tasks", "magic", "--data", shards)
     line = error_line("train", "tiny", *settings(tmp_path / "shards", run.parent, name="run"))
     assert "data (shards other than those of" in line
     copy = tmp_path / "swapped"

@@ -152,7 +152,7 @@ def test_out_of_memory_is_one_line() -> None:
     ("words", "message"),
     [
         (["train", "--preset", "2b"], "configuration 2b is neither a file nor a preset"),
-        (["train", "--preset", "tiny", "--peer", "gpt"], "--peer gpt is unknown; choose one of hf-llama"),
+        (["train", "--preset", "tiny", "--peer", "gpt"], "--peer gpt is unknown; choose from hf-llama"),
         (["train", "--preset", "tiny", "--steps", "0"], "--steps is 0; it must be at least 1"),
         (["train", "--preset", "tiny", "--seq-len", "0"], "data.seq_len is 0"),
         (

@@ -41,7 +41,7 @@ def test_newest_sorts_steps_by_number_and_ignores_partial_folders(tmp_path: Path
         (lambda path: (path / MANIFEST_FILE).write_text("{"), "manifest.json is missing or unreadable"),
         (
             lambda path: (path / MANIFEST_FILE).write_text('{"sha256": {"../x": "0"}}'),
-            "../x leaves the checkpoint's folder",
+            "../x is outside the checkpoint's folder",
         ),
         (lambda path: (path / MANIFEST_FILE).write_text('{"sha256": []}'), "config.yaml is not in manifest.json"),
         (lambda path: (path / MANIFEST_FILE).write_text('{"sha256": 3}'), "manifest.json is missing or unread"),
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(damage: object, words: str
 
 def test_a_run_stops_if_no_checkpoint_verifies(tmp_path: Path) -> None:
     (make_checkpoint(tmp_path, 1) / "weights.pt").unlink()
-    with pytest.raises(RunError, match="no checkpoint under .* verifies"):
+    with pytest.raises(RunError, match="no valid checkpoint under"):
         store.newest(tmp_path)
 
 
@@ -73,10 +73,10 @@ def test_resolve_accepts_a_run_or_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no checkpoint"):
         store.resolve(tmp_path / "empty")
     (path / "weights.pt").unlink()
-    with pytest.raises(RunError, match="does not verify"):
+    with pytest.raises(RunError, match="is damaged: weights.pt is missing"):
         store.resolve(path)
     (path / MANIFEST_FILE).unlink()
-    with pytest.raises(RunError, match="does not verify: manifest.json is missing"):
+    with pytest.raises(RunError, match="is damaged: manifest.json is missing"):
         store.resolve(path)
 
 
@@ -111,7 +111,7 @@ def test_old_checkpoints_are_removed_only_after_the_new_one_is_read_back(tmp_pat
         hashes = {"weights.pt": hashlib.sha256(b"weights 2").hexdigest()}
         _seal(partial, final, hashes, rest, Retention(keep_last=1))
 
-    with pytest.raises(OSError, match=r"read back, weights\.pt does not match its sha256"):
+    with pytest.raises(OSError, match=r"weights\.pt does not match its sha256 when read back"):
         seal(b"weights ?")
     assert store.newest(tmp_path) == (before, {})
     seal(b"weights 2")

@@ -84,7 +84,7 @@ def test_python_m_fusiontree():
     [
         (UserError("wrong input"), 2, "fusiontree: error: wrong input\n"),
         (RunError("damaged"), 1, "fusiontree: error: damaged\n"),
-        (KeyboardInterrupt(), 1, "fusiontree: interrupted; no incomplete output was left under a final name\n"),
+        (KeyboardInterrupt(), 1, "fusiontree: interrupted; no partial output is left under its final name\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
             1,
@@ -327,7 +327,7 @@ def test_doctor_rejects_an_impossible_run(tmp_path, capsys):
 @pytest.mark.parametrize("count", ["--ranks=0", "--ranks=-1", "--nodes=0"])
 def test_doctor_rejects_counts_below_one(count, capsys):
     assert cli.main(["doctor", "tiny", count]) == 2
-    assert capsys.readouterr().err == f"fusiontree: error: doctor: {count.replace('=', ' ')}: give at least 1\n"
+    assert capsys.readouterr().err == f"fusiontree: error: {count.replace('=', ' is ')}; it must be at least 1\n"
 
 
 def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypatch):
@@ -337,7 +337,7 @@ def test_doctor_finds_a_run_too_large_for_the_machine(tmp_path, capsys, monkeypa
     capsys.readouterr()
     assert cli.main(["doctor", "tiny", "--json", "--ranks", "4", f"data.path={tmp_path}"]) == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert re.fullmatch(r"4 ranks on this machine need about \d\.\d GiB, 1\.0 GiB available; lower .*", problem)
+    assert re.fullmatch(r"4 ranks on this machine need about \d\.\d GiB, but 1\.0 GiB is available; lower .*", problem)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_two_nodes_train_like_one_machine(tasks, calm, shards, tmp_path, short_t
     done = launch(calm, shards, run, "--wait", "--tasks", tasks, "--env", path, **SHORT)
     assert not (tmp_path / "ssh-was-called").exists()
     assert metrics(run) == metrics(short_truth)
-    job = re.match(r"job (\d+): .*/job.sbatch\nfollow it with  tail -F .*\nend it with     scancel \1\n", done.stdout)[
+    job = re.match(r"job (\d+): .*/job.sbatch\nfollow it with  tail -F .*\ncancel it with  scancel \1\n", done.stdout)[
         1
     ]
     assert "validation loss" in done.stdout  # --wait copies the log
@@ -158,7 +158,7 @@ def test_a_task_of_a_sweep_is_requeued_alone(calm, shards, tmp_path):
     calm.run("scancel", "--signal=USR1", f"{job}_1")  # the last task shares its id with the array
     output = launched.communicate(timeout=180)[0]
     assert launched.returncode == 0, output
-    assert "requeued: resumes from step" in output
+    assert "requeued: the next attempt resumes from step" in output
     rendezvous = set(re.findall(r"rendezvous at (\S+);", output))
     assert len(rendezvous) == 3, output  # two tasks at once, perhaps on one node, and the second attempt of one
     states = [calm.state(f"{job}_{task}") for task in (0, 1)]
@@ -221,7 +221,7 @@ def test_a_job_is_requeued_at_its_time_limit(calm, shards, tmp_path):
     )
     until(lambda: calm.state(job)["Restarts"] == "1", 120, "the requeue")
     before = max(steps(run))
-    assert "requeued: resumes from step" in log(run, job)
+    assert "requeued: the next attempt resumes from step" in log(run, job)
     training(run, before + 2)
     written = steps(run)  # read once: the run may still be writing
     assert written == sorted(set(written))
@@ -268,7 +268,7 @@ def test_a_job_that_keeps_failing_is_not_requeued_again(calm, shards, tmp_path):
     (run / "config.yaml").touch()
     (run / "checkpoints").write_text("not a folder")
     done = launch(calm, shards, run, "--wait", code=1, **SHORT)
-    assert "requeued: resumes from step 0" in done.stdout
+    assert "requeued: the next attempt resumes from step 0" in done.stdout
     assert "not requeued: 2 attempts from step 0 without a new checkpoint" in done.stdout
 
 
@@ -328,7 +328,7 @@ def test_a_stale_attempt_after_a_partition_ends_itself(calm, shards, tmp_path):
     before = max(steps(run), default=0)
     training(run, before + 20)
     assert steps(run) == [*range(1, len(steps(run)) + 1)]
-    assert "is now written by a newer start" in (run / "logs" / f"{job}-0" / "rank-0.json").read_text()
+    assert "is now written by a newer attempt" in (run / "logs" / f"{job}-0" / "rank-0.json").read_text()
     assert calm.state(job)["JobState"] == "RUNNING"
 
 
@@ -338,7 +338,7 @@ def test_a_stale_attempt_after_a_partition_ends_itself(calm, shards, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--partition", "gpu"], "--partition gpu: no such partition; choose from debug, urgent"),
+        (["--partition", "gpu"], "--partition gpu does not exist; choose from debug, urgent"),
         (["--nodes", 3], "SLURM rejects .*: Requested node configuration is not available"),
         (["--constraint", "ib"], "SLURM rejects .*: .*feature"),
         (["--sbatch=--nonsense"], "SLURM rejects .*"),

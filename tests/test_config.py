@@ -100,7 +100,7 @@ def test_an_unknown_key_in_a_file_names_the_file(write):
         ("precision=fp8", "override 'precision=fp8': precision is 'fp8'; it must be 'bf16' or 'fp32'"),
         ("data.path=[1]", "override 'data.path=[1]': data.path is [1]; it must be a single value"),
         ("seed={}", "override 'seed={}': seed is {}; it must be a single value"),
-        ("name=../x", "override 'name=../x': name is '../x'; use letters, digits, '_', '-' and, except first, '.'"),
+        ("name=../x", "override 'name=../x': name is '../x'; use letters, digits, '_', '-' and, after the first, '.'"),
         ("name", "override 'name' is not of the form key=value, e.g. optimizer.lr=3e-4"),
         ("batch=3", "override 'batch=3': 'batch' is a section, not a value; its keys are tokens, micro_rows"),
         ("model.num_heads=3", "num_heads 3 is not a multiple of num_kv_heads 2; change one of them"),
@@ -119,7 +119,7 @@ def test_yaml_errors_name_file_and_line(write):
     assert error_of(path).startswith(f"{path}, line 3: not valid YAML: ")
     path = write("base: tiny\nseed: 1\nseed: 2\n")
     assert error_of(path) == f"{path}, line 3: not valid YAML: key 'seed' is given twice"
-    assert error_of(write("just words\n")).endswith("a configuration is `key: value` lines")
+    assert error_of(write("just words\n")).endswith("it must consist of `key: value` lines")
 
 
 def test_unreadable_files_are_named(tmp_path, write):
@@ -379,7 +379,7 @@ def test_missing_or_malformed_deepspeed_json(write):
     with pytest.raises(UserError, match="neither one of zero0, .*, zero3_nvme, zero3_offload nor a JSON"):
         deepspeed_json(load_config("tiny", ["deepspeed=zero9"]))
     for text in ("{", "[" * 100_000):
-        with pytest.raises(UserError, match="not valid JSON"):
+        with pytest.raises(UserError, match="is not valid JSON"):
             deepspeed_json(load_config("tiny", [f"deepspeed={write(text, 'ds.json')}"]))
 
 

@@ -180,7 +180,7 @@ def test_a_damaged_container_is_skipped_entirely(tmp_path: Path, kind: str, dama
     assert texts == {}
     [(name, place, reason)] = rejected
     assert (name, place) == (f"in.{kind}", "")
-    assert reason.startswith("broken ")
+    assert reason.startswith("unreadable ")
 
 
 def test_columns_and_members_without_text_are_reported(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_columns_and_members_without_text_are_reported(tmp_path: Path) -> None:
     texts, rejected = read(tmp_path)
     assert texts == {"c.parquet:0": "x", "d.tar/2": "y"}
     assert rejected == [
-        ("a.parquet", "", "broken parquet: no column 'text' (columns: body)"),
-        ("b.parquet", "", "broken parquet: column 'text' has type int64, not string"),
+        ("a.parquet", "", "unreadable parquet: no column 'text' (columns: body)"),
+        ("b.parquet", "", "unreadable parquet: column 'text' has type int64, not string"),
         ("c.parquet", "row 1", "null"),
         ("d.tar", "sample 1", "neither .txt nor .json"),
         ("d.tar", "member 3.json", "no key 'text' (keys: )"),
@@ -246,7 +246,7 @@ def test_all_formats_and_two_broken_files_from_build_to_training(tmp_path: Path,
     assert f"documents      {3 * len(KINDS) + 3}" in done.stdout
     assert "broken.jsonl (line 4, line 5, " in done.stdout
     assert "line 13 and 2 more): not valid JSON" in done.stdout
-    assert "broken.jsonl.gz: broken gz: " in done.stdout
+    assert "broken.jsonl.gz: unreadable gz: " in done.stdout
     skipped = Manifest.load(tmp_path / "set").skipped
     assert [entry["path"] for entry in skipped] == ["broken.jsonl", "broken.jsonl.gz"]
     assert skipped[0] == {

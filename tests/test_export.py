@@ -234,7 +234,7 @@ def test_a_document_longer_than_a_learned_table_is_refused(exported: Path) -> No
     cache = model(ids, attention_mask=padded, use_cache=True).to_tuple()[1]
     model(ids[:, :2], past_key_values=cache)
     for words in ({}, {"attention_mask": torch.ones_like(ids)}, {"attention_mask": torch.arange(24).view(1, -1) >= 3}):
-        with pytest.raises(ValueError, match=r"a document of 2[14] tokens; SRTE's learned table ends at 20"):
+        with pytest.raises(ValueError, match=r"a document has 2[14] tokens, but SRTE's learned table ends at 20"):
             model(ids, **words)
     cache = model(ids[:, :20], use_cache=True).to_tuple()[1]
     with pytest.raises(ValueError, match="a document of 21 tokens"):

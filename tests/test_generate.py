@@ -97,7 +97,7 @@ def test_weights_come_from_the_index_or_the_single_file(exported: Path, run: Pat
     export(run, tmp_path / "more", ExportOptions(max_shard_size="50KB"))
     index = tmp_path / "more" / "model.safetensors.index.json"
     index.write_text(re.sub("model-00001", "../more/model-00001", index.read_text()))
-    with pytest.raises(RunError, match="which leaves its folder"):
+    with pytest.raises(RunError, match="which is outside its folder"):
         load_export(tmp_path / "more")
 
 
@@ -117,8 +117,8 @@ def test_invalid_prompts_and_options_are_refused_in_one_line(
             [*folder, "tree", "--max-new-tokens", "128"],
             "exceed the learned time encoding's 128 positions; use fewer tokens",
         ),
-        (folder, "give either a prompt or --prompts FILE"),
-        ([*folder, "a", "--prompts", str(tmp_path / "gap.txt")], "give either a prompt or --prompts FILE"),
+        (folder, "give either PROMPT or --prompts FILE"),
+        ([*folder, "a", "--prompts", str(tmp_path / "gap.txt")], "give either PROMPT or --prompts FILE"),
         ([*folder, "--prompts", str(tmp_path / "gap.txt")], "gap.txt line 2 is empty"),
         ([*folder, "--prompts", str(tmp_path / "none.txt")], "none.txt has no prompts; write one per line"),
         ([*folder, "--prompts", str(tmp_path / "missing")], "no prompts file at"),
@@ -200,7 +200,7 @@ def test_an_interrupted_export_leaves_nothing(run: Path, tmp_path: Path) -> None
     command = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "interrupted; no incomplete output was left under a final name" in done.stderr
+    assert "interrupted; no partial output is left under its final name" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -212,4 +212,4 @@ def test_an_interrupted_generation_ends_with_one_line(exported: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout == "tree"
-    assert done.stderr == "fusiontree: interrupted; no incomplete output was left under a final name\n"
+    assert done.stderr == "fusiontree: interrupted; no partial output is left under its final name\n"

@@ -89,11 +89,11 @@ def test_a_malformed_hostfile_is_refused_with_its_line_number(text, message, tmp
 @pytest.mark.parametrize(
     ("include", "exclude", "message"),
     [
-        ("node3", "", r"--include node3: node3 is not in the hostfile \(node1, node2\)"),
-        ("node2:2", "", r"--include node2:2: node2 has the slots 0 to 1"),
+        ("node3", "", r"--include node3: node3 is not in the hostfile; choose from node1, node2"),
+        ("node2:2", "", r"--include node2:2: node2 has only the slots 0 to 1"),
         ("node2:x", "", r"'node2:x' is not of the form HOST:SLOT,SLOT"),
         ("", "node1@node2", "--exclude node1@node2 leaves no slot of .*; exclude fewer"),
-        ("node1", "node2", "cannot be combined; give one of them"),
+        ("node1", "node2", "cannot be combined; remove one"),
     ],
 )
 def test_an_invalid_selection_is_refused(include, exclude, message, hosts_file):
@@ -105,7 +105,10 @@ def test_a_missing_hostfile_or_program_is_refused_in_one_line(tmp_path, hosts_fi
     write_manifest(tmp_path, 8192)
     words = [f"data.path={tmp_path}", f"output={tmp_path}/runs"]
     assert cli.main(["launch", "tiny", "--hostfile", "nowhere", *words]) == 2
-    assert capsys.readouterr().err == "fusiontree: error: --hostfile nowhere: no such file\n"
+    assert (
+        capsys.readouterr().err
+        == "fusiontree: error: --hostfile nowhere does not exist; give a file with one line `NAME slots=N` per host\n"
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["launch", "tiny", "--hostfile", str(hosts_file), "--include", "node2", *words]) == 2
     assert capsys.readouterr().err.startswith("fusiontree: error: --hostfile: no ssh on PATH")

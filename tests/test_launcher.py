@@ -205,7 +205,7 @@ def test_the_callers_environment_takes_precedence(dataset, monkeypatch):
 @pytest.mark.parametrize(
     ("ranks", "overrides", "message"),
     [
-        (0, [], "--local 0: give the number of ranks"),
+        (0, [], "--local is 0; it must be at least 1"),
         (3, [], "does not divide among 3 ranks"),
         (2, ["data.path=nowhere"], "data.path nowhere: no manifest.json there"),
         (2, ["deepspeed=zero7"], "deepspeed 'zero7' is neither"),
@@ -244,7 +244,7 @@ def test_each_rank_needs_a_gpu(dataset, monkeypatch):
     monkeypatch.setattr(launcher.job, "visible_gpus", lambda: ["0", "1"])
     made = planned(dataset, 2)
     assert (made.environment["DS_ACCELERATOR"], made.devices) == ("cuda", None)
-    with pytest.raises(UserError, match=r"--local 4 needs 4 GPUs, this machine has 2 \(0,1\)"):
+    with pytest.raises(UserError, match=r"--local 4 needs 4 GPUs, but this machine has 2: 0,1"):
         planned(dataset, 4)
 
 

@@ -32,7 +32,7 @@ def test_the_holder_may_write_until_another_start_takes_the_lease(tmp_path):
     lease.take(tmp_path)
     lease.check(tmp_path)
     take_elsewhere(tmp_path)
-    with pytest.raises(RunError, match=r"is now written by a newer start on .* \(pid \d+\); this one ends"):
+    with pytest.raises(RunError, match=r"is now written by a newer attempt on .* \(pid \d+\); this one ends"):
         lease.check(tmp_path)
     lease.take(tmp_path)
     lease.check(tmp_path)
@@ -67,10 +67,10 @@ def test_a_start_that_lost_the_lease_publishes_nothing(tmp_path):
     lease.take(tmp_path)
     take_elsewhere(tmp_path)
     config = load_config("tiny", [f"output={tmp_path.parent}", f"name={tmp_path.name}"])
-    with Metrics(config, None, None) as metrics, pytest.raises(RunError, match="newer start"):
+    with Metrics(config, None, None) as metrics, pytest.raises(RunError, match="newer attempt"):
         metrics.record({"step": 5, "loss": 1.0})
     assert read_metrics(tmp_path) == []
-    with pytest.raises(RunError, match="newer start"):
+    with pytest.raises(RunError, match="newer attempt"):
         store.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-4\n"
     assert not (folder / "step-8").exists()

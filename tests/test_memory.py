@@ -113,12 +113,14 @@ def test_the_memory_of_the_nodes_is_checked(tmp_path):
         rank_on("c", **cpu),
     ]
     (line, *others) = diagnose.node_problems({"memory_per_rank_bytes": 100 * 2**30}, ranks)
-    assert line.startswith("a rank on V100 of b needs about 100.0 GiB, 32.0 GiB available; lower batch.micro_rows")
+    assert line.startswith(
+        "a rank on V100 of b needs about 100.0 GiB, but 32.0 GiB is available; lower batch.micro_rows"
+    )
     assert others == []
     table = {"zero2": {"none": 33.0, "full": 32.5}, "zero3": {"none": 32.5, "full": 31.9}}
     run = {"memory_per_rank_bytes": 100 * 2**30, "memory_gib_by_stage_and_recomputation": table}
     (line,) = diagnose.node_problems(run, ranks)
-    assert line.endswith("; deepspeed=zero3 with activation_checkpointing=full needs 31.9 GiB")
+    assert line.endswith("; set deepspeed=zero3 and activation_checkpointing=full, which need 31.9 GiB")
     (line,) = diagnose.node_problems({"memory_per_rank_bytes": 100 * 2**30}, [ranks[2], ranks[2]])
     assert line.startswith("2 ranks on c need about 200.0 GiB, 150.0 GiB available")
 

@@ -95,7 +95,7 @@ def student(tmp_path: Path) -> list[str]:
     ("vocab_size", "fingerprint", "words"),
     [
         (8192, "abc", None),
-        (8000, "abc", "has model.vocab_size 8000, this run 8192"),
+        (8000, "abc", "has model.vocab_size 8000, but this run has 8192"),
         (8192, "xyz", "has another tokenizer (xyz) than the data (abc)"),
         (None, "abc", "is not an exported folder; name one made by `fusiontree export`"),
     ],

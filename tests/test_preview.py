@@ -144,7 +144,7 @@ def test_rows_without_a_document_are_shown_as_padding(tmp_path: Path, tokenizer_
     words = ["tiny", f"data.path={tmp_path / 'set'}", "data.seq_len=128", "batch.tokens=512", "model.vocab_size=512"]
     shown = cli("data", "at", *words, "--step", 0).stdout.splitlines()
     assert len([line for line in shown if line.startswith("batch ")]) == 4
-    assert shown.count("  padding alone") == 3
+    assert shown.count("  only padding") == 3
     assert len([line for line in shown if line.endswith(" from 0") and not line.startswith("batch")]) == 2
 
 

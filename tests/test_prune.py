@@ -112,9 +112,9 @@ def test_select_cheapest_leaves_every_layer_a_branch() -> None:
     pruning, measured = select_cheapest(candidates, 2, SMALL, lambda name, _: costs[name])
     assert pruning.kinds == ("hybrid", "attention", "mamba")
     assert list(measured)[:4] == order
-    with pytest.raises(UserError, match="asked to prune 4; only 3 can be removed together"):
+    with pytest.raises(UserError, match="cannot prune 4: every layer must keep a branch, so at most 3 can be removed"):
         select_cheapest(candidates, 4, SMALL, lambda name, _: costs[name])
-    with pytest.raises(UserError, match="asked to prune 0; it must be from 1 to 6"):
+    with pytest.raises(UserError, match="cannot prune 0 of this model's 6 candidates; give 1 to 6"):
         select_cheapest(candidates, 0, SMALL, lambda name, _: costs[name])
     assert list(head_candidates(SMALL)) == [f"global head group 0 of layer {layer}" for layer in range(3)]
     assert head_candidates(dataclasses.replace(SMALL, num_heads=2, num_kv_heads=1, global_heads=2)) == {}
@@ -160,7 +160,7 @@ def test_a_deeply_nested_plan_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_layer_that_was_pruned_cannot_get_its_branch_back(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"layers": [{"layer": 0, "keep": "hybrid"}]}))
-    with pytest.raises(UserError, match="layer 0 has only mamba; it cannot keep hybrid"):
+    with pytest.raises(UserError, match="layer 0 has only mamba, so it cannot keep hybrid"):
         read_plan(path, dataclasses.replace(SMALL, layer_kinds=("mamba", "hybrid", "hybrid")))
 
 
@@ -264,7 +264,7 @@ def test_a_plan_is_not_overwritten_and_a_failed_export_leaves_nothing(
 
     plan = tmp_path / "plan.json"
     assert main(["prune", str(run), "--out", str(plan)]) == 0
-    assert "exists already; name another file" in refused("prune", run, "--out", plan)
+    assert "exists; name another file" in refused("prune", run, "--out", plan)
     assert "is a folder; name a file" in refused("prune", run, "--out", tmp_path, "--overwrite")
     assert "would be below" in refused("prune", run, "--out", plan / "deep" / "plan.json")
     assert "would be below" in refused("export", run, plan / "out")
@@ -275,7 +275,7 @@ def test_a_plan_is_not_overwritten_and_a_failed_export_leaves_nothing(
     assert "it must be mamba, attention or hybrid" in refused(
         "export", run, tmp_path / "out", "--prune", nothing, "--data", shards
     )
-    for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "asked to prune 9")):
+    for given, words in ((plan, "layer 9 is unknown"), (tmp_path / "no.json", "no plan at"), (9, "cannot prune 9")):
         assert words in refused("export", run, tmp_path / "out", "--prune", given, "--data", shards)
     assert "has no dataset to measure the pruning on" in refused("export", run, tmp_path / "out", "--prune", "auto")
     assert "--limit is 0; it must be at least 1" in refused("export", run, tmp_path / "out", "--limit", 0)

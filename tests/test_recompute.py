@@ -97,5 +97,5 @@ def test_the_short_form_sets_the_policy() -> None:
 
 
 def test_offload_without_recomputation_is_refused() -> None:
-    with pytest.raises(UserError, match=r"policy none recomputes none; set policy or offload: false"):
+    with pytest.raises(UserError, match=r"policy none recomputes nothing; set policy, or offload: false"):
         load_config("tiny", ["activation_checkpointing=none", "activation_checkpointing.offload=true"])

@@ -193,8 +193,8 @@ def test_invalid_arguments_are_refused_in_one_line(tmp_path: Path, capsys: pytes
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("a: [1,")
     for words, message in (
-        ([tmp_path / "other"], "is not a run's folder: it has no config.yaml; give a folder such as runs/NAME"),
-        ([tmp_path / "none"], "is not a run's folder"),
+        ([tmp_path / "other"], "other; give a run's folder, e.g. runs/NAME"),
+        ([tmp_path / "none"], "no run at"),
         ([tmp_path / "broken"], "config.yaml cannot be read"),
         ([run, run], "a run is given twice"),
         ([run, "--out", tmp_path / "no" / "r.html"], "does not exist; create it first"),

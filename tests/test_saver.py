@@ -69,7 +69,7 @@ def test_a_save_that_fails_on_one_rank_is_reported_and_the_next_one_succeeds(sha
     words = ["train", "tiny", *settings(shards, tmp_path, name="r", **SMALLER)]
     output = ranks.run(words, tmp_path, 2, setup=fill_disk_of_rank_1_for_the_first_save)
     folder = tmp_path / "r" / "checkpoints"
-    failure = "step-4 could not be written: File too large; training continues, the next save tries again"
+    failure = "step-4 could not be written: File too large; training continues, and the next save tries again"
     assert output.count(failure) == 1
     assert [(line["kind"], line["step"]) for line in incidents.read(tmp_path / "r")] == [("save_failed", 4)]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-8"]

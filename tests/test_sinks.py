@@ -61,7 +61,7 @@ def test_a_tracker_that_cannot_write_is_reported_once_and_dropped(
             metrics.record({"step": step, "tokens": 8, **UPDATE})
     assert len(read_metrics(tmp_path / "r")) == 2
     said = capsys.readouterr().err
-    assert said.count("TensorBoard: No space left on device; no more figures are sent to it") == 1
+    assert said.count("TensorBoard: No space left on device; no more metrics are sent to it") == 1
 
 
 def test_tensorboard_replaces_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_missing_tracker_prints_one_line(name: str, tmp_path: Path, monkeypatc
     assert open_sinks(run_config(tmp_path, f"logging.{name}=true"), None, None) == []
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == (
-        f"{name} is not installed, no figures are sent to it: pip install 'fusiontree[{name}]'\n"
+        f"{name} is not installed, so no metrics are sent to it; install it: pip install 'fusiontree[{name}]'\n"
     )
 
 

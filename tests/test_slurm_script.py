@@ -136,7 +136,9 @@ def test_an_oci_bundle_runs_in_slurms_own_container_without_further_mounts(confi
     first = 'bash -c \': "${SLURM_PROCID:?is not set inside}"; cd /work || exit; export RANK='
     assert f"    --container='/images/my bundle' \\\n    {first}" in script
     assert "rank \\\n    python -m fusiontree train " in script
-    with pytest.raises(UserError, match="--container-mounts /a:/b: an OCI bundle has its own; add them to /b/config"):
+    with pytest.raises(
+        UserError, match="--container-mounts /a:/b: an OCI bundle defines its own mounts; add them to /b/config"
+    ):
         rendered(config, JobOptions(container="oci:/b", container_mounts="/a:/b"))
 
 
@@ -173,7 +175,7 @@ def test_a_sweep_needs_values(axis):
 
 
 def test_a_sweep_refuses_a_repeated_value():
-    with pytest.raises(UserError, match="a value is given twice"):
+    with pytest.raises(UserError, match="two runs have the same values"):
         Sweep.from_axes("books", ["seed=1,1"])
 
 
@@ -239,16 +241,16 @@ def test_cpu_ranks_have_a_thread_per_core(options, threads, config, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--slurm"], "--slurm: give --gpus-per-node G, or --ranks-per-node N"),
+        (["--slurm"], "--slurm needs --gpus-per-node G, or --ranks-per-node N"),
         (["--slurm", "--ranks-per-node", "3"], "does not divide among 3 ranks"),
-        (["--slurm", "--ranks-per-node", "0", "--nodes", "2"], "give at least 1 of both"),
+        (["--slurm", "--ranks-per-node", "0", "--nodes", "2"], "both must be at least 1"),
         (["--slurm", "--ranks-per-node", "1", "--time", "1"], "--time 1 is 60 s, and the ranks are asked to save 60 s"),
-        (["--slurm", "--ranks-per-node", "1", "--min-nodes", "2"], "--min-nodes 2 with --nodes 1"),
+        (["--slurm", "--ranks-per-node", "1", "--min-nodes", "2"], "--min-nodes is 2; it must be from 1 to 1"),
         (["--slurm", "--ranks-per-node", "1", "--nodes", "4", "--min-nodes", "3"], "does not divide among 3 ranks"),
         (["--slurm", "--ranks-per-node", "1", "--include", "a"], "--include belongs to --hostfile, not to --slurm"),
         (["--local", "1", "--partition", "p"], "--partition belongs to --slurm, not to --local"),
         (["--local", "1", "--env", "A"], "--env: 'A' is not of the form KEY=VALUE"),
-        (["--local", "1", "--env-file", "nowhere"], "--env-file nowhere: no such file"),
+        (["--local", "1", "--env-file", "nowhere"], "--env-file nowhere does not exist"),
         (["--slurm", "--ranks-per-node", "1"], "--slurm: no sbatch on PATH"),
     ],
 )

@@ -185,7 +185,7 @@ def _watch_export(run: Path, output: Path, dtype: str) -> dict[str, Any]:
             process.wait()
         output_text, _ = process.communicate()
     if process.returncode:
-        raise RunError(f"the export of {run} ended with code {process.returncode}; its own error is printed above")
+        raise RunError(f"the export of {run} exited with code {process.returncode}; see its error above")
     seconds = time.perf_counter() - started
     return {"peak_memory_bytes": peak, "seconds": seconds, "parity": json.loads(output_text)["parity"]}
 

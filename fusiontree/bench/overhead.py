@@ -62,7 +62,9 @@ def bench_overhead(source: str, overrides: list[str], rounds: int = 12, warmup: 
         config = overhead_config(source, overrides, Path(folder), (rounds + warmup) * BLOCK + 1)
         world = collectives.start()
         if world.size > 1:
-            raise UserError(f"bench overhead measures one device, but WORLD_SIZE is {world.size}; start it alone")
+            raise UserError(
+                f"bench overhead measures one device, but WORLD_SIZE is {world.size}; start it without a launcher"
+            )
         pairs = _measure(config, world, rounds + warmup)[warmup:]
         figures = _describe(config, rounds) | describe_machine(world.device) | _figures(pairs)
         collectives.leave()

@@ -104,7 +104,7 @@ PEERS = {
 def check_peer(name: str, device: torch.device) -> None:
     """Raise UserError if the peer does not exist or cannot run its fused kernels on `device`."""
     if name not in PEERS:
-        raise UserError(f"--peer {name} is unknown; choose one of {', '.join(PEERS)}")
+        raise UserError(f"--peer {name} is unknown; choose from {', '.join(PEERS)}")
     if PEERS[name].fused_scan is None or device.type == "cpu":
         return
     for package in _FUSED_PATH:
@@ -134,7 +134,8 @@ class Peer:
         self.scan = _scan_of(name, self.model)
         if device.type == "cuda" and self.scan is not None and not self.scan.startswith("mamba_ssm"):
             raise RunError(
-                f"--peer {name} would run its scan in {self.scan} instead of mamba_ssm, which is no fair comparison"
+                f"--peer {name} would run its scan in {self.scan} instead of mamba_ssm, an unfair comparison; "
+                "install mamba-ssm, or choose --peer hf-llama"
             )
         if recompute:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -121,7 +121,7 @@ class Saver:
         if error is not None and not isinstance(error, OSError):
             self._error = RunError(f"{self._failure}; see the logs in the run's folder")
         elif self._failure is not None and self.world.is_main:
-            console.print(f"{self._failure}; training continues, the next save tries again")
+            console.print(f"{self._failure}; training continues, and the next save tries again")
             incidents.record(self.run_dir, "save_failed", step, self._failure)
 
     def _write(self, final: Path, own: dict[str, Any], rest: Mapping[str, bytes]) -> Exception | None:
@@ -199,7 +199,7 @@ def _seal(
     hashes = {**hashes, **{name: hashlib.sha256(content).hexdigest() for name, content in rest.items()}}
     store.write_manifest(partial, hashes)
     if problems := store.verify(partial):
-        raise OSError(f"read back, {problems[0]}")  # training continues, as after a full disk
+        raise OSError(f"{problems[0]} when read back")  # training continues, as after a full disk
     store.put_in_place(partial, final)
     _retain(final, retention)
 

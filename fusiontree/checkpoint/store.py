@@ -125,7 +125,7 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
         damaged[checkpoint] = f"checkpoint {checkpoint} is damaged and skipped: {problems[0]}"
     if damaged:
         line, *_ = damaged.values()
-        raise RunError(f"no checkpoint under {folder} verifies ({line}); restore one or remove the folder")
+        raise RunError(f"no valid checkpoint under {folder} ({line}); restore one or remove the folder")
     return None, damaged
 
 
@@ -139,10 +139,12 @@ def resolve(source: Path) -> Path:
     source = source.resolve()
     if (source / STATE_FILE).exists() or source in list_checkpoints(source.parent):
         if problems := verify(source):
-            raise RunError(f"checkpoint {source} does not verify: {problems[0]}; use another one")
+            raise RunError(f"checkpoint {source} is damaged: {problems[0]}; restore it or use another one")
         return source
     if not source.is_dir():
-        raise UserError(f"no run or checkpoint at {source}; give a folder such as runs/NAME")
+        raise UserError(
+            f"no run or checkpoint at {source}; give the folder of a run or of a checkpoint, e.g. runs/NAME"
+        )
     found, damaged = newest(source / CHECKPOINTS)
     for line in damaged.values():
         console.print(line, markup=False)
@@ -161,7 +163,7 @@ def verify(checkpoint: Path) -> list[str]:
     for name, expected in files.items():
         path = checkpoint / name
         if Path(name).name != name:
-            problems.append(f"{name} leaves the checkpoint's folder")
+            problems.append(f"{name} is outside the checkpoint's folder")
         elif not path.is_file():
             problems.append(f"{name} is missing")
         elif sha256(path) != expected:

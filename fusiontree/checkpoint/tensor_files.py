@@ -112,7 +112,9 @@ def _locate_stage_3(folder: Path, read: layout.Reader) -> dict[str, StoredTensor
 def _extent(path: Path, value: Tensor, start: int, length: int) -> Extent:
     """Return where `length` elements of `value`, from `start`, are in the file `path`."""
     if not value.is_contiguous():
-        raise RunError(f"{path} contains a tensor that is not contiguous; FusionTree saves none, so use its own files")
+        raise RunError(
+            f"{path} contains a non-contiguous tensor, which FusionTree never saves; use an unmodified checkpoint"
+        )
     stored: Any = value.untyped_storage()._checkpoint_offset  # set by torch.load in FakeTensorMode
     return Extent(path, stored + (int(value.storage_offset()) + start) * value.dtype.itemsize, length)
 
@@ -130,7 +132,7 @@ def _read(name: str, stored: StoredTensor) -> Tensor:
             while done < end:
                 read = stream.readinto(raw[done:end])
                 if not read:
-                    raise RunError(f"{path} ends inside the tensor {name}; restore the file")
+                    raise RunError(f"{path} ends inside the tensor {name}; restore the file or use another one")
                 done += read
     return buffer.view(shape)
 
@@ -173,7 +175,7 @@ def _indexed_files(index: Path) -> dict[str, Path]:
         raise RunError(f"{index} is damaged ({error!r}); export the model again") from None
     for file in sorted(set(names.values())):
         if Path(file).name != file:
-            raise RunError(f"{index} names {file}, which leaves its folder; use an export that does not")
+            raise RunError(f"{index} names {file}, which is outside its folder; export the model again")
     return {name: index.parent / file for name, file in names.items()}
 
 

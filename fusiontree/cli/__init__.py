@@ -15,7 +15,7 @@ _FILE_ERRORS = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
     *(errno.EBUSY, errno.EXDEV, errno.ELOOP, errno.ESTALE, errno.EFBIG),
 }
-_INTERRUPTED = "interrupted; no incomplete output was left under a final name"
+_INTERRUPTED = "interrupted; no partial output is left under its final name"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusiontree",
-        description="Pretrain hybrid language models: a Mamba and an attention branch, fused by a learned gate.",
+        description="Pretrain hybrid language models whose layers fuse a Mamba and an attention branch by a gate.",
         epilog="Example: fusiontree demo",
         formatter_class=FORMAT,
     )

@@ -76,7 +76,7 @@ def _bench_overhead(args: argparse.Namespace) -> Figures:
 
 def add(commands: Any) -> None:
     """Add the subcommands."""
-    summary = "Measure speed and memory on this machine. Only files named by an option are kept."
+    summary = "Measure speed and memory on this machine. Keeps no files except those named by an option."
     bench = commands.add_parser(
         "bench",
         help=summary,
@@ -90,7 +90,7 @@ def add(commands: Any) -> None:
         bench_commands,
         "train",
         _shown(_bench_train),
-        "Measure training with the engine of real runs, optionally next to a peer model.",
+        "Measure training with the engine of a real run, optionally next to a peer model.",
         "bench train --preset 1b --seq-len 32768 --peer hf-falcon-h1",
     )
     add_preset(train)
@@ -109,7 +109,10 @@ def add(commands: Any) -> None:
         "--peer", metavar="NAME", help="also measure hf-llama, hf-falcon-h1 or fla-mamba2 in the same process"
     )
     train.add_argument(
-        "--peer-recompute", choices=("none", "full"), default="full", help="recomputation of the peer (default full)"
+        "--peer-recompute",
+        choices=("none", "full"),
+        default="full",
+        help="activation checkpointing of the peer (default full)",
     )
     train.add_argument("--profile", type=Path, metavar="FILE", help="write a profile of one step as Markdown")
 
@@ -170,7 +173,7 @@ def add(commands: Any) -> None:
         "Measure the throughput of training batches from a dataset.",
         "bench loader --data data/books",
     )
-    loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or address")
+    loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or URL")
     loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
     loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
 
@@ -186,28 +189,37 @@ def add(commands: Any) -> None:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the export (default fp32)"
     )
     export.add_argument(
-        "--ranks", type=int, default=8, metavar="N", help="ranks that the checkpoint is partitioned for (default 8)"
+        "--ranks", type=int, default=8, metavar="N", help="number of ranks to partition the checkpoint for (default 8)"
     )
     export.add_argument(
-        "--folder", type=Path, metavar="DIR", help="empty folder to keep run and export in (default: both are removed)"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="keep the run and the export in this empty folder (default: remove both)",
     )
 
     overhead = command(
         bench_commands,
         "overhead",
         _shown(_bench_overhead),
-        "Measure the overhead of the engine: a real run alternates with a bare DeepSpeed loop.",
+        "Measure the overhead of the engine: 5 updates of a real run alternate with 5 of a bare DeepSpeed loop.",
         "bench overhead 125m --json overhead.json",
         figures=False,
     )
     add_config(overhead)
-    overhead.add_argument("--rounds", type=int, default=12, metavar="N", help="timed pairs of blocks (default 12)")
-    overhead.add_argument("--warmup", type=int, default=2, metavar="N", help="untimed pairs before them (default 2)")
+    overhead.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        metavar="N",
+        help="timed rounds, each 5 updates of the run and 5 of the loop (default 12)",
+    )
+    overhead.add_argument("--warmup", type=int, default=2, metavar="N", help="untimed rounds before them (default 2)")
     overhead.add_argument(
         "--json",
         nargs="?",
         type=Path,
         const=True,
         metavar="FILE",
-        help="print the figures as JSON, or write them to FILE",
+        help="print the result as JSON, or write it to FILE",
     )

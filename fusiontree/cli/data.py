@@ -104,7 +104,7 @@ def _data_at(args: argparse.Namespace) -> int:
         for document in row["documents"]:
             print("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
         if not row["documents"]:
-            print("  padding alone")
+            print("  only padding")
     return 0
 
 
@@ -154,7 +154,7 @@ def add(commands: Any) -> None:
         "--holdout-from",
         choices=("spread", "end"),
         default="spread",
-        help="spread: hold out documents at even distances (default); end: hold out the last files",
+        help="spread: hold out documents at even intervals (default); end: hold out the last files",
     )
     build.add_argument("--workers", type=int, default=1, metavar="N", help="tokenizing processes (default 1)")
     build.add_argument("--row-len", type=int, default=32768, metavar="N", help="tokens per packed row (default 32768)")
@@ -164,7 +164,7 @@ def add(commands: Any) -> None:
         "--encoder",
         choices=("auto", "gigatoken", "tokenizers"),
         default="auto",
-        help="encoding library (default: gigatoken if it gives the ids of tokenizers)",
+        help="encoding library (default auto: gigatoken if its token ids equal those of tokenizers)",
     )
 
     verify = command(
@@ -189,7 +189,7 @@ def add(commands: Any) -> None:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="tokenizer of the shards, if the manifest is lost (default: that in the dataset)",
+        help="tokenizer of the shards, if the manifest is lost (default: the dataset's)",
     )
     reindex.add_argument("--eos", metavar="TOKEN", help="end-of-document token (default: the tokenizer's)")
     reindex.add_argument(
@@ -210,7 +210,7 @@ def add(commands: Any) -> None:
         "--split", choices=("train", "validation"), default="train", help="split of the row (default train)"
     )
     inspect.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="decode with this tokenizer (default: that in the dataset)"
+        "--tokenizer", type=Path, metavar="DIR", help="decode with this tokenizer (default: the dataset's)"
     )
 
     plan = command(
@@ -231,8 +231,8 @@ def add(commands: Any) -> None:
     )
     add_config(at)
     at.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, counted from 0")
-    at.add_argument("--rank", type=int, metavar="R", help="only the documents of this rank; needs --world-size")
-    at.add_argument("--world-size", type=int, metavar="W", help="number of ranks (default 1: the complete batch)")
+    at.add_argument("--rank", type=int, metavar="R", help="show only the documents of this rank; needs --world-size")
+    at.add_argument("--world-size", type=int, metavar="W", help="number of ranks (default 1: show the whole batch)")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

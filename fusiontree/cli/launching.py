@@ -81,7 +81,7 @@ def _launch_slurm(args: argparse.Namespace, options: Any) -> int:
     nodes = 1 if args.nodes is None else args.nodes
     ranks = args.gpus_per_node if args.ranks_per_node is None else args.ranks_per_node
     if ranks is None:
-        raise UserError("--slurm: give --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
+        raise UserError("--slurm needs --gpus-per-node G, or --ranks-per-node N for ranks on CPUs")
     sweep = sbatch.Sweep.from_axes(config.name, args.sweep)
     configs = [load_config(args.config, [*args.overrides, *changes]) for changes in sweep.runs]
     min_nodes = nodes if args.min_nodes is None else max(1, args.min_nodes)
@@ -132,7 +132,7 @@ def _submit(script: Path, logs: Path, wait: bool) -> int:
 
     job = slurm.submit(script)
     print(
-        f"job {job}: {script}\nfollow it with  tail -F {logs}/slurm-{job}*.log\nend it with     scancel {job}",
+        f"job {job}: {script}\nfollow it with  tail -F {logs}/slurm-{job}*.log\ncancel it with  scancel {job}",
         flush=True,
     )
     return slurm.follow(job, logs, sys.stdout) if wait else 0
@@ -152,14 +152,16 @@ def add(commands: Any) -> None:
     target = launch.add_mutually_exclusive_group(required=True)
     target.add_argument("--local", type=int, metavar="N", help="start N ranks on this machine")
     target.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="start ranks over ssh; FILE has one `NAME slots=N` per line"
+        "--hostfile", type=Path, metavar="FILE", help="start ranks over ssh; FILE has one line `NAME slots=N` per host"
     )
     target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
     launch.add_argument("--dry-run", action="store_true", help="print the command or script and exit")
     launch.add_argument(
         "--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable of every rank; repeatable"
     )
-    launch.add_argument("--env-file", type=Path, metavar="FILE", help="file of such variables, one KEY=VALUE per line")
+    launch.add_argument(
+        "--env-file", type=Path, metavar="FILE", help="file of environment variables, one KEY=VALUE per line"
+    )
     launch.add_argument(
         "--pre-command",
         action="append",
@@ -189,7 +191,7 @@ def _add_slurm(launch: argparse.ArgumentParser) -> None:
         "--ranks-per-node",
         type=int,
         metavar="N",
-        help="ranks per node (default: --gpus-per-node); alone: ranks on CPUs",
+        help="ranks per node (default: --gpus-per-node); without --gpus-per-node, ranks on CPUs",
     )
     group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores per task")
     group.add_argument("--tasks", choices=("rank", "node"), help="start one task per rank or per node (default rank)")
@@ -202,21 +204,25 @@ def _add_slurm(launch: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--container",
         metavar="IMAGE",
-        help="a .sif file or a folder for apptainer, oci:BUNDLE for SLURM's own containers, else an image for pyxis",
+        help="a .sif file or folder (apptainer), oci:BUNDLE (SLURM's own containers), or an image name (pyxis)",
     )
     group.add_argument(
         "--container-mounts",
         metavar="FROM:TO[,...]",
-        help="further mounts; the current folder and the run's are always mounted",
+        help="more mounts; the current folder and the run's are always mounted",
     )
     group.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="further #SBATCH line, e.g. '--exclusive'"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="more #SBATCH options, e.g. '--exclusive'; repeatable",
     )
     group.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="KEY=V1,V2",
-        help="submit a job array with one run per value; repeated: the product",
+        help="submit a job array with one run per value; repeat it for the product of several keys",
     )
-    group.add_argument("--wait", action="store_true", help="follow the job's log and exit with the job's code")
+    group.add_argument("--wait", action="store_true", help="follow the job's log and exit with the job's exit code")

@@ -15,10 +15,10 @@ def _doctor(args: argparse.Namespace) -> int:
     from fusiontree.doctor.diagnose import diagnose
 
     if args.overrides and args.config is None:
-        raise UserError("doctor: overrides need a CONFIG; give it first")
+        raise UserError("doctor: KEY=VALUE needs a CONFIG before it; give a preset or a YAML file")
     for option, count in (("--ranks", args.ranks), ("--nodes", args.nodes)):
         if count is not None and count < 1:
-            raise UserError(f"doctor: {option} {count}: give at least 1")
+            raise UserError(f"{option} is {count}; it must be at least 1")
     config = None if args.config is None else load_config(args.config, args.overrides)
     if (args.nodes is not None or args.hostfile is not None) and config is None:
         raise UserError("doctor: --nodes and --hostfile need a CONFIG; give a preset or a YAML file")
@@ -67,15 +67,15 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        "Report versions, devices and kernels; with CONFIG, also memory and disk, and exit with 1 if it cannot run.",
+        "Report versions, devices and kernels; with CONFIG, also its memory and disk; exit 1 if it cannot run.",
         "doctor tiny --ranks 2 data.path=data/books",
     )
     add_config(doctor, optional=True)
     doctor.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="ranks per node of a run of CONFIG (default 1)"
+        "--ranks", type=int, default=1, metavar="N", help="ranks per node that CONFIG would run on (default 1)"
     )
     doctor.add_argument(
-        "--nodes", type=int, metavar="N", help="nodes of the job; inside a SLURM allocation, a probe runs on them"
+        "--nodes", type=int, metavar="N", help="nodes that CONFIG would run on; inside a SLURM allocation, probe them"
     )
     doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="probe the hosts of this hostfile instead")
     probe = commands.add_parser("probe")  # started by doctor on each rank; hidden from the help

@@ -37,7 +37,7 @@ def _prune(args: argparse.Namespace) -> int:
         if args.out.is_dir():
             raise UserError(f"--out {args.out} is a folder; name a file")
         if args.out.exists() and not args.overwrite:
-            raise UserError(f"--out {args.out} exists already; name another file or pass --overwrite")
+            raise UserError(f"--out {args.out} exists; name another file or pass --overwrite")
     plan = plan_run(args.source, args.hi, args.lo)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def _generate(args: argparse.Namespace) -> int:
     from fusiontree.inference.sampling import Sampling
 
     if (args.prompt is None) == (args.prompts is None):
-        raise UserError("give either a prompt or --prompts FILE")
+        raise UserError("give either PROMPT or --prompts FILE")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     if args.prompts is not None:
         given = read_prompts(args.prompts)
@@ -115,14 +115,14 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--prune",
         metavar="PLAN|auto|N",
-        help="a plan file, the default plan, or the N branches whose removal costs the least held-out loss",
+        help="prune by a plan file, the default plan (auto), or N branches whose removal raises held-out loss least",
     )
     export.add_argument(
         "--prune-heads",
         type=int,
         default=0,
         metavar="N",
-        help="prune the N global key-value heads whose removal costs the least held-out loss",
+        help="prune the N global key-value heads whose removal raises held-out loss least",
     )
     export.add_argument(
         "--data", metavar="DIR", type=Path, help="dataset with the held-out rows for pruning (default: the run's)"
@@ -145,7 +145,7 @@ def add(commands: Any) -> None:
         "--lo", type=float, default=0.2, metavar="G", help="keep only attention below this mean gate (default 0.2)"
     )
     prune.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the plan, which can be edited, for export --prune"
+        "--out", type=Path, metavar="FILE", help="write the plan for `fusiontree export --prune`; it can be edited"
     )
     prune.add_argument("--overwrite", action="store_true", help="replace an existing plan")
 
@@ -162,13 +162,15 @@ def add(commands: Any) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="one prompt per line, or .jsonl; with --json one result per line",
+        help="file with one prompt per line, or .jsonl; with --json, print one result per line",
     )
     generate.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of FILE per batch (default 8)")
     generate.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens (default 128)"
     )
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (default 0.8)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature; 0: greedy (default 0.8)"
+    )
     generate.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default 0: all)"
     )
@@ -191,7 +193,7 @@ def add(commands: Any) -> None:
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1: repeated tokens become less likely (default 1)",
+        help="above 1, make repeated tokens less likely (default 1)",
     )
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default 0)")
 
@@ -204,12 +206,18 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder created by `fusiontree export`")
     evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"any of {', '.join(TASK_NAMES)}")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the dataset")
-    evaluate.add_argument("--seq-len", type=int, metavar="N", help="tokens per row of perplexity (default: as trained)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="maximum number of held-out rows (default: all)")
-    evaluate.add_argument("--lengths", metavar="N,N,...", help="prompt lengths in tokens (default: as trained)")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
     evaluate.add_argument(
-        "--samples", type=int, default=5, metavar="N", help="prompts per cell of a retrieval task (default 5)"
+        "--seq-len", type=int, metavar="N", help="tokens per row for perplexity (default: as in training)"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="maximum number of held-out rows (default: all)")
+    evaluate.add_argument("--lengths", metavar="N,N,...", help="prompt lengths in tokens (default: as in training)")
+    evaluate.add_argument(
+        "--samples",
+        type=int,
+        default=5,
+        metavar="N",
+        help="prompts per length and depth of a retrieval task (default 5)",
     )
     evaluate.add_argument(
         "--output", type=Path, metavar="DIR", help="folder to create for results.json and PNG heat maps"

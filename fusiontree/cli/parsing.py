@@ -30,7 +30,7 @@ def command(
     )
     parser.set_defaults(handler=handler)
     if figures:
-        parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -55,7 +55,9 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Add --trust-checkpoint."""
     parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="unpickle everything in the checkpoint, which can run any code"
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle all objects in the checkpoint, which can run arbitrary code",
     )
 
 
@@ -67,5 +69,5 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="resume from a checkpoint although this value has changed; repeatable",
+        help="resume although the value of KEY has changed; repeatable",
     )

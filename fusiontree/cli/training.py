@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         commands,
         "status",
         _status,
-        "Show the status of a run: queue, step, newest figures, checkpoint, incidents.",
+        "Show the status of a run: queue, step, newest metrics, checkpoint, incidents.",
         "status runs/books",
     )
     status.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/NAME")

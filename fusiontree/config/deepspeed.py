@@ -68,15 +68,15 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     try:
         settings = parse_json(source.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"deepspeed {config.deepspeed}: not valid JSON: {error}") from None
+        raise UserError(f"deepspeed {config.deepspeed} is not valid JSON ({error}); fix it") from None
     if not isinstance(settings, dict):
-        raise UserError(f"deepspeed {config.deepspeed}: is {short(settings)}; it must be a JSON object")
+        raise UserError(f"deepspeed {config.deepspeed} is {short(settings)}; it must be a JSON object")
     for key, owner in _OWNED.items():
         if key in settings:
-            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it and set {owner} instead")
+            raise UserError(f"deepspeed {config.deepspeed} sets '{key}'; remove it and set {owner} instead")
     for key, reason in _UNFIT.items():
         if key in settings:
-            raise UserError(f"deepspeed {config.deepspeed}: sets '{key}'; remove it: {reason}")
+            raise UserError(f"deepspeed {config.deepspeed} sets '{key}'; remove it: {reason}")
     zero = settings.get("zero_optimization", {})
     _check_zero(f"deepspeed {config.deepspeed}: zero_optimization", zero)
     _place_on_nvme(config, zero)
@@ -94,7 +94,7 @@ def _check_zero(where: str, zero: Any) -> None:
         raise UserError(f"{where}.stage is {short(stage)}; it must be 0, 1, 2 or 3")
     for old, new in _REPLACED.items():
         if old in zero:
-            raise UserError(f"{where}.{old} is deprecated in DeepSpeed; use {new}")
+            raise UserError(f"{where}.{old} is deprecated in DeepSpeed; use {new} instead")
     for part in _OFFLOADED:
         if not isinstance(zero.get(part, {}), dict):
             raise UserError(f'{where}.{part} is {short(zero[part])}; it must be an object, e.g. {{"device": "cpu"}}')
@@ -104,7 +104,7 @@ def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
     """Set the configuration's nvme_path on each part that is offloaded to NVMe."""
     for part in (zero[key] for key in _OFFLOADED if key in zero):
         if "nvme_path" in part:
-            raise UserError(f"deepspeed {config.deepspeed}: sets 'nvme_path'; remove it and set the run's nvme_path")
+            raise UserError(f"deepspeed {config.deepspeed} sets 'nvme_path'; remove it and set the run's nvme_path")
         if part.get("device") == "nvme":
             if config.nvme_path is None:
                 raise UserError(f"deepspeed {config.deepspeed} offloads to NVMe; set nvme_path=DIR on a local disk")
@@ -118,5 +118,5 @@ def _check_muon(config: RunConfig, zero: dict[str, Any]) -> None:
         raise UserError(f"optimizer.kind muon cannot offload to NVMe (deepspeed {config.deepspeed}); offload to cpu")
     if zero.get("reduce_scatter"):
         raise UserError(
-            f"deepspeed {config.deepspeed}: sets 'reduce_scatter', but Muon needs complete gradients; remove it"
+            f"deepspeed {config.deepspeed} sets 'reduce_scatter', but Muon needs complete gradients; remove it"
         )

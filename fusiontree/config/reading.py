@@ -90,7 +90,7 @@ def _presets() -> Traversable:
 def _file_layers(source: str, seen: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
     """Return (name, tree) of `source` and its bases, the root base first; the name is for messages."""
     if source in seen:
-        raise UserError(f"{source}: `base` is circular ({' -> '.join([*seen, source])}); remove one")
+        raise UserError(f"{source}: `base` is circular ({' -> '.join([*seen, source])}); remove one of them")
     tree = _parse(_read(source, seen), source)
     base = tree.pop("base", None)
     if base is None:
@@ -126,7 +126,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: is {type(tree).__name__} {short(tree)}; a configuration is `key: value` lines")
+        raise UserError(f"{where} is {type(tree).__name__} {short(tree)}; it must consist of `key: value` lines")
     return tree
 
 
@@ -160,7 +160,7 @@ def _format_errors(errors: list[ErrorDetails], origins: Mapping[str, str], comma
     elif error["type"] == "extra_forbidden":
         message = f"{where}: unknown key '{key}'; {hint(key)}"
     elif error["type"] == "string_pattern_mismatch":
-        message = f"{where}: {key} is {short(error['input'])}; use letters, digits, '_', '-' and, except first, '.'"
+        message = f"{where}: {key} is {short(error['input'])}; use letters, digits, '_', '-' and, after the first, '.'"
     else:
         message = f"{where}: {key} is {short(error['input'])}; {error['msg'].replace('Input should', 'it must', 1)}"
     more = len(errors) - 1

@@ -68,7 +68,7 @@ class RunConfig(Section):
             require(
                 last < schedule.steps,
                 f"data.{table}.{last} is not below schedule.steps {schedule.steps}: the run would end before it; "
-                "remove it (null) or raise steps",
+                "remove it (null) or raise schedule.steps",
             )
         require(
             self.model.fusion != "sum" or not self.losses.shapes_gates,

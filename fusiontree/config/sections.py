@@ -219,7 +219,7 @@ class CheckpointingConfig(Section):
     def _offloads_something(self) -> "CheckpointingConfig":
         require(
             not self.offload or self.policy != "none",
-            "offload moves the inputs of recomputed parts, but policy none recomputes none; set policy or offload: "
+            "offload moves the inputs of recomputed parts, but policy none recomputes nothing; set policy, or offload: "
             "false",
         )
         return self

@@ -376,7 +376,7 @@ class Shard:
             header = content[: ends - start].rfind(b"\x93NUMPY") - tarfile.BLOCKSIZE
             sample = _read_json(content[max(0, header) :])
             if sample["crc"][row - first] != self.index["crc"][row]:
-                raise ValueError("it lists another checksum than the index")
+                raise ValueError("its checksum differs from the index")
             return [_record(Span, span) for span in sample["documents"][row - first]]
         except (OSError, LookupError, TypeError, ValueError, tarfile.TarError) as error:
             raise RunError(

@@ -56,7 +56,7 @@ def check_row_len(row_len: int, cell: int = CELL) -> None:
     """
     cells = row_len // cell
     if row_len < 2 or (row_len > cell and (row_len % cell or cells & (cells - 1))):
-        raise UserError(f"row length {row_len} is not supported; use {cell} times a power of two, or 2 to {cell}")
+        raise UserError(f"row length {row_len} is not supported; use 2 to {cell}, or {cell} times a power of two")
 
 
 def pack(

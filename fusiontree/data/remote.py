@@ -83,9 +83,7 @@ class Store:
         try:
             manifest = self._fetch_file("manifest.json")
         except OSError as error:
-            raise UserError(
-                f"{self.address} has no manifest.json that can be read ({error}); check the address"
-            ) from None
+            raise UserError(f"{self.address} has no readable manifest.json ({error}); check the address") from None
         digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
         self.cached = cache.folder.expanduser()
         self.folder = self.cached / digest

@@ -148,7 +148,7 @@ class Ledger:
         if len(rows) > self.limit:
             raise RunError(
                 f"{len(rows)} stored rows could not be used, more than data.max_bad_rows {self.limit}; the last: "
-                f"{rows[-1]}; run `fusiontree data verify`, restore the shards and restart"
+                f"{rows[-1]}; run `fusiontree data verify`, restore the shards and start again"
             )
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -57,7 +57,8 @@ def require_golden(golden: dict[str, list[int]], where: Path | str) -> None:
         "".join(golden).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"a golden text for tokenizer {where} is damaged ({error}); restore it, or rebuild the dataset"
+            f"the manifest has a damaged golden text for tokenizer {where} ({error}); restore the manifest, or rebuild "
+            "the dataset"
         ) from None
     tokenizer = open_tokenizer(Path(where))
     for text, ids in golden.items():

@@ -209,7 +209,7 @@ def _check_devices(config: RunConfig, ranks: int, gpus: list[dict[str, Any]]) ->
     import torch
 
     if gpus and ranks > len(gpus):
-        raise UserError(f"{ranks} ranks need {ranks} GPUs, this machine has {len(gpus)}; start fewer ranks")
+        raise UserError(f"{ranks} ranks need {ranks} GPUs, but this machine has {len(gpus)}; start fewer ranks")
     if gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"precision bf16 is not supported by {gpus[0]['name']}; set precision=fp32")
 
@@ -226,7 +226,7 @@ def _check_memory(run: dict[str, Any], ranks: int, available: int, gpu: str | No
             else f"a rank on {host} needs"
         )
         raise UserError(
-            f"{needs} about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB available; "
+            f"{needs} about {needed / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB is available; "
             + _remedy(run, available / 2**30 / (1 if gpu else ranks))
         )
 
@@ -236,8 +236,8 @@ def _remedy(run: dict[str, Any], gib: float) -> str:
     for stage, needs in run.get("memory_gib_by_stage_and_recomputation", {}).items():
         for policy, needed in needs.items():
             if needed <= gib:
-                return f"deepspeed={stage} with activation_checkpointing={policy} needs {needed:.1f} GiB"
-    return "lower batch.micro_rows or data.seq_len, take more ranks with deepspeed=zero3, or a smaller preset"
+                return f"set deepspeed={stage} and activation_checkpointing={policy}, which need {needed:.1f} GiB"
+    return "lower batch.micro_rows or data.seq_len, use more ranks with deepspeed=zero3, or use a smaller preset"
 
 
 def _check_disk(config: RunConfig) -> None:
@@ -247,6 +247,6 @@ def _check_disk(config: RunConfig) -> None:
     if needed > free:
         each = memory.checkpoint_bytes(config) / 2**30
         raise UserError(
-            f"checkpoints take up to {needed / 2**30:.1f} GiB ({each:.1f} GiB each), {folder} has "
+            f"checkpoints take up to {needed / 2**30:.1f} GiB ({each:.1f} GiB each), but {folder} has "
             f"{free / 2**30:.1f} GiB free; lower checkpoint.keep_last or change output"
         )

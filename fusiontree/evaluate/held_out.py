@@ -125,7 +125,7 @@ def held_out_batches(
         task = bar.add_task(note, total=None, note="")
         for batch in validation_batches(held_out, seq_len, ROWS_PER_FORWARD, 0, 1, limit):
             if batch.damaged:
-                raise RunError(f"{batch.damaged[0]}; restore the shard or build it again")
+                raise RunError(f"{batch.damaged[0]}; restore the shard or rebuild the dataset")
             ids, labels, documents = to_device(batch, model.embedding.weight.device)
             hidden, _ = model.hidden(ids, documents)
             yield batch, token_losses(hidden.flatten(0, 1), model.head_weight, labels.flatten()).view_as(labels)
@@ -133,7 +133,7 @@ def held_out_batches(
             bar.update(task, advance=1, note=f"{tokens:,} tokens")
     if tokens == 0:
         locations = ", ".join(str(dataset.location) for dataset in held_out.datasets)
-        raise UserError(f"{locations} has no held-out token to predict; build it with a larger --holdout")
+        raise UserError(f"{locations} has no held-out token to predict; rebuild it with a larger --holdout")
 
 
 def held_out_loss(model: HybridLM, held_out: Sources, seq_len: int, limit: int | None, note: str) -> float:

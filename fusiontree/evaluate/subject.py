@@ -53,7 +53,10 @@ class Subject:
         check_positions(model.config, max(max(lengths) + new_tokens, seq_len))
         last, largest = model.config.vocab_size - 1, train.manifest.vocab_size - 1
         if largest > last:
-            raise UserError(f"{options.data} has token ids up to {largest}; the model's largest is {last}")
+            raise UserError(
+                f"{options.data} has token ids up to {largest}, but the model's largest is {last}; "
+                "build the dataset with the model's tokenizer"
+            )
         return cls(model, tokenizer, facts, folder, train, lengths, seq_len, options.limit, options.samples)
 
     @property

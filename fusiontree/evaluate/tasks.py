@@ -34,7 +34,7 @@ def evaluate(folder: Path, tasks: Sequence[str], options: EvalOptions) -> dict[s
         raise UserError(f"--tasks is empty; choose from {', '.join(TASKS)}")
     for task in tasks:
         if task not in TASKS:
-            raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+            raise UserError(f"--tasks {task!r} is unknown; choose from {', '.join(TASKS)}")
     output, overwrite = options.output, options.overwrite
     if output is not None:
         refuse_existing(output, overwrite, RESULTS)
@@ -50,7 +50,9 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("--output needs matplotlib; run pip install 'fusiontree[eval]' or omit --output") from None
+        raise UserError(
+            "--output needs matplotlib; install it: pip install 'fusiontree[eval]', or omit --output"
+        ) from None
 
 
 def _write(output: Path, overwrite: bool, results: dict[str, Any]) -> None:

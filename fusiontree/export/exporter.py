@@ -82,7 +82,7 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
         facts = {**state, "val_loss": _held_out_loss(checkpoint), **pruned}
         _write_other_files(partial, config, shape, facts, tokenizer, dtype)
-        console.print("proving the export: logits and cached decoding against the trained model")
+        console.print("checking parity: logits and cached decoding against the trained model")
         parity = prove(partial, shape, weights, dtype)
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))

@@ -183,7 +183,9 @@ class FusionTreeForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             tokens = int(documents.position_ids.max()) + 1
         if tokens > config.max_positions:
-            raise ValueError(f"a document of {tokens} tokens; SRTE's learned table ends at {config.max_positions}")
+            raise ValueError(
+                f"a document has {tokens} tokens, but SRTE's learned table ends at {config.max_positions}; shorten it"
+            )
 
     def _choose_kernels(self, device_type: str) -> None:
         here = device_type, self.model.activation_dtype

@@ -228,7 +228,7 @@ def _parse_layer(path: object, config: ModelConfig, pruning: Pruning, layer: int
     if keep not in KINDS:
         raise UserError(f"{path}: layer {layer}: keep is {keep!r}; it must be mamba, attention or hybrid (both)")
     if config.kind_at(layer) not in ("hybrid", keep):
-        raise UserError(f"{path}: layer {layer} has only {config.kind_at(layer)}; it cannot keep {keep}")
+        raise UserError(f"{path}: layer {layer} has only {config.kind_at(layer)}, so it cannot keep {keep}")
     global_kv, windowed = config.kv_heads_at(layer)
     if keep == "mamba" or groups is None:
         return pruning.replace(layer, keep)
@@ -238,10 +238,12 @@ def _parse_layer(path: object, config: ModelConfig, pruning: Pruning, layer: int
         or not all(type(g) is int for g in groups)
     ):
         raise UserError(
-            f"{path}: layer {layer}: global_groups is {groups}; it must list heads from 0 to {global_kv - 1}"
+            f"{path}: layer {layer}: global_groups is {groups}; it must list heads from 0 to {global_kv - 1} in order"
         )
     if not groups and not windowed:
-        raise UserError(f"{path}: layer {layer}: global_groups is empty; list a head, for the layer has no others")
+        raise UserError(
+            f"{path}: layer {layer}: global_groups is empty, and the layer has no other heads; list at least one"
+        )
     return pruning.replace(layer, keep, tuple(groups))
 
 
@@ -280,7 +282,9 @@ def select_cheapest(
         UserError: fewer than `count` can be removed together, or `count` is below 1.
     """
     if not 1 <= count <= len(candidates):
-        raise UserError(f"asked to prune {count}; it must be from 1 to {len(candidates)}, this model's candidates")
+        raise UserError(
+            f"cannot prune {count} of this model's {len(candidates)} candidates; give 1 to {len(candidates)}"
+        )
     measured = {name: loss(name, pruning) for name, pruning in candidates.items()}
     combined, taken = Pruning.none(config), 0
     for name in sorted(measured, key=measured.__getitem__):
@@ -288,9 +292,7 @@ def select_cheapest(
         if merged is not None and taken < count:
             combined, taken = merged, taken + 1
     if taken < count:
-        raise UserError(
-            f"asked to prune {count}; only {taken} can be removed together, for every layer must keep a branch"
-        )
+        raise UserError(f"cannot prune {count}: every layer must keep a branch, so at most {taken} can be removed")
     return combined, dict(sorted(measured.items(), key=lambda item: item[1]))
 
 

@@ -34,7 +34,7 @@ def collect(run: Path) -> dict[str, Any]:
         UserError: `run` is not a run's folder.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise UserError(f"{run} is not a run's folder: it has no {CONFIG_FILE}; give a folder such as runs/NAME")
+        raise UserError(f"no run at {run}; give a run's folder, e.g. runs/NAME")
     config = _read_config(run / CONFIG_FILE)
     lines = [line for line in read_metrics(run) if isinstance(line.get("step"), int)]
     layers = [line for line in read_json_lines(run / LAYERS_FILE) if isinstance(line.get("step"), int)]

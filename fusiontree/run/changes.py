@@ -28,7 +28,7 @@ def check_changes(
     """
     for key in allow_changed:
         if key not in (DATA, TOKENIZER_DATA) and not is_key(key):
-            raise UserError(f"--allow-changed {key}: no such key; use one that a refused resume names")
+            raise UserError(f"--allow-changed {key} is unknown; use a key from the error of a refused resume")
     differing = [*config_differences(before, config), *data_changes]
     refused = [key for key in differing if not is_among(key, allow_changed)]
     if refused:

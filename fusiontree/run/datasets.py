@@ -145,8 +145,8 @@ def _check_teacher(config: RunConfig, data_fingerprint: str | None) -> None:
         ) from None
     if vocab_size != config.model.vocab_size:
         raise UserError(
-            f"distill.teacher {folder} has model.vocab_size {vocab_size}, this run {config.model.vocab_size}; use a "
-            "teacher with the same vocabulary, or set model.vocab_size"
+            f"distill.teacher {folder} has model.vocab_size {vocab_size}, but this run has {config.model.vocab_size}; "
+            "use a teacher with the same vocabulary, or set model.vocab_size"
         )
     if data_fingerprint is not None and data_fingerprint != fingerprint:
         raise UserError(

@@ -36,7 +36,7 @@ def check(run_dir: Path) -> None:
     holder = read(run_dir)
     if holder is not None and holder["holder"] != TOKEN:
         raise RunError(
-            f"{run_dir} is now written by a newer start on {holder['host']} (pid {holder['pid']}); this one ends"
+            f"{run_dir} is now written by a newer attempt on {holder['host']} (pid {holder['pid']}); this one ends"
         )
 
 

@@ -168,7 +168,7 @@ class Watchdog:
             faulthandler.dump_traceback(stream, all_threads=True)
         median = statistics.median(self._durations)
         message = (
-            f"step {step + 1:,} has taken more than {self.limit:.0f} s, the median is {median:.2f} s: the job ends; "
+            f"step {step + 1:,} has taken more than {self.limit:.0f} s (median {median:.2f} s), so the job ends; see "
             f"the ranks' stacks: {self._stacks('*')}"
         )
         if not outcome.report(HungError.exit_code, message):

@@ -116,7 +116,7 @@ class Metrics:
             except OSError as error:
                 self.sinks.remove(sink)
                 name = type(sink).__name__.removesuffix("Sink")
-                console.print(f"{name}: {error.strerror}; no more figures are sent to it", markup=False)
+                console.print(f"{name}: {error.strerror}; no more metrics are sent to it", markup=False)
 
 
 def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:

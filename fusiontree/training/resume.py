@@ -106,7 +106,7 @@ def read_position(config: RunConfig, path: Path) -> tuple[int, list[tuple[int, i
     if any(position % config.batch.tokens for position in tokens):
         raise UserError(
             f"{path} was saved after {tokens[0]} tokens, inside a batch of batch.tokens {config.batch.tokens}; use a "
-            "batch.tokens that divides them"
+            "batch.tokens that divides that number"
         )
     consumed, *ends = (position // config.data.seq_len for position in tokens)
     return consumed, list(zip(ends[::2], ends[1::2], strict=True))
@@ -143,10 +143,12 @@ def _check_resume(config: RunConfig, data: Sources, path: Path, allow_changed: S
     if _shapes(before.model) != _shapes(config.model):
         impossible += [key for key in differing if key.startswith("model.")]
     if impossible:
-        raise UserError(f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore them")
+        raise UserError(
+            f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore the old values"
+        )
     read_position(config, path)
     if differing:
-        line = f"resuming with other values of {', '.join(differing)}, as allowed"
+        line = f"resuming with other values of {', '.join(differing)}, as --allow-changed permits"
         console.print(line)
         incidents.record(config.run_dir, "changed", step_of(path), line, keys=differing)
 

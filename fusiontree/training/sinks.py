@@ -134,5 +134,5 @@ def open_sinks(config: RunConfig, step: int | None, wandb_id: str | None) -> lis
             sinks.append(make())
         except ImportError:
             hint = f"pip install 'fusiontree[{name}]'"
-            console.print(f"{name} is not installed, no figures are sent to it: {hint}", markup=False)
+            console.print(f"{name} is not installed, so no metrics are sent to it; install it: {hint}", markup=False)
     return sinks

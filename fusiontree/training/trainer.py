@@ -201,7 +201,9 @@ class Trainer:
             incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
         if trouble.action == "stop":
             self.saver.wait()
-            raise RunError(f"{message}; inspect them, then start again with other values of health.* or optimizer.lr")
+            raise RunError(
+                f"{message}; inspect the rows, then start again with other values of health.* or optimizer.lr"
+            )
 
     def _roll_back(self, trouble: Trouble) -> None:
         """Resume from the newest verified checkpoint and skip the rows of the trouble.
@@ -243,7 +245,7 @@ class Trainer:
         (name, *_) = [number.name for number in collectives.gather(signals.requested()) if number is not None]
         if self.world.is_main:
             incidents.record(self.config.run_dir, "signal", self.step, f"stopped by {name} after saving")
-        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved: start again to resume")
+        raise StoppedError(f"stopped by {name} after step {self.step:,}, which is saved; start again to resume")
 
     def _update(self, batches: list[Batch]) -> Update:
         """Run the next update; when due, also record its layers."""

@@ -75,7 +75,7 @@ def parts(folder: Path, stage: int, read: Reader, names: Sequence[str] = ()) -> 
         count = states["partition_count"]
         saved_ranks = count if stage == 3 else count[0]  # below stage 3 a list with an entry per group
         if saved_ranks != ranks:
-            raise RunError(f"{folder} has the files of {ranks} ranks of {saved_ranks}; restore them")
+            raise RunError(f"{folder} has the files of {ranks} of {saved_ranks} ranks; restore the missing files")
         for part in _parts_stage_3(path, states, sizes, ranks, rank) if stage == 3 else _parts_stage_1_2(path, states):
             yield part._replace(first=before[part.name])
             before[part.name] += part.length
@@ -186,12 +186,14 @@ def reader(values: bool, trust: bool = False) -> Reader:
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise UserError(
                 f"{path} contains more than tensors ({found[1] if found else 'pickled objects'}), and unpickling that "
-                "can run any code; if you trust its source, add --trust-checkpoint"
+                "can run arbitrary code; if you trust its source, add --trust-checkpoint"
             ) from None
         except FileNotFoundError:
             raise RunError(f"{path} is missing; restore the checkpoint or use another one") from None
         except (RuntimeError, ModuleNotFoundError) as error:
-            raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            raise RunError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); restore the checkpoint or use another one"
+            ) from None
 
     return read
 
