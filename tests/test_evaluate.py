@@ -168,7 +168,7 @@ def test_data_with_tokens_outside_the_models_vocabulary_are_refused(
     export(tmp_path / "run", tmp_path / "out")
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "out"), "--data", str(shards), "--tasks", "passkey"]) == 2
-    assert f"{shards} has token ids up to 299; the model's largest is 95" in capsys.readouterr().err
+    assert f"{shards} has token ids up to 299, but the model's largest is 95" in capsys.readouterr().err
 
 
 def test_a_prompt_with_a_token_outside_the_models_vocabulary_is_refused(exported: Path, shards: Path) -> None:

@@ -122,7 +122,7 @@ def test_the_memory_of_the_nodes_is_checked(tmp_path):
     (line,) = diagnose.node_problems(run, ranks)
     assert line.endswith("; set deepspeed=zero3 and activation_checkpointing=full, which need 31.9 GiB")
     (line,) = diagnose.node_problems({"memory_per_rank_bytes": 100 * 2**30}, [ranks[2], ranks[2]])
-    assert line.startswith("2 ranks on c need about 200.0 GiB, 150.0 GiB available")
+    assert line.startswith("2 ranks on c need about 200.0 GiB, but 150.0 GiB is available")
 
 
 def test_the_doctor_explains_how_to_probe_the_nodes(tmp_path, capsys, monkeypatch):

@@ -46,7 +46,7 @@ def row(name):
     needs = [memory.estimate(config, ranks)["memory_per_rank_bytes"] / 2**30 for ranks in (1, 8, 64)]
     figures = [
         *(f"`{name}`", f"{m.parameter_count() / 1e6:,.0f}", f"{m.num_layers} x {m.hidden_size:,}"),
-        *(f"{m.num_heads} / {m.num_kv_heads}, {m.global_heads}", str(m.ssm_heads), f"{config.data.seq_len:,}"),
+        *(f"{m.num_heads} / {m.num_kv_heads}; {m.global_heads}", str(m.ssm_heads), f"{config.data.seq_len:,}"),
         *(f"{b.tokens:,}", f"{config.deepspeed}, {config.activation_checkpointing.policy}"),
         " / ".join(f"{gib:,.0f}" for gib in needs),
     ]

@@ -453,7 +453,7 @@ def test_shard_truncated_at_its_address_is_refused_at_the_start_and_masked_later
     ("location", "words"),
     [
         ("ftp://host/books", "unknown protocol ftp; use one of s3, gs"),
-        ("{server}/nowhere", "nowhere has no manifest.json"),
+        ("{server}/nowhere", "nowhere has no readable manifest.json"),
     ],
 )
 def test_address_without_a_dataset_is_refused_in_one_line(
@@ -532,7 +532,7 @@ def test_dataset_in_an_object_store_trains_as_on_disk(
     assert ".txt from" in shown
     small = cli("data", "plan", "tiny", *words[:-1], "model.vocab_size=100", code=2).stderr
     assert "more than model.vocab_size 100" in small
-    with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere has no manifest.json"):
+    with pytest.raises(UserError, match=f"{protocol}://bucket/nowhere has no readable manifest.json"):
         Dataset(f"{protocol}://bucket/nowhere", "train", Cache(tmp_path))
 
 

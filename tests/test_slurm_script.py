@@ -39,7 +39,7 @@ GOLDEN = f"""\
 # books: 4 x 8 ranks
 # Written by `fusiontree launch`. Keep it, edit it, submit it again: the run resumes from its newest checkpoint.
 
-cd /work || exit 1
+cd /shared || exit 1
 module load cuda/12.8
 export NCCL_DEBUG=INFO
 export DS_ACCELERATOR=cuda
@@ -64,8 +64,8 @@ srun --nodes="$nodes" --ntasks=$((nodes * 8)) --ntasks-per-node=8 --cpus-per-tas
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """Fix the current folder, and leave one forwarded variable in the environment."""
-    monkeypatch.setattr(os, "getcwd", lambda: "/work")
-    monkeypatch.setattr(Path, "absolute", lambda self: Path("/work") / self)
+    monkeypatch.setattr(os, "getcwd", lambda: "/shared")
+    monkeypatch.setattr(Path, "absolute", lambda self: Path("/shared") / self)
     for name in list(os.environ):
         if name.startswith(
             ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "CUDA_", "FUSIONTREE_", "WANDB_", "HF_", "OMP_")
@@ -118,22 +118,22 @@ def test_deepspeed_may_start_the_ranks_of_a_node(config):
 def test_a_sif_runs_in_apptainer(config):
     script = rendered(config, JobOptions(gpus_per_node=2, container="/images/ft.sif", container_mounts="/data:/data"))
     assert (
-        "rank \\\n    apptainer exec --nv --bind /work --bind /data:/data /images/ft.sif python -m fusiontree train "
+        "rank \\\n    apptainer exec --nv --bind /shared --bind /data:/data /images/ft.sif python -m fusiontree train "
     ) in script
     assert 'bash -c \'trap "" USR1; export RANK=' in script
 
 
 def test_any_other_image_runs_in_pyxis(config):
     script = rendered(config, JobOptions(container="nvcr.io#nvidia/pytorch:25.06-py3", container_mounts="/data:/data"))
-    options = "--container-image='nvcr.io#nvidia/pytorch:25.06-py3' --container-mounts=/work:/work,/data:/data"
-    assert f"    {options} --container-workdir=/work \\\n    bash -c 'export RANK=" in script
+    options = "--container-image='nvcr.io#nvidia/pytorch:25.06-py3' --container-mounts=/shared:/shared,/data:/data"
+    assert f"    {options} --container-workdir=/shared \\\n    bash -c 'export RANK=" in script
     assert "rank \\\n    python -m fusiontree train " in script
     assert f"{PYTHON} -m launcher.allocation end" in script  # outside the container
 
 
 def test_an_oci_bundle_runs_in_slurms_own_container_without_further_mounts(config):
     script = rendered(config, JobOptions(container="oci:/images/my bundle"))
-    first = 'bash -c \': "${SLURM_PROCID:?is not set inside}"; cd /work || exit; export RANK='
+    first = 'bash -c \': "${SLURM_PROCID:?is not set inside}"; cd /shared || exit; export RANK='
     assert f"    --container='/images/my bundle' \\\n    {first}" in script
     assert "rank \\\n    python -m fusiontree train " in script
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_a_container_mounts_the_folders_of_runs_outside_the_current_one(config, 
         plan, JobOptions(container=str(tmp_path)), [Path("/scratch/runs/books")], Path("/scratch/logs")
     )
     assert (
-        f"apptainer exec --bind /work --bind /scratch/runs {tmp_path} python" in script
+        f"apptainer exec --bind /shared --bind /scratch/runs {tmp_path} python" in script
     )  # a folder is an apptainer sandbox
 
 

@@ -44,7 +44,7 @@ DOCUMENTED = {
 }
 # types and modules whose attributes are not DeepSpeed's
 TYPES = (torch, torch.Tensor, torch.UntypedStorage, torch.nn, torch.nn.Module, torch.serialization, torch.cuda)
-TYPES += (dict, list, str, type, collections.Counter, Path, Slot, contextlib, pickle, re)
+TYPES += (importlib, dict, list, str, type, collections.Counter, Path, Slot, contextlib, pickle, re)
 PROGRAM = """
 import json, sys
 from fusiontree.config import load_config
