@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_fails_the_benchmark_and_leaves_no_files(
         return folder
 
     monkeypatch.setattr(bench, "write_checkpoint", damaged)
-    with pytest.raises(RunError, match=r"the export of .*/run ended with code 1"):
+    with pytest.raises(RunError, match=r"the export of .*/run exited with code 1"):
         bench.bench_export("tiny", SHAPE)
     assert "mp_rank_00_model_states.pt does not match its sha256" in " ".join(capfd.readouterr().err.split())
     assert [*temporary.iterdir()] == []
