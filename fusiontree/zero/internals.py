@@ -65,10 +65,7 @@ def require(owner: Any, names: tuple[str, ...]) -> None:
     """Raise UserError if `owner`, an object of DeepSpeed, lacks one of the attributes `names`."""
     for name in names:
         if not hasattr(owner, name):
-            where = getattr(owner, "__name__", type(owner).__name__)
-            raise UserError(
-                f"DeepSpeed {version('deepspeed')} has no {where}.{name}, which FusionTree uses; install '{SUPPORTED}'"
-            )
+            raise _unsupported(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}")
 
 
 def require_class(path: str) -> Any:
@@ -81,9 +78,12 @@ def require_class(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        raise UserError(
-            f"DeepSpeed {version('deepspeed')} has no {path}, which FusionTree uses; install '{SUPPORTED}'"
-        ) from None
+        raise _unsupported(path) from None
+
+
+def _unsupported(missing: str) -> UserError:
+    """Return the error for an installed DeepSpeed that lacks `missing`."""
+    return UserError(f"DeepSpeed {version('deepspeed')} has no {missing}, which FusionTree uses; install '{SUPPORTED}'")
 
 
 def _used_attributes(engine: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
