@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test test-cluster lint format install develop clean
+.PHONY: demo check test test-cluster fuzz lint format install develop clean
 
 demo: install
 	@$(BIN)/python -m fusiontree demo
@@ -22,6 +22,11 @@ test: develop lint
 # needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; runs in namespaces of its own
 test-cluster: develop
 	FUSIONTREE_CLUSTER=1 $(BIN)/python -m pytest -m cluster -v -n 2 --dist worksteal tests/test_cluster_*.py
+
+# mutated datasets and records, FUZZ_SECONDS for each test; a failure names its case
+FUZZ_SECONDS ?= 600
+fuzz: develop
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -v -n 2 --dist worksteal tests/test_fuzz_*.py
 
 lint: develop
 	$(BIN)/ruff check .

@@ -76,7 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
         starts_ranks = hasattr(item.module, "ranks")
-        if item.path.stem in SLOW_FILES or starts_ranks or SLOW_FIXTURES & {*item.fixturenames}:
+        fuzzes = item.path.stem.startswith("test_fuzz_")
+        if item.path.stem in SLOW_FILES or starts_ranks or fuzzes or SLOW_FIXTURES & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
