@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusiontree.config import OptimizerConfig
 from fusiontree.distributed import collectives
+from fusiontree.training.norms import total_norm
 from fusiontree.zero.engine import base_optimizer, gradient_shards, overflowed, skip_step
 
 
@@ -39,7 +40,7 @@ class FusedClipping:
         Returns:
             fp32 (), 1 if the gradient is not finite: the step then leaves weights and moments unchanged.
         """
-        self.norm = torch.nn.utils.get_total_norm(list(gradient_shards(self.engine)))
+        self.norm = total_norm(list(gradient_shards(self.engine)))
         if self.partitioned:
             self.norm = collectives.sum_over_ranks(self.norm.square()).sqrt()
         self.adam.grad_scale = (self.norm / self.limit).clamp(min=1.0) if self.limit else torch.ones_like(self.norm)
@@ -71,7 +72,7 @@ class EngineClipping:
         self.nonfinite = torch.zeros((), device=self.engine.device)
         if self.engine.zero_optimization_stage() == 0:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self.norm = torch.nn.utils.get_total_norm(gradients)
+            self.norm = total_norm(gradients)
             self.nonfinite = (~torch.isfinite(self.norm)).float()
         return self.nonfinite
 

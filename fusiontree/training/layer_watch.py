@@ -15,6 +15,7 @@ from fusiontree.data.batch import IGNORE
 from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
 from fusiontree.training.metrics import BINS, LayerFigures
+from fusiontree.training.norms import total_norm
 from fusiontree.zero.engine import named_gradient_shards
 
 _BRANCHES = ("mamba", "attention")
@@ -67,7 +68,7 @@ class LayerWatch:
         layers = len(self._gradients) - 1
         for name, gradient in named_gradient_shards(self.engine):
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else layers
-            self._gradients[layer] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+            self._gradients[layer] += total_norm([gradient]).square()
 
     def figures(self, gates: Tensor) -> LayerFigures:
         """Return the figures over all ranks; `gates`: this rank's share of the update's mean gates, [layers, H]."""
