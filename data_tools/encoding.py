@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.tokenizers import load_tokenizer
 from fusiontree.data.format import token_dtype
 from fusiontree.data.tokenizer import GOLDEN_TEXTS
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, typed_cause
 
 FAST, REFERENCE = "gigatoken", "tokenizers"
 _AUDIT_CHARS = 512  # characters at the head of a text that an audit encodes with both libraries
@@ -78,7 +78,7 @@ class Encoder:
         try:
             fast = _fast_encoder(self._json)
         except Exception as error:  # the loader's exceptions are not specified; the reference encodes instead
-            return None, f"{FAST} cannot load the tokenizer: {' '.join(str(error).split())}"
+            return None, f"{FAST} cannot load the tokenizer: {typed_cause(error)}"
         added = [token.content for token in self._reference.get_added_tokens_decoder().values()]
         for text in [*GOLDEN_TEXTS, *(f"a {token} b{token}{token}c" for token in added)]:
             if fast(text).tolist() != self._ids(text):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.options import InputOptions
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 
 Kind = Literal["text", "jsonl", "parquet", "tar"]
 
@@ -126,7 +126,7 @@ def _walk(root: Path, names: dict[Path, str], reasons: dict[Path, str]) -> list[
 
     def record_unreadable(error: OSError) -> None:
         path = Path(error.filename)
-        names[path], reasons[path] = path.relative_to(root).as_posix(), f"folder cannot be read: {error.strerror}"
+        names[path], reasons[path] = path.relative_to(root).as_posix(), f"folder cannot be read: {short_cause(error)}"
 
     for folder, folders, files in os.walk(root, onerror=record_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _EXCLUDED_FOLDERS]

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_tools.inputs import TextFile
 from data_tools.options import InputOptions
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -96,7 +96,7 @@ def find_fault(file: TextFile, options: InputOptions) -> str:
     except PermissionError:
         return "permission denied"
     except _DAMAGED as error:
-        return f"unreadable {file.compression or file.kind}: {' '.join(str(error).split())}"
+        return f"unreadable {file.compression or file.kind}: {short_cause(error)}"
     return ""
 
 
@@ -115,7 +115,9 @@ def _require_unchanged(file: TextFile, found: Iterator[Record]) -> Iterator[Reco
     try:
         yield from found
     except _DAMAGED as error:
-        raise RunError(f"{file.path} changed while it was being read ({error}); run the command again") from None
+        raise RunError(
+            f"{file.path} changed while it was being read ({short_cause(error)}); run the command again"
+        ) from None
 
 
 def extract_text(record: Record, options: InputOptions) -> str:

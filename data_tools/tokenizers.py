@@ -15,7 +15,7 @@ from data_tools.skipped import SkipReport
 from fusiontree.console import progress_bar
 from fusiontree.data.format import TokenizerInfo, tokenizer_fingerprint
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, golden_samples, open_tokenizer
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 from fusiontree.files import refuse_existing, staged_folder
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1
@@ -196,7 +196,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); train or download the tokenizer again") from None
+        raise UserError(
+            f"{path} cannot be read ({short_cause(error)}); train or download the tokenizer again"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} cannot be read (not a JSON object); train or download the tokenizer again")
     return values

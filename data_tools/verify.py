@@ -14,7 +14,7 @@ from data_tools.workers import process_pool
 from fusiontree.console import progress_bar
 from fusiontree.data.format import MANIFEST, Manifest, ShardInfo, index_path, read_index, tokenizer_fingerprint
 from fusiontree.data.shard_scan import ShardScan, scan_shard
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 
 
 def verify(folder: Path, workers: int = 1) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _check(folder: Path, row_len: int, dtype: str, vocab_size: int, info: ShardI
     except FileNotFoundError:
         return [f"{info.name}: missing"]
     except OSError as error:
-        return [f"{info.name}: cannot be read ({error.strerror})"]
+        return [f"{info.name}: cannot be read ({short_cause(error)})"]
     for problem in (*_content_faults(scan, row_len, dtype), *_mismatches(scan, index, info, vocab_size)):
         problems[problem] = None
     return [f"{info.name}: {problem}" for problem in problems]

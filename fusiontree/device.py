@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.errors import RunError
+from fusiontree.errors import RunError, short_cause
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; where a sheet states a figure "with sparsity", half of it.
 # The first key that is part of the device's name applies.
@@ -88,7 +88,7 @@ def oom_context(work: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunError(f"out of GPU memory with {work}: {str(error).splitlines()[0]}") from None
+        raise RunError(f"out of GPU memory with {work}: {short_cause(error)}") from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
 from fusiontree.device import default_dtype_and_device
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 
 _SMALL = 100_000_000  # a configuration with fewer parameters is compared with a small peer
 _FUSED_PATH = ("mamba_ssm", "causal_conv1d")  # packages whose kernels the fused path of a Mamba-2 peer calls
@@ -111,9 +111,8 @@ def check_peer(name: str, device: torch.device) -> None:
         try:
             importlib.import_module(package)
         except Exception as error:  # compiled packages raise anything: OSError or RuntimeError for a missing library
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"--peer {name} needs {package} for its fused kernels, and importing it fails ({reason}); "
+                f"--peer {name} needs {package} for its fused kernels, and importing it fails ({short_cause(error)}); "
                 f"pip install {package.replace('_', '-')}, or choose --peer hf-llama"
             ) from None
 

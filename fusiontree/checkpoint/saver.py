@@ -26,7 +26,7 @@ from fusiontree.checkpoint import store
 from fusiontree.console import console
 from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
-from fusiontree.errors import RunError
+from fusiontree.errors import RunError, short_cause
 from fusiontree.files import write_atomic
 from fusiontree.run import incidents, lease
 from fusiontree.run.folder import GATES_FILE, STATE_FILE, checkpoint_path, list_checkpoints, step_of
@@ -117,7 +117,7 @@ class Saver:
             return
         if error is None:
             self._seconds = time.perf_counter() - since
-        self._failure = None if error is None else f"checkpoint {final} could not be written: {_reason(error)}"
+        self._failure = None if error is None else f"checkpoint {final} could not be written: {short_cause(error)}"
         if error is not None and not isinstance(error, OSError):
             self._error = RunError(f"{self._failure}; see the logs in the run's folder")
         elif self._failure is not None and self.world.is_main:
@@ -147,11 +147,7 @@ def _attempt(write: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, error
     except Exception as error:
         log.exception("writing a checkpoint")
-        return None, RuntimeError(_reason(error))  # `error` itself may not pickle, and `gather` pickles it
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        return None, RuntimeError(short_cause(error))  # `error` itself may not pickle, and `gather` pickles it
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from fusiontree.checkpoint.tensor_files import TensorFiles, from_checkpoint
 from fusiontree.console import console
 from fusiontree.distributed.collectives import World
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.files import fsync_folder, parse_json, write_atomic
 from fusiontree.run import lease
 from fusiontree.run.folder import (
@@ -158,7 +158,7 @@ def verify(checkpoint: Path) -> list[str]:
     try:
         files: dict[str, str] = dict(parse_json((checkpoint / MANIFEST_FILE).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST_FILE} is missing or unreadable ({error})"]
+        return [f"{MANIFEST_FILE} is missing or unreadable ({short_cause(error)})"]
     problems = []
     for name, expected in files.items():
         path = checkpoint / name
@@ -184,7 +184,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = parse_json(path.read_text())
         missing = [key for key in _STATE_KEYS if key not in state]
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); restore the checkpoint or use another one") from None
+        raise RunError(f"{path} is damaged ({short_cause(error)}); restore the checkpoint or use another one") from None
     if missing:
         raise RunError(f"{path} lacks {', '.join(missing)}; restore the checkpoint or use another one")
     return state

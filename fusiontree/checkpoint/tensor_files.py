@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fusiontree.errors import RunError
+from fusiontree.errors import RunError, short_cause
 from fusiontree.files import parse_json
 from fusiontree.zero import layout
 
@@ -89,7 +89,7 @@ def locate_weights(folder: Path, zero_stage: int, trust: bool = False) -> dict[s
         return _locate_stage_3(folder, read) if zero_stage == 3 else _locate_unpartitioned(folder, read)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise RunError(
-            f"{folder} is not a DeepSpeed checkpoint of ZeRO stage {zero_stage} ({error!r}); use another one"
+            f"{folder} is not a DeepSpeed checkpoint of ZeRO stage {zero_stage} ({short_cause(error)}); use another one"
         ) from None
 
 
@@ -172,7 +172,7 @@ def _indexed_files(index: Path) -> dict[str, Path]:
     try:
         names = {name: str(file) for name, file in parse_json(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{index} is damaged ({error!r}); export the model again") from None
+        raise RunError(f"{index} is damaged ({short_cause(error)}); export the model again") from None
     for file in sorted(set(names.values())):
         if Path(file).name != file:
             raise RunError(f"{index} names {file}, which is outside its folder; export the model again")
@@ -189,7 +189,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise RunError(f"{path} is damaged ({error}); export the model again") from None
+        raise RunError(f"{path} is damaged ({short_cause(error)}); export the model again") from None
 
 
 class Spec(NamedTuple):

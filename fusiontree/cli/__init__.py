@@ -7,7 +7,7 @@ import sys
 
 from fusiontree.cli import bench, data, launching, machine, model, training
 from fusiontree.cli.parsing import FORMAT
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 
 # errors of the user's disk, permissions or paths; any other OSError is a bug
 _FILE_ERRORS = {
@@ -57,7 +57,7 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
         if error.errno not in _FILE_ERRORS:
             raise
         place = error.filename or getattr(args, "output", None) or "the output"
-        return 1, f"{place}: {error.strerror}"
+        return 1, f"{place}: {short_cause(error)}"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

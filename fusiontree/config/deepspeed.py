@@ -7,7 +7,7 @@ from typing import Any
 
 from fusiontree.config.keys import short
 from fusiontree.config.run_config import RunConfig
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 from fusiontree.files import parse_json
 
 # settings that the run's configuration owns: a second value in the JSON could contradict it
@@ -68,7 +68,7 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     try:
         settings = parse_json(source.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"deepspeed {config.deepspeed} is not valid JSON ({error}); fix it") from None
+        raise UserError(f"deepspeed {config.deepspeed} is not valid JSON ({short_cause(error)}); fix it") from None
     if not isinstance(settings, dict):
         raise UserError(f"deepspeed {config.deepspeed} is {short(settings)}; it must be a JSON object")
     for key, owner in _OWNED.items():

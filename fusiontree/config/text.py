@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from fusiontree.config.run_config import RunConfig
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -25,7 +25,7 @@ def load_yaml(text: str, where: str) -> Any:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
         raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not valid YAML: {short_cause(error)}") from None
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,7 +23,7 @@ from fusiontree import __version__
 from fusiontree.data.packing import PACKER_VERSION, Span
 from fusiontree.data.remote import Cache, Store, UnreachableError, is_address
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, require_golden
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.files import parse_json, write_atomic
 
 FORMAT_VERSION = 1
@@ -66,7 +66,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
     try:
         content = parse_json((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer folder {folder} cannot be read ({error}); restore or retrain it") from None
+        raise UserError(
+            f"tokenizer folder {folder} cannot be read ({short_cause(error)}); restore or retrain it"
+        ) from None
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -161,7 +163,7 @@ class Manifest:
         except UserError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not a dataset's manifest ({error!r}); rebuild the dataset") from None
+            raise UserError(f"{path} is not a dataset's manifest ({short_cause(error)}); rebuild the dataset") from None
         if manifest.dtype not in ("uint16", "uint32"):
             raise UserError(f"{path}: dtype {manifest.dtype!r} is neither uint16 nor uint32; rebuild the dataset")
         for split, shards in manifest.splits.items():
@@ -181,12 +183,18 @@ def _record(kind: type[_Record], values: dict[str, Any]) -> _Record:
     """Build a dataclass from JSON values.
 
     Raises:
-        TypeError: a field is missing, unknown or of the wrong type.
+        ValueError: a field is missing, unknown or of the wrong type.
+        TypeError: `values` is not a mapping.
     """
+    specs = {spec.name: spec for spec in fields(kind)}  # type: ignore[arg-type]
+    required = {name for name, spec in specs.items() if spec.default is MISSING and spec.default_factory is MISSING}
+    for problem, names in (("lacks", required - {*values}), ("has an unknown", {*values} - {*specs})):
+        if names:
+            raise ValueError(f"it {problem} {min(names)}")
     record = kind(**values)
-    for spec in fields(kind):  # type: ignore[arg-type]
-        if type(getattr(record, spec.name)) is not getattr(spec.type, "__origin__", spec.type):
-            raise TypeError(f"{spec.name} is not of type {spec.type}")
+    for name, spec in specs.items():
+        if type(getattr(record, name)) is not getattr(spec.type, "__origin__", spec.type):
+            raise ValueError(f"{name} is not of type {spec.type}")
     return record
 
 
@@ -380,7 +388,8 @@ class Shard:
             return [_record(Span, span) for span in sample["documents"][row - first]]
         except (OSError, LookupError, TypeError, ValueError, tarfile.TarError) as error:
             raise RunError(
-                f"{self.where}: the sample of row {row} is damaged ({error}); restore the shard or rebuild the dataset"
+                f"{self.where}: the sample of row {row} is damaged ({short_cause(error)}); restore the shard or "
+                "rebuild the dataset"
             ) from None
 
     def _read_range(self, offset: int, length: int) -> bytes:
@@ -459,7 +468,9 @@ def _open_mirrored(store: Store, manifest: Manifest, infos: Sequence[ShardInfo])
                 raise UserError(f"shard {store.address}/{info.name} has {size} bytes, not {info.bytes}; copy it again")
         store.mirror([tokenizer, config, *indexes], is_valid)
     except OSError as error:
-        raise UserError(f"{store.address} lacks files of the dataset ({error}); copy the dataset again") from None
+        raise UserError(
+            f"{store.address} lacks files of the dataset ({short_cause(error)}); copy the dataset again"
+        ) from None
     shards |= {info.name: RemoteShard(store, info, manifest) for info in new}
     return [shards[info.name] for info in infos]
 
@@ -510,7 +521,7 @@ def read_index(shard: Path) -> np.ndarray:
     try:
         index, _ = read_array(path.read_bytes(), dimensions=1)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a shard index ({error}); {_INDEX_REMEDY}") from None
+        raise UserError(f"{path} is not a shard index ({short_cause(error)}); {_INDEX_REMEDY}") from None
     if index.dtype != INDEX:
         raise UserError(f"{path} is not a shard index; {_INDEX_REMEDY}")
     return index
@@ -527,7 +538,7 @@ def read_array(content: bytes | memoryview, dimensions: int) -> tuple[np.ndarray
         version = np.lib.format.read_magic(head)
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(head)
     except Exception as error:  # NumPy parses the header as Python source, so damage can raise any exception
-        raise ValueError(f"its .npy header is damaged: {' '.join(str(error).split())}") from None
+        raise ValueError(f"its .npy header is damaged: {short_cause(error)}") from None
     at, count = head.tell(), math.prod(shape)
     if version != (1, 0) or len(shape) != dimensions or by_columns or dtype.hasobject:
         raise ValueError("its .npy header has an unexpected version, shape, order or type")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause, typed_cause
 
 ATTEMPTS = 6
 FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, times a random factor of 0.5 to 1
@@ -29,7 +29,6 @@ TIMEOUT = 45.0  # seconds per request; gcsfs retries for 36 s before it reports 
 PIECE = 8 << 20  # bytes per request of a complete file, which limits the loss when a connection breaks
 PARALLEL = 16  # simultaneous requests for complete files
 LOCKS = 256
-_MAX_REASON = 200  # characters of a server's message; some send a page
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
@@ -83,7 +82,9 @@ class Store:
         try:
             manifest = self._fetch_file("manifest.json")
         except OSError as error:
-            raise UserError(f"{self.address} has no readable manifest.json ({error}); check the address") from None
+            raise UserError(
+                f"{self.address} has no readable manifest.json ({short_cause(error)}); check the address"
+            ) from None
         digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
         self.cached = cache.folder.expanduser()
         self.folder = self.cached / digest
@@ -195,7 +196,7 @@ class Store:
             if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) != 404:
                 error = cause  # over HTTP, fsspec reports every failure to get a size as FileNotFoundError
             if _is_denial(error):
-                raise PermissionError(_format_error(error)) from error
+                raise PermissionError(typed_cause(error)) from error
             raise error from None
 
     def _retry(self, name: str, request: Callable[[float], Any]) -> Any:
@@ -210,13 +211,13 @@ class Store:
                 return request(TIMEOUT)
             except PermissionError as error:
                 raise AccessDeniedError(
-                    f"{self.address}/{name}: access denied ({error}); check that the file exists, and that the "
-                    "credentials are set, have not expired and grant access to it"
+                    f"{self.address}/{name}: access denied ({short_cause(error)}); check that the file exists, and "
+                    "that the credentials are set, have not expired and grant access to it"
                 ) from None
             except _FINAL:
                 raise
             except Exception as error:  # each protocol has its own errors for lost connections and busy servers
-                last = _format_error(error)
+                last = typed_cause(error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))
         raise UnreachableError(
@@ -298,7 +299,7 @@ def _locked(path: Path) -> Iterator[int]:
 def _cache_error(path: Path, action: str, error: OSError) -> UnreachableError:
     """Return the error for an unusable cache, which is not damage of the data."""
     return UnreachableError(
-        f"data.cache: {path} cannot be {action} ({error.strerror}); repair it, free space, or set another folder"
+        f"data.cache: {path} cannot be {action} ({short_cause(error)}); repair it, free space, or set another folder"
     )
 
 
@@ -328,11 +329,6 @@ def _s3_status(error: BaseException) -> int | None:
             status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status
     return None
-
-
-def _format_error(error: Exception) -> str:
-    """Format an error as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_REASON]}"
 
 
 def _read_cached(path: Path) -> bytes:
@@ -366,5 +362,5 @@ def _open(address: str) -> tuple[Any, str]:
         return url_to_fs(address)
     except ImportError as error:
         raise UserError(
-            f"{address} needs {EXTRAS[protocol]} ({error}); install it: pip install 'fusiontree[remote]'"
+            f"{address} needs {EXTRAS[protocol]} ({short_cause(error)}); install it: pip install 'fusiontree[remote]'"
         ) from None

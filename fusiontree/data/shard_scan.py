@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest, read_array, row_crc
+from fusiontree.errors import short_cause
 from fusiontree.files import parse_json
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -145,7 +146,7 @@ def _add_sample(scan: ShardScan, content: memoryview, members: dict[str, tuple[i
         documents = [_count_documents(row) for row in sample.documents]
         rows = [sample.row(i) for i in range(len(sample.tokens))]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        scan.faults.append(f"the sample that begins at row {first} cannot be read ({error})")
+        scan.faults.append(f"the sample that begins at row {first} cannot be read ({short_cause(error)})")
         return
     scan.row_numbers += range(first, first + len(rows))
     scan.entries += [row for row, _ in rows]

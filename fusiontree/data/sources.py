@@ -11,7 +11,7 @@ import numpy as np
 from fusiontree.data.batch import BadRow, Batch
 from fusiontree.data.format import Dataset
 from fusiontree.data.remote import UnreachableError
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 
 RETRY_DELAYS = (0.05, 0.5)  # seconds before each retry of a row that could not be read
 
@@ -80,7 +80,7 @@ class Sources:
             except RunError:
                 reason = "is damaged (checksum differs)"
             except OSError as error:
-                reason = f"cannot be read ({error.strerror or error})"
+                reason = f"cannot be read ({short_cause(error)})"
             if delay is not None:
                 time.sleep(delay)
         shard, number = self.datasets[source].place(row)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # the tokenizer files of a dataset
 # cases in which libraries and versions have disagreed: spaces, digits, contractions, line ends, scripts, combining
@@ -32,8 +32,9 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
-        line = " ".join(str(error).split())
-        raise UserError(f"tokenizer folder {folder} cannot be read ({line}); retrain or download it again") from None
+        raise UserError(
+            f"tokenizer folder {folder} cannot be read ({short_cause(error)}); retrain or download it again"
+        ) from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -57,8 +58,8 @@ def require_golden(golden: dict[str, list[int]], where: Path | str) -> None:
         "".join(golden).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the manifest has a damaged golden text for tokenizer {where} ({error}); restore the manifest, or rebuild "
-            "the dataset"
+            f"the manifest has a damaged golden text for tokenizer {where} ({short_cause(error)}); restore the "
+            "manifest, or rebuild the dataset"
         ) from None
     tokenizer = open_tokenizer(Path(where))
     for text, ids in golden.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 from fusiontree.config import RunConfig, deepspeed_json
 from fusiontree.doctor import memory
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, typed_cause
 from fusiontree.run.datasets import check_data
 
 # distribution: module; FusionTree does not run without the required ones
@@ -87,7 +87,7 @@ def _try_import(name: str, module: str) -> tuple[str, bool]:
     try:
         importlib.import_module(module)
     except Exception as error:  # e.g. RuntimeError or OSError of a compiled package with a missing library
-        return f"{version}, broken: {type(error).__name__}: {' '.join(str(error).split())}", False
+        return f"{version}, broken: {typed_cause(error)}", False
     return version, True
 
 

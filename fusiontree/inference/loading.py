@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fusiontree.checkpoint.tensor_files import from_safetensors
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.files import parse_json
 from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
@@ -34,7 +34,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = parse_json(path.read_text())
         wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
     except (ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error}); export the model again") from None
+        raise RunError(f"{path} is damaged ({short_cause(error)}); export the model again") from None
     if wrong:
         raise RunError(f"{path} is damaged (missing or invalid: {', '.join(wrong)}); export the model again")
     return facts
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         return ModelConfig.from_dict(parse_json((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder} is a damaged export ({error}); export the model again") from None
+        raise RunError(f"{folder} is a damaged export ({short_cause(error)}); export the model again") from None
 
 
 def check_positions(config: ModelConfig, tokens: int) -> None:
@@ -108,7 +108,6 @@ def load_export(
     except (UserError, RunError):  # an unavailable kernel is not damage; damaged files already have their message
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
-        reason = " ".join(str(error).split()[:30])
-        raise RunError(f"{folder} is a damaged export ({reason}); export the model again") from None
+        raise RunError(f"{folder} is a damaged export ({short_cause(error)}); export the model again") from None
     tokenizer.encode_special_tokens = True
     return model.eval(), tokenizer

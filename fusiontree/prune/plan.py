@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 from fusiontree.files import parse_json
 from fusiontree.model.cache import Cache, LayerCache
 from fusiontree.model.config import LayerKind, ModelConfig
@@ -201,11 +201,15 @@ def read_plan(path: Path, config: ModelConfig) -> Pruning:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"no plan at {path}; create one with `fusiontree prune RUN --out {path}`") from None
     except ValueError as error:
-        raise UserError(f"{path} is not a pruning plan ({error}); create one with `fusiontree prune`") from None
+        raise _not_a_plan(path, error) from None
     try:
         return parse_plan(plan, config, path)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a pruning plan ({error!r}); create one with `fusiontree prune`") from None
+        raise _not_a_plan(path, error) from None
+
+
+def _not_a_plan(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a pruning plan ({short_cause(error)}); create one with `fusiontree prune`")
 
 
 def parse_plan(plan: Mapping[str, Any], config: ModelConfig, path: object) -> Pruning:

@@ -12,7 +12,7 @@ import yaml
 from safetensors import SafetensorError
 
 from fusiontree.checkpoint import store
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 from fusiontree.model.config import ModelConfig
 from fusiontree.run import incidents
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LAYERS_FILE, list_checkpoints, step_of
@@ -59,7 +59,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); restore it") from None
+        raise UserError(f"{path} cannot be read ({short_cause(error)}); restore it") from None
     return dict(_leaves(tree)) if isinstance(tree, dict) else {}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.console import console
+from fusiontree.errors import short_cause
 
 
 class JsonLines:
@@ -27,7 +28,7 @@ class JsonLines:
             error = self._write()
             if error is not None and len(self._queue) == 1:
                 console.print(
-                    f"{self.path}: {error.strerror}; lines are queued until they can be written", markup=False
+                    f"{self.path}: {short_cause(error)}; lines are queued until they can be written", markup=False
                 )
 
     def flush(self) -> None:
@@ -41,7 +42,7 @@ class JsonLines:
             error = self._write()
             if error is not None:
                 lost = len(self._queue)
-                console.print(f"{self.path}: {error.strerror}; its last {lost} lines are lost", markup=False)
+                console.print(f"{self.path}: {short_cause(error)}; its last {lost} lines are lost", markup=False)
 
     def _write(self) -> OSError | None:
         """Write the queued lines in order until one fails; return its error."""

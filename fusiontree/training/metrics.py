@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fusiontree.config import RunConfig
 from fusiontree.console import console
+from fusiontree.errors import short_cause
 from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents, lease
 from fusiontree.run.folder import LAYERS_FILE, METRICS_FILE
@@ -116,7 +117,7 @@ class Metrics:
             except OSError as error:
                 self.sinks.remove(sink)
                 name = type(sink).__name__.removesuffix("Sink")
-                console.print(f"{name}: {error.strerror}; no more metrics are sent to it", markup=False)
+                console.print(f"{name}: {short_cause(error)}; no more metrics are sent to it", markup=False)
 
 
 def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:

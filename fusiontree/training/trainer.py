@@ -20,7 +20,7 @@ from fusiontree.data.stream import TrainStream, validation_batches
 from fusiontree.device import device_name, peak_memory, utilization
 from fusiontree.distributed import collectives, signals
 from fusiontree.distributed.collectives import World
-from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError
+from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError, short_cause
 from fusiontree.evaluate.held_out import HeldOutLoss
 from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents
@@ -72,7 +72,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
         raise
     except torch.OutOfMemoryError as error:
         hint = "lower batch.micro_rows or set activation_checkpointing=full"
-        raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}; {hint}") from None
+        raise RunError(f"out of GPU memory: {short_cause(error)}; {hint}") from None
     except RuntimeError as error:
         if collectives.is_lost_peer(error):
             raise RunError(LOST_PEER) from None

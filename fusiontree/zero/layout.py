@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusiontree.errors import RunError, UserError
+from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.zero import internals
 
 Reader = Callable[[Path], dict[str, Any]]  # reads a file, see `reader`
@@ -192,7 +192,7 @@ def reader(values: bool, trust: bool = False) -> Reader:
             raise RunError(f"{path} is missing; restore the checkpoint or use another one") from None
         except (RuntimeError, ModuleNotFoundError) as error:
             raise RunError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); restore the checkpoint or use another one"
+                f"{path} cannot be read ({short_cause(error)}); restore the checkpoint or use another one"
             ) from None
 
     return read
