@@ -4,20 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check test test-cluster fuzz lint format install develop clean
+.PHONY: demo check test suite test-cluster fuzz lint style types format install develop clean
 
 demo: install
 	@$(BIN)/python -m fusiontree demo
 
-# loadfile keeps a file's fixtures in one worker; tests/conftest.py orders the files, the longest first
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# empty means unset: without cached bytecode, each process that a test starts would compile the project again
+export PYTHONDONTWRITEBYTECODE :=
 
-check: develop lint
-	$(PYTEST) -m 'not slow'
+# types are checked while the tests' workers start
+check: style
+	@$(MAKE) --no-print-directory -j 2 types suite SELECTION="-m 'not slow'"
 
-test: develop lint
-	$(PYTEST)
+test: style
+	@$(MAKE) --no-print-directory -j 2 types suite
 	@echo 'Not run: the tests on a real SLURM cluster and real ssh hosts (make test-cluster).'
+
+# loadfile keeps a file's fixtures in one worker; tests/conftest.py orders the files, the longest first
+suite: develop
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SELECTION)
 
 # needs root and Debian's slurm-wlm, munge, pdsh, openssh-server and iproute2; runs in namespaces of its own
 test-cluster: develop
@@ -28,9 +33,13 @@ FUZZ_SECONDS ?= 600
 fuzz: develop
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -v -n 2 --dist worksteal tests/test_fuzz_*.py
 
-lint: develop
+lint: style types
+
+style: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: develop
 	$(BIN)/mypy
 
 format: develop
