@@ -1,9 +1,11 @@
 """Command line: calls, output and exit codes."""
 
+import argparse
 import dataclasses
 import errno
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -374,3 +376,79 @@ def test_a_closed_pipe_causes_no_traceback(tmp_path):
     result = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (result.returncode, result.stderr) == (1, "")
+
+
+def leaf_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of every command by its words."""
+    found = {}
+
+    def walk(parser: argparse.ArgumentParser, words: tuple[str, ...]) -> None:
+        commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for action in commands:
+            for name, child in action.choices.items():
+                walk(child, (*words, name))
+        if not commands:
+            found[" ".join(words)] = parser
+
+    walk(cli._parser(), ())
+    return found
+
+
+def example(action: argparse.Action, number: int) -> str:
+    """Return a value that `action` accepts."""
+    if action.dest == "overrides":
+        return f"optimizer.lr={number}"
+    return str(next(iter(action.choices))) if action.choices else str(number)
+
+
+@pytest.mark.parametrize("command", leaf_parsers())
+def test_options_and_words_may_come_in_any_order(command: str) -> None:
+    """The order among positional words stays, except that overrides may also precede CONFIG."""
+    leaf = leaf_parsers()[command]
+    excluded = [action for group in leaf._mutually_exclusive_groups for action in group._group_actions[1:]]
+    actions = [action for action in leaf._actions if action not in excluded]
+    options: list[list[str]] = []
+    open_ended: list[list[str]] = []  # last here, because they take the words after them
+    words: list[str] = []
+    for number, action in enumerate(actions, 1):
+        values = [example(action, number)] * (0 if action.nargs == 0 else 2 if action.nargs in ("+", "*") else 1)
+        if not action.option_strings:
+            words += values
+        elif "--help" not in action.option_strings:
+            (open_ended if action.nargs in ("+", "?") else options).append([action.option_strings[-1], *values])
+    rest = [text for option in open_ended for text in option]
+    plain = [text for option in options for text in option]
+    parser = cli._parser()
+    expected = parser.parse_args([*command.split(), *plain, *rest, "--", *words])
+    draw = random.Random(0)
+    for _ in range(30):
+        parts = draw.sample(options, len(options))
+        for place, word in sorted(zip((draw.randint(0, len(parts)) for _ in words), words, strict=True), reverse=True):
+            parts.insert(place, [word])
+        order = iter(words)  # the places are random, the order of the words is not
+        argv = [text for part in parts for text in ([next(order)] if len(part) == 1 and part[0] in words else part)]
+        assert parser.parse_args([*command.split(), *argv, *rest]) == expected, argv
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        ("generate OUT --top-p 0.9 PROMPT", {"folder": Path("OUT"), "prompt": "PROMPT", "top_p": 0.9}),
+        ("generate --top-p=0.9 OUT --temperature -1 PROMPT", {"temperature": -1.0, "prompt": "PROMPT"}),
+        ("generate --max-new 3 OUT -- --help", {"max_new_tokens": 3, "prompt": "--help"}),
+        ("eval --data d --tasks perplexity passkey OUT", {"tasks": ["perplexity", "passkey"], "folder": Path("OUT")}),
+        ("report a --out page.html b", {"runs": [Path("a"), Path("b")]}),
+        ("train name=a tiny --allow-changed x name=b", {"config": "tiny", "overrides": ["name=a", "name=b"]}),
+        ("bench decode --preset tiny --batch 1 2 model.window=8", {"batch": [1, 2], "overrides": ["model.window=8"]}),
+        ("bench overhead --json 125m", {"config": "125m", "json": True}),
+    ],
+)
+def test_words_after_an_option_go_where_they_belong(argv: str, values: dict[str, object]) -> None:
+    found = vars(cli._parser().parse_args(argv.split()))
+    assert {name: found[name] for name in values} == values
+
+
+@pytest.mark.parametrize("argv", ["generate OUT PROMPT MORE", "generate OUT --top-p", "eval OUT --bogus 3 --data d"])
+def test_words_that_no_argument_takes_are_a_usage_error(argv: str) -> None:
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(argv.split())

@@ -6,7 +6,7 @@ import os
 import sys
 
 from fusiontree.cli import bench, data, launching, machine, model, training
-from fusiontree.cli.parsing import FORMAT
+from fusiontree.cli.parsing import FORMAT, Parser
 from fusiontree.errors import RunError, UserError, short_cause
 
 # errors of the user's disk, permissions or paths; any other OSError is a bug
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Any other exception is a bug and keeps its traceback.
     """
-    args = _parse(argv)
+    args = _parser().parse_args(argv)
     code, message, reported = 1, None, False
     try:
         code, message = _outcome(args)
@@ -60,19 +60,8 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
         return 1, f"{place}: {short_cause(error)}"
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the arguments. Overrides may come before or after the options, which argparse alone does not allow."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and not ("overrides" in args and all("=" in text and not text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
-    return args
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fusiontree",
         description="Pretrain hybrid language models whose layers fuse a Mamba and an attention branch by a gate.",
         epilog="Example: fusiontree demo",
