@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import write_split
 
-from fusiontree.data.batch import IGNORE, Batch, collate, cut_ends
+from fusiontree.data import segments
+from fusiontree.data.batch import IGNORE, Batch, collate
 from fusiontree.data.format import Dataset, Manifest, TokenizerInfo
 from fusiontree.data.packing import PackedRow, Span
 from fusiontree.data.sources import Sources
@@ -62,8 +63,8 @@ def test_collate_row_with_padding_in_the_middle() -> None:
 )
 def test_slice_keeps_the_bounds_inside_it(ends: list[int], slices: list[list[int]]) -> None:
     row = np.array(ends, dtype=np.int32)
-    assert [part.tolist() for part in cut_ends(row, 8)] == slices
-    assert [part.tolist() for part in cut_ends(row, 32)] == [ends]
+    assert [part.tolist() for part in segments.cut(row, 8)] == slices
+    assert [part.tolist() for part in segments.cut(row, 32)] == [ends]
 
 
 def make_stream(

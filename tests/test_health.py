@@ -34,7 +34,7 @@ SMALLER = {"model__hidden_size": 32, "validation__every": 0, "checkpoint__keep_l
 
 
 def update(loss: float, norm: float = 1.0, skipped: bool = False) -> Update:
-    return Update(loss, torch.tensor(loss), norm, torch.zeros(1, 1), {}, skipped, stop=False)
+    return Update(loss, False, torch.tensor(loss), norm, torch.zeros(1, 1), {}, skipped, stop=False)
 
 
 def test_consecutive_skipped_updates_are_counted_and_their_rows_kept() -> None:

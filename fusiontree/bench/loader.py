@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fusiontree.console import progress_bar
-from fusiontree.data.batch import Batch, collate, cut_ends
+from fusiontree.data import segments
+from fusiontree.data.batch import Batch, collate
 from fusiontree.data.format import Dataset
 from fusiontree.data.remote import is_address
 from fusiontree.data.sources import Sources
@@ -131,7 +132,8 @@ def _webdataset_batches(sources: Sources, seq_len: int, rows: int) -> Iterator[i
     pending: list[tuple[np.ndarray, np.ndarray]] = []
     for tokens, ends in _webdataset_samples(sources):
         for row, row_ends in zip(tokens, ends, strict=True):
-            for cut in zip(row.reshape(-1, seq_len), cut_ends(row_ends[row_ends != 0], seq_len), strict=True):
+            cut_ends = segments.cut(segments.without_fill(row_ends), seq_len)
+            for cut in zip(row.reshape(-1, seq_len), cut_ends, strict=True):
                 pending.append(cut)
                 if len(pending) == rows:
                     batch = collate(np.stack([cut for cut, _ in pending]), [ends for _, ends in pending])

@@ -124,7 +124,7 @@ def short(value: Any) -> str:
 
 # keys that may change on resume: they affect neither the data nor the mathematics
 _FREE_ON_RESUME = re.compile(
-    r"name|output|init_from|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|cache|cache_gb)"
+    r"name|output|init_from|data\.path|data\.sources\.[^.]+\.path|data\.(workers|max_bad_rows|max_bad_share|cache|cache_gb)"
     r"|deepspeed|nvme_path|batch\.micro_rows"
     r"|(logging|validation|checkpoint|health|kernels|activation_checkpointing)\..+"
 )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=2)]  # tokens; a row of one token has nothing to predict
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Step = Annotated[int, Field(ge=0)]
@@ -39,12 +40,13 @@ class DataConfig(Section):
     path: str | None = None  # dataset folder, with manifest.json and the splits train and validation
     sources: dict[Name, SourceConfig] | None = None  # several datasets, by name
     weights: dict[Step, dict[Name, Weight]] | None = None  # from that step on, the weights of the sources named
-    seq_len: Count  # tokens per training row; with a curriculum, at its end
-    curriculum: dict[Step, Count] | None = None  # from that step on, tokens per training row; the batch stays constant
+    seq_len: Length  # tokens per training row; with a curriculum, at its end
+    curriculum: dict[Step, Length] | None = None  # from that step on, tokens per training row; the batch stays constant
     workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
     cache: Path = Path("~/.cache/fusiontree")  # rows of remote datasets, shared by a node's processes
     cache_gb: float = Field(default=100.0, gt=0.0)  # its limit in GB (10^9 bytes)
     max_bad_rows: int = Field(default=100, ge=0)  # damaged rows after which the run stops
+    max_bad_share: Fraction = 0.1  # the same, as a share of a source's rows; one row is tolerated if there are others
 
     @property
     def locations(self) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Collation of rows into batches. Axes: B rows, L tokens. A segment is a document, a piece of one, or padding."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+
+from fusiontree.data import segments
 
 IGNORE = -100  # label without loss
 
@@ -19,6 +20,11 @@ class BadRow:
     row: int  # within the shard
     location: str = field(compare=False)  # the shard's path or address; a dataset that was moved has the same rows
     reason: str = field(compare=False)
+
+    @property
+    def split(self) -> str:
+        """The split that the row is from."""
+        return self.shard.partition("/")[0]
 
     def __str__(self) -> str:
         return f"{self.location}: row {self.row} {self.reason}"
@@ -48,24 +54,6 @@ class Batch:
         return np.diff(self.cu_seqlens).tolist()
 
 
-def cut_ends(ends: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Split the segment ends of a packed row into those of its slices, counted from each slice's start.
-
-    Args:
-        ends: int32 [segments] of the packed row, as in the format.
-        seq_len: tokens per slice; divides the row length.
-    """
-    bounds = np.abs(ends)
-    if bounds[-1] == seq_len:
-        return [ends]
-    stops = np.arange(seq_len, bounds[-1] + 1, seq_len, dtype=ends.dtype)
-    cuts = np.sort(np.concatenate([bounds, stops]))
-    cuts = cuts[np.diff(cuts, prepend=0) > 0]  # a segment and a slice that end together give one cut
-    signed = np.sign(ends)[bounds.searchsorted(cuts)] * ((cuts - 1) % seq_len + 1)
-    at = [0, *(cuts.searchsorted(stops) + 1).tolist()]
-    return [signed[first:last] for first, last in itertools.pairwise(at)]
-
-
 def collate(
     tokens: np.ndarray,
     ends: Sequence[np.ndarray],
@@ -76,27 +64,27 @@ def collate(
 
     Args:
         tokens: any integer dtype [B, L].
-        ends: for each row int32 [segments], as in the format: exclusive ends, negative for padding, the last ±L.
+        ends: for each row int32 [segments], see `segments`; the last is ±L.
         damaged: stored rows that are replaced by masked rows.
         sources: as in `Batch`.
     """
     B, L = tokens.shape
     assert len(ends) == B, (len(ends), B)
     assert all(abs(row[-1]) == L for row in ends), "segments do not cover their row"
-    segments = np.array([len(row) for row in ends])
-    signed = np.concatenate(ends)
-    row = np.arange(B).repeat(segments)  # of each segment
-    number = np.arange(len(row)) - (segments.cumsum() - segments)[row]
+    counts = np.array([len(row) for row in ends])
+    joined = np.concatenate(ends)
+    row = np.arange(B).repeat(counts)  # of each segment
+    number = np.arange(len(row)) - (counts.cumsum() - counts)[row]
     cu_seqlens = np.zeros(len(row) + 1, dtype=np.int64)
     starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
-    stops[:] = np.abs(signed) + row * L
+    stops[:] = segments.stops(joined) + row * L
     lengths = stops - starts
 
     flat = tokens.reshape(-1)
     labels = np.empty(B * L, dtype=np.int64)
     labels[:-1] = flat[1:]  # from the narrow tokens: a shifted copy between two int64 buffers is many times slower
     labels[stops - 1] = IGNORE
-    for padding in (signed < 0).nonzero()[0]:
+    for padding in segments.is_padding(joined).nonzero()[0]:
         labels[starts[padding] : stops[padding]] = IGNORE
     position_ids = starts.repeat(lengths)
     np.subtract(_cached_arange(B * L), position_ids, out=position_ids)

@@ -2,12 +2,14 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from fusiontree.data import segments
 from fusiontree.data.batch import BadRow, Batch
 from fusiontree.data.format import Dataset
 from fusiontree.data.remote import UnreachableError
@@ -23,14 +25,14 @@ class Sources:
         datasets: each by its name in the run; "" for the single unnamed dataset of data.path.
 
     Raises:
-        UserError: one is empty, or two disagree on tokenizer, token type, special tokens or row length.
+        UserError: one has no tokens, or two disagree on tokenizer, token type, special tokens or row length.
     """
 
     def __init__(self, datasets: Mapping[str, Dataset]):
         self.names = tuple(datasets)
         self.datasets = tuple(datasets.values())
         for dataset in self.datasets:
-            if dataset.num_rows == 0:
+            if not dataset.valid_tokens.any():
                 raise UserError(f"{dataset.location}: split {dataset.split} is empty; build it from more documents")
             _require_compatible(self.datasets[0], dataset)
 
@@ -85,21 +87,21 @@ class Sources:
                 time.sleep(delay)
         shard, number = self.datasets[source].place(row)
         tokens = np.full(self.row_len, self.pad_id, dtype=self.dtype)
-        ends = np.array([-self.row_len], dtype=np.int32)
-        return tokens, ends, BadRow(self.labels[source], shard.info.name, number, shard.where, reason)
+        damage = BadRow(self.labels[source], shard.info.name, number, shard.where, reason)
+        return tokens, segments.only_padding(self.row_len), damage
 
 
 def held_out_sources(datasets: Mapping[str, Dataset], remedy: str = "") -> Sources:
-    """Return the sources of validation splits, leaving out datasets without held-out rows.
+    """Return the sources of validation splits, leaving out datasets without held-out tokens.
 
     Args:
         datasets: validation splits by name, as for `Sources`.
         remedy: an alternative remedy, appended to the error.
 
     Raises:
-        UserError: no dataset has held-out rows, or they differ in tokenizer, token type or row length.
+        UserError: no dataset has held-out tokens, or they differ in tokenizer, token type or row length.
     """
-    found = {name: dataset for name, dataset in datasets.items() if dataset.num_rows}
+    found = {name: dataset for name, dataset in datasets.items() if dataset.valid_tokens.any()}
     if not found:
         where = ", ".join(dataset.location for dataset in datasets.values())
         raise UserError(
@@ -113,10 +115,18 @@ class Ledger:
 
     Args:
         limit: maximum number of such rows before the run stops.
+        share: maximum share of the rows of a source in a split, likewise. One row is tolerated, unless it is the only
+            one.
+        splits: the splits that the rows are from.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
+    def __init__(self, limit: int, share: float = 1.0, splits: Iterable[Sources] = ()):
+        self.limit, self.share = limit, share
+        self._totals = {  # rows by source and split
+            (label, dataset.split): dataset.num_rows
+            for sources in splits
+            for label, dataset in zip(sources.labels, sources.datasets, strict=True)
+        }
         self.rows: dict[BadRow, None] = {}  # of all ranks, up to the last `merge`
         self.unshared: list[BadRow] = []  # of this rank, since the last `merge`
 
@@ -124,7 +134,7 @@ class Ledger:
         """Record the damaged rows of this rank's batches.
 
         Raises:
-            RunError: the rows known to this rank exceed the limit.
+            RunError: the rows known to this rank exceed a limit.
         """
         for row in (row for batch in batches for row in batch.damaged):
             if row not in self.rows and row not in self.unshared:
@@ -143,12 +153,17 @@ class Ledger:
         self.rows |= {BadRow(**entry): None for entry in entries}
 
     def check(self) -> None:
-        """Raise RunError if the rows exceed the limit."""
+        """Raise RunError if the rows exceed a limit."""
         rows = [*self.rows, *self.unshared]
-        if len(rows) > self.limit:
+        excess = f"more than data.max_bad_rows {self.limit}" if len(rows) > self.limit else ""
+        for (source, split), count in Counter((row.source, row.split) for row in rows).items():
+            total = self._totals.get((source, split), 0)  # 0: the source was removed since the checkpoint
+            if total and count > min(max(1, int(self.share * total)), total - 1):
+                excess = f"{count} of the {total} {split} rows of {source}; data.max_bad_share is {self.share:g}"
+        if excess:
             raise RunError(
-                f"{len(rows)} stored rows could not be used, more than data.max_bad_rows {self.limit}; the last: "
-                f"{rows[-1]}; run `fusiontree data verify`, restore the shards and start again"
+                f"{len(rows)} stored rows could not be used, {excess}; the last: {rows[-1]}; run `fusiontree data "
+                "verify`, restore the shards and start again"
             )
 
     def to_json(self) -> list[dict[str, Any]]:

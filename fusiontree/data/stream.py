@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusiontree.data.batch import BadRow, Batch, collate, cut_ends
+from fusiontree.data import segments
+from fusiontree.data.batch import BadRow, Batch, collate
 from fusiontree.data.mixture import Mixture, SourceRows
 from fusiontree.data.order import Place, RowOrder, Stage
 from fusiontree.data.readahead import BatchMaker, ReadAhead
@@ -232,7 +233,7 @@ class _Slices:
 
     def _cut(self, source: int, row: int, seq_len: int) -> _CutRow:
         tokens, ends, damage = self.sources.read(source, row)
-        return _CutRow(tokens.reshape(-1, seq_len), cut_ends(ends, seq_len), damage)
+        return _CutRow(tokens.reshape(-1, seq_len), segments.cut(ends, seq_len), damage)
 
     def batch(self, places: Sequence[Place], seq_len: int, rows: int | None = None) -> Batch:
         """Collate the slices at `places`, filled up to `rows` with masked rows."""
@@ -241,7 +242,7 @@ class _Slices:
         cut = self._cached_cut if seq_len < self.sources.row_len else self._cut
         tokens = np.empty((B, seq_len), dtype=self.sources.dtype)
         tokens[len(places) :] = self.sources.pad_id
-        ends = [np.array([-seq_len], dtype=np.int32)] * B
+        ends = [segments.only_padding(seq_len)] * B
         bad: dict[BadRow, None] = {}
         for i, (source, _, row, part) in enumerate(places):
             row_tokens, row_ends, damage = cut(source, row, seq_len)
@@ -259,7 +260,7 @@ class _Slices:
                 parts = [*range(self.sources.row_len // seq_len)]
                 if padding[row] >= seq_len:  # with less padding no slice can be empty, and the row need not be read
                     ends_by_part = self._cached_cut(source, row, seq_len).ends
-                    parts = [part for part, ends in enumerate(ends_by_part) if (ends > 0).any()]
+                    parts = [part for part, ends in enumerate(ends_by_part) if not segments.is_padding(ends).all()]
                 found += [Place(source, 0, row, part) for part in parts]
         return found
 

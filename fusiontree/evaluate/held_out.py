@@ -47,7 +47,7 @@ class HeldOutLoss:
     """
 
     def __init__(self, sources: Sources, world: World):
-        self.labels, self.world = sources.labels, world
+        self.sources, self.labels, self.world = sources, sources.labels, world
         self.shape = (len(self.labels), len(BUCKETS), len(BUCKETS))  # source, length, position
         cells = int(np.prod(self.shape))
         self._sums = torch.zeros(cells, dtype=torch.float64, device=world.device)
@@ -70,18 +70,28 @@ class HeldOutLoss:
         return np.ravel_multi_index((sources.repeat(L), by_length, by_position), self.shape)
 
     def means(self) -> Means:
-        """Return the means over all ranks; a collective call."""
+        """Return the means over all ranks; a collective call.
+
+        Raises:
+            UserError: no token has a label.
+        """
         both = torch.stack([self._sums, torch.from_numpy(self._tokens).to(self._sums.device)])
         if self.world.size > 1:
             both = collectives.sum_over_ranks(both)
         sums, tokens = both.cpu().numpy().reshape(2, *self.shape)
+        if not tokens.any():
+            locations = ", ".join(dataset.location for dataset in self.sources.datasets)
+            raise UserError(
+                f"{locations} has no held-out token to predict; run `fusiontree data verify`, or rebuild it with a "
+                "larger --holdout"
+            )
 
         def by(names: tuple[str, ...], others: tuple[int, int]) -> dict[str, Mean]:
             parts = zip(names, sums.sum(others), tokens.sum(others), strict=True)
             return {name: Mean(float(part / count), int(count)) for name, part, count in parts if count}
 
         return Means(
-            Mean(float(sums.sum() / max(1, tokens.sum())), int(tokens.sum())),
+            Mean(float(sums.sum() / tokens.sum()), int(tokens.sum())),
             by_source=by(self.labels, (1, 2)),
             by_length=by(BUCKETS, (0, 2)),
             by_position=by(BUCKETS, (0, 1)),
@@ -117,7 +127,6 @@ def held_out_batches(
         note: label of the progress bar.
 
     Raises:
-        UserError: no held-out token has a label.
         RunError: a row is damaged.
     """
     tokens = 0
@@ -131,13 +140,14 @@ def held_out_batches(
             yield batch, token_losses(hidden.flatten(0, 1), model.head_weight, labels.flatten()).view_as(labels)
             tokens += batch.real_tokens
             bar.update(task, advance=1, note=f"{tokens:,} tokens")
-    if tokens == 0:
-        locations = ", ".join(str(dataset.location) for dataset in held_out.datasets)
-        raise UserError(f"{locations} has no held-out token to predict; rebuild it with a larger --holdout")
 
 
 def held_out_loss(model: HybridLM, held_out: Sources, seq_len: int, limit: int | None, note: str) -> float:
-    """Return the mean held-out loss, nats per token; arguments and errors as in `held_out_batches`."""
+    """Return the mean held-out loss, nats per token; arguments as in `held_out_batches`.
+
+    Raises:
+        UserError: no held-out token has a label. RunError: a row is damaged.
+    """
     total = HeldOutLoss(held_out, World(0, 1, model.embedding.weight.device))
     for batch, losses in held_out_batches(model, held_out, seq_len, limit, note):
         total.add(batch, losses)

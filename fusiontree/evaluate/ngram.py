@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusiontree.data import segments
+
 
 @dataclass(frozen=True)
 class Bigram:
@@ -17,15 +19,18 @@ class Bigram:
 
     @classmethod
     def count(cls, rows: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> "Bigram":
-        """Count packed rows, each given as token ids and segment ends as in the shard format."""
+        """Count the documents of packed rows, each given as token ids and segment ends as in the shard format.
+
+        Raises:
+            ValueError: no document has two tokens.
+        """
         counts, keys = np.zeros(vocab_size, dtype=np.int64), []
         for tokens, ends in rows:
-            start = 0
-            for end in ends.tolist():
-                document = tokens[start:end].astype(np.int64)  # empty for padding, whose end is -len(tokens)
+            for document in segments.documents(tokens.astype(np.int64), ends):
                 counts += np.bincount(document, minlength=vocab_size)
                 keys.append(document[:-1] * vocab_size + document[1:])
-                start = end
+        if not any(map(len, keys)):
+            raise ValueError("no document has two tokens")
         pairs, pair_counts = np.unique(np.concatenate(keys), return_counts=True)
         return cls(vocab_size, counts, pairs, pair_counts)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from fusiontree.data import segments
 from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources, held_out_sources
 from fusiontree.errors import UserError
@@ -71,9 +72,19 @@ class Subject:
 
     @cached_property
     def bigram(self) -> Bigram:
-        """Counts over the first rows of the training split."""
+        """Counts over the first rows of the training split.
+
+        Raises:
+            UserError: these rows have no pair of tokens. RunError: one is damaged.
+        """
         rows = min(self.train.num_rows, max(1, _COUNTED_TOKENS // self.train.manifest.row_len))
-        return Bigram.count((self.train.row(row) for row in range(rows)), self.vocab_size)
+        try:
+            return Bigram.count((self.train.row(row) for row in range(rows)), self.vocab_size)
+        except ValueError as error:
+            raise UserError(
+                f"{self.train.location}: the first {rows} training rows give no n-gram baseline ({error}); build the "
+                "dataset from longer documents"
+            ) from None
 
     @cached_property
     def held_out(self) -> Sources:
@@ -82,11 +93,15 @@ class Subject:
 
     @cached_property
     def text(self) -> np.ndarray:
-        """Concatenated token ids of held-out rows, int64, repeated to more than the longest prompt."""
+        """Concatenated documents of held-out rows as token ids, int64, repeated to more than the longest prompt.
+
+        Raises:
+            RunError: a row is damaged.
+        """
         (held_out,) = self.held_out.datasets
-        rows = [_real_tokens(held_out, row) for row in range(min(held_out.num_rows, _TEXT_ROWS))]
-        joined = np.concatenate(rows)
-        return np.tile(joined, -(-(max(self.lengths) + 1) // len(joined)))
+        rows = np.flatnonzero(held_out.valid_tokens)[:_TEXT_ROWS].tolist()
+        joined = np.concatenate([document for row in rows for document in segments.documents(*held_out.row(row))])
+        return np.tile(joined.astype(np.int64), -(-(max(self.lengths) + 1) // len(joined)))
 
     def ids(self, text: str) -> list[int]:
         """Encode `text` with the model's tokenizer.
@@ -97,8 +112,3 @@ class Subject:
         ids = encode(self.tokenizer, text)
         check_ids(self.model.config, {f"{text!r} by {self.folder}'s tokenizer": ids})
         return ids
-
-
-def _real_tokens(dataset: Dataset, row: int) -> np.ndarray:
-    tokens, ends = dataset.row(row)
-    return np.asarray(tokens[: ends[-1]], dtype=np.int64)

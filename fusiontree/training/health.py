@@ -55,6 +55,9 @@ class Health:
             rows: rows consumed before and after it.
         """
         loss = update.loss
+        if update.empty:  # padding or damaged rows only: there is nothing to roll back
+            message = "no token to predict in this batch: update skipped"
+            return Trouble("skipped_update", message, rows, "continue")
         if update.skipped:
             self.skipped += 1
             self.bad.append(rows)

@@ -22,12 +22,13 @@ from fusiontree.training.schedule import learning_rate
 class Update(NamedTuple):
     """Result of an update. A share is one rank's summand, on its device: summed over the ranks, it is the mean."""
 
-    loss: float  # mean cross-entropy of the batch, nats per token; identical on every rank
+    loss: float  # mean cross-entropy of the batch, nats per token, NaN if empty; identical on every rank
+    empty: bool  # no token of the batch has a label; identical on every rank
     loss_share: Tensor  # (), fp32: share of `loss`
     grad_norm: Tensor | float  # global gradient norm before clipping; identical on every rank
     gates: Tensor  # [layers, H], fp32: share of the mean gates
     parts: dict[str, Tensor]  # (), fp32: shares of the other terms of the objective, by their names in metrics.jsonl
-    skipped: bool  # non-finite loss or gradient: weights and optimizer unchanged; identical on every rank
+    skipped: bool  # non-finite loss or gradient, or empty: weights and optimizer unchanged; identical on every rank
     stop: bool  # some rank received a stop signal
 
 
@@ -52,6 +53,8 @@ class TrainingStep:
     ) -> Update:
         """Run update `step` (from 0) on this rank's share of the batch; skip it if loss or gradient is not finite.
 
+        A batch without a token to predict has no mean: its loss is 0 / 0, so its update is skipped as well.
+
         Args:
             batches: one for each accumulation step.
             step: selects the learning rate, the weights of the objective's terms and the dropped branches.
@@ -61,7 +64,7 @@ class TrainingStep:
         self._set_learning_rate(step)
         drops = branch_drops(self.config.model, self.config.seed, step)
         own_tokens = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
-        tokens = collectives.sum_over_ranks(own_tokens.clone()).clamp(min=1)
+        tokens = collectives.sum_over_ranks(own_tokens.clone())
         parts, slope = self._gate_penalty(step)
         gates = torch.zeros_like(self.gates.share)
         self.engine.train()
@@ -69,7 +72,7 @@ class TrainingStep:
             ids, labels, documents = to_device(batch, self.world.device)
             options = self.objective.options(ids, documents, step)
             output = self.engine(ids, documents, labels=labels, branch_drops=drops, **options)
-            share = output.gates * (batch.real_tokens / tokens)
+            share = output.gates * (batch.real_tokens / tokens.clamp(min=1))
             total, reported = self.objective.combine(output, step)
             self._backward(total / tokens + (0.0 if slope is None else (slope * share).sum()))
             gates += share.detach()
@@ -88,9 +91,9 @@ class TrainingStep:
                 self.engine.step()
         loss, stop_votes, nonfinite_ranks, real_tokens = reduced.read()
         norm, skipped = self.clipping.result(nonfinite_ranks > 0)
-        if real_tokens and not skipped:  # a batch of padding only has no gates
+        if not skipped:
             self.gates.update(gates)
-        return Update(loss, parts.pop("loss"), norm, gates, parts, skipped, stop_votes > 0)
+        return Update(loss, not real_tokens, parts.pop("loss"), norm, gates, parts, skipped, stop_votes > 0)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return each token's loss in nats, fp32 [B, L], 0 where there is no label; without gradient."""

@@ -116,7 +116,8 @@ class Trainer:
         self.trust = trust
         self.step = 0  # updates done
         self.tokens = 0  # tokens in these updates, padding included
-        self.ledger = Ledger(config.data.max_bad_rows)
+        splits = [split for split in data if split is not None]
+        self.ledger = Ledger(config.data.max_bad_rows, config.data.max_bad_share, splits)
         self.training = TrainingStep(config, world, resuming=resume_from is not None)
         collectives.set_timeout(config.health.timeout_seconds)
         retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
@@ -319,7 +320,7 @@ class Trainer:
         """Share each rank's bad stored rows with all ranks: over the limit, all raise the same error.
 
         Raises:
-            RunError: there are more of them than `data.max_bad_rows`.
+            RunError: there are more of them than `data.max_bad_rows` or `data.max_bad_share` allows.
         """
         if not collectives.sum_over_ranks(torch.tensor(len(self.ledger.unshared), device=self.world.device)).item():
             return
