@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def fsync_folder(folder: Path) -> None:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` to a synced temporary file and rename it to `path`: readers see the old content or the new."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as stream:
@@ -34,6 +35,26 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def has_control_characters(text: str) -> bool:
+    """Return whether `text` contains a control character, a line separator or an undecodable byte.
+
+    Names and paths with one of them cannot be passed to other programs, or printed, in one line.
+    """
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+def read_text(path: Path) -> str:
+    """Return the contents of a text file that a user names.
+
+    Raises:
+        UserError: it is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; name another file, or save it as UTF-8") from None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -9,14 +9,12 @@ After a network partition a stale attempt may still be running. Its ranks are fe
 """
 
 import argparse
-import base64
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import ATTEMPTS_FILE, CONFIG_FILE, LOGS, newest_step
 from launcher import rank_reports, sbatch, slurm
-from launcher.job import network_settings, rendezvous_port
+from launcher.job import network_settings, rendezvous_port, world_info
 
 MAX_FAILURES = 2  # consecutive attempts that ended without a new checkpoint, after which the job is not requeued
 MAX_ATTEMPTS = 5  # the same for attempts that began: after a lost node SLURM requeues, and the script never ends
@@ -70,7 +68,7 @@ def begin(run: Path, ranks_per_node: int, min_nodes: int, max_nodes: int, save_a
         "logs": str(logs),
         "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(port),
-        "WORLD_INFO": _world_info(nodes, ranks_per_node),
+        "WORLD_INFO": world_info(dict.fromkeys(nodes, range(ranks_per_node))),
         LAUNCH_FOLDER: str(logs),
     }
 
@@ -89,11 +87,6 @@ def fitting_nodes(config: RunConfig, allocated: int, ranks_per_node: int, min_no
         else:
             return nodes
     raise failure
-
-
-def _world_info(nodes: Sequence[str], ranks_per_node: int) -> str:
-    """Encode the devices of every node for DeepSpeed's node launcher (``--world_info``)."""
-    return base64.urlsafe_b64encode(json.dumps({node: list(range(ranks_per_node)) for node in nodes}).encode()).decode()
 
 
 def _next_record(previous: dict[str, Any], job: str, step: int, nodes: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusiontree.errors import UserError
+from launcher import quoting
 
 _OCI = "oci:"
 
@@ -34,13 +35,15 @@ def container_command(image: str | None, mounts: str | None, folders: Sequence[P
         gpus: whether the ranks compute on GPUs.
 
     Raises:
-        UserError: mounts for an OCI bundle, which defines its own.
+        UserError: mounts for an OCI bundle, which defines its own; or a folder that a list of mounts cannot express.
     """
     if image is None:
         return ContainerCommand()
-    bound = _outermost([Path(os.getcwd()), *folders])
     if image.startswith(_OCI):
         return _oci(image.removeprefix(_OCI), mounts)
+    bound = _outermost([Path(os.getcwd()), *folders])
+    for folder in bound:
+        quoting.check_mount(folder)
     if image.endswith(".sif") or Path(image).is_dir():
         return _apptainer(image, [*map(str, bound), *([mounts] if mounts else [])], gpus)
     return _pyxis(image, [*(f"{folder}:{folder}" for folder in bound), *([mounts] if mounts else [])])

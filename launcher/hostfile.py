@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fusiontree.errors import UserError
+from fusiontree.files import read_text
+
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # pdsh and ssh interpret other characters, e.g. a leading '-'
 
 
 def read(path: Path, include: str = "", exclude: str = "") -> dict[str, tuple[int, ...]]:
@@ -16,7 +19,8 @@ def read(path: Path, include: str = "", exclude: str = "") -> dict[str, tuple[in
         exclude: slots to leave out, in the same form.
 
     Raises:
-        UserError: no such file, a malformed line, a host listed twice or without slots, an unknown host or slot.
+        UserError: no such file, a malformed line or name, a host listed twice or without slots, an unknown host or
+            slot.
     """
     if not path.is_file():
         raise UserError(f"--hostfile {path} does not exist; give a file with one line `NAME slots=N` per host")
@@ -35,14 +39,18 @@ def read(path: Path, include: str = "", exclude: str = "") -> dict[str, tuple[in
 
 def _parse(path: Path) -> dict[str, tuple[int, ...]]:
     hosts: dict[str, tuple[int, ...]] = {}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(read_text(path).splitlines(), 1):
         line = text.partition("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        match = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,6})", line)
         if match is None:
-            raise UserError(f"{path}, line {number}: '{line}' is not of the form NAME slots=N")
+            raise UserError(f"{path}, line {number}: {line!r} is not of the form NAME slots=N")
         host, slots = match[1], int(match[2])
+        if not _HOST.fullmatch(host):
+            raise UserError(
+                f"{path}, line {number}: {host!r} is not a host name; use letters, digits, '.', '-' and '_'"
+            )
         if host in hosts:
             raise UserError(f"{path}, line {number}: {host} is listed twice; give all its slots in one line")
         if slots == 0:

@@ -1,9 +1,13 @@
 """The plan of a job: its ranks, program, environment and rendezvous, complete before any process starts."""
 
+import base64
+import contextlib
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +15,11 @@ from fusiontree.config import RunConfig, deepspeed_json, load_config, to_yaml
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import UserError
-from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.files import read_text, refuse_existing, write_atomic
 from fusiontree.run.changes import check_changes
 from fusiontree.run.datasets import check_data
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LOGS
+from launcher import quoting
 
 # rendezvous ports: below the ephemeral ports that Linux gives to clients (32,768 and up)
 _FIRST_PORT, _PORTS = 20_000, 10_000
@@ -45,7 +50,11 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked job; each launch target renders it as its own command or script."""
+    """A checked job; each launch target renders it as its own command or script.
+
+    Raises:
+        UserError: a variable's name or a path cannot be passed to the ranks.
+    """
 
     nodes: int
     ranks_per_node: int
@@ -56,6 +65,13 @@ class Plan:
     devices: tuple[int, ...] | None = None  # index of each rank's GPU; None: the first GPUs, or CPUs
     hosts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # slots to use on each host of a hostfile
     setup: tuple[str, ...] = ()  # shell lines that run first on every node
+
+    def __post_init__(self) -> None:
+        quoting.check_variable_names(self.environment)
+        quoting.check_one_line("the current folder", os.getcwd())
+        quoting.check_one_line("the path of Python", sys.executable)
+        for word in self.program:
+            quoting.check_one_line("the argument", word)
 
     @property
     def world_size(self) -> int:
@@ -169,30 +185,36 @@ def plan_slurm(
 def launch_options(pairs: Iterable[str], file: Path | None, setup: Iterable[str]) -> LaunchOptions:
     """Read ``--env``, ``--env-file`` (KEY=VALUE lines, # comments) and ``--pre-command``; pairs override the file.
 
+    Values of the file may be enclosed in quotes. Those of ``--env`` are exact, because a shell has removed its quotes.
+
     Raises:
-        UserError: no such file, or a line that is not KEY=VALUE.
+        UserError: no such file, it is not text, or an entry is not KEY=VALUE.
     """
-    entries = [("--env", pair) for pair in pairs]
+    environment = {}
     if file is not None:
         if not file.is_file():
             raise UserError(f"--env-file {file} does not exist; give a file of KEY=VALUE lines")
-        entries = [*((str(file), line) for line in file.read_text().splitlines()), *entries]
-    environment = {}
-    for where, line in entries:
-        text = line.strip().removeprefix("export ")
-        if not text or text.startswith("#"):
+        environment = {key: _unquote(value) for key, value in _assignments(str(file), read_text(file).splitlines())}
+    return LaunchOptions({**environment, **dict(_assignments("--env", pairs))}, tuple(setup))
+
+
+def _assignments(where: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each KEY=VALUE line, without comments and empty lines."""
+    for line in lines:
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", key):
-            raise UserError(f"{where}: '{text}' is not of the form KEY=VALUE")
-        environment[key] = _unquote(value)
-    return LaunchOptions(environment, tuple(setup))
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise UserError(f"{where}: {line!r} is not of the form KEY=VALUE")
+        yield key.strip().removeprefix("export ").strip(), value
 
 
 def _unquote(value: str) -> str:
-    """Return `value` without enclosing quotes."""
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        return "".join(shlex.split(value))
+    """Return `value` without surrounding spaces, and without quotes that enclose all of it."""
+    value = value.strip()
+    with contextlib.suppress(ValueError):  # a quote that is not closed belongs to the value
+        if value[:1] in ("'", '"') and len(words := shlex.split(value)) == 1:
+            return words[0]
     return value
 
 
@@ -208,15 +230,16 @@ def network_settings(environment: Mapping[str, str]) -> list[str]:
 
 
 def _deepspeed_environment() -> dict[str, str]:
-    """Return the variables of the user's DeepSpeed environment file, which the file of the launch replaces."""
+    """Return the variables of the user's DeepSpeed environment files, as DeepSpeed's own launcher would set them."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    lines = [
-        line
-        for folder in (Path.home(), Path())
-        if (folder / name).is_file()
-        for line in (folder / name).read_text().splitlines()
-    ]
-    return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
+    files = [folder / name for folder in (Path.home(), Path()) if (folder / name).is_file()]
+    lines = ((str(file), line) for file in files for line in read_text(file).splitlines())
+    return {key: value.strip() for where, line in lines for key, value in _assignments(where, [line])}
+
+
+def world_info(hosts: Mapping[str, Sequence[int]]) -> str:
+    """Encode the devices on every host for DeepSpeed's node launcher (``--world_info``)."""
+    return base64.urlsafe_b64encode(json.dumps({host: list(slots) for host, slots in hosts.items()}).encode()).decode()
 
 
 def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:

@@ -1,11 +1,14 @@
-"""A job on the hosts of a hostfile, started through DeepSpeed's multinode launchers: pdsh or Open MPI over ssh.
+"""A job on the hosts of a hostfile, started over ssh by pdsh or Open MPI.
 
-DeepSpeed forwards few environment variables. So all variables travel in a file: DeepSpeed's own environment file for
-pdsh, a script that starts each rank for Open MPI. At a stop DeepSpeed ends the ssh clients and not the remote ranks, so
-the ranks watch a heartbeat (`launcher.heartbeat`).
+pdsh starts DeepSpeed's node launcher on every host, which starts the host's ranks; Open MPI starts the ranks itself.
+Both run one script from the launch folder, so that no variable, path or argument of the ranks passes through a command
+line that pdsh, ssh or a remote shell interprets. (DeepSpeed's multinode runner would write them there unquoted.)
+
+At a stop the ssh clients end and the remote processes do not, so the ranks watch a heartbeat (`launcher.heartbeat`).
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -23,17 +26,17 @@ from typing import Any
 from fusiontree.console import console
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.errors import UserError, from_exit_code
+from fusiontree.files import write_atomic
 from fusiontree.run.folder import LOGS
-from launcher import heartbeat, local, rank_reports
-from launcher.job import Plan, network_settings
+from launcher import heartbeat, local, quoting, rank_reports
+from launcher.job import Plan, network_settings, world_info
 from launcher.join import GRACE
 
 # files in the launch folder
-_ENVIRONMENT = "environment"  # DeepSpeed's environment file
-_SETUP = "setup.sh"
-_RANK = "rank.sh"  # the program that Open MPI starts
-_HOSTS = "hostfile"
-_SAVE_TIMEOUT = 600.0  # seconds that ranks have to save and exit before DeepSpeed's launcher is killed
+_SCRIPT = "start.sh"  # starts a host's ranks (pdsh) or one rank (Open MPI)
+_HOSTS = "hostfile"  # Open MPI's
+_FANOUT = "1024"  # hosts that pdsh connects to at once
+_SAVE_TIMEOUT = 600.0  # seconds that ranks have to save and exit before pdsh or mpirun is killed
 # the ranks notice a stop request up to one interval late
 _FAILURE_GRACE = local.FAILURE_GRACE - heartbeat.INTERVAL
 # never ask for a password; give up on a host that has not answered for 60 s
@@ -44,27 +47,26 @@ _PORT_CHECK = "import socket, sys\ntry: socket.socket().bind(('', int(sys.argv[1
 _RANK_EXPORTS = (
     "export RANK=$OMPI_COMM_WORLD_RANK LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE"
 )
-_FORWARDED_PATHS = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX")
+_FORWARDED_PATHS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def render(plan: Plan, launcher: str, folder: Path) -> list[str]:
-    """Return the command that starts `plan` through DeepSpeed; it reads the files of `launch_files` from `folder`.
+    """Return the command that starts `plan`; it reads the files of `launch_files` from `folder`.
 
     Raises:
         UserError: a selection of slots that Open MPI cannot express.
     """
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(folder / _HOSTS), "--force_multi"]
-    rendezvous = ["--master_addr", plan.master_address, "--master_port", str(plan.master_port), "--no_ssh_check"]
-    common = [*runner, *rendezvous, "--log_level", "critical", "--launcher", launcher]
+    script = str(folder / _SCRIPT)
     if launcher == "openmpi":
         _check_first_slots(plan)
-        return [*common, "--no_python", "bash", str(folder / _RANK)]
-    slots = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in plan.hosts.items())
-    setup = ["--venv_script", str(folder / _SETUP)] if plan.setup else []
-    return [*common, "--include", slots, *setup, "--no_local_rank", "--module", *plan.program]
+        ranks, hosts = str(plan.world_size), str(folder / _HOSTS)
+        return ["mpirun", "-n", ranks, "-hostfile", hosts, "--bind-to", "none", "bash", script]
+    # pdsh replaces %n by the host's rank, and with -S exits with the largest code of the hosts
+    command = f"{quoting.pdsh_command('bash', script)} %n"
+    return ["pdsh", "-R", "ssh", "-S", "-f", _FANOUT, "-w", ",".join(plan.hosts), command]
 
 
 def _check_first_slots(plan: Plan) -> None:
@@ -77,44 +79,44 @@ def launch_files(plan: Plan, launcher: str, folder: Path) -> dict[str, str]:
     """Return name and content of the files that the command reads.
 
     Raises:
-        UserError: a variable with several lines, which DeepSpeed's environment file cannot express.
+        UserError: the path of `folder` contains a control character.
     """
-    environment = {**_forwarded_paths(), **plan.environment, LAUNCH_FOLDER: str(folder)}
-    files = {_HOSTS: "".join(f"{host} slots={max(slots) + 1}\n" for host, slots in plan.hosts.items())}
-    if launcher == "openmpi":
-        return files | {_RANK: _rank_script(plan, environment)}
-    files[_ENVIRONMENT] = "".join(f"{key}={_escape(key, environment[key])}\n" for key in environment)
-    return files | ({_SETUP: "\n".join([*plan.setup, ""])} if plan.setup else {})
-
-
-def _rank_script(plan: Plan, environment: Mapping[str, str]) -> str:
-    """Return the script that sets up and starts one rank; in DeepSpeed's environment file, mpirun would keep quotes."""
+    quoting.check_one_line("the run's folder", folder)
     rendezvous = {"MASTER_ADDR": plan.master_address, "MASTER_PORT": str(plan.master_port)}
-    exports = [f"export {key}={shlex.quote(value)}" for key, value in {**environment, **rendezvous}.items()]
-    return "\n".join(
-        [*exports, _RANK_EXPORTS, *plan.setup, f"exec {shlex.join([sys.executable, '-m', *plan.program])}", ""]
-    )
+    environment = {**plan.environment, **rendezvous, LAUNCH_FOLDER: str(folder)}
+    script = [*_exports(_forwarded_paths()), f"cd {shlex.quote(os.getcwd())} || exit", *plan.setup]
+    script += [*_exports(environment)]
+    if launcher == "openmpi":
+        script += [_RANK_EXPORTS, f"exec {shlex.join([sys.executable, '-m', *plan.program])}", ""]
+        hosts = "".join(f"{host} slots={len(slots)}\n" for host, slots in plan.hosts.items())
+        return {_SCRIPT: "\n".join(script), _HOSTS: hosts}
+    return {_SCRIPT: "\n".join([*script, _node_launcher(plan), ""])}
+
+
+def _exports(environment: Mapping[str, str]) -> list[str]:
+    return [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+
+
+def _node_launcher(plan: Plan) -> str:
+    """Return the line that starts DeepSpeed's launcher of a host's ranks; the script's argument is the host's rank."""
+    words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world_info(plan.hosts)}"]
+    words += [f"--master_addr={plan.master_address}", f"--master_port={plan.master_port}"]
+    options = ["--log_level", "critical", "--no_local_rank", "--module"]
+    return f'exec {shlex.join(words)} --node_rank="$1" {shlex.join([*options, *plan.program])}'
 
 
 def _forwarded_paths() -> dict[str, str]:
     return {name: os.environ[name] for name in _FORWARDED_PATHS if name in os.environ}
 
 
-def _escape(key: str, value: str) -> str:
-    """Escape `value` for DeepSpeed's environment file: DeepSpeed puts it between double quotes in a shell command."""
-    if "\n" in value:
-        raise UserError(f"variable {key} has more than one line, which pdsh cannot pass on; unset it")
-    return re.sub(r'(["\\$`])', r"\\\1", value)
-
-
-def _runner_environment(folder: Path) -> dict[str, str]:
+def _launcher_environment() -> dict[str, str]:
+    """Return the variables of pdsh and mpirun themselves."""
     ssh_options = {  # pdsh's and Open MPI's variables for extra ssh options
         name: f"{os.environ.get(name, '')} {' '.join(_SSH_OPTIONS)}".strip()
         for name in ("PDSH_SSH_ARGS_APPEND", "OMPI_MCA_plm_rsh_args")
     }
     # a rank that has saved exits with 75, which must not abort ranks that are still saving
-    no_abort = {"OMPI_MCA_orte_abort_on_non_zero_status": "0"}
-    return {"DS_ENV_FILE": str(folder / _ENVIRONMENT), **ssh_options, **no_abort}
+    return {**ssh_options, "OMPI_MCA_orte_abort_on_non_zero_status": "0"}
 
 
 def command_line(plan: Plan, launcher: str, run: Path) -> str:
@@ -122,8 +124,10 @@ def command_line(plan: Plan, launcher: str, run: Path) -> str:
     folder = _launch_folder(run)
     lines = [f"mkdir -p {shlex.quote(str(folder))}"]
     for name, content in launch_files(plan, launcher, folder).items():
-        lines.append(f"cat > {shlex.quote(str(folder / name))} <<'END'\n{content}END")
-    words = [*(f"{key}={value}" for key, value in _runner_environment(folder).items()), *render(plan, launcher, folder)]
+        marks = (f"END{'_' * count}" for count in itertools.count())
+        mark = next(mark for mark in marks if mark not in content.splitlines())
+        lines.append(f"cat > {shlex.quote(str(folder / name))} <<'{mark}'\n{content}{mark}")
+    words = [*(f"{key}={value}" for key, value in _launcher_environment().items()), *render(plan, launcher, folder)]
     return "\n".join([*lines, shlex.join(["env", *words])])
 
 
@@ -152,7 +156,7 @@ def run(plan: Plan, run_dir: Path, launcher: str) -> int:
     folder.mkdir(parents=True)
     command = render(plan, launcher, folder)
     for name, content in launch_files(plan, launcher, folder).items():
-        (folder / name).write_text(content)
+        write_atomic(folder / name, content)
     check_hosts(plan, folder)
     console.print(
         f"{plan.world_size} ranks on {', '.join(plan.hosts)}, rendezvous at {plan.master_address}:{plan.master_port}"
@@ -160,7 +164,7 @@ def run(plan: Plan, run_dir: Path, launcher: str) -> int:
     for line in network_settings(plan.environment):
         console.print(line)
     with heartbeat.sending(folder, GRACE) as sender:
-        returned, stopped_by = _supervise(command, {**os.environ, **_runner_environment(folder)}, folder, sender)
+        returned, stopped_by = _supervise(command, {**os.environ, **_launcher_environment()}, folder, sender)
     if stopped_by is not None:
         _await_ranks(folder)
     return _exit_code(folder, plan.world_size, returned, stopped_by)
@@ -206,7 +210,7 @@ def _ssh(host_and_check: tuple[str, str]) -> subprocess.CompletedProcess[str]:
 def _supervise(
     command: list[str], environment: dict[str, str], folder: Path, sender: heartbeat.Heartbeat
 ) -> tuple[int, int | None]:
-    """Run DeepSpeed's runner to its end and return its exit code and the signal that asked for a stop."""
+    """Run pdsh or mpirun to its end and return its exit code and the signal that asked for a stop."""
     process = subprocess.Popen(
         command,
         env=environment,
@@ -269,5 +273,5 @@ def _exit_code(folder: Path, ranks: int, returned: int, stopped_by: int | None) 
         raise KeyboardInterrupt
     failure = rank_reports.first_failure(folder)
     if failure is None:
-        return returned or 1  # pdsh, Open MPI or DeepSpeed printed the reason
+        return returned or 1  # pdsh or Open MPI printed the reason
     raise from_exit_code(failure.code, failure.message)

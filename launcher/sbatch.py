@@ -21,7 +21,7 @@ from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import LOGS
 from fusiontree.run.records import read_metrics
-from launcher import slurm
+from launcher import quoting, slurm
 from launcher.containers import ContainerCommand, container_command
 from launcher.job import Plan
 
@@ -98,14 +98,19 @@ def render(plan: Plan, job: JobOptions, runs: Sequence[Path], logs: Path) -> str
     Args:
         runs: absolute paths of the runs' folders; several make a job array.
         logs: absolute path of the folder for SLURM's own output.
+
+    Raises:
+        UserError: an option or a path that sbatch or srun cannot express.
     """
+    for run in runs:
+        quoting.check_log_folder(run)
     text = (files("launcher") / "job.sbatch").read_text(encoding="utf-8")
     ranks, min_nodes = plan.ranks_per_node, job.min_nodes or plan.nodes
     gpus = job.gpus_per_node is not None
     container = container_command(job.container, job.container_mounts, [run.parent for run in runs], gpus)
     variables = [f"export {key}={shlex.quote(value)}" for key, value in plan.environment.items()]
     return _Template(text).substitute(
-        directives="\n".join(f"#SBATCH {line}" for line in _directives(plan, job, len(runs), logs)),
+        directives="\n".join(map(quoting.directive, _directives(plan, job, len(runs), logs))),
         title=f"{logs.parent.name}: {plan.nodes} x {ranks} ranks",
         folder=shlex.quote(os.getcwd()),
         environment="\n".join([*plan.setup, *variables, ""]),
@@ -134,7 +139,7 @@ def _directives(plan: Plan, job: JobOptions, runs: int, logs: Path) -> list[str]
         "signal": f"USR1@{job.save_ahead}",
         "output": logs / ("slurm-%A_%a.log" if runs > 1 else "slurm-%j.log"),
     }
-    lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    lines = [f"--{name}={quoting.directive_value(str(value))}" for name, value in options.items() if value is not None]
     extra = [line if line.startswith("-") else f"--{line}" for line in job.extra]
     return [*lines, "--open-mode=append", "--requeue", *extra]
 

@@ -80,6 +80,20 @@ def short_truth(shards, tmp_path_factory) -> Path:
 # --- complete jobs ---------------------------------------------------------------------------------------------------
 
 
+def test_paths_and_variables_are_not_interpreted_on_the_way(calm, shards, tmp_path, monkeypatch):
+    here, run = tmp_path / "a 'b' $(touch executed) #", tmp_path / "c \"d\" $(touch executed) 'e' exp[12]" / "run"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    greeting = "GREETING=$(touch executed)\n `touch executed` 'x"
+    command = words(shards, run, "--env", greeting, "--sbatch", "comment='a # b'", schedule__steps=3)
+    done = calm.run(*command, "--wait", PYTHONPATH=str(Path(__file__).parents[1]), timeout=240)
+    job = re.match(r"job (\d+):", done.stdout)[1]
+    assert metrics(run)
+    assert (run / "logs" / f"slurm-{job}.log").exists()
+    assert (run / "logs" / f"{job}-0" / "rank-1.out").exists()
+    assert not list(tmp_path.rglob("executed"))
+
+
 @pytest.mark.parametrize("tasks", ["rank", "node"])
 def test_two_nodes_train_like_one_machine(tasks, calm, shards, tmp_path, short_truth):
     run = tmp_path / "run"

@@ -71,6 +71,17 @@ def test_two_hosts_train_like_one_machine_and_resume_after_a_stop(calm, shards, 
     assert {path.name for path in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
 
 
+def test_paths_and_variables_are_not_interpreted_on_the_way(calm, shards, tmp_path, monkeypatch, hosts, launcher):
+    here, run = tmp_path / "a 'b' $(touch executed) %h", tmp_path / 'c "d" $(touch executed) %n exp[12]' / "run"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    value = "$(touch executed)\n `touch executed` 'x"
+    command = words(shards, run, hosts, *launcher, "--env", f"GREETING={value}", schedule__steps=3)
+    calm.run(*command, PYTHONPATH=str(Path(__file__).parents[1]), **AS_ROOT)
+    assert metrics(run)
+    assert not list(tmp_path.rglob("executed"))
+
+
 def test_the_doctor_probes_the_hosts_of_a_hostfile(calm, shards, tmp_path, hosts):
     words = settings(shards, tmp_path / "out")
     doctor = [sys.executable, "-m", "fusiontree", "doctor", "tiny", "--json", "--nodes", 2, "--hostfile", hosts, *words]

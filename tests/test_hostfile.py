@@ -1,6 +1,7 @@
 """Launches on a hostfile: parsed as DeepSpeed parses it, checked before any process starts, rendered completely."""
 
-import argparse
+import base64
+import json
 import os
 import shlex
 import signal
@@ -118,47 +119,28 @@ def test_a_missing_hostfile_or_program_is_refused_in_one_line(tmp_path, hosts_fi
 # --- rendering -------------------------------------------------------------------------------------------------------
 
 
-def deepspeed_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse the command as DeepSpeed's runner does."""
-    from deepspeed.launcher.runner import parse_args
-
-    assert argv[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return parse_args(argv[3:])
-
-
-def test_deepspeed_parses_the_command_as_planned(tmp_path):
-    from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
+def test_deepspeed_parses_the_command_as_planned(tmp_path, monkeypatch):
+    from deepspeed.launcher.launch import parse_args
 
     made = planned({"node1": (1, 3), "node2": (0,)}, LaunchOptions(setup=("module load cuda",)))
-    args = deepspeed_arguments(multihost.render(made, "pdsh", tmp_path))
-    for name, content in multihost.launch_files(made, "pdsh", tmp_path).items():
-        (tmp_path / name).write_text(content)
-    active = parse_inclusion_exclusion(fetch_hostfile(args.hostfile), args.include, args.exclude)
-    assert dict(active) == {"node1": [1, 3], "node2": [0]}
-    assert (args.launcher, args.force_multi, args.master_addr, args.master_port) == ("pdsh", True, "node1", 21000)
-    assert Path(args.venv_script).read_text() == "module load cuda\n"
-    assert (args.module, args.user_script, args.user_args) == (True, "fusiontree", ["train", "/runs/a/config.yaml"])
+    command = ["pdsh", "-R", "ssh", "-S", "-f", "1024", "-w", "node1,node2", f"bash {tmp_path}/start.sh %n"]
+    assert multihost.render(made, "pdsh", tmp_path) == command
+    *lines, last = multihost.launch_files(made, "pdsh", tmp_path)["start.sh"].splitlines()
+    assert "module load cuda" in lines
+    words = shlex.split(last.replace('"$1"', "1"))
+    assert words[:5] == ["exec", sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    monkeypatch.setattr(sys, "argv", words[4:])
+    args = parse_args()
+    assert json.loads(base64.urlsafe_b64decode(args.world_info)) == {"node1": [1, 3], "node2": [0]}
+    assert (args.node_rank, args.master_addr, args.master_port) == (1, "node1", 21000)
+    assert (args.module, args.no_local_rank, args.training_script) == (True, True, "fusiontree")
+    assert args.training_script_args == ["train", "/runs/a/config.yaml"]
 
 
-def test_variables_arrive_unchanged(tmp_path, monkeypatch):
-    """The values pass through DeepSpeed's parser of the file and a shell, as they do over ssh."""
-    from deepspeed.launcher.multinode_runner import PDSHRunner
-
-    values = {"PLAIN": "1", "BLANK": "a b", "QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|"}
-    content = multihost.launch_files(planned({"node1": (0,)}, LaunchOptions(values)), "pdsh", tmp_path)["environment"]
-    args = argparse.Namespace(user_args=[], user_script="x")
-    runner = PDSHRunner(args, "")
-    for line in content.splitlines():
-        key, value = line.split("=", maxsplit=1)
-        runner.add_export(key, value)
-    command = "".join(f"export {key}={value}; " for key, value in runner.exports.items())
-    printed = subprocess.run(["bash", "-c", f"{command} env -0"], capture_output=True, text=True, check=True).stdout
-    found = dict(line.split("=", 1) for line in printed.split("\0") if "=" in line)
-    assert {name: found[name] for name in values} == values
-    assert found["PATH"] == "/usr/bin:/bin"
-    assert found["FUSIONTREE_LAUNCH"] == str(tmp_path)
-    with pytest.raises(UserError, match="variable LINES has more than one line"):
-        multihost.launch_files(planned({"node1": (0,)}, LaunchOptions({"LINES": "a\nb"})), "pdsh", tmp_path)
+def test_the_paths_of_the_launch_reach_the_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/a b:/c")
+    script = multihost.launch_files(planned({"node1": (0,)}), "pdsh", tmp_path)["start.sh"]
+    assert script.startswith("export PATH=/usr/bin:/bin\nexport PYTHONPATH='/a b:/c'\ncd ")
 
 
 def test_launch_options_override_deepspeeds_environment_file(tmp_path):
@@ -188,37 +170,11 @@ def test_an_environment_file_may_have_comments_and_quotes(tmp_path):
 
 def test_open_mpi_takes_only_the_first_slots_of_a_host(tmp_path):
     made = planned({"node1": (0, 1), "node2": (0,)})
-    args = deepspeed_arguments(multihost.render(made, "openmpi", tmp_path))
-    assert (args.launcher, args.include, args.num_gpus, args.no_python) == ("openmpi", "", -1, True)
-    assert [args.user_script, *args.user_args] == ["bash", str(tmp_path / "rank.sh")]
+    command = ["mpirun", "-n", "3", "-hostfile", f"{tmp_path}/hostfile", "--bind-to", "none"]
+    assert multihost.render(made, "openmpi", tmp_path) == [*command, "bash", f"{tmp_path}/start.sh"]
     assert multihost.launch_files(made, "openmpi", tmp_path)["hostfile"] == "node1 slots=2\nnode2 slots=1\n"
     with pytest.raises(UserError, match="takes the first slots of a host"):
         multihost.render(planned({"node1": (1,)}), "openmpi", tmp_path)
-
-
-def test_a_rank_of_open_mpi_gets_variables_setup_and_rendezvous(tmp_path):
-    values = {"QUOTES": "\"double\" 'single'", "SHELL": "$HOME `id` \\ ;&|", "LINES": "a\nb"}
-    made = planned({"node1": (0,)}, LaunchOptions(values, ("export MADE=by-setup",)))
-    script = multihost.launch_files(made, "openmpi", tmp_path)["rank.sh"]
-    *lines, program = script.splitlines()
-    assert program == f"exec {sys.executable} -m fusiontree train /runs/a/config.yaml"
-    shell = "\n".join([*lines, "env -0"])
-    place = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True, env=os.environ | place)
-    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
-    expected = {**values, "MADE": "by-setup", "MASTER_ADDR": "node1", "MASTER_PORT": "21000"}
-    expected |= {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-    assert {name: found[name] for name in expected} == expected
-
-
-def test_the_dry_run_prints_a_script_that_writes_the_files(tmp_path):
-    text = multihost.command_line(planned({"node1": (0,)}, LaunchOptions({"A": "b c"})), "pdsh", tmp_path)
-    *files, command = text.rsplit("\n", 1)
-    words = shlex.split(command)
-    assert words[0] == "env"
-    environment = next(word for word in words if word.startswith("DS_ENV_FILE=")).removeprefix("DS_ENV_FILE=")
-    subprocess.run(["bash", "-e", "-c", files[0]], check=True)
-    assert "A=b c\n" in Path(environment).read_text()
 
 
 def test_after_a_failure_ranks_on_other_hosts_have_less_than_ten_seconds(tmp_path):

@@ -175,7 +175,7 @@ def add(commands: Any) -> None:
 
 def _add_hostfile(launch: argparse.ArgumentParser) -> None:
     group = launch.add_argument_group("with --hostfile")
-    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="DeepSpeed's multinode launcher (default pdsh)")
+    group.add_argument("--launcher", choices=("pdsh", "openmpi"), help="program that reaches the hosts (default pdsh)")
     group.add_argument("--include", metavar="HOSTS", help="slots to use, HOST[:SLOT,...][@HOST...]")
     group.add_argument("--exclude", metavar="HOSTS", help="slots to leave out, in the same form")
 

@@ -10,6 +10,7 @@ from typing import Any
 from fusiontree.config.run_config import RunConfig
 from fusiontree.config.sections import Section
 from fusiontree.errors import UserError
+from fusiontree.files import has_control_characters
 from fusiontree.model.config import ModelConfig
 
 
@@ -96,6 +97,8 @@ def is_among(key: str, given: Collection[str]) -> bool:
 
 
 def _plain(value: Any, key: str, where: str) -> Any:
+    if isinstance(value, str) and has_control_characters(value):
+        raise UserError(f"{key} is {short(value)}, which contains a control character; remove it")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if key in _LISTS and isinstance(value, list):
