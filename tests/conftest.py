@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -87,6 +88,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Limit torch to one thread: the workers share the cores, and results must not depend on the number of threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_patch_per_launch() -> Iterator[None]:
+    """Let Triton's interpreter replace the functions of triton.language once per launch of a kernel.
+
+    Triton 3.9 replaces them again in each call of a device function, which takes half of the time of a launch.
+    """
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()  # ids of the globals that the current launch has patched
+
+    def patch_once(function: FunctionType) -> object:
+        if id(function.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    def launch_unpatched(grid: object, *arguments: object, **options: object) -> None:
+        patched.clear()
+        launch(grid, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        context.setattr(interpreter.GridExecutor, "__call__", launch_unpatched)
+        yield
 
 
 def build(

@@ -125,7 +125,8 @@ def compare_scan(name: str, dtype: torch.dtype, seq: torch.Tensor, first: int, c
     [
         (4, ROWS, 40),
         (3, ROWS, 40),
-        (4, [[300, 1, 299]], 150),  # several programs along the row and across the channels
+        # two programs across 128 channels; along the row, nine of 32 tokens forward and three of 128 backward
+        (4, [[140, 1, 139]], 150),
         (4, [[31, 97, 5], [30, 97, 6]], 40),  # documents that start just before a program's first token
     ],
 )
@@ -150,22 +151,21 @@ def test_convolution_isolates_documents_from_any_value(
     name: str, dtype: torch.dtype, value: float, changed: str
 ) -> None:
     lengths = [1, 30, 2, 40, 54, 3, 10]
+    copies = 1 + len(lengths)  # of eight channels each, which a depthwise convolution computes independently
     seq, convolution = documents_of([lengths]).seq_idx.to(DEVICE), backend("convolution", name)
-    weight, bias = normal(8, 4, seed=1).to(DEVICE), normal(8, seed=2).to(DEVICE)
-
-    def both(x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.to(DEVICE).requires_grad_()
-        y = convolution(x, weight, bias, seq)
-        return y.detach(), torch.autograd.grad(y, x, upstream.to(DEVICE))[0]
-
+    weight, bias = normal(8, 4, seed=1).repeat(copies, 1).to(DEVICE), normal(8, seed=2).repeat(copies).to(DEVICE)
     tensors = {"input": normal(1, 140, 8, dtype=dtype), "gradient": normal(1, 140, 8, dtype=dtype, seed=3)}
-    before = both(*tensors.values())
-    for document in range(len(lengths)):
-        there = seq[0].cpu() == document
-        other = tensors | {changed: tensors[changed].clone()}
-        other[changed][0, there] = value
-        for one, two in zip(before, both(*other.values()), strict=True):
-            assert torch.equal(one[0, ~there], two[0, ~there])
+    tensors = {name: tensor.repeat(1, 1, copies) for name, tensor in tensors.items()}
+    in_document = [seq[0].cpu() == document for document in range(len(lengths))]
+    for document, there in enumerate(in_document):  # changed in a copy of its own; the first copy stays as it is
+        tensors[changed].unflatten(-1, (copies, 8))[0, there, 1 + document] = value
+    x = tensors["input"].to(DEVICE).requires_grad_()
+    y = convolution(x, weight, bias, seq)
+    (dx,) = torch.autograd.grad(y, x, tensors["gradient"].to(DEVICE))
+    for found in (y.detach(), dx):
+        unchanged, *others = found[0].unflatten(-1, (copies, 8)).unbind(1)
+        for there, other in zip(in_document, others, strict=True):
+            assert torch.equal(unchanged[~there], other[~there])
 
 
 @pytest.mark.parametrize(("name", "dtype"), usable("attention"))
