@@ -1,6 +1,7 @@
 """Shared shapes, models, datasets and runs."""
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -24,6 +26,7 @@ from data_tools.build import build_shards
 from data_tools.options import BuildOptions
 from data_tools.tokenizers import train_tokenizer
 from fusiontree.checkpoint import store
+from fusiontree.cli import main
 from fusiontree.config import load_config, to_yaml
 from fusiontree.data.format import Dataset, Manifest, ShardInfo, TokenizerInfo, tokenizer_fingerprint
 from fusiontree.data.packing import PackedRow, Span
@@ -216,6 +219,18 @@ def cli(
     assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def in_process(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which needs no imports; check its exit code and return as `cli` does.
+
+    For commands that start no training: that would change this process.
+    """
+    words = [*map(str, arguments)]
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        returned = main(words)
+    assert returned == code, f"{' '.join(words)}\n{output.getvalue()}\n{errors.getvalue()}"
+    return subprocess.CompletedProcess(words, returned, output.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import cli, settings
+from conftest import cli, in_process, settings
 
 from data_tools.build import build_shards
 from data_tools.options import BuildOptions
@@ -20,8 +20,16 @@ from fusiontree.files import staged_folder
 
 
 def error_line(*arguments: object, code: int = 2, fork: bool = True) -> str:
-    """Run a command that fails and return its error line."""
-    done = cli(*arguments, code=code, fork=fork)
+    """Run a command that fails in a process of its own and return its error line."""
+    return only_error(cli(*arguments, code=code, fork=fork))
+
+
+def refusal(*arguments: object, code: int = 2) -> str:
+    """Return the same of a command that starts no training, run in this process."""
+    return only_error(in_process(*arguments, code=code))
+
+
+def only_error(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith("fusiontree: error: ")]
     assert len(lines) == 1, done.stderr
     return lines[0]
@@ -42,9 +50,9 @@ def test_missing_or_empty_inputs(tmp_path: Path, tokenizer_folder: Path) -> None
         ["data", "tokenizer", "--vocab-size", 300],
         ["data", "build", "--tokenizer", tokenizer_folder],
     ):
-        missing = error_line(*command, "--input", tmp_path / "nowhere", "--output", tmp_path / "out")
+        missing = refusal(*command, "--input", tmp_path / "nowhere", "--output", tmp_path / "out")
         assert "nowhere does not exist" in missing
-        assert "no documents" in error_line(*command, "--input", tmp_path / "empty", "--output", tmp_path / "out")
+        assert "no documents" in refusal(*command, "--input", tmp_path / "empty", "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -63,25 +71,25 @@ def test_a_file_that_is_not_utf8_is_skipped_counted_and_named(tmp_path: Path, to
         "--output",
         tmp_path / "out",
     ]
-    figures = json.loads(cli(*command, "--json").stdout)
+    figures = json.loads(in_process(*command, "--json").stdout)
     assert figures["documents"] == 2
     assert figures["skipped"] == [{"path": "bad.txt", "reason": "not UTF-8 (line 1, byte 5)"}]
-    assert "bad.txt: not UTF-8 (line 1, byte 5)" in cli(*command, "--overwrite").stdout
+    assert "bad.txt: not UTF-8 (line 1, byte 5)" in in_process(*command, "--overwrite").stdout
 
 
 def test_undecodable_names_are_printed_escaped(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # read when an interpreter starts, so no process is a fork
     source = tmp_path / os.fsdecode(b"caf\xe9")
     source.mkdir()
     (source / os.fsdecode(b"caf\xe9.txt")).touch()
     (source / "keys.jsonl").write_bytes(b'{"\\ud800": 1}\n{"text": "tree"}')
     command = ["data", "build", "--tokenizer", tokenizer_folder, "--output", tmp_path / "out", "--input"]
-    output = cli(*command, source, fork=False).stdout  # the interpreter reads the variable when it starts
+    output = cli(*command, source, fork=False).stdout
     assert "caf\\udce9.txt: empty" in output
     assert "(keys: \\ud800)" in output
-    assert "caf\\udce9.txt" in error_line(*command, source / os.fsdecode(b"caf\xe9.txt"), "--overwrite")
+    assert "caf\\udce9.txt" in error_line(*command, source / os.fsdecode(b"caf\xe9.txt"), "--overwrite", fork=False)
 
 
 def test_an_existing_output_is_rejected_without_overwrite(
@@ -93,12 +101,12 @@ def test_an_existing_output_is_rejected_without_overwrite(
         ["data", "build", "--input", corpus, "--tokenizer", tokenizer_folder, "--output"],
         ["export", run],
     ):
-        assert "has other contents" in error_line(*command, tmp_path, "--overwrite")
+        assert "has other contents" in refusal(*command, tmp_path, "--overwrite")
     foreign = settings(shards, tmp_path.parent, name=tmp_path.name)
     assert "has other contents" in error_line("train", "tiny", *foreign)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert "name another or pass --overwrite" in error_line("export", run, run / "export")
-    assert "has other contents" in error_line("export", run, run, "--overwrite")
+    assert "name another or pass --overwrite" in refusal("export", run, run / "export")
+    assert "has other contents" in refusal("export", run, run, "--overwrite")
     assert "must not contain each other" in error_line(
         "train", "tiny", *settings(shards, shards.parent, name=shards.name)
     )
@@ -115,7 +123,7 @@ def test_a_corpus_of_one_document_has_no_held_out_rows(tmp_path: Path, tokenizer
 
 
 def test_a_folder_without_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
-    assert "has no tokenizer.json" in error_line(
+    assert "has no tokenizer.json" in refusal(
         "data", "build", "--input", corpus, "--tokenizer", tmp_path, "--output", tmp_path / "out"
     )
 
@@ -154,15 +162,15 @@ def test_an_unknown_kernel(shards: Path, tmp_path: Path) -> None:
 
 
 def test_missing_or_damaged_checkpoints(run: Path, tmp_path: Path) -> None:
-    assert "no run or checkpoint at" in error_line("export", tmp_path / "nowhere", tmp_path / "out")
+    assert "no run or checkpoint at" in refusal("export", tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    assert "has no checkpoint" in error_line("export", tmp_path / "empty", tmp_path / "out")
+    assert "has no checkpoint" in refusal("export", tmp_path / "empty", tmp_path / "out")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for states in (copy / "checkpoints").glob("step-*/mp_rank_00_model_states.pt"):
         states.write_bytes(states.read_bytes()[:-1])
-    assert "no valid checkpoint under" in error_line("export", copy, tmp_path / "out", code=1)
-    assert "step-8 is damaged: " in error_line("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
+    assert "no valid checkpoint under" in refusal("export", copy, tmp_path / "out", code=1)
+    assert "step-8 is damaged: " in refusal("export", copy / "checkpoints" / "step-8", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -181,13 +189,13 @@ def test_damaged_or_missing_shards(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_export_and_an_invalid_prompt(run: Path, tmp_path: Path) -> None:
-    assert "is not an exported model" in error_line("generate", tmp_path, "tree")
-    assert "is not an exported model" in error_line("eval", tmp_path, "--tasks", "perplexity", "--data", tmp_path)
-    assert "the prompt is empty" in error_line("generate", run / "export", "")
-    assert "--temperature is -1" in error_line("generate", run / "export", "tree", "--temperature", -1)
-    assert "--max-new-tokens is -3" in error_line("generate", run / "export", "tree", "--max-new-tokens", -3)
+    assert "is not an exported model" in refusal("generate", tmp_path, "tree")
+    assert "is not an exported model" in refusal("eval", tmp_path, "--tasks", "perplexity", "--data", tmp_path)
+    assert "the prompt is empty" in refusal("generate", run / "export", "")
+    assert "--temperature is -1" in refusal("generate", run / "export", "tree", "--temperature", -1)
+    assert "--max-new-tokens is -3" in refusal("generate", run / "export", "tree", "--max-new-tokens", -3)
     undecodable = b"\xff".decode(errors="surrogateescape")
-    assert "the prompt is not valid UTF-8" in error_line("generate", run / "export", undecodable)
+    assert "the prompt is not valid UTF-8" in refusal("generate", run / "export", undecodable)
 
 
 def test_a_damaged_export(run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,19 +207,19 @@ def test_a_damaged_export(run: Path, shards: Path, tmp_path: Path, monkeypatch: 
         copy = tmp_path / name
         shutil.copytree(run / "export", copy)
         (copy / name).write_bytes((copy / name).read_bytes()[:-20])
-        assert words in error_line("generate", copy, "tree", code=1)
+        assert words in refusal("generate", copy, "tree", code=1)
     options = ["eval", run / "export", "--tasks", "perplexity", "--data", shards]
-    assert "--limit is 0" in error_line(*options, "--limit", 0)
+    assert "--limit is 0" in refusal(*options, "--limit", 0)
     monkeypatch.setenv("FUSIONTREE_SCAN", "warp")
-    assert "kernels.scan 'warp' is unknown" in error_line(*options)
+    assert "kernels.scan 'warp' is unknown" in refusal(*options)
 
 
 def test_shards_of_another_tokenizer(run: Path, corpus: Path, shards: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], 280, tmp_path / "other")
     build_shards([corpus], tmp_path / "other", tmp_path / "shards", BuildOptions(row_len=512, holdout=0.1))
-    line = error_line("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
+    line = refusal("eval", run / "export", "--tasks", "perplexity", "--data", tmp_path / "shards")
     assert "is not the one that made the shards" in line
-    assert "--tasks 'magic' is unknown" in error_line("eval", run / "export", "--tasks", "magic", "--data", shards)
+    assert "--tasks 'magic' is unknown" in refusal("eval", run / "export", "--tasks", "magic", "--data", shards)
     line = error_line("train", "tiny", *settings(tmp_path / "shards", run.parent, name="run"))
     assert "data (shards other than those of" in line
     copy = tmp_path / "swapped"

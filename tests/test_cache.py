@@ -36,6 +36,7 @@ def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: lis
         ]
     ),
 )
+@torch.no_grad()
 def test_prefill_in_chunks_equals_the_full_forward(seed: int, padding: list[int], cuts: set[int], kind: dict) -> None:
     torch.set_num_threads(1)
     model = build(seed % 7, **kind)
@@ -45,6 +46,7 @@ def test_prefill_in_chunks_equals_the_full_forward(seed: int, padding: list[int]
     torch.testing.assert_close(with_cache(model, ids, mask, sorted(cuts)), full, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_decoding_far_past_the_window_equals_the_full_forward() -> None:
     model = build()
     ids = torch.randint(96, (2, 70), generator=torch.Generator().manual_seed(0))

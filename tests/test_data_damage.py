@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cli, write_split
+from conftest import in_process, write_split
 
 from data_tools.reindex import reindex
 from data_tools.tokenizers import load_tokenizer, train_tokenizer
@@ -171,7 +171,7 @@ def test_verify_reports_damage_by_shard_and_row(folder: Path, kind: str) -> None
 
 def test_verify_prints_one_line_per_problem_and_exits_with_1(folder: Path) -> None:
     flip_token(folder)
-    assert "train/000001.tar: row 33: checksum differs" in cli("data", "verify", folder, code=1).stdout
+    assert "train/000001.tar: row 33: checksum differs" in in_process("data", "verify", folder, code=1).stdout
 
 
 @pytest.mark.parametrize("damage", [zero_header, garble_header])
@@ -261,7 +261,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_lost_indexes_and_manifest_are_rebuilt_bit_for_bit(bare: Path, intact: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bare.glob("*/*.tar")}
-    figures = json.loads(cli("data", "reindex", bare, "--workers", 2, "--json").stdout)
+    figures = json.loads(in_process("data", "reindex", bare, "--workers", 2, "--json").stdout)
     assert figures == {
         "shards": 3,
         "rows": ROWS,
@@ -328,7 +328,7 @@ def test_lost_indexes_are_rebuilt_under_a_manifest(folder: Path, intact: Path, l
     for name in lost:
         (folder / f"train/{name}.idx").unlink()
     before = (folder / "manifest.json").stat().st_mtime_ns
-    figures = json.loads(cli("data", "reindex", folder, "--json").stdout)
+    figures = json.loads(in_process("data", "reindex", folder, "--json").stdout)
     assert (figures["shards"], figures["adopted"], figures["problems"]) == (len(lost), True, [])
     assert contents(folder) == contents(intact)
     assert (folder / "manifest.json").stat().st_mtime_ns == before

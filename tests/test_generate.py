@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, build, cli, write_run
+from conftest import SMALL, build, in_process, write_run
 from safetensors.torch import load_file, save_file
 
 from fusiontree.cli import main
@@ -69,7 +69,7 @@ def test_only_a_newline_ends_a_prompt(tmp_path: Path) -> None:
 def test_damaged_export_facts_are_reported(facts: str, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "fusiontree.json").write_text(facts)
-    error = cli("generate", tmp_path / "out", "a", code=1).stderr
+    error = in_process("generate", tmp_path / "out", "a", code=1).stderr
     assert "fusiontree.json is damaged" in error
     assert error.count("\n") == 1
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import cli, counting_dataset
+from conftest import counting_dataset, in_process
 
 from data_tools.build import build_shards
 from data_tools.options import BuildOptions
@@ -142,7 +142,7 @@ def test_rows_without_a_document_are_shown_as_padding(tmp_path: Path, tokenizer_
         (tmp_path / "in" / name).write_text("tree gate")
     build_shards([tmp_path / "in"], tokenizer_folder, tmp_path / "set", BuildOptions(row_len=512, holdout=0))
     words = ["tiny", f"data.path={tmp_path / 'set'}", "data.seq_len=128", "batch.tokens=512", "model.vocab_size=512"]
-    shown = cli("data", "at", *words, "--step", 0).stdout.splitlines()
+    shown = in_process("data", "at", *words, "--step", 0).stdout.splitlines()
     assert len([line for line in shown if line.startswith("batch ")]) == 4
     assert shown.count("  only padding") == 3
     assert len([line for line in shown if line.endswith(" from 0") and not line.startswith("batch")]) == 2
@@ -153,25 +153,26 @@ def test_commands_print_readable_text_and_refuse_in_one_line(shards: Path, tmp_p
     shutil.copytree(shards, twin)
     words = ["tiny", "data.seq_len=128", "batch.tokens=1024", f"data.sources.a.path={shards}"]
     words += [f"data.sources.b.path={twin}", "schedule.steps=20", "data.curriculum={0: 64, 8: 128}"]
-    shown = cli("data", "plan", *words).stdout
+    shown = in_process("data", "plan", *words).stdout
     assert "stages from step" in shown
     stage = shown[shown.index("stages from step") :]
     assert [line.split()[0] for line in stage.splitlines()].count("tokens") == 2 * (1 + 2)  # of a stage, and by source
     assert "used up at step" in shown
-    shown = cli("data", "at", *words, "--step", 3, "--rank", 1, "--world-size", 2).stdout.splitlines()
+    shown = in_process("data", "at", *words, "--step", 3, "--rank", 1, "--world-size", 2).stdout.splitlines()
     assert sum(line.startswith("batch ") for line in shown) == 8
     assert any(line.endswith(".txt from 0") for line in shown)
     capped = ["data.sources.a.max_epochs=0.1", "data.sources.b.max_epochs=0.1", "schedule.steps=200"]
-    error = cli("data", "plan", *words, *capped, code=2).stderr
+    error = in_process("data", "plan", *words, *capped, code=2).stderr
     assert "the sources are exhausted after step" in error
     assert "max_epochs of a or b" in error
     assert error.count("\n") == 1
     assert (
-        "--step 20 is out of range; the run has steps 0 to 19" in cli("data", "at", *words, "--step", 20, code=2).stderr
+        "--step 20 is out of range; the run has steps 0 to 19"
+        in in_process("data", "at", *words, "--step", 20, code=2).stderr
     )
     assert (
         "--rank 2 is out of range; --world-size 2 has ranks 0 to 1"
-        in cli("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr
+        in in_process("data", "at", *words, "--step", 2, "--rank", 2, "--world-size", 2, code=2).stderr
     )
-    alone = cli("data", "at", *words, "--step", 2, "--rank", 0, code=2).stderr
+    alone = in_process("data", "at", *words, "--step", 2, "--rank", 0, code=2).stderr
     assert "--rank 0 needs --world-size; give the number of ranks at that step" in alone

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import cli
+from conftest import in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -209,7 +209,7 @@ def test_invalid_arguments_are_refused_in_one_line(tmp_path: Path, capsys: pytes
 
 def test_the_command_reports_the_page(tmp_path: Path) -> None:
     run, page = make_run(tmp_path, 5), tmp_path / "page.html"
-    figures = json.loads(cli("report", run, "--out", page, "--json").stdout)
+    figures = json.loads(in_process("report", run, "--out", page, "--json").stdout)
     assert figures == {"report": str(page), "runs": ["made"], "page_bytes": page.stat().st_size}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Hostile, build, cli, write_layout, write_run
+from conftest import SMALL, Hostile, build, in_process, write_layout, write_run
 from safetensors.torch import load_file, save_file
 
 from fusiontree.checkpoint import store, tensor_files
@@ -40,7 +40,7 @@ def test_pickled_code_is_refused_in_one_line_unless_trusted(tokenizer_folder: Pa
     folder = write_run(tmp_path / "run", SMALL, state, tokenizer_folder, 0, 1)
     torch.save({"module": state, "more": Hostile(mark)}, folder / "mp_rank_00_model_states.pt")
     store.write_manifest(folder)
-    done = cli("export", tmp_path / "run", tmp_path / "out", code=2)
+    done = in_process("export", tmp_path / "run", tmp_path / "out", code=2)
     assert "contains more than tensors (os.makedirs)" in done.stderr
     assert "--trust-checkpoint" in done.stderr
     assert done.stderr.count("\n") == 1
