@@ -17,6 +17,10 @@ from unittest import mock
 from fusiontree.distributed.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_IMPORTS = [
+    *("torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer", "fusiontree.export.exporter"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # with torch's compiler: DeepSpeed imports it when an engine starts
+]
 
 
 def _rank(argv: list[str], environment: dict[str, str], output: Path, setup: Callable[[], None] | None) -> None:
@@ -39,9 +43,7 @@ def _rank(argv: list[str], environment: dict[str, str], output: Path, setup: Cal
 
 def _start_server() -> None:
     """Start the process that all others are forked from, unless it is running."""
-    _CONTEXT.set_forkserver_preload(
-        ["torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer", "fusiontree.export.exporter"]
-    )
+    _CONTEXT.set_forkserver_preload(_IMPORTS)
     with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
 
