@@ -312,7 +312,7 @@ LONG = {"schedule__steps": 60, "checkpoint__every": 5, "validation__every": 0}  
 def truth(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run `LONG` without interruption on two ranks of this machine."""
     output = tmp_path_factory.mktemp("truth")
-    cli("launch", "tiny", "--local", "2", *settings(shards, output, name="truth", **LONG))
+    ranks.run(["train", "tiny", *settings(shards, output, name="truth", **LONG)], output, 2)
     return output / "truth"
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cli, counting_dataset, metrics, settings
+from conftest import counting_dataset, metrics, settings
+from ranks import run as run_ranks
 
 from fusiontree.checkpoint import store
 from fusiontree.data import sources as sources_module
@@ -221,7 +222,7 @@ def test_training_continues_over_damage_reports_and_stores_it(shards: Path, tmp_
         edit(shard.path, int(shard.index["tokens"][row]) + 100, b"\xff\xff\xff")
     steps = -(-shard.info.rows * 512 // 4096)  # an epoch reads every stored row
     changes = {"batch__tokens": 4096, "schedule__steps": steps, "validation__every": 0, "checkpoint__every": 100}
-    done = cli("launch", "tiny", "--local", 2, *settings(copy, tmp_path / "runs", name="r", **changes))
+    said = run_ranks(["train", "tiny", *settings(copy, tmp_path / "runs", name="r", **changes)], tmp_path, 2)
     run = tmp_path / "runs" / "r"
     kept = store.read_state(run / "checkpoints" / f"step-{steps}")["bad_rows"]
     assert sorted((entry["shard"], entry["row"]) for entry in kept) == [(shard.info.name, 1), (shard.info.name, 5)]
@@ -229,5 +230,5 @@ def test_training_continues_over_damage_reports_and_stores_it(shards: Path, tmp_
         line = (
             f"{shard.path}: row {row} is damaged (checksum differs): replaced by a masked row (limit: data.max_bad_rows"
         )
-        assert line in done.stderr
+        assert line in said
     assert all(np.isfinite(line["loss"]) for line in metrics(run))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -292,8 +293,8 @@ def test_shared_memory_is_empty_afterwards(two_ranks: Path) -> None:
 
 def test_a_resume_is_bitwise_exact(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
-    done = cli("launch", "tiny", "--local", 2, *settings(shards, tmp_path, name="two"))
-    assert "from step 4" in done.stderr
+    said = ranks.run(["train", "tiny", *settings(shards, tmp_path, name="two")], tmp_path, 2)
+    assert "from step 4" in said
     assert metrics(resumed) == metrics(two_ranks)
     before, after = (store.read_weights(run / "checkpoints" / "step-8") for run in (two_ranks, resumed))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -326,16 +327,16 @@ def test_a_checkpoint_that_could_run_code_is_refused_in_one_line_unless_trusted(
     (line,) = [line for line in said.splitlines() if "--trust-checkpoint" in line]
     assert f"{victim} contains more than tensors (os.makedirs)" in line
     assert not mark.exists()
-    cli("launch", "--local", 2, "--trust-checkpoint", *words)  # loaded by DeepSpeed
+    ranks.run(["train", "--trust-checkpoint", *words], tmp_path, 2)  # loaded by DeepSpeed
     mark.rmdir()
     ranks.run(["train", "--trust-checkpoint", *words], tmp_path)  # copied piece by piece
     mark.rmdir()
 
 
-def test_a_finished_run_is_unchanged(two_ranks: Path, shards: Path) -> None:
+def test_a_finished_run_is_unchanged(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     before = (two_ranks / "metrics.jsonl").read_text()
-    done = cli("launch", "tiny", "--local", 2, *settings(shards, two_ranks.parent, name="two"))
-    assert "8" in done.stdout
+    said = ranks.run(["train", "tiny", *settings(shards, two_ranks.parent, name="two")], tmp_path, 2)
+    assert re.search(r"^steps +8$", said, re.MULTILINE)
     assert (two_ranks / "metrics.jsonl").read_text() == before
 
 
@@ -358,8 +359,8 @@ def test_a_resume_with_other_values_is_refused_by_key(
 def test_an_allowed_change_is_recorded(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
     resumed = interrupted_copy(two_ranks, tmp_path)
     words = ["--allow-changed", "optimizer.lr", *settings(shards, tmp_path, name="two", optimizer__lr=1e-3)]
-    done = cli("launch", "tiny", "--local", 2, *words)
-    assert "resuming with other values of optimizer.lr, as --allow-changed permits" in done.stderr
+    said = ranks.run(["train", "tiny", *words], tmp_path, 2)
+    assert "resuming with other values of optimizer.lr, as --allow-changed permits" in said
     assert [line["kind"] for line in incidents.read(resumed)] == ["changed", "resume"]
     schedule = load_config(str(resumed / "config.yaml")).schedule
     expected = [learning_rate(schedule, 3e-3, 3), learning_rate(schedule, 1e-3, 4)]
