@@ -229,8 +229,13 @@ def test_persistent_trouble_stops_the_run_with_a_report(
 # --- hanging ---------------------------------------------------------------------------------------------------------
 
 
-def hang(rank: int, step: int, seconds: float) -> None:
-    """Hang one rank for `seconds` between the forward and the backward pass of a step."""
+def wait_for(release: Path) -> None:
+    while not release.exists():
+        time.sleep(0.05)
+
+
+def hang(rank: int, step: int, release: Path) -> None:
+    """Hang one rank between the forward and the backward pass of a step, until the file `release` exists."""
     from fusiontree.training.step import TrainingStep
 
     update, backward, current = TrainingStep.update, TrainingStep._backward, [0]
@@ -241,7 +246,7 @@ def hang(rank: int, step: int, seconds: float) -> None:
 
     def asleep(self: TrainingStep, *arguments: object) -> None:
         if current[0] == step and int(os.environ["RANK"]) == rank:
-            time.sleep(seconds)
+            wait_for(release)
         backward(self, *arguments)
 
     TrainingStep.update, TrainingStep._backward = updated, asleep
@@ -268,7 +273,7 @@ def test_waiting_for_a_remote_address_stays_below_the_hang_limit() -> None:
 def test_a_hung_step_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: Path) -> None:
     changes = {**SMALLER, "schedule__steps": 20, "health__hang_seconds": 6}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
-    job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 8, 600))
+    job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 8, tmp_path / "never"))
     assert job.codes() == [76, 76], job.output()
     stacks = [(tmp_path / "r" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in range(2)]
     assert all("trainer.py" in stack for stack in stacks)
@@ -280,15 +285,15 @@ def test_a_hung_step_writes_all_stacks_and_ends_the_job(shards: Path, tmp_path: 
     ]
 
 
-def hang_in_a_write(rank: int, seconds: float) -> None:
-    """Hang one rank's disk writes for `seconds`."""
+def hang_in_a_write(rank: int, release: Path) -> None:
+    """Hang one rank's disk writes until the file `release` exists."""
     from fusiontree.checkpoint import saver
 
     write = saver._write_files
 
     def asleep(*arguments: object) -> object:
         if int(os.environ["RANK"]) == rank:
-            time.sleep(seconds)
+            wait_for(release)
         return write(*arguments)
 
     saver._write_files = asleep
@@ -297,11 +302,16 @@ def hang_in_a_write(rank: int, seconds: float) -> None:
 def test_a_rank_that_hangs_in_a_save_times_out(shards: Path, tmp_path: Path) -> None:
     changes = {**SMALLER, "health__timeout_seconds": 4}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
-    job = ranks.start(argv, tmp_path, 2, partial(hang_in_a_write, 1, 30))
+    check_times_out(ranks.start(argv, tmp_path, 2, partial(hang_in_a_write, 1, tmp_path / "release")), 4, tmp_path)
+
+
+def check_times_out(job: ranks.Job, seconds: int, folder: Path) -> None:
+    """Check that rank 0 gives up while rank 1 hangs; release rank 1, which then has lost its peer."""
     job.processes[0].join(60)
     assert job.processes[0].exitcode == 76, job.output()
     assert job.processes[1].is_alive()
-    assert "a rank has waited 4 s (health.timeout_seconds) for the others" in job.output()
+    assert f"a rank has waited {seconds} s (health.timeout_seconds) for the others" in job.output()
+    (folder / "release").touch()
     assert job.codes() == [76, 1]
 
 
@@ -309,9 +319,4 @@ def test_a_rank_that_hangs_before_steps_are_timed_times_out(shards: Path, tmp_pa
     """The hang is in a process group created by DeepSpeed, which a timeout set at the start does not reach."""
     changes = {**SMALLER, "deepspeed": "zero2", "health__timeout_seconds": 3}
     argv = ["train", "tiny", *settings(shards, tmp_path, name="r", **changes)]
-    job = ranks.start(argv, tmp_path, 2, partial(hang, 1, 2, 20))
-    job.processes[0].join(60)
-    assert job.processes[0].exitcode == 76, job.output()
-    assert job.processes[1].is_alive()
-    assert "a rank has waited 3 s (health.timeout_seconds) for the others" in job.output()
-    assert job.codes() == [76, 1]
+    check_times_out(ranks.start(argv, tmp_path, 2, partial(hang, 1, 2, tmp_path / "release")), 3, tmp_path)

@@ -197,7 +197,7 @@ WATCHED = """
 import sys, threading
 from pathlib import Path
 from launcher import heartbeat
-heartbeat.INTERVAL, heartbeat.MAX_MISSED = 0.05, 40
+heartbeat.INTERVAL, heartbeat.MAX_MISSED = 0.02, 50
 threading.Thread(target=heartbeat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
 if len(sys.argv) > 2:
     import signal
@@ -218,7 +218,7 @@ def watcher(tmp_path, monkeypatch):
         process.stdout.readline()
         return process
 
-    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
     yield start
     for process in processes:
         process.kill()
@@ -228,7 +228,7 @@ def watcher(tmp_path, monkeypatch):
 def test_a_rank_runs_while_heartbeats_arrive_and_ends_with_the_launch(watcher, tmp_path):
     with heartbeat.sending(tmp_path, 9.0):
         process = watcher()
-        time.sleep(4)  # twice the time after which a launch counts as dead
+        time.sleep(2)  # twice the time after which a launch counts as dead
         assert process.poll() is None
     assert process.wait(timeout=10) == -signal.SIGTERM
     assert (tmp_path / heartbeat.FILE).read_text() == "stop 9.0"

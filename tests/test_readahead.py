@@ -27,7 +27,7 @@ class Steps:
             yield step + 1, [lambda number=number: self.make(number) for number in batches]
 
     def make(self, number: int) -> int:
-        time.sleep(0.002 if number % 3 == 0 else 0)  # later batches finish first
+        time.sleep(0.0005 if number % 3 == 0 else 0)  # later batches finish first
         if number == self.bad_batch:
             raise ZeroDivisionError(f"batch {number}")
         return number
