@@ -296,7 +296,7 @@ def test_eval_passes_its_arguments(stand_in, capsys):
     words = ["--tasks", "perplexity,passkey", "recall", "--data", "d", "--limit", "4", "--lengths", "64,128"]
     assert cli.main(["eval", "out", *words]) == 0
     options = {"lengths": (64, 128), "seq_len": None, "limit": 4, "samples": 5, "output": None, "overwrite": False}
-    assert calls == [((Path("out"), ["perplexity", "passkey", "recall"], EvalOptions(Path("d"), **options)), {})]
+    assert calls == [((Path("out"), ["perplexity", "passkey", "recall"], EvalOptions("d", **options)), {})]
     assert capsys.readouterr().out == "perplexity\n  loss    2.5 nats per token\n  tokens  4,096\n\n"
 
 

@@ -14,7 +14,7 @@ LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     *("fusiontree.run.folder", "fusiontree.run.incidents", "fusiontree.run.jsonlines", "fusiontree.run.lease"),
-    "fusiontree.run.records",
+    *("fusiontree.run.records", "fusiontree.paths"),
 }
 
 # part of the project → the parts it may import, in addition to itself and the leaves, which are all above it
@@ -68,7 +68,7 @@ FREE = ("fusiontree.cli", "fusiontree.__main__", "fusiontree")
 TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.model.flops", "fusiontree.data"),
-    *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
+    *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.paths"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     *("fusiontree.evaluate.options", "fusiontree.export.options"),
     *("fusiontree.training.metrics", "fusiontree.training.progress", "fusiontree.doctor.memory"),

@@ -249,6 +249,13 @@ def test_two_processes_of_a_node_fetch_each_row_once(server: Server, shards: Pat
     assert set(fetched.values()) == {1}
 
 
+def test_a_server_without_ranges_is_refused_before_any_shard_is_read(server: Server, tmp_path: Path) -> None:
+    server.faults = ["always whole"]
+    with pytest.raises(UserError, match=f"^{server.address}: the server ignores HTTP ranges and sends complete files"):
+        Dataset(server.address, "train", Cache(tmp_path))
+    assert [path for path, _ in server.requests] == ["/manifest.json"] * 3  # the file, and two requests for one byte
+
+
 def test_processes_that_start_together_fetch_each_small_file_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +265,7 @@ def test_processes_that_start_together_fetch_each_small_file_once(
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: Dataset(server.address, "train", Cache(tmp_path)), range(4)))
     fetched = Counter(path.lstrip("/") for path, _ in server.requests)
-    assert fetched == {"manifest.json": 4} | dict.fromkeys(SMALL, 1)
+    assert fetched == {"manifest.json": 4 + 1} | dict.fromkeys(SMALL, 1)
 
 
 def test_killed_process_leaves_no_lock_and_no_readable_partial_file(

@@ -14,9 +14,9 @@ from fusiontree.console import progress_bar
 from fusiontree.data import segments
 from fusiontree.data.batch import Batch, collate
 from fusiontree.data.format import Dataset
-from fusiontree.data.remote import is_address
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream, single_source_recipe
+from fusiontree.paths import is_address
 
 REPEATS = 5  # measurements per figure
 SECONDS = 1.0  # approximate duration of one measurement

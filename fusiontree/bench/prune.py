@@ -1,7 +1,6 @@
 """Benchmark of pruning: prefill, decoding and memory of the complete and the pruned model in one process."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from fusiontree.errors import UserError
 from fusiontree.inference.loading import check_positions
 from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.model.config import LayerKind, ModelConfig
+from fusiontree.paths import local_path
 from fusiontree.prune.plan import Pruning, pruned_model, read_plan
 
 PREFILLS = 5  # timed prefills, after one that compiles and tunes
@@ -59,7 +59,7 @@ def bench_prune(
     device = torch.device(accelerator())
     config = bench_config(preset, overrides, device)
     check_positions(config.model, context + UNTIMED_STEPS + steps)
-    pruning = half_pruned(config.model, keep) if keep in HALVES else read_plan(Path(keep), config.model)
+    pruning = half_pruned(config.model, keep) if keep in HALVES else read_plan(local_path(keep), config.model)
     with oom_context(f"the weights of {config.name}"):
         model = random_model(config, device)
     figures = {}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import FORMAT, add_config, add_preset, command
+from fusiontree.cli.parsing import FORMAT, add_config, add_preset, command, local_path, location
 from fusiontree.cli.printing import show
 
 Figures = dict[str, Any]
@@ -114,7 +114,7 @@ def add(commands: Any) -> None:
         default="full",
         help="activation checkpointing of the peer (default full)",
     )
-    train.add_argument("--profile", type=Path, metavar="FILE", help="write a profile of one step as Markdown")
+    train.add_argument("--profile", type=local_path, metavar="FILE", help="write a profile of one step as Markdown")
 
     decode = command(
         bench_commands,
@@ -173,7 +173,7 @@ def add(commands: Any) -> None:
         "Measure the throughput of training batches from a dataset.",
         "bench loader --data data/books",
     )
-    loader.add_argument("--data", required=True, metavar="DIR", help="dataset folder or URL")
+    loader.add_argument("--data", type=location, required=True, metavar="DIR", help="dataset folder or address")
     loader.add_argument("--seq-len", type=int, metavar="N", help="tokens per training row (default: the stored row)")
     loader.add_argument("--rows", type=int, default=1, metavar="N", help="training rows per batch (default 1)")
 
@@ -193,7 +193,7 @@ def add(commands: Any) -> None:
     )
     export.add_argument(
         "--folder",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="keep the run and the export in this empty folder (default: remove both)",
     )
@@ -218,7 +218,7 @@ def add(commands: Any) -> None:
     overhead.add_argument(
         "--json",
         nargs="?",
-        type=Path,
+        type=local_path,
         const=True,
         metavar="FILE",
         help="print the result as JSON, or write it to FILE",

@@ -1,10 +1,9 @@
 """``fusiontree data``: tokenizers, datasets, and previews of the data that a run trains on."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command
+from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command, local_path, local_pattern
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
 
@@ -141,7 +140,7 @@ def add(commands: Any) -> None:
     )
     _add_inputs(build)
     build.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="DIR", help="tokenizer folder, with tokenizer.json"
+        "--tokenizer", type=local_path, required=True, metavar="DIR", help="tokenizer folder, with tokenizer.json"
     )
     build.add_argument(
         "--holdout",
@@ -174,7 +173,7 @@ def add(commands: Any) -> None:
         "Check every byte of the shards, the indexes, the manifest and the tokenizer; exit 1 on any problem.",
         "data verify data/books",
     )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    verify.add_argument("folder", type=local_path, metavar="DIR", help="dataset folder")
     verify.add_argument("--workers", type=int, default=1, metavar="N", help="reading processes (default 1)")
 
     reindex = command(
@@ -184,10 +183,10 @@ def add(commands: Any) -> None:
         "Repair a dataset: rebuild lost indexes and a lost manifest from the shards; exit 1 if a shard is damaged.",
         "data reindex data/books",
     )
-    reindex.add_argument("folder", type=Path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
+    reindex.add_argument("folder", type=local_path, metavar="DIR", help="folder with train/*.tar and validation/*.tar")
     reindex.add_argument(
         "--tokenizer",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="tokenizer of the shards, if the manifest is lost (default: the dataset's)",
     )
@@ -204,13 +203,13 @@ def add(commands: Any) -> None:
         "Describe a dataset, or one of its rows.",
         "data inspect data/books --row 7",
     )
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    inspect.add_argument("folder", type=local_path, metavar="DIR", help="dataset folder")
     inspect.add_argument("--row", type=int, metavar="N", help="show packed row N, counted from 0")
     inspect.add_argument(
         "--split", choices=("train", "validation"), default="train", help="split of the row (default train)"
     )
     inspect.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="decode with this tokenizer (default: the dataset's)"
+        "--tokenizer", type=local_path, metavar="DIR", help="decode with this tokenizer (default: the dataset's)"
     )
 
     plan = command(
@@ -237,7 +236,12 @@ def add(commands: Any) -> None:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted glob patterns"
+        "--input",
+        nargs="+",
+        type=local_pattern,
+        required=True,
+        metavar="PATH",
+        help="files, folders or quoted glob patterns",
     )
     parser.add_argument(
         "--include", action="append", default=[], metavar="GLOB", help="read only matching files; repeatable"
@@ -259,5 +263,5 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-chars", type=int, metavar="N", help="drop longer documents, in characters (default: no limit)"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--output", type=local_path, required=True, metavar="DIR", help="output folder")
     add_overwrite(parser)

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_config, add_resume, command
+from fusiontree.cli.parsing import add_config, add_resume, command, local_path
 from fusiontree.errors import UserError
+from fusiontree.paths import expand_home
 from fusiontree.run.folder import LOGS
 
 
@@ -120,8 +121,8 @@ def _job_options(args: argparse.Namespace, save_ahead: int) -> Any:
         constraint=args.constraint,
         cpus_per_task=args.cpus_per_task,
         extra=tuple(args.sbatch),
-        container=args.container,
-        container_mounts=args.container_mounts,
+        container=args.container and expand_home(args.container),
+        container_mounts=args.container_mounts and ",".join(map(expand_home, args.container_mounts.split(","))),
         tasks=args.tasks or "rank",
         save_ahead=save_ahead,
     )
@@ -152,7 +153,10 @@ def add(commands: Any) -> None:
     target = launch.add_mutually_exclusive_group(required=True)
     target.add_argument("--local", type=int, metavar="N", help="start N ranks on this machine")
     target.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="start ranks over ssh; FILE has one line `NAME slots=N` per host"
+        "--hostfile",
+        type=local_path,
+        metavar="FILE",
+        help="start ranks over ssh; FILE has one line `NAME slots=N` per host",
     )
     target.add_argument("--slurm", action="store_true", help="submit a job to SLURM")
     launch.add_argument("--dry-run", action="store_true", help="print the command or script and exit")
@@ -160,7 +164,7 @@ def add(commands: Any) -> None:
         "--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable of every rank; repeatable"
     )
     launch.add_argument(
-        "--env-file", type=Path, metavar="FILE", help="file of environment variables, one KEY=VALUE per line"
+        "--env-file", type=local_path, metavar="FILE", help="file of environment variables, one KEY=VALUE per line"
     )
     launch.add_argument(
         "--pre-command",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_config, command
+from fusiontree.cli.parsing import add_config, command, local_path
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
 from launcher.join import join_launcher
@@ -77,9 +77,9 @@ def add(commands: Any) -> None:
     doctor.add_argument(
         "--nodes", type=int, metavar="N", help="nodes that CONFIG would run on; inside a SLURM allocation, probe them"
     )
-    doctor.add_argument("--hostfile", type=Path, metavar="FILE", help="probe the hosts of this hostfile instead")
+    doctor.add_argument("--hostfile", type=local_path, metavar="FILE", help="probe the hosts of this hostfile instead")
     probe = commands.add_parser("probe")  # started by doctor on each rank; hidden from the help
-    probe.add_argument("target", type=Path)
+    probe.add_argument("target", type=local_path)
     probe.set_defaults(handler=_probe, is_rank=True)
 
     demo = command(
@@ -90,4 +90,6 @@ def add(commands: Any) -> None:
         "demo --root /tmp/fusiontree-demo",
         figures=False,
     )
-    demo.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)")
+    demo.add_argument(
+        "--root", type=local_path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)"
+    )

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_overwrite, add_trust, command
+from fusiontree.cli.parsing import add_overwrite, add_trust, command, local_path, location
 from fusiontree.cli.printing import show, show_tables
 from fusiontree.errors import UserError
 from fusiontree.evaluate.options import TASK_NAMES, EvalOptions
@@ -102,8 +101,10 @@ def add(commands: Any) -> None:
         "Export a run or a checkpoint to a Hugging Face folder.",
         "export runs/demo runs/demo/export --dtype bf16",
     )
-    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint")
-    export.add_argument("output", type=Path, metavar="OUT", help="folder to create")
+    export.add_argument(
+        "source", type=local_path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint"
+    )
+    export.add_argument("output", type=local_path, metavar="OUT", help="folder to create")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
     export.add_argument(
         "--max-shard-size",
@@ -125,7 +126,7 @@ def add(commands: Any) -> None:
         help="prune the N global key-value heads whose removal raises held-out loss least",
     )
     export.add_argument(
-        "--data", metavar="DIR", type=Path, help="dataset with the held-out rows for pruning (default: the run's)"
+        "--data", metavar="DIR", type=location, help="dataset with the held-out rows for pruning (default: the run's)"
     )
     export.add_argument("--limit", type=int, metavar="N", help="maximum number of held-out rows (default: all)")
     add_overwrite(export)
@@ -137,7 +138,9 @@ def add(commands: Any) -> None:
         "Plan the pruning of branches by a run's mean gates, and report the savings.",
         "prune runs/demo --hi 0.8 --lo 0.2 --out plan.json",
     )
-    prune.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint")
+    prune.add_argument(
+        "source", type=local_path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint"
+    )
     prune.add_argument(
         "--hi", type=float, default=0.8, metavar="G", help="keep only Mamba above this mean gate (default 0.8)"
     )
@@ -145,7 +148,10 @@ def add(commands: Any) -> None:
         "--lo", type=float, default=0.2, metavar="G", help="keep only attention below this mean gate (default 0.2)"
     )
     prune.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the plan for `fusiontree export --prune`; it can be edited"
+        "--out",
+        type=local_path,
+        metavar="FILE",
+        help="write the plan for `fusiontree export --prune`; it can be edited",
     )
     prune.add_argument("--overwrite", action="store_true", help="replace an existing plan")
 
@@ -156,11 +162,11 @@ def add(commands: Any) -> None:
         "Continue a prompt with an exported model.",
         "generate runs/demo/export 'def main(' --max-new-tokens 100 --temperature 0.8",
     )
-    generate.add_argument("folder", type=Path, metavar="OUT", help="folder created by `fusiontree export`")
+    generate.add_argument("folder", type=local_path, metavar="OUT", help="folder created by `fusiontree export`")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
     generate.add_argument(
         "--prompts",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="file with one prompt per line, or .jsonl; with --json, print one result per line",
     )
@@ -204,9 +210,9 @@ def add(commands: Any) -> None:
         "Evaluate an exported model.",
         "eval runs/demo/export --tasks perplexity,passkey --data data/books --lengths 1024,4096",
     )
-    evaluate.add_argument("folder", type=Path, metavar="OUT", help="folder created by `fusiontree export`")
+    evaluate.add_argument("folder", type=local_path, metavar="OUT", help="folder created by `fusiontree export`")
     evaluate.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=f"any of {', '.join(TASK_NAMES)}")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
+    evaluate.add_argument("--data", type=location, required=True, metavar="DIR", help="dataset folder or address")
     evaluate.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens per row for perplexity (default: as in training)"
     )
@@ -220,6 +226,6 @@ def add(commands: Any) -> None:
         help="prompts per length and depth of a retrieval task (default 5)",
     )
     evaluate.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder to create for results.json and PNG heat maps"
+        "--output", type=local_path, metavar="DIR", help="folder to create for results.json and PNG heat maps"
     )
     add_overwrite(evaluate)

@@ -3,12 +3,42 @@
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fusiontree import paths
+from fusiontree.errors import UserError
 
 FORMAT = argparse.RawDescriptionHelpFormatter  # does not wrap the example
 _NUMBER = re.compile(r"-\d+|-\d*\.\d+(e-?\d+)?")
 _FEWEST: dict[Any, int] = {None: 1, "+": 1, "?": 0, "*": 0}  # words that an argument needs, by nargs
 _MOST: dict[Any, int] = {None: 1, "?": 1, 0: 0}  # words that it takes; unlimited for "+" and "*"
+
+
+_Value = TypeVar("_Value")
+
+
+def local_path(text: str) -> Path:
+    """Read a path argument; see `paths.local_path`."""
+    return _argument(paths.local_path, text)
+
+
+def local_pattern(text: str) -> str:
+    """Read an argument that is a path or a glob pattern; see `paths.local_pattern`."""
+    return _argument(paths.local_pattern, text)
+
+
+def location(text: str) -> str:
+    """Read an argument that is a folder or an address; see `paths.location`."""
+    return _argument(paths.location, text)
+
+
+def _argument(read: Callable[[str], _Value], text: str) -> _Value:
+    """Return `read(text)`; raise a user's error as argparse's, which names the argument."""
+    try:
+        return read(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _Word(NamedTuple):

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-from fusiontree.cli.parsing import add_config, add_resume, command
+from fusiontree.cli.parsing import add_config, add_resume, command, local_path
 from fusiontree.cli.printing import show
 from launcher.join import join_launcher
 
@@ -57,7 +56,7 @@ def add(commands: Any) -> None:
         "Show the status of a run: queue, step, newest metrics, checkpoint, incidents.",
         "status runs/books",
     )
-    status.add_argument("run", type=Path, metavar="RUN", help="a run's folder, e.g. runs/NAME")
+    status.add_argument("run", type=local_path, metavar="RUN", help="a run's folder, e.g. runs/NAME")
 
     report = command(
         commands,
@@ -66,7 +65,10 @@ def add(commands: Any) -> None:
         "Write a run's curves, gates, incidents and configuration to one HTML page; compare several runs.",
         "report runs/demo",
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, e.g. runs/NAME")
+    report.add_argument("runs", type=local_path, nargs="+", metavar="RUN", help="a run's folder, e.g. runs/NAME")
     report.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html; compare.html for several runs)"
+        "--out",
+        type=local_path,
+        metavar="FILE",
+        help="the page (default: RUN/report.html; compare.html for several runs)",
     )

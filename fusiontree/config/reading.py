@@ -15,6 +15,7 @@ from fusiontree.config.keys import LENGTHS, hint, leaves, short, table_of
 from fusiontree.config.run_config import RunConfig
 from fusiontree.config.text import load_yaml
 from fusiontree.errors import UserError
+from fusiontree.paths import expand_home
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -28,7 +29,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: the configuration is invalid; the message is one line.
     """
-    layers = [*_file_layers(source, ()), *[(f"override '{text}'", _parse_override(text)) for text in overrides]]
+    layers = [
+        *_file_layers(expand_home(source), ()),
+        *[(f"override '{text}'", _parse_override(text)) for text in overrides],
+    ]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for where, tree in layers:
@@ -98,7 +102,7 @@ def _file_layers(source: str, seen: tuple[str, ...]) -> list[tuple[str, dict[str
     if not isinstance(base, str):
         raise UserError(f"{source}: base is {base!r}; it must be a preset's name or the path of a YAML file")
     if base not in preset_names():
-        base = str(Path(source).parent / base)
+        base = str(Path(source).parent / expand_home(base))
     return [*_file_layers(base, (*seen, source)), (source, tree)]
 
 

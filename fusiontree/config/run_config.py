@@ -13,6 +13,8 @@ from fusiontree.config.sections import (
     DistillConfig,
     HealthConfig,
     KernelsConfig,
+    LocalPath,
+    Location,
     LoggingConfig,
     LossConfig,
     OptimizerConfig,
@@ -34,9 +36,9 @@ class RunConfig(Section):
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
-    output: Path = Path("runs")
+    output: LocalPath = Path("runs")
     seed: int = Field(default=0, ge=0)
-    init_from: Path | None = None  # folder made by `fusiontree export`, for the initial weights
+    init_from: LocalPath | None = None  # folder made by `fusiontree export`, for the initial weights
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -46,8 +48,8 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
-    deepspeed: str = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
-    nvme_path: Path | None = None  # folder on a local disk for the weights and moments of zero3_nvme
+    deepspeed: Location = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
+    nvme_path: LocalPath | None = None  # folder on a local disk for the weights and moments of zero3_nvme
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()

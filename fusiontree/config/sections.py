@@ -1,10 +1,13 @@
 """The sections of a run's configuration: every key, its type, its default and its unit."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fusiontree import paths
 
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]  # tokens; a row of one token has nothing to predict
@@ -12,6 +15,15 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Step = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0)]
+
+
+def _read_text(read: Callable[[str], object]) -> BeforeValidator:
+    """Return a validator that reads strings by `read` and leaves other types to pydantic's error."""
+    return BeforeValidator(lambda value: str(read(value)) if isinstance(value, str) else value)
+
+
+LocalPath = Annotated[Path, _read_text(paths.local_path)]
+Location = Annotated[str, _read_text(paths.location)]
 
 
 class Section(BaseModel):
@@ -29,7 +41,7 @@ def require(condition: bool, message: str) -> None:
 class SourceConfig(Section):
     """One dataset of a mixture."""
 
-    path: str  # dataset folder or address, as data.path
+    path: Location  # dataset folder or address, as data.path
     weight: float = Field(default=1.0, ge=0.0)  # its share of the tokens is weight / sum of the weights
     max_epochs: float | None = Field(default=None, gt=0.0)  # then it leaves the mixture; null: unlimited
 
@@ -37,16 +49,21 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """The training data. Training needs `path` or `sources`."""
 
-    path: str | None = None  # dataset folder, with manifest.json and the splits train and validation
+    path: Location | None = None  # dataset folder, with manifest.json and the splits train and validation
     sources: dict[Name, SourceConfig] | None = None  # several datasets, by name
     weights: dict[Step, dict[Name, Weight]] | None = None  # from that step on, the weights of the sources named
     seq_len: Length  # tokens per training row; with a curriculum, at its end
     curriculum: dict[Step, Length] | None = None  # from that step on, tokens per training row; the batch stays constant
     workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
-    cache: Path = Path("~/.cache/fusiontree")  # rows of remote datasets, shared by a node's processes
+    cache: LocalPath | None = None  # rows of remote datasets, shared by a node's processes; null: ~/.cache/fusiontree
     cache_gb: float = Field(default=100.0, gt=0.0)  # its limit in GB (10^9 bytes)
     max_bad_rows: int = Field(default=100, ge=0)  # damaged rows after which the run stops
     max_bad_share: Fraction = 0.1  # the same, as a share of a source's rows; one row is tolerated if there are others
+
+    @property
+    def cache_bytes(self) -> int:
+        """Limit of the cache in bytes."""
+        return int(self.cache_gb * 1e9)
 
     @property
     def locations(self) -> dict[str, str]:
@@ -203,7 +220,7 @@ class LossConfig(Section):
 class DistillConfig(Section):
     """Distillation from an exported model, off without `teacher`."""
 
-    teacher: Path | None = None  # folder made by `fusiontree export`, of the same tokenizer
+    teacher: LocalPath | None = None  # folder made by `fusiontree export`, of the same tokenizer
     weight: dict[Step, Weight] = {0: 1.0}  # weight by step of the divergence from the teacher; the cross-entropy's is 1
     temperature: float = Field(default=1.0, gt=0.0)
     top_k: Count = 64  # the teacher's most likely tokens, one outcome each; all others are a single outcome

@@ -21,10 +21,11 @@ from isal import isal_zlib
 
 from fusiontree import __version__
 from fusiontree.data.packing import PACKER_VERSION, Span
-from fusiontree.data.remote import Cache, Store, UnreachableError, is_address
+from fusiontree.data.remote import Cache, Store, UnreachableError
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, require_golden
 from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.files import parse_json, write_atomic
+from fusiontree.paths import is_address
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

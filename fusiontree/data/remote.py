@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import RunError, UserError, short_cause, typed_cause
+from fusiontree.paths import local_path
 
+DEFAULT_CACHE = "~/.cache/fusiontree"
 ATTEMPTS = 6
 FIRST_DELAY = 0.5  # seconds before the second attempt; doubled for each further one, times a random factor of 0.5 to 1
 TIMEOUT = 45.0  # seconds per request; gcsfs retries for 36 s before it reports the server's error
@@ -53,13 +55,8 @@ _NO_CREDENTIALS = ("CredentialsError", "RefreshError", "SSOTokenLoadError", "Una
 class Cache:
     """The folder and size limit of this node's cache of fetched rows."""
 
-    folder: Path = Path("~/.cache/fusiontree")
+    folder: Path | None = None  # None: DEFAULT_CACHE
     limit: int = 100 << 30  # bytes, over all processes
-
-
-def is_address(location: Path | str) -> bool:
-    """Return whether a dataset's location is an address rather than a folder."""
-    return "://" in str(location)
 
 
 class Store:
@@ -73,7 +70,8 @@ class Store:
         cache: cache of the fetched files.
 
     Raises:
-        UserError: the address has no dataset, or its protocol needs a package that is missing.
+        UserError: the address has no dataset, its server ignores ranges, or its protocol needs a package that is
+            missing.
     """
 
     def __init__(self, address: str, cache: Cache):
@@ -86,9 +84,12 @@ class Store:
                 f"{self.address} has no readable manifest.json ({short_cause(error)}); check the address"
             ) from None
         digest = hashlib.sha256(self.address.encode() + b"\0" + manifest).hexdigest()[:32]
-        self.cached = cache.folder.expanduser()
+        self.cached = cache.folder or local_path(DEFAULT_CACHE)
         self.folder = self.cached / digest
-        self._write(self.folder / "manifest.json", manifest)
+        with self._lock("manifest.json"):
+            if not self.folder.is_dir():  # the node opens this dataset for the first time
+                self._require_ranges(len(manifest))
+            self._write(self.folder / "manifest.json", manifest)
 
     def mirror(self, names: Sequence[str], is_valid: Callable[[str], bool]) -> None:
         """Fetch complete files into `folder`, except those whose mirrored copy `is_valid` accepts by name.
@@ -175,7 +176,7 @@ class Store:
         try:
             content = self._call(self.fs._cat_file, path, start=offset, end=offset + length, timeout=timeout)
             if len(content) != length:
-                raise ConnectionError(f"received {len(content)} bytes instead of {length}")
+                raise ConnectionError(f"received {len(content)} bytes instead of the range of {length}")
         except (*_FINAL, TimeoutError):
             raise
         except Exception:  # each protocol has its own error for a range past the end, so compare with the size
@@ -184,6 +185,30 @@ class Store:
                 raise TruncatedError(f"cut short at byte {size}") from None
             raise
         return content
+
+    def _require_ranges(self, size: int) -> None:
+        """Check with one byte of the manifest of `size` bytes that the server answers requests for a range with it.
+
+        A server without ranges sends the complete file, for shards thousands of times the row. A proxy may do so once,
+        hence the second request.
+
+        Raises:
+            UserError: it does not.
+        """
+
+        def first_byte(timeout: float) -> bytes:
+            content: bytes = self._call(
+                self.fs._cat_file, f"{self.root}/manifest.json", start=0, end=1, timeout=timeout
+            )
+            return content
+
+        for _ in range(2):
+            if len(self._retry("manifest.json", first_byte)) < size:
+                return
+        raise UserError(
+            f"{self.address}: the server ignores HTTP ranges and sends complete files (`python -m http.server` does); "
+            "use a server with range requests, such as nginx, or copy the dataset to a folder"
+        )
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout: float, **options: Any) -> Any:
         """Run a protocol's coroutine; raise an error of `_FINAL` exactly if a retry cannot change it."""

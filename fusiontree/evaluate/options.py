@@ -17,7 +17,7 @@ class EvalOptions:
         UserError: a value is out of range.
     """
 
-    data: Path  # dataset; perplexity and haystacks use its held-out rows, the n-gram baselines its training rows
+    data: str  # folder or address; perplexity and haystacks use held-out rows, the n-gram baselines training rows
     lengths: tuple[int, ...] = ()  # prompt lengths, tokens; empty: the length of the model's training rows
     seq_len: int | None = None  # tokens per row of perplexity; None: as in training
     limit: int | None = None  # maximum number of held-out rows; None: all

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from fusiontree.errors import UserError
 
@@ -23,7 +22,7 @@ class ExportOptions:
     trust: bool = False  # unpickle arbitrary objects in the checkpoint, which may execute code
     prune: str | None = None  # a plan's path, `auto` (the default plan), or a number of branches
     prune_heads: int = 0  # global key-value heads to prune, with their queries
-    data: Path | None = None  # dataset whose held-out rows measure the pruning; None: the run's own
+    data: str | None = None  # dataset (folder or address) whose held-out rows measure the pruning; None: the run's own
     limit: int | None = None  # maximum number of those rows; None: all
 
     def __post_init__(self) -> None:

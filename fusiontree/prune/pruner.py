@@ -11,6 +11,7 @@ from torch import Tensor
 from fusiontree.checkpoint import store
 from fusiontree.config import RunConfig, load_config
 from fusiontree.data.format import Dataset
+from fusiontree.data.remote import Cache
 from fusiontree.data.sources import held_out_sources
 from fusiontree.device import accelerator
 from fusiontree.errors import UserError
@@ -18,6 +19,7 @@ from fusiontree.evaluate.held_out import held_out_loss
 from fusiontree.inference.speed import UNTIMED_STEPS, measure_decoding
 from fusiontree.kernels import DTYPES, choose_kernels
 from fusiontree.model.lm import HybridLM
+from fusiontree.paths import local_path
 from fusiontree.prune.plan import (
     Pruning,
     branch_candidates,
@@ -56,21 +58,22 @@ class Pruner:
         checkpoint: Path,
         config: RunConfig,
         weights: Mapping[str, Tensor],
-        data: Path | None = None,
+        data: str | None = None,
         limit: int | None = None,
     ):
         """Load the weights and open the held-out rows.
 
         Args:
             checkpoint: folder of the checkpoint.
-            data: dataset; None: the run's own.
+            data: dataset's folder or address; None: the run's own datasets.
             limit: maximum number of held-out rows; None: all.
         """
-        locations = config.data.locations if data is None else {"": str(data)}
+        locations = config.data.locations if data is None else {"": data}
         if not locations:
             raise UserError("the run has no dataset to measure the pruning on; give one with --data")
         fingerprint = store.read_state(checkpoint)["tokenizer_fingerprint"]
-        datasets = {name: Dataset(location, "validation") for name, location in locations.items()}
+        cache = Cache(config.data.cache, config.data.cache_bytes)
+        datasets = {name: Dataset(location, "validation", cache) for name, location in locations.items()}
         self.held_out = held_out_sources(datasets)
         for dataset in self.held_out.datasets:
             dataset.manifest.require_tokenizer(fingerprint, run_of(checkpoint) / TOKENIZER)
@@ -110,7 +113,7 @@ class Pruner:
             return select_cheapest(branch_candidates(config), int(prune), config, self.loss)
         if prune == "auto":
             return parse_plan(make_plan(config, self.gates.cpu(), HI, LO, self.config.data.seq_len), config, "auto"), {}
-        return read_plan(Path(prune or ""), config), {}
+        return read_plan(local_path(prune or ""), config), {}
 
     def _figures(self, pruning: Pruning) -> dict[str, Any]:
         shape, tokens = pruning.apply(self.config.model), self.config.data.seq_len

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from fusiontree.config import RunConfig
 from fusiontree.data.format import MANIFEST, Dataset, Manifest
-from fusiontree.data.remote import Cache, is_address
+from fusiontree.data.remote import Cache
 from fusiontree.data.sources import Sources, held_out_sources
 from fusiontree.data.stream import Recipe, TrainStream
 from fusiontree.errors import UserError
 from fusiontree.files import parse_json
+from fusiontree.paths import is_address
 
 
 class Data(NamedTuple):
@@ -111,7 +112,7 @@ def _locations(config: RunConfig) -> dict[str, str]:
 
 
 def _open_split(config: RunConfig, split: str) -> dict[str, Dataset]:
-    cache = Cache(config.data.cache, int(config.data.cache_gb * 1e9))
+    cache = Cache(config.data.cache, config.data.cache_bytes)
     return {name: Dataset(location, split, cache) for name, location in _locations(config).items()}
 
 
