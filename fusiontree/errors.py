@@ -75,6 +75,6 @@ def _message(error: BaseException) -> str:
 
 def _one_line(text: str) -> str:
     """Return `text` in one line of at most `_LONGEST` characters, with control characters escaped."""
-    line = " ".join(text.split())
+    line = " ".join(text.split()).rstrip(".")
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"

@@ -451,3 +451,22 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(
     starts = [path.name for path in (tmp_path / "w" / "wandb").glob("offline-run-*")]
     assert len(starts) == 2
     assert all(name.endswith(run_id) for name in starts)
+
+
+def test_wandb_without_its_server_continues_offline_under_the_same_id(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    words = ["train", "tiny", *settings(shards, tmp_path, name="w", logging__wandb="true", validation__every=0)]
+    done = cli(*words)
+    lines = [line for line in done.stderr.splitlines() if "wandb" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("wandb: CommError: ")
+    assert lines[0].endswith(f"; recording offline in {tmp_path / 'w' / 'wandb'}, for `wandb sync`")
+    (record,) = (tmp_path / "w" / "wandb").glob("offline-run-*/*.wandb")
+    (run_id,) = {store.read_state(path)["wandb_id"] for path in list_checkpoints(tmp_path / "w" / "checkpoints")}
+    assert record.name == f"run-{run_id}.wandb"
+    assert b"grad_norm" in record.read_bytes()

@@ -1,23 +1,23 @@
-"""Metrics of a run: ``metrics.jsonl``, ``layers.jsonl``, the console's progress line and trackers (`sinks.py`).
+"""Metrics of a run: ``metrics.jsonl``, ``layers.jsonl``, the console's progress line and trackers (`tracker.py`).
 
 Free of torch.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fusiontree.config import RunConfig
 from fusiontree.console import console
-from fusiontree.errors import short_cause
 from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents, lease
 from fusiontree.run.folder import LAYERS_FILE, METRICS_FILE
 from fusiontree.run.jsonlines import JsonLines
 from fusiontree.run.records import keep_until
 from fusiontree.training.progress import ProgressLine
-from fusiontree.training.sinks import Histogram, Sink, WandbSink, open_sinks
+from fusiontree.training.sinks import Histogram, new_run_id
+from fusiontree.training.tracker import END_SECONDS, STOP_SECONDS, close_trackers, open_trackers
 
 BINS = 20  # of a gate's histogram, from 0 to 1
 
@@ -51,28 +51,30 @@ class Metrics:
     """The main rank's record of a run. Use as a context manager."""
 
     def __init__(self, config: RunConfig, step: int | None, wandb_id: str | None):
-        """Continue the record after `step` updates and drop later lines, or start it (None)."""
+        """Continue the record after `step` updates and drop later lines, or start it (None).
+
+        Args:
+            config: the run.
+            step: updates done.
+            wandb_id: the id of the run at wandb, which a resume continues; None draws one if wandb is configured.
+        """
         self.model, self.folder = config.model, config.run_dir
         self.figures, self.layers = (JsonLines(self.folder / name) for name in (METRICS_FILE, LAYERS_FILE))
         for lines in (self.figures, self.layers):
             keep_until(lines.path, -1 if step is None else step)
-        self.sinks = open_sinks(config, step, wandb_id)
+        self.wandb_id = wandb_id or (new_run_id() if config.logging.wandb else None)
+        self.trackers = open_trackers(config, step, self.wandb_id)
         self.progress = ProgressLine(config.schedule.steps, step or 0)
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.progress.stop()
         self.figures.close()
         self.layers.close()
-        self._for_each_sink(lambda sink: sink.close())
-
-    @property
-    def wandb_id(self) -> str | None:
-        """The id of the wandb run, for a resume."""
-        return next((sink.id for sink in self.sinks if isinstance(sink, WandbSink)), None)
+        close_trackers(self.trackers, END_SECONDS if kind is None else STOP_SECONDS)
 
     def record(self, figures: Mapping[str, float], eta_s: float | None = None) -> None:
         """Write one line of figures, with their perplexities, to the file, the trackers and the console.
@@ -89,7 +91,8 @@ class Metrics:
         self.figures.add(figures)
         incidents.flush(self.folder)
         tracked = {name: value for name, value in figures.items() if name != "step"}
-        self._for_each_sink(lambda sink: sink.log(int(figures["step"]), tracked))
+        for tracker in self.trackers:
+            tracker.log(int(figures["step"]), tracked)
         if "val_loss" in figures:
             console.print(f"step {figures['step']:>6,}  validation loss {figures['val_loss']:.4f}")
         else:
@@ -107,17 +110,8 @@ class Metrics:
         shares = {part: round(count / sum(flops.values()), 6) for part, count in flops.items() if count}
         self.layers.add({"step": step, **figures._asdict(), "flop_share": shares})
         tracked = _by_layer(figures) | {f"flop_share/{part}": share for part, share in shares.items()}
-        self._for_each_sink(lambda sink: sink.log(step, tracked))
-
-    def _for_each_sink(self, act: Callable[[Sink], None]) -> None:
-        """Call `act` for each tracker; drop a tracker that cannot write, such as TensorBoard on a full disk."""
-        for sink in [*self.sinks]:
-            try:
-                act(sink)
-            except OSError as error:
-                self.sinks.remove(sink)
-                name = type(sink).__name__.removesuffix("Sink")
-                console.print(f"{name}: {short_cause(error)}; no more metrics are sent to it", markup=False)
+        for tracker in self.trackers:
+            tracker.log(step, tracked)
 
 
 def _by_layer(figures: LayerFigures) -> dict[str, float | Histogram]:
