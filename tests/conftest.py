@@ -204,20 +204,27 @@ MICRO = {  # a model and a schedule that take two ranks seconds
 def cli(
     *arguments: object, code: int = 0, timeout: float = 240, cwd: Path | None = None, fork: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own; check its exit code and that it shows no traceback.
+    """Run a command in a process of its own; check its exit code and that it shows no traceback."""
+    done = python("-m", "fusiontree", *arguments, code=code, timeout=timeout, cwd=cwd, fork=fork)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def python(
+    *words: object, code: int = 0, timeout: float = 240, cwd: Path | None = None, fork: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS``, from -c or -m on, and check the exit code.
 
     With `fork` and without a GPU, the process is a fork of one that has torch and DeepSpeed imported.
     """
-    words = [*map(str, arguments)]
-    command = [sys.executable, "-m", "fusiontree", *words]
+    command = [sys.executable, *map(str, words)]
     if fork and not torch.cuda.is_available():
         with tempfile.TemporaryDirectory() as folder:
-            ended = ranks.command(words, Path(folder), cwd or Path.cwd(), timeout)
+            ended = ranks.python(command[1:], Path(folder), cwd or Path.cwd(), timeout)
         done = subprocess.CompletedProcess(command, *ended)
     else:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd)
     assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, done.stderr
     return done
 
 

@@ -1,11 +1,9 @@
 """Clipping in the optimizer's kernel equals torch's; an update with a non-finite gradient changes nothing."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import MICRO
+from conftest import MICRO, python
 
 PROGRAM = """
 import json, sys, traceback
@@ -99,9 +97,7 @@ def results() -> list[dict]:
     shape = [f"{key}={value}" for key, value in MICRO.items() if key != "batch.tokens"]
     shape += [f"optimizer.grad_clip={CLIP}", f"optimizer.lr={RATE}", "schedule.kind=constant", "batch.micro_rows=2"]
     shape += ["precision=fp32", "schedule.warmup_steps=0"]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *shape], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(python("-c", PROGRAM, *shape).stdout.strip().splitlines()[-1])
 
 
 def test_clipping_equals_torchs_and_a_non_finite_update_is_skipped(results: list[dict]) -> None:

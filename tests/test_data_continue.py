@@ -7,13 +7,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 from conftest import cli
 
 from data_tools.build import build_shards
@@ -23,7 +23,6 @@ from data_tools.verify import verify
 from fusiontree.data.format import Dataset
 from fusiontree.errors import RunError, UserError
 
-ROOT = Path(__file__).parent.parent
 OPTIONS = BuildOptions(row_len=256, holdout=0.1, dedup=True, encoder="tokenizers")  # slow enough to be interrupted
 SMALL = {  # gives a small corpus many chunks, windows and shards
     "data_tools.build._CHUNK_RECORDS": 16,
@@ -84,30 +83,22 @@ def test_any_number_of_workers_builds_the_same_bytes(
     assert len(list((uninterrupted / "train").glob("*.tar"))) > 4
 
 
-def run_killed(documents: Path, tokenizer: Path, output: Path, steps: int, workers: int) -> int:
-    """Start a build that is killed after `steps` file operations; return its exit code."""
-    settings = "\n".join(f"{name} = {value}" for name, value in SMALL.items())
-    path = output.parent / "script.py"
-    path.write_text(f"""
-import os, signal, sys
-import data_tools.assembly, data_tools.build
-from data_tools.options import BuildOptions, InputOptions
-from pathlib import Path
-{settings}
-remaining = {steps}
-def count(event, arguments):
-    global remaining
-    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and ".set" in str(arguments):
-        remaining -= 1
-        if remaining < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-if __name__ == "__main__":
-    sys.addaudithook(count)
-    inputs, tokenizer, output = [{str(documents)!r}], Path({str(tokenizer)!r}), Path({str(output)!r})
-    data_tools.build.build_shards(inputs, tokenizer, output, {dataclasses.replace(OPTIONS, workers=workers)})
-""")
-    command, environment = [sys.executable, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, timeout=100, check=False, stderr=subprocess.DEVNULL).returncode
+def build_killed(documents: Path, tokenizer: Path, output: Path, steps: int, workers: int) -> None:
+    """Build the dataset in this process, which is killed after `steps` file operations."""
+    remaining = steps
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal remaining
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and ".set" in str(arguments):
+            remaining -= 1
+            if remaining < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(name, value)
+        sys.addaudithook(count)
+        build_shards([documents], tokenizer, output, dataclasses.replace(OPTIONS, workers=workers))
 
 
 def test_a_repeatedly_killed_build_gives_the_same_bytes(
@@ -119,7 +110,8 @@ def test_a_repeatedly_killed_build_gives_the_same_bytes(
     while not output.exists():
         assert len(shards) < 40, shards
         workers = 2 if len(shards) % 4 == 3 else 1
-        code = run_killed(documents, tokenizer_folder, output, draw.randint(0, 100) * draw.choice([1, 2, 8]), workers)
+        steps = draw.randint(0, 100) * draw.choice([1, 2, 8])
+        code = ranks.call(build_killed, documents, tokenizer_folder, output, steps, workers)
         assert code in (0, -signal.SIGKILL)
         shards.append(len(list(tmp_path.glob(".set.partial/train/*.tar"))))
     assert len([count for count in shards if count]) > 1, shards  # it resumed from saved states

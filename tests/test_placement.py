@@ -1,15 +1,13 @@
 """An exported model spread over devices or offloaded to disk gives the same results as on one device."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import SMALL, build, write_run
+from conftest import SMALL, build, python, write_run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.utils import backend_registration
@@ -112,6 +110,4 @@ def run_on_two_devices() -> None:
 
 def test_layers_on_several_devices_never_mix_tensors() -> None:
     # in its own process: torch cannot unregister a device
-    command = [sys.executable, "-c", "import test_placement; test_placement.run_on_two_devices()"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stderr
+    python("-c", "import test_placement; test_placement.run_on_two_devices()", cwd=Path(__file__).parent)

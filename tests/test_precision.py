@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MICRO, build
+from conftest import MICRO, build, python
 
 from fusiontree.model import pointwise
 from fusiontree.model.reference import scan_step
@@ -68,11 +66,7 @@ def test_state_parameters_are_fp32_at_every_stage(tmp_path: Path) -> None:
     gathered.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     stages = ["zero1", "zero0", "zero2", "zero3", str(gathered)]
     shape = [f"{key}={value}" for key, value in MICRO.items() if key not in ("batch.tokens",)]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, ",".join(stages), *shape], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.strip().splitlines()[-1])
+    results = json.loads(python("-c", PROGRAM, ",".join(stages), *shape).stdout.strip().splitlines()[-1])
     assert len(results) == len(stages)
     for stage, result in zip(stages, results, strict=True):
         assert result["stored"] == ["torch.float32"], stage
