@@ -54,6 +54,17 @@ def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[s
                 yield from parsers(below, f"{name} {word}".strip())
 
 
+def strings(path: Path) -> Iterator[str]:
+    """Yield every string of a Python file, with each formatted value replaced by X."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.value
+
+
 PARSERS = dict(parsers(cli._parser()))
 OPTIONS = {option for parser in PARSERS.values() for option in parser._option_string_actions}
 EXAMPLES = [parser.epilog.removeprefix("Example: fusiontree ") for parser in PARSERS.values() if parser.epilog]
@@ -83,7 +94,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [*SHOWN, *EXAMPLES])
 def test_commands_parse_and_their_configurations_load(command, place, capsys):
-    args = cli._parse(shlex.split(command))
+    args = cli._parser().parse_args(shlex.split(command))
     check_mention(command)  # argparse accepts abbreviated options
     config = getattr(args, "config", None) or getattr(args, "preset", None)
     if config in preset_names():
@@ -117,8 +128,9 @@ def test_mentioned_commands_and_options_exist(page):
 
 def test_messages_and_docstrings_name_existing_commands():
     for path in SOURCES:
-        for text in re.findall(r"(?:`|  )fusiontree ([a-z][^`\n\\]*)", path.read_text()):
-            check_mention(text)
+        for text in strings(path):
+            for mention in re.findall(r"(?:`|  )fusiontree ([a-z][^`\n]*)", text):
+                check_mention(mention)
 
 
 @every_page
