@@ -17,6 +17,7 @@ from conftest import write_manifest
 
 from data_tools.options import BuildOptions, InputOptions
 from fusiontree import cli
+from fusiontree.cli.printing import show
 from fusiontree.errors import RunError, UserError
 from fusiontree.evaluate.options import EvalOptions
 from fusiontree.export.options import ExportOptions
@@ -258,6 +259,17 @@ def test_eval_prints_records_as_tables(stand_in, capsys):
         "  64 tokens            12                     0.5  1.00 MiB          -",
         "  9 tokens              -                       -         -  too large",
         "",
+    ]
+
+
+def test_a_group_passes_its_unit_on_to_its_figures(capsys):
+    show({"memory_bytes": {"after_5_batches": 3 * 2**20}, "steps": {"2000": {"tokens": 5}}}, as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "memory",
+        "  after 5 batches  3.00 MiB",
+        "steps",
+        "  2000",
+        "    tokens         5",
     ]
 
 

@@ -99,7 +99,7 @@ def add(commands: Any) -> None:
         "export",
         _export,
         "Export a run or a checkpoint to a Hugging Face folder.",
-        "export runs/demo runs/demo/export --dtype bf16",
+        "export runs/demo out --dtype bf16",
     )
     export.add_argument(
         "source", type=local_path, metavar="RUN_OR_CHECKPOINT", help="folder of a run or of a checkpoint"

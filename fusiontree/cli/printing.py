@@ -100,7 +100,9 @@ def _lines(figures: dict[str, Any], indent: str = "") -> list[tuple[str, str]]:
     for key, value in figures.items():
         label = indent + _label(str(key))
         if isinstance(value, dict):
-            lines += [(label, "" if value else "none"), *_lines(value, indent + "  ")]
+            unit = next((unit for unit in ("_bytes", "_seconds") if str(key).endswith(unit)), "")
+            inner = {f"{name}{unit}": figure for name, figure in value.items()}
+            lines += [(label, "" if value else "none"), *_lines(inner, indent + "  ")]
         elif isinstance(value, (list, tuple)):
             texts = _skipped(value) if key == "skipped" else [_text(str(key), item) for item in value] or ["none"]
             lines += [(label if i == 0 else "", text) for i, text in enumerate(texts)]
