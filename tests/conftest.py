@@ -87,6 +87,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let only slow tests fork."""
+    ranks.slow = item.get_closest_marker("slow") is not None
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Limit torch to one thread: the workers share the cores, and results must not depend on the number of threads."""

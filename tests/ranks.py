@@ -17,6 +17,7 @@ from unittest import mock
 
 from fusiontree.distributed.ports import free_port
 
+slow = True  # whether the current test is marked slow
 _CONTEXT = multiprocessing.get_context("forkserver")
 _IMPORTS = [
     *("torch", "deepspeed", "fusiontree.cli", "fusiontree.training.trainer", "fusiontree.export.exporter"),
@@ -44,6 +45,7 @@ def _rank(argv: list[str], environment: dict[str, str], output: Path, setup: Cal
 
 def _start_server() -> None:
     """Start the process that all others are forked from, unless it is running."""
+    assert slow, "mark this test slow or use in_process: the first fork needs 6 CPU seconds of imports"
     _CONTEXT.set_forkserver_preload(_IMPORTS)
     with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
         forkserver.ensure_running()

@@ -187,6 +187,7 @@ def test_a_run_over_damaged_rows_only_stops(shards: Path, tmp_path: Path, split:
     assert not (tmp_path / "runs/r/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_an_update_without_a_token_is_skipped_and_recorded(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in "ab":
