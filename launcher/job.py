@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fusiontree.config import RunConfig, deepspeed_json, load_config, to_yaml
+from fusiontree.config import RunConfig, check_deepspeed_file, load_config, to_yaml
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import UserError
@@ -263,7 +263,7 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
 def _check(config: RunConfig, ranks: int) -> None:
     """Raise UserError if batch, DeepSpeed settings or dataset cannot run on `ranks` ranks."""
     config.accumulation_steps(ranks)
-    deepspeed_json(config)
+    check_deepspeed_file(config)
     check_data(config)
 
 

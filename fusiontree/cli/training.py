@@ -14,10 +14,12 @@ def _train(args: argparse.Namespace) -> int:
 
     join_launcher()
     signals.listen()
-    from fusiontree.config import load_config
+    from fusiontree.config import check_deepspeed_file, load_config
 
     config = load_config(args.config, args.overrides)
     args.output = config.run_dir
+    if "RANK" not in os.environ:  # a launch has checked it once for all ranks
+        check_deepspeed_file(config)
     from fusiontree.training.trainer import train
 
     summary = train(config, args.allow_changed, args.trust_checkpoint)

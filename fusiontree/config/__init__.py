@@ -3,7 +3,7 @@
 Every user error raises a UserError of one line with the problem, its place and the remedy.
 """
 
-from fusiontree.config.deepspeed import deepspeed_json
+from fusiontree.config.deepspeed import check_deepspeed_file, deepspeed_json
 from fusiontree.config.keys import KEYS, config_differences, is_among, is_key
 from fusiontree.config.reading import load_config, preset_names
 from fusiontree.config.run_config import RunConfig
@@ -18,6 +18,7 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
+    "check_deepspeed_file",
     "config_differences",
     "deepspeed_json",
     "is_among",

@@ -1,5 +1,6 @@
 """DeepSpeed's JSON settings: loading and validation."""
 
+import difflib
 import importlib.resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -9,6 +10,7 @@ from fusiontree.config.keys import short
 from fusiontree.config.run_config import RunConfig
 from fusiontree.errors import UserError, short_cause
 from fusiontree.files import parse_json
+from fusiontree.zero.settings import find_problem
 
 # settings that the run's configuration owns: a second value in the JSON could contradict it
 _OWNED = {
@@ -31,6 +33,7 @@ _OWNED = {
     "csv_monitor": "logging.*",
     "comet": "logging.*",
     "elasticity": "batch.*",
+    "managed_gradient_accumulation": "batch.tokens",
     "curriculum_learning": "data.curriculum",
     "data_efficiency": "data.*",
     "progressive_layer_drop": "model.branch_drop",
@@ -40,6 +43,12 @@ _OWNED = {
 _UNFIT = {
     "sequence_parallel_size": "the scan needs complete rows, and DeepSpeed would split them among ranks",
     "tensor_parallel": "the model does not support tensor parallelism",
+    "expert_parallel": "the model has no experts",
+    "hybrid_engine": "it is for reinforcement learning, and replaces layers of the model",
+    "quantize_training": "it changes the weights during training",
+    "weight_quantization": "it changes the weights during training",
+    "gradient_allreduce_op": "an update needs the mean of the ranks' gradients",
+    "autotuning": "it starts runs of its own, with other batch sizes",
     "checkpoint": "FusionTree writes its own checkpoints, which resume at any number of ranks and any ZeRO stage",
 }
 
@@ -61,7 +70,7 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
             model does not support.
     """
     folder = importlib.resources.files("ds_configs")
-    names = sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
+    names = _shipped()
     source: Traversable = folder / f"{config.deepspeed}.json" if config.deepspeed in names else Path(config.deepspeed)
     if not source.is_file():
         raise UserError(f"deepspeed '{config.deepspeed}' is neither one of {', '.join(names)} nor a JSON file")
@@ -83,6 +92,33 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     if config.optimizer.kind == "muon":
         _check_muon(config, zero)
     return settings
+
+
+def check_deepspeed_file(config: RunConfig) -> None:
+    """Check every key and value of a user's DeepSpeed JSON with the installed DeepSpeed, before a run starts.
+
+    This takes seconds, so only the command that starts a run calls it. The files in ds_configs/ need no check.
+
+    Raises:
+        UserError: see `deepspeed_json`; or DeepSpeed does not know a key or refuses a value.
+    """
+    settings = deepspeed_json(config)
+    problem = None if config.deepspeed in _shipped() else find_problem(settings)
+    if problem is None:
+        return
+    hint = ""
+    if problem.key is not None:
+        near = difflib.get_close_matches(problem.key, problem.known, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else "; remove it"
+        if near and near[0] in _OWNED:
+            hint = f"; remove it and set {_OWNED[near[0]]} instead"
+    raise UserError(f"deepspeed {config.deepspeed}: {problem.message}{hint}")
+
+
+def _shipped() -> list[str]:
+    """Return the names of the files in ds_configs/."""
+    files = importlib.resources.files("ds_configs").iterdir()
+    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
 def _check_zero(where: str, zero: Any) -> None:

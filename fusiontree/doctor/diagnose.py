@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusiontree.config import RunConfig, deepspeed_json
+from fusiontree.config import RunConfig, check_deepspeed_file
 from fusiontree.doctor import memory
 from fusiontree.errors import UserError, typed_cause
 from fusiontree.run.datasets import check_data
@@ -59,7 +59,7 @@ def diagnose(config: RunConfig | None, ranks: int = 1, nodes: int | None = None)
     if config is not None:
         report["run"] = _estimate(config, (nodes or 1) * ranks)
         problems += _problems(
-            lambda: deepspeed_json(config),
+            lambda: check_deepspeed_file(config),
             lambda: check_data(config),
             lambda: config.accumulation_steps((nodes or 1) * ranks),
             lambda: _check_disk(config),
