@@ -7,6 +7,9 @@ from typing import Literal
 from fusiontree.data.packing import check_row_len
 from fusiontree.errors import UserError
 
+MAX_CHARS = 1 << 26  # characters; the longest books have a few million
+_LEAST_RECORD_BYTES = 1 << 26  # a JSON line's other keys may be longer than its text
+
 
 def require_workers(workers: int) -> None:
     """Raise UserError unless there is at least one worker."""
@@ -27,16 +30,21 @@ class InputOptions:
     text_key: str = "text"  # key (JSON) or column (Parquet) that contains the text
     separator: str | None = None  # separates documents in plain text; None: one document per file
     min_chars: int = 0  # shorter documents are dropped, in characters
-    max_chars: int | None = None  # longer documents are dropped, in characters; None: no limit
+    max_chars: int = MAX_CHARS  # longer documents are dropped, in characters
 
     def __post_init__(self) -> None:
         if self.separator == "":
             raise UserError("--doc-separator is empty; give the text between two documents, or omit the option")
-        if self.min_chars < 0 or (self.max_chars is not None and self.max_chars < max(1, self.min_chars)):
+        if self.min_chars < 0 or self.max_chars < max(1, self.min_chars):
             raise UserError(
                 f"--min-chars {self.min_chars} and --max-chars {self.max_chars} exclude every document; "
                 "give 0 <= min <= max and 1 <= max"
             )
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a file, line or member above which it is skipped unread: UTF-8 has up to four per character."""
+        return max(4 * self.max_chars, _LEAST_RECORD_BYTES)
 
 
 @dataclass(frozen=True)

@@ -4,43 +4,19 @@ In plain text and JSON lines, damage affects single documents, and only those ar
 tar or Parquet file cannot be trusted anywhere: such containers are read to their end first, and skipped if damaged.
 """
 
-import bz2
 import contextlib
-import gzip
 import importlib.util
-import itertools
 import json
-import lzma
-import sys
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
-import numpy as np
-
+from data_tools.bounded import BLOCK_BYTES, DAMAGED, open_compressed, read_all, read_lines, read_parts, read_tar
 from data_tools.inputs import TextFile
 from data_tools.options import InputOptions
 from fusiontree.errors import RunError, UserError, short_cause
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 TOO_SHORT, TOO_LONG = "shorter than --min-chars", "longer than --max-chars"
-_BLOCK_BYTES = 1 << 20  # per read
-_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
-    "gz": gzip.open,
-    "zst": zstd.open,
-    "xz": lzma.open,
-    "bz2": bz2.open,
-}
-_DAMAGED = (
-    *(EOFError, OSError, ValueError, NotImplementedError),
-    *(zlib.error, zstd.ZstdError, lzma.LZMAError, tarfile.TarError),
-)
 
 
 @dataclass(frozen=True)
@@ -87,15 +63,15 @@ def find_fault(file: TextFile, options: InputOptions) -> str:
     try:
         if file.kind == "parquet":
             _check_parquet(file, options)
-        elif file.kind == "tar":
-            _check_tar(file)
         else:
             with _open(file) as (_, stream):
-                while is_container(file) and stream.read(_BLOCK_BYTES):
+                for _ in read_tar(stream) if file.kind == "tar" else ():
+                    pass
+                while is_container(file) and stream.read(BLOCK_BYTES):
                     pass
     except PermissionError:
         return "permission denied"
-    except _DAMAGED as error:
+    except DAMAGED as error:
         return f"unreadable {file.compression or file.kind}: {short_cause(error)}"
     return ""
 
@@ -114,7 +90,7 @@ def read_records(file: TextFile, options: InputOptions, fault: str) -> Iterator[
 def _require_unchanged(file: TextFile, found: Iterator[Record]) -> Iterator[Record]:
     try:
         yield from found
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise RunError(
             f"{file.path} changed while it was being read ({short_cause(error)}); run the command again"
         ) from None
@@ -140,7 +116,7 @@ def extract_text(record: Record, options: InputOptions) -> str:
         raise Rejected("empty")
     if len(text) < options.min_chars:
         raise Rejected(TOO_SHORT)
-    if options.max_chars is not None and len(text) > options.max_chars:
+    if len(text) > options.max_chars:
         raise Rejected(TOO_LONG)
     return text
 
@@ -169,66 +145,72 @@ def _json_text(line: str, key: str) -> str:
 
 
 @contextlib.contextmanager
-def _open(file: TextFile) -> Iterator[tuple[BinaryIO, Any]]:
+def _open(file: TextFile) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
     """Yield the raw file, whose position is the progress in bytes, and the decompressed stream."""
-    with open(file.path, "rb", buffering=_BLOCK_BYTES) as raw:
+    with open(file.path, "rb", buffering=BLOCK_BYTES) as raw:
         if file.compression:
-            with _DECOMPRESS[file.compression](raw) as stream:
+            with open_compressed(raw, file.compression) as stream:
                 yield raw, stream
         else:
             yield raw, raw
 
 
-def _read_jsonl(file: TextFile, _: InputOptions) -> Iterator[Record]:
+def _read_jsonl(file: TextFile, options: InputOptions) -> Iterator[Record]:
     with _open(file) as (raw, stream):
-        for number, line in enumerate(stream, 1):
-            if not line.isspace():
-                yield Record(file.name, f":{number}", f"line {number}", line, is_json=True, bytes_read=raw.tell())
+        for number, line in enumerate(read_lines(stream, options.record_bytes), 1):
+            if line is None or not line.isspace():
+                yield _record(file, f":{number}", f"line {number}", line, options, is_json=True, bytes_read=raw.tell())
 
 
 def _read_text(file: TextFile, options: InputOptions) -> Iterator[Record]:
     with _open(file) as (raw, stream):
         if options.separator is None:
-            yield Record(file.name, "", "", stream.read(), bytes_read=file.size)
+            yield _record(file, "", "", read_all(stream, options.record_bytes), options, bytes_read=file.size)
             return
         line = 1
         separator = options.separator.encode()
-        for number, content in enumerate(_split(stream, separator), 1):
-            if content and not content.isspace():
-                yield Record(file.name, f":{number}", f"document {number}, line {line}", content, bytes_read=raw.tell())
-            line += (content + separator).count(b"\n")
+        for number, (content, newlines) in enumerate(read_parts(stream, separator, options.record_bytes), 1):
+            if content is None or (content and not content.isspace()):
+                place = f"document {number}, line {line}"
+                yield _record(file, f":{number}", place, content, options, bytes_read=raw.tell())
+            line += newlines + separator.count(b"\n")
 
 
-def _split(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
-    """Yield the parts between the separators; the file is read in blocks, so it may exceed the memory."""
-    rest = b""
-    # a read at least doubles `rest`: with fixed blocks, searching one long document would take quadratic time
-    while block := stream.read(max(_BLOCK_BYTES, len(rest))):
-        *complete, rest = (rest + block).split(separator)
-        yield from complete
-    yield rest
+def _record(
+    file: TextFile,
+    id_suffix: str,
+    place: str,
+    content: bytes | None,
+    options: InputOptions,
+    is_json: bool = False,
+    bytes_read: int = 0,
+) -> Record:
+    """Return the record of `content`; None: it has more than `options.record_bytes` bytes."""
+    fault = f"more than {options.record_bytes:,} bytes" if content is None else ""
+    return Record(file.name, id_suffix, place, content or b"", is_json, fault, bytes_read)
 
 
 def _read_parquet(file: TextFile, options: InputOptions) -> Iterator[Record]:
-    for number, (text, bytes_read) in enumerate(_parquet_column(file, options.text_key)):
-        content, fault = (b"", "null") if text is None else (text.encode(), "")
-        yield Record(file.name, f":{number}", f"row {number}", content, fault=fault, bytes_read=bytes_read)
+    for number, (content, bytes_read) in enumerate(_parquet_column(file, options.text_key)):
+        fault = "null" if content is None else ""
+        yield Record(file.name, f":{number}", f"row {number}", content or b"", fault=fault, bytes_read=bytes_read)
 
 
-def _parquet_column(file: TextFile, name: str) -> Iterator[tuple[str | None, int]]:
-    """Yield the texts of a column, each with the estimated bytes of the file read so far."""
+def _parquet_column(file: TextFile, name: str) -> Iterator[tuple[bytes | None, int]]:
+    """Yield the texts of a column as bytes, None for null, each with the estimated bytes of the file read so far."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
         done, rows = 0, table.metadata.num_rows
         for batch in table.iter_batches(batch_size=256, columns=[name], use_threads=False):
             done += len(batch)
-            for text in batch.column(0).to_pylist():
-                yield text, file.size * done // rows
+            for value in batch.column(0):  # one by one: a dictionary's texts would be repeated in a list of them
+                while value.is_valid and not hasattr(value, "as_buffer"):  # of a dictionary or an extension
+                    value = value.value
+                yield value.as_buffer().to_pybytes() if value.is_valid else None, file.size * done // rows
 
 
 def _check_parquet(file: TextFile, options: InputOptions) -> None:
-    import pyarrow
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path) as table:
@@ -236,54 +218,51 @@ def _check_parquet(file: TextFile, options: InputOptions) -> None:
         if options.text_key not in names:
             raise ValueError(f"no column {options.text_key!r} (columns: {', '.join(names[:6])})")
         kind = table.schema_arrow.field(options.text_key).type
-        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
+        if not _is_text(kind):
             raise ValueError(f"column {options.text_key!r} has type {kind}, not string")
     for _ in _parquet_column(file, options.text_key):
         pass
 
 
-def _read_tar(file: TextFile, _: InputOptions) -> Iterator[Record]:
+def _is_text(kind: Any) -> bool:
+    """Return whether an Arrow type is text, as any engine may write it: also bytes, whose UTF-8 is checked by row."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_run_end_encoded(kind):
+        return _is_text(kind.value_type)
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in names)
+
+
+def _read_tar(file: TextFile, options: InputOptions) -> Iterator[Record]:
     """Yield one document per WebDataset sample: its `.txt`, else the text in its `.json`."""
-    with _open(file) as (raw, stream), tarfile.open(fileobj=stream, mode="r:") as tar:
-        for key, sample in itertools.groupby((member for member in tar if member.isfile()), _sample_key):
-            members = {member.name[len(key) :]: member for member in sample}
-            chosen = next((members[ending] for ending in (".txt", ".json") if ending in members), None)
-            if chosen is None:
-                yield Record(file.name, f"/{key}", f"sample {key}", fault="neither .txt nor .json")
-                continue
-            content = tar.extractfile(chosen)
-            assert content is not None, chosen.name
-            text, is_json = content.read(), chosen.name.endswith(".json")
-            yield Record(file.name, f"/{key}", f"member {chosen.name}", text, is_json, bytes_read=raw.tell())
+    with _open(file) as (raw, stream):
+        key, ending, content = None, "", None  # of the current sample, its best member so far and that member's content
+
+        def sample() -> Record:
+            if not ending:
+                return Record(file.name, f"/{key}", f"sample {key}", fault="neither .txt nor .json")
+            place, is_json = f"member {key}{ending}", ending == ".json"
+            return _record(file, f"/{key}", place, content, options, is_json, bytes_read=raw.tell())
+
+        for member in read_tar(stream):
+            if (new_key := _sample_key(member.name)) != key:
+                if key is not None:
+                    yield sample()
+                key, ending, content = new_key, "", None
+            found = member.name[len(new_key) :]
+            if found == ".txt" != ending or (found == ".json" and not ending):
+                ending, content = found, member.read(options.record_bytes)
+        if key is not None:
+            yield sample()
 
 
-def _sample_key(member: tarfile.TarInfo) -> str:
+def _sample_key(name: str) -> str:
     """Return the key that WebDataset groups members by: the name up to the first dot after the last slash."""
-    folder, slash, name = member.name.rpartition("/")
-    return folder + slash + name.partition(".")[0]
-
-
-def _check_tar(file: TextFile) -> None:
-    """Check an archive to its end mark.
-
-    `tarfile` takes a damaged header, or a cut between two members, for the end of the archive. Therefore everything
-    after the last member must be zero, and at least one block long.
-
-    Raises:
-        ValueError: the archive is damaged.
-    """
-    with _open(file) as (_, stream), tarfile.open(fileobj=stream, mode="r:") as tar:
-        for _ in tar:
-            pass
-        stream.seek(tar.offset)
-        blocks = 0
-        while block := stream.read(_BLOCK_BYTES):
-            if np.frombuffer(block, np.uint8).any():
-                raise ValueError(f"damaged header at byte {tar.offset}")
-            blocks += len(block) // tarfile.BLOCKSIZE
-    if not blocks:
-        raise ValueError("truncated: no end mark")
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
 
 
 _READERS: dict[str, Callable[[TextFile, InputOptions], Iterator[Record]]] = {

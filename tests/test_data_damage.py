@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -383,3 +384,15 @@ def test_complete_dataset_is_not_reindexed(folder: Path) -> None:
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="or remove the manifest and run `fusiontree data reindex` again"):
         reindex(folder)
+
+
+@pytest.mark.parametrize("size", [-512, -513, -1024, -(2**40), -(2**62)])
+def test_a_negative_size_in_a_header_does_not_stop_the_scan(folder: Path, size: int) -> None:
+    path, at = folder / "train/000000.tar", header_of_second_sample(folder)
+    content = path.read_bytes()
+    header = tarfile.TarInfo.frombuf(content[at : at + 512], "utf-8", "strict")
+    header.size = size
+    path.write_bytes(content[:at] + header.tobuf(tarfile.GNU_FORMAT) + content[at + 512 :])
+    scan = scan_shard(path)
+    assert f"tar header at byte {at} is damaged" in scan.faults
+    assert scan.row_numbers == [*range(32), *range(64, 96)]

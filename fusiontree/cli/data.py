@@ -19,12 +19,11 @@ def _data_tokenizer(args: argparse.Namespace) -> int:
 
 
 def _input_options(args: argparse.Namespace) -> "InputOptions":
-    from data_tools.options import InputOptions
+    from data_tools.options import MAX_CHARS, InputOptions
 
     separator = args.doc_separator and args.doc_separator.replace("\\n", "\n").replace("\\t", "\t")
-    return InputOptions(
-        tuple(args.include), tuple(args.exclude), args.text_key, separator, args.min_chars, args.max_chars
-    )
+    max_chars = MAX_CHARS if args.max_chars is None else args.max_chars
+    return InputOptions(tuple(args.include), tuple(args.exclude), args.text_key, separator, args.min_chars, max_chars)
 
 
 def _data_build(args: argparse.Namespace) -> int:
@@ -261,7 +260,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--min-chars", type=int, default=0, metavar="N", help="drop shorter documents, in characters (default 0)"
     )
     parser.add_argument(
-        "--max-chars", type=int, metavar="N", help="drop longer documents, in characters (default: no limit)"
+        "--max-chars", type=int, metavar="N", help="drop longer documents, in characters (default 67108864)"
     )
     parser.add_argument("--output", type=local_path, required=True, metavar="DIR", help="output folder")
     add_overwrite(parser)

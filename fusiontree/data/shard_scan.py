@@ -115,6 +115,8 @@ def _walk(content: memoryview, faults: list[str]) -> Iterator[tuple[str, int, in
     while at < len(content):
         try:
             header = tarfile.TarInfo.frombuf(bytes(content[at : at + _BLOCK]), "utf-8", "surrogateescape")
+            if header.size < 0:  # the scan would return to where it was
+                raise tarfile.HeaderError("negative size")
         except tarfile.HeaderError:
             if end is None:  # end of the nonzero bytes, searched only here because the search may read everything
                 tail = np.frombuffer(content, np.uint8, offset=at)
