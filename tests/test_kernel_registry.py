@@ -62,6 +62,12 @@ def test_an_absent_package_is_named_with_its_install_command(op: str, name: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_flash_attention_4_trains_at_the_head_sizes_measured_right(head_dim: int) -> None:
+    limits = kernel_registry.BACKENDS["attention"]["flash4"].limits
+    assert limits(dataclasses.replace(GPU_SHAPE, head_dim=head_dim)) is None
+
+
 @pytest.mark.parametrize(
     ("op", "name", "change", "words"),
     [
@@ -69,8 +75,8 @@ def test_an_absent_package_is_named_with_its_install_command(op: str, name: str,
         ("scan", "mamba_ssm", {"ssm_head_dim": 12}, "ssm_head_dim 12 is not a multiple of 8"),
         ("scan", "mamba_ssm", {"ssm_state_size": 512}, "ssm_state_size 512 is not a multiple of 8 from 8 to 256"),
         ("convolution", "triton", {"conv_kernel": 5}, "conv_kernel 5 is above 4"),
-        ("attention", "flash4", {"head_dim": 192}, "head_dim 192 is not a multiple of 32 up to 128"),
-        ("attention", "flash4", {"head_dim": 48}, "head_dim 48 is not a multiple of 32 up to 128"),
+        ("attention", "flash4", {"head_dim": 192}, "head_dim 192 is not a multiple of 32 up to 128, nor 256"),
+        ("attention", "flash4", {"head_dim": 48}, "head_dim 48 is not a multiple of 32 up to 128, nor 256"),
         ("prefill", "flash4", {"head_dim": 12}, "head_dim 12 is not a multiple of 8 up to 128"),
         ("attention", "flash2", {"head_dim": 20}, "head_dim 20 is not a multiple of 8"),
         ("decode", "triton", {"head_dim": 24}, "head_dim 24 is not a power of two"),

@@ -58,12 +58,23 @@ def _conv_limits(config: ModelConfig) -> str | None:
     return f"conv_kernel {config.conv_kernel} is above 4" if config.conv_kernel > 4 else None
 
 
-def _head_limits(largest: int, step: int = 8, power: bool = False) -> Callable[[ModelConfig], str | None]:
+def _head_limits(
+    largest: int, step: int = 8, power: bool = False, also: int | None = None
+) -> Callable[[ModelConfig], str | None]:
+    """Return limits to the multiples of `step` (or the powers of two) up to `largest`, and to the size `also`."""
+
     def limits(config: ModelConfig) -> str | None:
         D = config.head_dim
+        if also == D:
+            return None
         if power and (D < 16 or D & (D - 1) or largest < D):
             return f"head_dim {D} is not a power of two from 16 to {largest}"
-        return f"head_dim {D} is not a multiple of {step} up to {largest}" if D % step or largest < D else None
+        alternative = "" if also is None else f", nor {also}"
+        return (
+            f"head_dim {D} is not a multiple of {step} up to {largest}{alternative}"
+            if D % step or largest < D
+            else None
+        )
 
     return limits
 
@@ -90,8 +101,8 @@ class Kernels:
     )
     attention: Callable[..., Any] = field(
         metadata={
-            # multiples of 32 only: at other head sizes flash-attn-4 4.0.0b36 returns wrong gradients without an error
-            "flash4": Backend(attention_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128, 32)),
+            # measured right only here: at other head sizes flash-attn-4 4.0.0b36 can return wrong gradients in silence
+            "flash4": Backend(attention_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128, 32, also=256)),
             "flash2": Backend(attention_flash2, "flash-attn>=2.8,<3", dtypes=_HALF, limits=_head_limits(256)),
             "flex": Backend(attention_flex, "triton", limits=_head_limits(256, power=True)),
             "reference": Backend(lambda: reference.attention),
