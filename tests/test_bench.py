@@ -275,7 +275,7 @@ def test_peers_learn(name: str, recompute: bool) -> None:
 def test_a_peer_without_its_kernels_is_refused_on_a_gpu(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("mamba_ssm", "causal_conv1d"):
         monkeypatch.setitem(sys.modules, package, None if package == missing else types.ModuleType(package))
-    remedy = f"pip install {missing.replace('_', '-')}"
+    remedy = f"pip install --no-build-isolation {missing.replace('_', '-')}"
     with pytest.raises(UserError, match=f"needs {missing} for its fused kernels.*{remedy}"):
         check_peer("hf-falcon-h1", torch.device("cuda"))
     check_peer("hf-falcon-h1", torch.device("cpu"))

@@ -175,6 +175,12 @@ def test_extras_in_pages_and_messages_exist():
             assert {*names.split(",")} <= {*EXTRAS}, path
 
 
+def test_the_kernels_are_installed_without_build_isolation():
+    for path in (*PAGES, *SOURCES):  # their builds import torch, which an isolated build lacks
+        for command in re.findall(r"pip install [^`\n;:]*", path.read_text()):
+            assert "cuda" not in command or "--no-build-isolation" in command, f"{path}: {command}"
+
+
 @every_page
 def test_paths_and_links_exist(page):
     for text in spans(page):

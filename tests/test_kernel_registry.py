@@ -58,7 +58,7 @@ def test_kernels_are_imported_only_when_chosen_or_checked() -> None:
 def test_an_absent_package_is_named_with_its_install_command(op: str, name: str, package: str) -> None:
     with pytest.raises(ValueError, match=f"kernels.{op} '{name}' cannot run here: ModuleNotFoundError: .*") as caught:
         kernel_registry.select({op: name}, "cuda", GPU_SHAPE, torch.bfloat16)
-    assert str(caught.value).endswith(f"pip install '{package}'")
+    assert str(caught.value).endswith(f"; pip install --no-build-isolation '{package}'")
     assert "\n" not in str(caught.value)
 
 

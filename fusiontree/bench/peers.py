@@ -113,7 +113,7 @@ def check_peer(name: str, device: torch.device) -> None:
         except Exception as error:  # compiled packages raise anything: OSError or RuntimeError for a missing library
             raise UserError(
                 f"--peer {name} needs {package} for its fused kernels, and importing it fails ({short_cause(error)}); "
-                f"pip install {package.replace('_', '-')}, or choose --peer hf-llama"
+                f"pip install --no-build-isolation {package.replace('_', '-')}, or choose --peer hf-llama"
             ) from None
 
 

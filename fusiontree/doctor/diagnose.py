@@ -140,7 +140,7 @@ def _advice(versions: dict[str, str], device_type: str, config: RunConfig | None
         missing.append("flash-attn-4 or flash-attn")
     advice = []
     if device_type == "cuda" and missing:
-        advice.append(f"pip install 'fusiontree[cuda]': faster kernels ({', '.join(missing)})")
+        advice.append(f"pip install --no-build-isolation 'fusiontree[cuda]': faster kernels ({', '.join(missing)})")
     if config is not None and config.logging.wandb and versions["wandb"] == "not installed":
         advice.append("pip install 'fusiontree[wandb]': logging.wandb is true")
     return advice

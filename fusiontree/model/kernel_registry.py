@@ -178,7 +178,7 @@ def _import_error(op: str, name: str) -> str | None:
         backend.load()
     except Exception as error:  # compiled packages raise anything: RuntimeError for a missing library, OSError, ...
         reason = " ".join(str(error).split())
-        return f"{type(error).__name__}: {reason}; pip install '{backend.package}'"
+        return f"{type(error).__name__}: {reason}; pip install --no-build-isolation '{backend.package}'"
     return None
 
 
