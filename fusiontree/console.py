@@ -12,7 +12,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# without markup and emoji: names and paths may contain brackets and colons
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def progress_bar(in_bytes: bool = False) -> Progress:
@@ -25,12 +26,12 @@ def progress_bar(in_bytes: bool = False) -> Progress:
         in_bytes: show sizes and MB/s in place of counts.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *((DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )

@@ -95,7 +95,7 @@ def bench_train(
     figures = _measure_own(config, workload, world, profile)
     if peer is not None:
         # print our figure now: the peer takes minutes more, and a time limit may end the process
-        console.print(f"{config.name}: {figures['tokens_per_s']:,.0f} tokens/s; next: {peer.name}", markup=False)
+        console.print(f"{config.name}: {figures['tokens_per_s']:,.0f} tokens/s; next: {peer.name}")
         figures["peer"] = _measure_peer(peer, config, workload, world.device)
         if "tokens_per_s" in figures["peer"]:
             figures["ratio"] = figures["tokens_per_s"] / figures["peer"]["tokens_per_s"]

@@ -20,7 +20,9 @@ class ProgressLine:
         """Prepare the line; `done`: how many of the run's `steps` updates are done."""
         self.steps = steps
         self.last_plain = 0.0
-        self.progress = Progress(_WideBar(bar_width=_BAR), TextColumn("{task.fields[line]}"), console=console)
+        self.progress = Progress(
+            _WideBar(bar_width=_BAR), TextColumn("{task.fields[line]}", markup=False), console=console
+        )
         self.task = self.progress.add_task("train", total=steps, completed=done, line="starting", wide=False)
 
     def start(self) -> None:

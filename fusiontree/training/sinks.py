@@ -72,7 +72,7 @@ class WandbSink:
         except (Exception, SystemExit) as error:
             folder = self._config.run_dir / "wandb"
             log.warning("wandb cannot start", exc_info=True)
-            console.print(f"wandb: {typed_cause(error)}; recording offline in {folder}, for `wandb sync`", markup=False)
+            console.print(f"wandb: {typed_cause(error)}; recording offline in {folder}, for `wandb sync`")
             self._run = self._start_offline(place)
         # wandb's own step cannot decrease: it would drop the steps that a resumed run repeats
         self._run.define_metric("*", step_metric="step")
