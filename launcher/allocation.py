@@ -11,23 +11,37 @@ After a network partition a stale attempt may still be running. Its ranks are fe
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fusiontree.config import RunConfig, load_config
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import ATTEMPTS_FILE, CONFIG_FILE, LOGS, newest_step
+from fusiontree.state_files import Count, Stored, Time, read_or_none, read_stored
 from launcher import rank_reports, sbatch, slurm
 from launcher.job import network_settings, rendezvous_port, world_info
 
 MAX_FAILURES = 2  # consecutive attempts that ended without a new checkpoint, after which the job is not requeued
 MAX_ATTEMPTS = 5  # the same for attempts that began: after a lost node SLURM requeues, and the script never ends
+
+
+class _Attempt(Stored):
+    job: Annotated[str, Field(pattern=f"^{slurm.JOB_ID}$")]
+    start: Count
+    step: Count
+    failed_attempts: Count
+    nodes: list[str]
+    time: Time | None = None
+    message: str | None = None
 
 
 def begin(run: Path, ranks_per_node: int, min_nodes: int, max_nodes: int, save_ahead: int) -> dict[str, str]:
@@ -44,7 +58,7 @@ def begin(run: Path, ranks_per_node: int, min_nodes: int, max_nodes: int, save_a
     allocated = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
     config = load_config(str(run / CONFIG_FILE))
     nodes = allocated[: fitting_nodes(config, len(allocated), ranks_per_node, min_nodes)]
-    record = _next_record(read_attempts(run), job, step, nodes)
+    record = _next_record(_newest_attempt(run, job, step), job, step, nodes)
     if record["failed_attempts"] >= MAX_ATTEMPTS:
         raise RunError(
             f"job {job} has begun {MAX_ATTEMPTS} attempts from step {step} without a new checkpoint; fix the cause "
@@ -104,13 +118,16 @@ def end(run: Path, code: int) -> int:
     Args:
         code: exit code of srun: the largest of all ranks' codes.
     """
-    record = read_attempts(run)
+    if code == 0:
+        return 0
+    record = _newest_attempt(run, slurm.current_job_id(), newest_step(run))
+    if not record:
+        _log(f"not requeued: {run} has no record of this attempt; submit the script again")
+        return code
     logs = run / LOGS / f"{record['job']}-{record['start']}"
     if os.environ[LAUNCH_FOLDER] != str(logs):
         _log(f"a newer attempt of the run has taken over ({logs.name}); this stale attempt ends")
         return code
-    if code == 0:
-        return 0
     failure = rank_reports.first_failure(logs)
     message = f"srun ended with code {code}; see {logs}" if failure is None else failure.message
     _log(message)
@@ -142,11 +159,27 @@ def _requeue(job: str, step: int, code: int) -> int:
     return code
 
 
-def read_attempts(run: Path) -> dict[str, Any]:
-    """Return the record of the newest attempt of the run's newest job, or an empty one."""
-    path = run / ATTEMPTS_FILE
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return record
+def read_attempts(run: Path, fallback: str) -> dict[str, Any] | None:
+    """Return the record of the newest attempt of the run's newest job.
+
+    Returns:
+        None if there is no record, or if it is damaged: then it is named, with `fallback`, on the console.
+    """
+    record = read_or_none(run / ATTEMPTS_FILE, lambda path: read_stored(path, _Attempt), fallback)
+    return None if record is None else record.model_dump(exclude_none=True)
+
+
+def _newest_attempt(run: Path, job: str, step: int) -> dict[str, Any]:
+    """Return the record of the newest attempt; without a valid one, the attempt of `job` that its logs show.
+
+    An attempt known by its logs counts as its job's first without a checkpoint. The record is empty if there are none.
+    """
+    record = read_attempts(run, "attempts without a checkpoint are counted from zero again")
+    if record is not None:
+        return record
+    names = (path.name.removeprefix(f"{job}-") for path in (run / LOGS).glob(f"{job}-*"))
+    start = max((int(name) for name in names if re.fullmatch("[0-9]{1,9}", name)), default=None)
+    return {} if start is None else {"job": job, "start": start, "step": step, "failed_attempts": 0}
 
 
 def _log(line: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusiontree.config import RunConfig, check_deepspeed_file, load_config, to_yaml
+from fusiontree.console import console
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import UserError
@@ -254,7 +255,12 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
     run = config.run_dir.absolute()
     refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
     if (run / CHECKPOINTS).is_dir():
-        check_changes(load_config(str(run / CONFIG_FILE)), config, allow_changed)
+        try:
+            before = load_config(str(run / CONFIG_FILE))
+        except UserError as error:  # the ranks compare with the newest checkpoint's
+            console.print(f"{error}; it is written again")
+        else:
+            check_changes(before, config, allow_changed)
     (run / LOGS).mkdir(parents=True, exist_ok=True)
     write_atomic(run / CONFIG_FILE, to_yaml(config))
     return run

@@ -7,13 +7,23 @@ The launch folder is on a disk that all hosts of the job share::
     rank-N.out      output of the rank's SLURM task
 """
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusiontree.errors import LOST_PEER
+from fusiontree.state_files import Count, DamagedError, Stored, read_line, read_stored
 
 _TAIL = 15  # lines of a rank's output to show if its report has no message
+
+
+class _Report(Stored):
+    rank: Count
+    host: str
+    code: int
+    message: str | None
+    time: int
 
 
 class Failure(NamedTuple):
@@ -24,23 +34,40 @@ class Failure(NamedTuple):
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the exit reports: rank, host, code, message (None: the rank printed a traceback), time (ns)."""
-    return [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+    """Return the exit reports: rank, host, code, message (None: the rank printed a traceback), time (ns).
+
+    A rank whose report is damaged counts as a rank without one.
+    """
+    reports = []
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(DamagedError, FileNotFoundError):
+            reports.append(read_stored(path, _Report).model_dump())
+    return reports
 
 
 def started_hosts(folder: Path) -> dict[int, str]:
     """Return the host of every rank that has started."""
-    return {_rank(path): path.read_text().split()[0] for path in folder.glob("rank-*.started")}
+    return {rank: host for rank, (host, _) in _started(folder).items()}
 
 
 def process_ids(folder: Path) -> list[int]:
     """Return the process ids of the ranks that have started, each valid on its own host."""
-    return [int(path.read_text().split()[1]) for path in folder.glob("rank-*.started")]
+    return [process_id for _, process_id in _started(folder).values()]
+
+
+def _started(folder: Path) -> dict[int, tuple[str, int]]:
+    """Return host and process id of every rank that has started; damaged start reports are left out."""
+    found = {}
+    for rank, path in _by_rank(folder, "started"):
+        with contextlib.suppress(DamagedError, FileNotFoundError, ValueError):
+            host, process_id = read_line(path).split()
+            found[rank] = host, int(process_id)
+    return found
 
 
 def unreported(folder: Path) -> list[int]:
     """Return the ranks that have started and have not written an exit report."""
-    started = {_rank(path) for pattern in ("rank-*.started", "rank-*.out") for path in folder.glob(pattern)}
+    started = {rank for kind in ("started", "out") for rank, _ in _by_rank(folder, kind)}
     return sorted(started - {report["rank"] for report in read(folder)})
 
 
@@ -79,5 +106,8 @@ def _last_output(folder: Path, rank: int) -> str:
     return "the last lines of its output:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _rank(path: Path) -> int:
-    return int(path.stem.removeprefix("rank-"))
+def _by_rank(folder: Path, kind: str) -> Iterator[tuple[int, Path]]:
+    """Yield rank and path of the files of a kind, such as ``started``."""
+    for path in folder.glob(f"rank-*.{kind}"):
+        if (rank := path.stem.removeprefix("rank-")).isdecimal():
+            yield int(rank), path

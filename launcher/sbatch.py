@@ -20,7 +20,7 @@ from fusiontree.doctor.memory import checkpoint_bytes
 from fusiontree.errors import UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import LOGS
-from fusiontree.run.records import read_metrics
+from fusiontree.run.records import positive_values, read_metrics
 from launcher import quoting, slurm
 from launcher.containers import ContainerCommand, container_command
 from launcher.job import Plan
@@ -196,11 +196,11 @@ def estimate_save_ahead(config: RunConfig, nodes: int) -> int:
     `_STEP_SECONDS`, and the checkpoint its bytes at `_DISK_RATE` per node.
     """
     lines = read_metrics(config.run_dir)
-    saves = [line["save_seconds"] for line in lines if "save_seconds" in line][-_WINDOW:]
+    saves = positive_values(lines, "save_seconds")[-_WINDOW:]
     if not saves:
         return _STEP_SECONDS + round(checkpoint_bytes(config) / (_DISK_RATE * nodes))
-    steps = [config.batch.tokens / line["tokens_per_s"] for line in lines if "tokens_per_s" in line][-_WINDOW:]
-    return max(_STEP_SECONDS, round(2 * max(steps))) + round(2 * max(saves))
+    steps = [config.batch.tokens / rate for rate in positive_values(lines, "tokens_per_s")[-_WINDOW:]]
+    return max(_STEP_SECONDS, round(2 * max(steps, default=0.0))) + round(2 * max(saves))
 
 
 def check_options(job: JobOptions, nodes: int) -> None:

@@ -1,6 +1,7 @@
 """SLURM's commands: checks of the cluster, submission, the queue's view of a job, following a job to its end."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from typing import TextIO
 
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
+from fusiontree.state_files import DamagedError, read_line, read_or_none
 from launcher.job import Plan
 
 _JOB_ID_FILE = "job.id"  # in the folder of the script: the id that sbatch returned
+JOB_ID = r"[0-9]{1,18}(_[0-9]{1,18})?"  # regular expression; of a task of an array, ARRAY_TASK
 # torch's variables from SLURM's
 RANK_EXPORTS = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
 _POLL_INTERVAL = 1.0  # seconds between two polls of a job that is followed
@@ -106,8 +109,14 @@ def srun_command(plan: Plan) -> list[str]:
 
 def submitted_job_id(run: Path) -> str | None:
     """Return the id of the last job that `submit` created for `run`, or None."""
-    path = run / _JOB_ID_FILE
-    return path.read_text().strip() if path.exists() else None
+    return read_or_none(run / _JOB_ID_FILE, _read_job_id, "the run's job is unknown")
+
+
+def _read_job_id(path: Path) -> str:
+    job_id = read_line(path)
+    if not re.fullmatch(JOB_ID, job_id):
+        raise DamagedError("it is not a job's id")
+    return job_id
 
 
 def _output(*command: str) -> str:

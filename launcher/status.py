@@ -2,14 +2,16 @@
 
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fusiontree.config import RunConfig, load_config
 from fusiontree.errors import UserError
 from fusiontree.run import incidents, lease
-from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LATEST, METRICS_FILE, newest_step
-from fusiontree.run.records import read_metrics
+from fusiontree.run.folder import CONFIG_FILE, LEASE_FILE, METRICS_FILE, checkpoint_path, newest_step
+from fusiontree.run.records import iter_metrics
+from fusiontree.state_files import read_or_none
 from launcher import allocation, slurm
 
 _INCIDENTS_SHOWN = 3  # the newest
@@ -30,8 +32,7 @@ def status(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"no run at {run_dir}; give a run's folder, e.g. runs/NAME")
     config = load_config(str(run_dir / CONFIG_FILE))
-    lines = read_metrics(run_dir)
-    saved, step = newest_step(run_dir), max((line["step"] for line in lines), default=0)
+    saved, (step, figures) = newest_step(run_dir), _newest(iter_metrics(run_dir))
     job = _job(run_dir)
     records = incidents.read(run_dir)
     return {
@@ -39,20 +40,20 @@ def status(run_dir: Path) -> dict[str, Any]:
         "state": _state(run_dir, config, saved, job, bool(records and records[-1]["kind"] == "signal")),
         "step": step,
         "steps": config.schedule.steps,
-        **_newest(lines),
-        "checkpoint": {"step": saved, "age_seconds": _age(run_dir / CHECKPOINTS / LATEST)} if saved else None,
+        **figures,
+        "checkpoint": {"step": saved, "age_seconds": _age(checkpoint_path(run_dir, saved))} if saved else None,
         "job": job,
         "incidents": {"count": len(records), "newest": [_incident(entry) for entry in records[-_INCIDENTS_SHOWN:]]},
     }
 
 
-def _newest(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the newest figures of training and of validation."""
-    nothing: dict[str, Any] = {}
-    training = next((line for line in reversed(lines) if "loss" in line), nothing)
-    validation = next((line for line in reversed(lines) if "val_loss" in line), nothing)
-    figures = {name: training[name] for name in _FIGURES if name in training}
-    return {"last": figures or None, "val_loss": validation.get("val_loss")}
+def _newest(lines: Iterable[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    """Return the last step, and the newest figures of training and of validation."""
+    newest: dict[str, dict[str, Any]] = {key: {} for key in ("step", "loss", "val_loss")}  # the last line with each
+    for line in lines:
+        newest |= {key: line for key in newest if key in line}
+    figures = {name: newest["loss"][name] for name in _FIGURES if name in newest["loss"]}
+    return newest["step"].get("step", 0), {"last": figures or None, "val_loss": newest["val_loss"].get("val_loss")}
 
 
 def _state(run_dir: Path, config: RunConfig, saved: int, job: dict[str, Any] | None, was_stopped: bool) -> str:
@@ -61,22 +62,25 @@ def _state(run_dir: Path, config: RunConfig, saved: int, job: dict[str, Any] | N
     queue_state = (job or {}).get("state")
     if queue_state in slurm.ACTIVE_STATES:
         return str(queue_state).lower()
-    holder = lease.read(run_dir)
-    alive = None if holder is None else lease.is_alive(holder)
-    if holder is not None and alive:
-        return f"running on {holder['host']} (pid {holder['pid']})"
-    if holder is None:
+    if not (run_dir / LEASE_FILE).exists():
         return "not started"
+    holder = read_or_none(run_dir / LEASE_FILE, lambda _: lease.read(run_dir), "the run's host is unknown")
+    alive = None if holder is None else lease.is_alive(holder)
+    host = "an unknown host" if holder is None else holder["host"]
+    if holder is not None and alive:
+        return f"running on {host} (pid {holder['pid']})"
     age = _age(run_dir / METRICS_FILE)
     if alive is None and age is not None and age < _STALE_SECONDS:
-        return f"running on {holder['host']}, judging by its files"
+        return f"running on {host}, judging by its files"
     return "stopped, saved" if was_stopped else "ended before its last step"
 
 
 def _job(run_dir: Path) -> dict[str, Any] | None:
     """Return the newest job of the run: the record of its attempts and, where SLURM is available, its queue entry."""
-    record = allocation.read_attempts(run_dir) or {"job": slurm.submitted_job_id(run_dir)}
-    if record["job"] is None:
+    record = allocation.read_attempts(run_dir, "the job's attempts are unknown")
+    if record is None and (job := slurm.submitted_job_id(run_dir)) is not None:
+        record = {"job": job}
+    if record is None:
         return None
     tasks = slurm.query_tasks(record["job"])[:1] if shutil.which("scontrol") else []
     names = {"JobState": "state", "Reason": "reason", "RunTime": "run_time", "TimeLimit": "time_limit"}
@@ -91,7 +95,9 @@ def _job(run_dir: Path) -> dict[str, Any] | None:
 
 def _incident(entry: dict[str, Any]) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
-    return f"{when} step {entry['step']:,} {entry['kind']}: {entry['message']}"
+    text = f"{entry['kind']}: {entry['message']}"
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return f"{when} step {entry['step']:,} {shown}"
 
 
 def _age(path: Path) -> float | None:

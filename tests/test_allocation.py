@@ -55,7 +55,13 @@ def begin(run, monkeypatch):
     return begin_attempt
 
 
+def record(run) -> dict:
+    """Return the contents of attempts.json."""
+    return json.loads((run / "attempts.json").read_text())
+
+
 def save(run, step: int) -> None:
+    (run / "checkpoints" / f"step-{step}").mkdir(exist_ok=True)
     (run / "checkpoints" / "latest").write_text(f"step-{step}\n")
 
 
@@ -139,7 +145,7 @@ def test_a_job_is_refused_after_too_many_attempts_without_a_checkpoint(run):
         allocation.begin(run, 1, 1, 2, 60)
     save(run, 4)
     allocation.begin(run, 1, 1, 2, 60)
-    assert allocation.read_attempts(run)["failed_attempts"] == 0
+    assert record(run)["failed_attempts"] == 0
 
 
 def test_a_new_job_starts_to_count_from_zero(run, monkeypatch):
@@ -147,7 +153,7 @@ def test_a_new_job_starts_to_count_from_zero(run, monkeypatch):
         allocation.begin(run, 1, 1, 2, 60)
     monkeypatch.setenv("SLURM_JOB_ID", "12346")
     allocation.begin(run, 1, 1, 2, 60)
-    assert allocation.read_attempts(run) | {"time": 0} == {
+    assert record(run) | {"time": 0} == {
         "job": "12346", "start": 0, "step": 0, "failed_attempts": 0, "nodes": ["n1", "n2"], "time": 0,
     }  # fmt: skip
 
@@ -175,11 +181,11 @@ def test_a_stale_attempt_leaves_the_newer_one_alone(run, begin, monkeypatch, cap
     old = begin()
     begin()
     save(run, 8)
-    before = allocation.read_attempts(run)
+    before = record(run)
     monkeypatch.setenv("FUSIONTREE_LAUNCH", old["FUSIONTREE_LAUNCH"])
     assert allocation.end(run, 76) == 76
     assert requeued(run) == []
-    assert allocation.read_attempts(run) == before
+    assert record(run) == before
     assert "a newer attempt of the run has taken over (12345-1)" in capsys.readouterr().err
 
 
@@ -218,6 +224,55 @@ def test_a_job_that_slurm_is_ending_is_not_requeued(state, run, begin, monkeypat
     monkeypatch.setenv("STATE", state)
     assert allocation.end(run, 75) == 75
     assert requeued(run) == []
+
+
+# --- damaged records ---
+
+
+@pytest.mark.parametrize("content", ["", '{"job": "12345", "sta', "[]", '{"job": 12345}'])
+def test_a_damaged_record_of_attempts_is_named_and_counted_anew(content, run, begin, capsys):
+    begin()
+    save(run, 4)
+    (run / "attempts.json").write_text(content)
+    assert begin()["logs"].endswith("12345-1")  # not the logs of the attempt before
+    assert f"{run}/attempts.json is damaged" in capsys.readouterr().err
+    assert record(run)["step"] == 4
+    (run / "attempts.json").write_text(content)
+    assert allocation.end(run, 1) == 1
+    assert requeued(run) == ["requeue 12345"]
+    assert record(run)["start"] == 1
+
+
+def test_a_stale_attempt_is_recognized_by_the_logs_alone(run, begin, monkeypatch, capsys):
+    old = begin()
+    begin()
+    monkeypatch.setenv("FUSIONTREE_LAUNCH", old["FUSIONTREE_LAUNCH"])
+    (run / "attempts.json").write_text("")
+    assert allocation.end(run, 76) == 76
+    assert requeued(run) == []
+    assert "a newer attempt of the run has taken over (12345-1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "step-9\n"])
+def test_a_damaged_pointer_to_the_newest_checkpoint_is_named(content, run, capsys):
+    save(run, 4)
+    (run / "checkpoints" / "latest").write_text(content)
+    assert allocation.main(["begin", str(run), "--ranks-per-node", "1", "--nodes", "1-2", "--save-ahead", "60"]) == 0
+    errors = capsys.readouterr().err
+    assert f"{run}/checkpoints/latest is damaged (" in errors
+    assert "the newest checkpoint is step-4" in errors
+    assert "attempt 0 from step 4" in errors
+
+
+def test_a_damaged_exit_report_counts_as_none(run, begin, monkeypatch, capsys):
+    begin()
+    logs = run / "logs" / "12345-0"
+    for name in ("rank-0.json", "rank-0.started", "rank-x.started"):
+        (logs / name).write_text("{")
+    (logs / "rank-1.started").write_text("n2 77")
+    report(run, monkeypatch, 2, 1, LOST_PEER)
+    assert allocation.end(run, 1) == 1
+    assert "rank 0 ended without an exit report" in capsys.readouterr().err
 
 
 # --- the first failure -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     *("fusiontree.run.folder", "fusiontree.run.incidents", "fusiontree.run.jsonlines", "fusiontree.run.lease"),
-    *("fusiontree.run.records", "fusiontree.paths"),
+    *("fusiontree.run.records", "fusiontree.paths", "fusiontree.state_files"),
 }
 
 # part of the project → the parts it may import, in addition to itself and the leaves, which are all above it
@@ -28,7 +28,9 @@ ARROWS = {
     "fusiontree.distributed": {"fusiontree.device", "fusiontree.zero"},
     "fusiontree.data": set(),
     "fusiontree.run": {"fusiontree.config", "fusiontree.data"},
-    "fusiontree.checkpoint": {"fusiontree.distributed", "fusiontree.zero"},
+    "fusiontree.checkpoint": {
+        *("fusiontree.data.batch", "fusiontree.distributed", "fusiontree.model.config", "fusiontree.zero"),
+    },
     "fusiontree.inference": {
         *("fusiontree.checkpoint.tensor_files", "fusiontree.device", "fusiontree.kernels", "fusiontree.model"),
     },
@@ -69,6 +71,7 @@ TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.model.flops", "fusiontree.data"),
     *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.paths"),
+    "fusiontree.state_files",
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     *("fusiontree.evaluate.options", "fusiontree.export.options"),
     *("fusiontree.training.metrics", "fusiontree.training.progress", "fusiontree.doctor.memory"),

@@ -8,12 +8,17 @@ import pytest
 
 from fusiontree.run import incidents
 from fusiontree.run.folder import INCIDENTS_FILE
-from fusiontree.run.jsonlines import JsonLines, read_json_lines
+from fusiontree.run.jsonlines import JsonLines, read_lines
+from fusiontree.state_files import Stored, parse_stored
 
 
 def _write(folder: Path, rank: int) -> None:
     for step in range(200):
         incidents.record(folder, "skipped_update", step, "x" * 500, rank=rank)
+
+
+def _parse(line: bytes) -> dict:
+    return parse_stored(line, Stored).model_dump()
 
 
 def test_lines_of_several_processes_are_never_mixed(tmp_path: Path) -> None:
@@ -58,7 +63,7 @@ def test_lines_rejected_by_a_full_disk_are_reported_once_and_written_later(
         for line in sent[3:]:
             lines.add(line)
         lines.close()
-        assert read_json_lines(lines.path) == sent
+        assert [line for _, line in read_lines(lines.path, _parse)] == sent
         assert capsys.readouterr().err.count("; lines are queued until they can be written\n") == 1
 
 

@@ -515,3 +515,13 @@ def test_a_rank_without_a_launch_folder_writes_no_report(monkeypatch, tmp_path):
     assert outcome.report(1, "words") is False
     monkeypatch.setenv("FUSIONTREE_LAUNCH", str(tmp_path / "gone"))
     assert outcome.report(1, "words") is False
+
+
+def test_a_damaged_configuration_of_the_run_is_written_again(tmp_path, capsys):
+    config = load_config("tiny", [f"output={tmp_path}"])
+    run = launcher.job.prepare_run(config)
+    (run / "checkpoints").mkdir()
+    (run / CONFIG_FILE).write_text("model: {vocab")
+    launcher.job.prepare_run(config)
+    assert f"{run / CONFIG_FILE}: not valid YAML" in capsys.readouterr().err
+    assert load_config(str(run / CONFIG_FILE)) == config

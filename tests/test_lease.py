@@ -9,6 +9,7 @@ from fusiontree.checkpoint import store
 from fusiontree.config import load_config
 from fusiontree.errors import RunError
 from fusiontree.run import lease
+from fusiontree.run.folder import LEASE_FILE
 from fusiontree.run.records import read_metrics
 from fusiontree.training.metrics import Metrics
 
@@ -77,3 +78,11 @@ def test_a_start_that_lost_the_lease_publishes_nothing(tmp_path):
     lease.take(tmp_path)
     store.put_in_place(folder / ".step-8.partial", folder / "step-8")
     assert (folder / "latest").read_text() == "step-8\n"
+
+
+def test_a_damaged_lease_ends_the_start_because_a_newer_one_may_be_writing(tmp_path):
+    lease.take(tmp_path)
+    path = tmp_path / LEASE_FILE
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(RunError, match=r"lease.json is damaged \(it is not JSON\), so a newer attempt may be writing"):
+        lease.check(tmp_path)

@@ -18,7 +18,7 @@ from fusiontree.checkpoint import store
 from fusiontree.config import load_config
 from fusiontree.distributed.collectives import World
 from fusiontree.run import incidents
-from fusiontree.run.jsonlines import read_json_lines
+from fusiontree.run.records import read_layers
 from fusiontree.training.logs import log_to_file
 
 SMALLER = {"model__hidden_size": 32, "validation__every": 0}
@@ -75,7 +75,7 @@ def test_a_save_that_fails_on_one_rank_is_reported_and_the_next_one_succeeds(sha
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-8"]
     assert store.verify(folder / "step-8") == []
     assert [line["step"] for line in metrics(tmp_path / "r")] == [*range(1, 9)]
-    assert [line["step"] for line in read_json_lines(tmp_path / "r" / "layers.jsonl")] == [4, 8]
+    assert [line["step"] for line in read_layers(tmp_path / "r")] == [4, 8]
     assert output.count("metrics.jsonl: No space left on device; lines are queued until they can be written") == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ def run(tmp_path, monkeypatch):
     """Return the folder of a half-finished run whose process has ended, on a machine without SLURM."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step-480").mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(load_config("tiny", ["schedule.steps=1000"])))
     lines = [
         {"step": 400, "tokens": 4, "val_loss": 3.5},
@@ -69,13 +70,15 @@ def test_a_run_that_was_asked_to_stop_is_stopped_and_a_complete_one_finished(run
     assert found["state"] == "stopped, saved"
     assert found["incidents"]["count"] == 2
     assert found["incidents"]["newest"][0].endswith("step 300 rollback: loss was NaN: back to step 280")
+    (run / "checkpoints" / "step-1000").mkdir()
     (run / "checkpoints" / "latest").write_text("step-1000\n")
     assert status(run)["state"] == "finished"
 
 
 def test_a_run_that_was_only_submitted_has_not_started(run):
-    for name in ("lease.json", "metrics.jsonl", "checkpoints/latest"):
+    for name in ("lease.json", "metrics.jsonl"):
         (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
     found = status(run)
     assert (found["state"], found["step"], found["last"], found["checkpoint"]) == ("not started", 0, None, None)
 
@@ -110,3 +113,35 @@ def test_the_command_prints_lines_or_json(run, capsys):
 def test_a_missing_run_is_a_user_error(tmp_path, capsys):
     assert cli.main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"fusiontree: error: no run at {tmp_path}; give a run's folder, e.g. runs/NAME\n"
+
+
+DAMAGE = {
+    "attempts.json": [b"", b"{", b'{"job": "17", "sta', b"[]", b'{"job": "--x", "start": 0}', b"\xff\xfe", None],
+    "job.id": [b"", b"\n\n", b"--all", b"\xff", None],
+    "lease.json": [b"", b"{}", b'{"holder": 1, "host": "x", "pid": 0, "time": NaN}', None],
+    "checkpoints/latest": [b"", b"\n", b"step-", b"step-1000", b"../step-480", b"step-\xb2", b"\0" * 9, None],
+    "incidents.jsonl": [b"{}\n", b'{"time": 1e300, "kind": "a", "step": 1, "message": "m"}\n', b"\xff\n", None],
+    "metrics.jsonl": [b"7\n", b'{"loss": 1.0}\n', b'{"step": NaN}\n', b'{"step": 1, "loss": "x"}\n', None],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, kinds in DAMAGE.items() for content in kinds])
+def test_a_damaged_file_is_named_and_the_rest_is_reported(name, content, run, capsys):
+    """`content` None: a folder in place of the file."""
+    path = run / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    found = status(run)
+    assert str(path) in capsys.readouterr().err
+    assert (found["steps"], found["checkpoint"]["step"], found["job"]) == (1000, 480, None)
+    assert found["incidents"] == {"count": 0, "newest": []}
+    assert found["step"] == (0 if name == "metrics.jsonl" else 500)
+    unknown = "running on an unknown host, judging by its files"
+    assert found["state"] == (unknown if name == "lease.json" else "ended before its last step")
+
+
+def test_damaged_lines_are_counted_and_the_first_is_located(run, capsys):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(lines[0] + b"{\n" + lines[1] + b'{"loss": 1}\n{"step": 501, "lo')
+    assert status(run)["step"] == 500
+    assert capsys.readouterr().err == f"{run}/metrics.jsonl: 2 damaged lines are skipped (line 2: it is not JSON)\n"

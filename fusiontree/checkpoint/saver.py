@@ -6,6 +6,7 @@ Files are hashed while they are written, then read back and compared. Only then 
 `latest` updated and the retention applied. The threads of all ranks coordinate over a process group of their own.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError, short_cause
 from fusiontree.files import write_atomic
 from fusiontree.run import incidents, lease
-from fusiontree.run.folder import GATES_FILE, STATE_FILE, checkpoint_path, list_checkpoints, step_of
+from fusiontree.run.folder import GATES_FILE, STATE_FILE, checkpoint_path, list_checkpoints, run_of, step_of
 from fusiontree.zero.snapshot import snapshot
 
 log = logging.getLogger(__name__)
@@ -201,12 +202,28 @@ def _seal(
 
 
 def _retain(newest: Path, retention: Retention) -> None:
-    """Remove old checkpoints, and those of later steps than `newest`: damaged ones that the run skipped."""
+    """Remove old checkpoints, and those of later steps than `newest`: damaged ones that the run skipped.
+
+    A failed removal is recorded. It does not fail the save.
+
+    Raises:
+        RunError: another attempt at the run has the lease.
+    """
     found = list_checkpoints(newest.parent)
     index = found.index(newest)
     old = found[: max(0, index + 1 - retention.keep_last)]
     for path in [*(path for path in old if not _is_kept(path, retention.keep_every)), *found[index + 1 :]]:
-        shutil.rmtree(path)
+        try:
+            store.remove(path)  # one that is being read is removed after a later save
+        except OSError as error:
+            _report_failed_removal(path, short_cause(error))
+
+
+@functools.cache  # reported once, not after every save
+def _report_failed_removal(checkpoint: Path, reason: str) -> None:
+    message = f"checkpoint {checkpoint} could not be removed: {reason}; remove it by hand"
+    console.print(message)
+    incidents.record(run_of(checkpoint), "removal_failed", step_of(checkpoint), message)
 
 
 def _is_kept(path: Path, every: int) -> bool:

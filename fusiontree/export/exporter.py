@@ -1,5 +1,6 @@
 """Export of a checkpoint to a Hugging Face folder, proven equal to the trained model before it appears."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.prune.plan import PrunedWeights
 from fusiontree.prune.pruner import Pruner
-from fusiontree.run.folder import CONFIG_FILE, TOKENIZER, run_of, step_of
-from fusiontree.run.records import read_metrics
+from fusiontree.run.folder import CONFIG_FILE, TOKENIZER, run_of
+from fusiontree.run.records import iter_metrics
 
 
 def export(source: Path, output: Path, options: ExportOptions | None = None) -> dict[str, Any]:
@@ -53,9 +54,17 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
     dtype = options.dtype
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
-    max_shard_bytes = options.max_shard_bytes
+    max_shard_bytes = options.max_shard_bytes  # raises UserError
     refuse_existing(output, options.overwrite, marker=FACTS)
-    checkpoint = store.resolve(source)
+    with contextlib.ExitStack() as pins:
+        return _export(store.resolve(source, pins), output, options, max_shard_bytes, pins)
+
+
+def _export(
+    checkpoint: Path, output: Path, options: ExportOptions, max_shard_bytes: int, pins: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Export `checkpoint`, which `pins` keeps; see `export`."""
+    dtype = options.dtype
     config = load_config(str(checkpoint / CONFIG_FILE))
     state = store.read_state(checkpoint)
     tokenizer = run_of(checkpoint) / TOKENIZER
@@ -73,18 +82,19 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
     if options.prune is not None or options.prune_heads:
         pruner = Pruner(checkpoint, config, weights, options.data, options.limit)
         pruning, report = pruner.prune(options.prune, options.prune_heads)
-        gates = store.read_gates(checkpoint)
+        gates = store.read_gates(checkpoint, config.model)
         shape, weights = pruning.apply(config.model), PrunedWeights(weights, config.model, pruning, gates)
         for when, model in (("before", config.model), ("after", shape)):
             report[when]["weights_bytes"] = sum(spec.size for spec in _specs(model, dtype).values())
         pruned["pruning"] = report
     with staged_folder(output, options.overwrite, marker=FACTS) as partial:
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
-        facts = {**state, "val_loss": _held_out_loss(checkpoint), **pruned}
+        facts = {**state, "val_loss": _held_out_loss(run_of(checkpoint), state["step"]), **pruned}
         _write_other_files(partial, config, shape, facts, tokenizer, dtype)
         console.print("checking parity: logits and cached decoding against the trained model")
         parity = prove(partial, shape, weights, dtype)
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
+        pins.close()  # raises RunError if the run has replaced the checkpoint
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     return {
         "output": str(output),
@@ -98,10 +108,9 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
     }
 
 
-def _held_out_loss(checkpoint: Path) -> float | None:
-    """Return the run's last held-out loss up to `checkpoint`, nats per token; None: not measured."""
-    lines = read_metrics(run_of(checkpoint))
-    known = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] <= step_of(checkpoint)]
+def _held_out_loss(run: Path, step: int) -> float | None:
+    """Return the run's last held-out loss up to `step`, nats per token; None: not measured."""
+    known = [line["val_loss"] for line in iter_metrics(run) if "val_loss" in line and line["step"] <= step]
     return known[-1] if known else None
 
 

@@ -1,5 +1,6 @@
 """Pruning of a run's model, with loss, size and speed measured before and after."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,9 +45,11 @@ def plan_run(source: Path, hi: float = HI, lo: float = LO) -> dict[str, Any]:
         UserError: there is no checkpoint, or the bounds are out of range.
         RunError: the checkpoint does not verify.
     """
-    checkpoint = store.resolve(source)
-    config = load_config(str(checkpoint / CONFIG_FILE))
-    plan = make_plan(config.model, store.read_gates(checkpoint), hi, lo, config.data.seq_len)
+    with contextlib.ExitStack() as pins:
+        checkpoint = store.resolve(source, pins)
+        config = load_config(str(checkpoint / CONFIG_FILE))
+        gates = store.read_gates(checkpoint, config.model)
+    plan = make_plan(config.model, gates, hi, lo, config.data.seq_len)
     return {"checkpoint": str(checkpoint), **plan}
 
 
@@ -79,7 +82,7 @@ class Pruner:
             dataset.manifest.require_tokenizer(fingerprint, run_of(checkpoint) / TOKENIZER)
         self.config, self.limit = config, limit
         self.device = torch.device(accelerator())
-        self.gates = store.read_gates(checkpoint).to(self.device)
+        self.gates = store.read_gates(checkpoint, config.model).to(self.device)
         self.weights = {name: weights[name].to(self.device) for name in weights}
 
     def model(self, pruning: Pruning) -> HybridLM:

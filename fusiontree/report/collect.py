@@ -1,29 +1,32 @@
 """Data of a report, as plain values whose size does not grow with the length of the run."""
 
+import contextlib
 import datetime
 import math
-import statistics
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from safetensors import SafetensorError
 
 from fusiontree.checkpoint import store
-from fusiontree.errors import UserError, short_cause
+from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.model.config import ModelConfig
 from fusiontree.run import incidents
-from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LAYERS_FILE, list_checkpoints, step_of
-from fusiontree.run.jsonlines import read_json_lines
-from fusiontree.run.records import read_metrics
+from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, list_checkpoints, step_of
+from fusiontree.run.records import iter_metrics, read_layers
+from fusiontree.state_files import DamagedError, read_bytes
 
 NONE = "—"  # a missing value
 MAX_POINTS = 1000  # per curve
 MAX_COLUMNS = 160  # steps in a heat map
 MAX_CHANNELS = 256  # per layer
 MAX_EVENTS = 500  # per kind, the last ones
+MAX_TEXT = 2000  # characters of a message
 _LAYER_FIGURES = ("gate_mean", "gate_std", "mamba_rms", "attention_rms", "grad_norm")
 
 
@@ -36,18 +39,17 @@ def collect(run: Path) -> dict[str, Any]:
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"no run at {run}; give a run's folder, e.g. runs/NAME")
     config = _read_config(run / CONFIG_FILE)
-    lines = [line for line in read_metrics(run) if isinstance(line.get("step"), int)]
-    layers = [line for line in read_json_lines(run / LAYERS_FILE) if isinstance(line.get("step"), int)]
-    events = _events(run)
+    figures, layers, events = Figures(iter_metrics(run)), read_layers(run), _events(run)
+    batch, shares = config.get("batch.tokens"), layers[-1]["flop_share"] if layers else {}
     return {
         "path": str(run),
         "name": str(config.get("name", run.name)),
-        "batch_tokens": config.get("batch.tokens"),
-        "facts": _facts(config, lines, events),
-        "curves": {name: _curve(lines, name) for name in _curve_names(lines)},
-        "buckets": _last_buckets(lines),
+        "batch_tokens": batch if type(batch) is int and 0 < batch < 2**53 else None,
+        "facts": _facts(config, figures, events),
+        "curves": {name: _curve(figures, name) for name in figures.names if name not in ("step", "tokens")},
+        "buckets": _last_buckets(figures.last_validation),
         "layers": _layer_maps(layers),
-        "flop_share": layers[-1].get("flop_share", {}) if layers else {},
+        "flop_share": {part: share for part, share in shares.items() if math.isfinite(share)},
         "channels": _channels(run),
         "events": events,
         "config": {key: _text(value) for key, value in config.items()},
@@ -55,10 +57,17 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the run's configuration by dotted key, without validation: a report must open for any run."""
+    """Return the run's configuration by dotted key, without validation: a report must open for any run.
+
+    Raises:
+        UserError: it is not YAML, or has aliases, a few of which can stand for gigabytes.
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise DamagedError("it has aliases")
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise UserError(f"{path} cannot be read ({short_cause(error)}); restore it") from None
     return dict(_leaves(tree)) if isinstance(tree, dict) else {}
 
@@ -78,42 +87,80 @@ def _text(value: Any) -> str:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def _curve_names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, (int, float)))
-    return [name for name in found if name not in ("step", "tokens")]
+class Figures:
+    """The figures of a run's metrics as columns: 8 bytes a number, however many lines there are."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]]):
+        """Read `lines`, in their order."""
+        self.names: dict[str, None] = {}
+        self.last: Mapping[str, Any] = {}
+        self.last_validation: Mapping[str, Any] = {}
+        # lines with the same names are the rows of one table: their numbers, and all their values
+        tables: defaultdict[tuple[str, ...], tuple[array[int], array[float]]]
+        tables = defaultdict(lambda: (array("q"), array("d")))
+        for number, line in enumerate(lines):
+            numbers, values = tables[tuple(line)]
+            numbers.append(number)
+            values.extend(line.values())
+            self.last = line
+            if "val_loss" in line:
+                self.last_validation = line
+        self._tables = []
+        for names, (numbers, values) in tables.items():
+            self._tables.append((names, np.array(numbers), np.array(values).reshape(len(numbers), len(names))))
+            self.names |= dict.fromkeys(names)
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps of the lines that have a figure, int64 [n], and its values, fp64 [n]."""
+        found = [table for table in self._tables if name in table[0]]
+        if not found:
+            return np.zeros(0, np.int64), np.zeros(0)
+        order = np.argsort(np.concatenate([numbers for _, numbers, _ in found]))
+        steps, values = (
+            np.concatenate([table[:, names.index(key)] for names, _, table in found])[order] for key in ("step", name)
+        )
+        return steps.astype(np.int64), values
+
+    def finite(self, name: str) -> np.ndarray:
+        """Return the finite values of a figure, fp64 [n]."""
+        values = self.column(name)[1]
+        return values[np.isfinite(values)]
 
 
-def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[list[float | None]]:
+def _curve(figures: Figures, name: str) -> list[list[float | None]]:
     """Return steps and values; non-finite values become None."""
-    points = [(line["step"], _finite(line[name])) for line in lines if name in line]
-    return [list(column) for column in zip(*downsample(points, MAX_POINTS), strict=True)]
+    steps, values = figures.column(name)
+    kept = downsample(values, MAX_POINTS)
+    return [steps[kept].tolist(), [_finite(value) for value in values[kept].tolist()]]
 
 
-def downsample(points: Sequence[tuple[int, float | None]], limit: int) -> Sequence[tuple[int, float | None]]:
-    """Return at most `limit` points in order, with the first, the last and every peak.
+def downsample(values: np.ndarray, limit: int) -> np.ndarray:
+    """Return the indices of at most `limit` values in order, with the first, the last and every peak.
 
-    Each segment keeps its minimum and its maximum, so no spike is lost. None counts as the minimum.
+    Each segment keeps its minimum and its maximum, so no spike is lost. Non-finite values count as the minimum.
+
+    Args:
+        values: fp64 [n].
+        limit: at least 4.
     """
-    if len(points) <= limit:
-        return points
+    count = len(values)
+    if count <= limit:
+        return np.arange(count)
     segments = (limit - 2) // 2
-    inner = points[1:-1]
-    kept = [points[0]]
-    for i in range(segments):
-        first, end = (round(k * len(inner) / segments) for k in (i, i + 1))
-        values = [-math.inf if value is None else value for _, value in inner[first:end]]
-        extremes = {first + values.index(value) for value in (min(values), max(values))}
-        kept += [inner[index] for index in sorted(extremes)]
-    return [*kept, points[-1]]
+    heights = np.where(np.isfinite(values), values, -np.inf)
+    bounds = [1 + round(k * (count - 2) / segments) for k in range(segments + 1)]
+    kept = {0, count - 1}
+    for first, end in pairwise(bounds):
+        kept |= {first + int(heights[first:end].argmin()), first + int(heights[first:end].argmax())}
+    return np.array(sorted(kept))
 
 
 def _finite(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _last_buckets(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the last validation losses by document length and by position, with their buckets in order."""
-    last: Mapping[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
+def _last_buckets(last: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the losses of the last validation by document length and by position, with their buckets in order."""
     found = {}
     for kind in ("length", "position"):
         prefix = f"val_loss_by_{kind}/"
@@ -131,7 +178,7 @@ def _layer_maps(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not lines:
         return {}
     kept = [lines[index] for index in _spread(len(lines), MAX_COLUMNS)]
-    maps = {name: [[_finite(v) for v in line.get(name, [])] for line in kept] for name in _LAYER_FIGURES}
+    maps = {name: [[_finite(v) for v in line[name]] for line in kept] for name in _LAYER_FIGURES}
     return {"steps": [line["step"] for line in kept], **maps}
 
 
@@ -147,7 +194,7 @@ def _channels(run: Path) -> dict[str, Any]:
     for path in reversed(list_checkpoints(run / CHECKPOINTS)):
         try:
             gates = store.read_gates(path).sort(-1).values
-        except (OSError, SafetensorError, KeyError):
+        except RunError:
             continue  # fall back to an older one; the page names the step
         kept = gates[:, _spread(gates.shape[1], MAX_CHANNELS)]
         values = [[round(value, 4) for value in layer] for layer in kept.tolist()]
@@ -162,11 +209,12 @@ def _events(run: Path) -> list[dict[str, Any]]:
     """Return existing checkpoints and recorded incidents: kind, step, message, and time if known."""
     found: list[dict[str, Any]] = []
     for path in list_checkpoints(run / CHECKPOINTS):
-        when = {"step": step_of(path), "time": path.stat().st_mtime}
-        found.append({"kind": "checkpoint", "message": path.name, **when})
-    for line in incidents.read(run):
-        incident = {"kind": "incident", "step": 0, "message": "", "time": None} | line
-        found.append({key: incident[key] for key in ("kind", "step", "message", "time")})
+        with contextlib.suppress(FileNotFoundError):  # a run that trains removes old checkpoints
+            when = {"step": step_of(path), "time": path.stat().st_mtime}
+            found.append({"kind": "checkpoint", "message": path.name, **when})
+    for incident in incidents.read(run):
+        kind, message = (incident[key][:MAX_TEXT] for key in ("kind", "message"))
+        found.append({"kind": kind, "message": message, "step": incident["step"], "time": incident["time"]})
     counts: Counter[str] = Counter()
     kept = []
     for event in reversed(found):
@@ -176,31 +224,27 @@ def _events(run: Path) -> list[dict[str, Any]]:
     return kept[::-1]
 
 
-def _when(seconds: float | None) -> str:
-    return "" if seconds is None else datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+def _when(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _facts(
-    config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
+def _facts(config: Mapping[str, Any], figures: Figures, events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the facts in the page's summary; missing ones are `NONE`."""
-    steps, done = config.get("schedule.steps"), max((line["step"] for line in lines), default=0)
-    validation = [(line["val_loss"], line["step"]) for line in lines if _finite(line.get("val_loss")) is not None]
-    best = min(validation, default=None)
+    steps, done = config.get("schedule.steps"), figures.last.get("step", 0)
     kinds = Counter(event["kind"] for event in events)
     checkpoints = kinds.pop("checkpoint", 0)
     return {
         "updates": f"{done:,} of {steps:,}" if isinstance(steps, int) else f"{done:,}",
-        "tokens": _number(max((line.get("tokens", 0) for line in lines), default=0)),
+        "tokens": _number(_finite(figures.last.get("tokens", 0))),
         "parameters": _number(_parameters(config)),
-        "training loss": _last(lines, "loss"),
-        "validation loss": _last(lines, "val_loss"),
-        "best validation loss": NONE if best is None else f"{best[0]:.4f} at step {best[1]:,}",
-        "validation perplexity": _last(lines, "val_perplexity", ",.2f"),
-        "tokens/s (median)": _median(lines, "tokens_per_s", ",.0f"),
-        "TFLOP/s a device (median)": _median(lines, "tflop_per_s", ",.4g"),
-        "MFU (median)": _median(lines, "mfu", ".1%"),
-        "peak memory": _last(lines, "memory_gib", ",.2f", " GiB"),
+        "training loss": _last(figures, "loss"),
+        "validation loss": _last(figures, "val_loss"),
+        "best validation loss": _best(figures, "val_loss"),
+        "validation perplexity": _last(figures, "val_perplexity", ",.2f"),
+        "tokens/s (median)": _median(figures, "tokens_per_s", ",.0f"),
+        "TFLOP/s a device (median)": _median(figures, "tflop_per_s", ",.4g"),
+        "MFU (median)": _median(figures, "mfu", ".1%"),
+        "peak memory": _last(figures, "memory_gib", ",.2f", " GiB"),
         "checkpoints kept": str(checkpoints),
         "incidents": ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items()) or "none",
     }
@@ -210,11 +254,11 @@ def _parameters(config: Mapping[str, Any]) -> int | None:
     shape = {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")}
     try:
         return ModelConfig(**shape).parameter_count()
-    except (TypeError, ValueError):  # a hand-edited or damaged configuration
+    except (TypeError, ValueError, ArithmeticError):  # a hand-edited or damaged configuration
         return None
 
 
-def _number(value: int | None) -> str:
+def _number(value: float | None) -> str:
     """Format a count, abbreviated from a million upwards."""
     if value is None:
         return NONE
@@ -224,15 +268,20 @@ def _number(value: int | None) -> str:
     return f"{value:,}"
 
 
-def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [value for line in lines if (value := _finite(line.get(name))) is not None]
+def _last(figures: Figures, name: str, form: str = ".4f", unit: str = "") -> str:
+    values = figures.finite(name)
+    return f"{values[-1]:{form}}{unit}" if len(values) else NONE
 
 
-def _last(lines: Sequence[Mapping[str, Any]], name: str, form: str = ".4f", unit: str = "") -> str:
-    values = _values(lines, name)
-    return f"{values[-1]:{form}}{unit}" if values else NONE
+def _median(figures: Figures, name: str, form: str) -> str:
+    values = figures.finite(name)
+    return f"{np.median(values):{form}}" if len(values) else NONE
 
 
-def _median(lines: Sequence[Mapping[str, Any]], name: str, form: str) -> str:
-    values = _values(lines, name)
-    return f"{statistics.median(values):{form}}" if values else NONE
+def _best(figures: Figures, name: str) -> str:
+    steps, values = figures.column(name)
+    finite = np.flatnonzero(np.isfinite(values))
+    if not len(finite):
+        return NONE
+    best = finite[values[finite].argmin()]
+    return f"{values[best]:.4f} at step {steps[best]:,}"

@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> dict[str, Any
         raise UserError(f"--out {path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file")
-    page = render(found).encode()
+    page = render(found).encode(errors="backslashreplace")  # names may be undecodable
     write_atomic(path, page)
     return {"report": str(path), "runs": [run["label"] for run in found], "page_bytes": len(page)}
 

@@ -19,7 +19,10 @@
           manifest.json        sha256 of every other file, written last
 """
 
+import re
 from pathlib import Path
+
+from fusiontree.state_files import DamagedError, read_line, read_or_none
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -34,6 +37,7 @@ LATEST = "latest"
 STATE_FILE = "state.json"
 GATES_FILE = "gates.safetensors"
 MANIFEST_FILE = "manifest.json"
+_CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -51,7 +55,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     Resume verifies them from the newest down, so it does not depend on `newest_step`.
     """
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -61,9 +65,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """Return the step that ``checkpoints/latest`` names; 0 without a checkpoint.
+    """Return the step of the newest checkpoint, which ``checkpoints/latest`` names; 0 without one.
 
-    For status and requeueing, which must answer at once: nothing is verified.
+    If that file is missing, damaged or names no checkpoint, the newest is the one of the highest step. For status and
+    requeueing, which must answer at once: nothing is verified.
     """
-    latest = run / CHECKPOINTS / LATEST
-    return step_of(Path(latest.read_text().strip())) if latest.exists() else 0
+    steps = {path.name: step_of(path) for path in list_checkpoints(run / CHECKPOINTS)}
+    highest = max(steps.values(), default=0)
+
+    def read_latest(path: Path) -> int:
+        name = read_line(path)
+        if name not in steps:
+            raise DamagedError("it names no checkpoint")
+        return steps[name]
+
+    fallback = f"the newest checkpoint is step-{highest}" if steps else "there is no checkpoint"
+    step = read_or_none(run / CHECKPOINTS / LATEST, read_latest, fallback)
+    return highest if step is None else step

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.run.folder import INCIDENTS_FILE
-from fusiontree.run.jsonlines import JsonLines, read_json_lines
+from fusiontree.run.jsonlines import JsonLines, read_lines
+from fusiontree.state_files import Count, Stored, Time, parse_stored
+
+
+class _Incident(Stored):
+    time: Time
+    kind: str
+    step: Count
+    message: str
 
 
 def record(run_dir: Path, kind: str, step: int, message: str, **facts: Any) -> None:
@@ -36,5 +44,9 @@ def _lines(run_dir: Path) -> JsonLines:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the incidents of a run, oldest first, without lines truncated by a crash or a full disk."""
-    return read_json_lines(run_dir / INCIDENTS_FILE)
+    """Return the incidents of a run, oldest first; damaged lines are named and skipped."""
+    return [incident for _, incident in read_lines(run_dir / INCIDENTS_FILE, _parse)]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    return parse_stored(line, _Incident).model_dump()

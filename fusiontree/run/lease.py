@@ -10,13 +10,24 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fusiontree.errors import RunError
+from pydantic import Field
+
+from fusiontree.errors import RunError, short_cause
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import LEASE_FILE
+from fusiontree.state_files import DamagedError, Stored, Time, read_stored
 
 TOKEN = uuid.uuid4().hex  # identifies this process among all processes on all hosts
+
+
+class _Holder(Stored):
+    holder: str
+    host: str
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    time: Time
+    job: str | None = None
 
 
 def take(run_dir: Path) -> None:
@@ -26,14 +37,30 @@ def take(run_dir: Path) -> None:
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
-    """Return the holder: token, host, pid, time (s since the epoch), SLURM job; None if the run never started."""
-    path = run_dir / LEASE_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    """Return the holder: token, host, pid, time (s since the epoch), SLURM job; None if the run never started.
+
+    Raises:
+        DamagedError: the lease is damaged.
+    """
+    try:
+        return read_stored(run_dir / LEASE_FILE, _Holder).model_dump()
+    except FileNotFoundError:
+        return None
 
 
 def check(run_dir: Path) -> None:
-    """Raise RunError if a newer start of the run has taken the lease from this process."""
-    holder = read(run_dir)
+    """Check that no newer start of the run has taken the lease from this process.
+
+    Raises:
+        RunError: one has; or the lease is damaged, so that this process may not be the newest start.
+    """
+    try:
+        holder = read(run_dir)
+    except DamagedError as error:
+        raise RunError(
+            f"{run_dir / LEASE_FILE} is damaged ({short_cause(error)}), so a newer attempt may be writing; start again "
+            "to resume"
+        ) from None
     if holder is not None and holder["holder"] != TOKEN:
         raise RunError(
             f"{run_dir} is now written by a newer attempt on {holder['host']} (pid {holder['pid']}); this one ends"

@@ -1,5 +1,6 @@
 """Preparation of the run's folder at a start, and checks of the checkpoint to resume from."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from fusiontree.data.format import tokenizer_fingerprint
 from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream
 from fusiontree.distributed import collectives
-from fusiontree.distributed.collectives import World
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, write_atomic
 from fusiontree.model.config import ModelConfig
@@ -28,13 +28,12 @@ _FIXED = ("optimizer.kind",)  # never allowed to change: the checkpoint's moment
 
 
 def prepare_folder(
-    config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str] = (), trust: bool = False
+    config: RunConfig, data: Sources, allow_changed: Sequence[str] = (), trust: bool = False
 ) -> Path | None:
     """Make the run's folder on the main rank and take its lease; return the checkpoint to resume from. Collective.
 
     Args:
         config: the run.
-        world: the ranks.
         data: the run's training data.
         allow_changed: keys whose values may differ from the checkpoint's, see `check_changes`.
         trust: accept a checkpoint that can execute code.
@@ -44,11 +43,16 @@ def prepare_folder(
             configuration, or can execute code and is not trusted.
         RunError: there are checkpoints and none verifies.
     """
-    return collectives.on_main(lambda: _prepare_folder(config, world, data, allow_changed, trust))
+
+    def prepare() -> Path | None:
+        with contextlib.ExitStack() as pins:  # until the lease is taken, a running attempt could remove the checkpoint
+            return _prepare_folder(config, data, allow_changed, trust, pins)
+
+    return collectives.on_main(prepare)
 
 
 def _prepare_folder(
-    config: RunConfig, world: World, data: Sources, allow_changed: Sequence[str], trust: bool
+    config: RunConfig, data: Sources, allow_changed: Sequence[str], trust: bool, pins: contextlib.ExitStack
 ) -> Path | None:
     run = config.run_dir
     for folder in (dataset.folder for dataset in data.datasets):
@@ -57,8 +61,8 @@ def _prepare_folder(
                 f"run folder {run} and dataset {folder} must not contain each other; set another output or name"
             )
     refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
-    store.tidy(run / CHECKPOINTS)
-    found = newest_verified(run)
+    store.restore_replaced(run / CHECKPOINTS)
+    found = newest_verified(run, pins)
     if found is not None:
         if not trust:
             store.refuse_code(found)
@@ -70,13 +74,18 @@ def _prepare_folder(
         check_init_from(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
+    store.tidy(run / CHECKPOINTS)
     write_atomic(run / CONFIG_FILE, to_yaml(config))
     shutil.copytree(tokenizers[0], run / TOKENIZER, dirs_exist_ok=True)
     return found
 
 
-def newest_verified(run: Path) -> Path | None:
+def newest_verified(run: Path, pins: contextlib.ExitStack | None = None) -> Path | None:
     """Return the newest checkpoint of `run` that verifies; print and record newer damaged ones.
+
+    Args:
+        run: the run's folder.
+        pins: see `store.newest`.
 
     Returns:
         None if the run has no checkpoints.
@@ -84,9 +93,9 @@ def newest_verified(run: Path) -> Path | None:
     Raises:
         RunError: there are checkpoints and none verifies.
     """
-    found, damaged = store.newest(run / CHECKPOINTS)
+    found, damaged = store.newest(run / CHECKPOINTS, pins)
     for path, line in damaged.items():
-        console.print(line, markup=False)
+        console.print(line)
         incidents.record(run, "fallback", step_of(path), line)
     return found
 
@@ -139,6 +148,11 @@ def _check_resume(config: RunConfig, data: Sources, path: Path, allow_changed: S
     """Raise UserError unless `config` can resume from the checkpoint at `path`; print and record allowed changes."""
     before = load_config(str(path / CONFIG_FILE))
     differing = check_changes(before, config, allow_changed, _data_changes(store.read_state(path), data))
+    if (step := store.read_state(path)["step"]) > config.schedule.steps:
+        raise UserError(
+            f"{path} was saved after step {step:,}, beyond schedule.steps {config.schedule.steps:,}; raise "
+            "schedule.steps, or set another name"
+        )
     impossible = [key for key in differing if key in _FIXED]
     if _shapes(before.model) != _shapes(config.model):
         impossible += [key for key in differing if key.startswith("model.")]
@@ -147,6 +161,7 @@ def _check_resume(config: RunConfig, data: Sources, path: Path, allow_changed: S
             f"the weights in {path} do not fit other values of {', '.join(impossible)}; restore the old values"
         )
     read_position(config, path)
+    store.read_gates(path, config.model)
     if differing:
         line = f"resuming with other values of {', '.join(differing)}, as --allow-changed permits"
         console.print(line)

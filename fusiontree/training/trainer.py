@@ -62,7 +62,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
     world = collectives.start()
     try:
         stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
-        resume_from = prepare_folder(config, world, data.train, allow_changed, trust)
+        resume_from = prepare_folder(config, data.train, allow_changed, trust)
         with log_to_file(config, world), contextlib.closing(stream):
             trainer = Trainer(config, world, data, stream, resume_from, trust)
             trainer.run()
@@ -198,7 +198,7 @@ class Trainer:
         rows = rows_of_failing_ranks(self.stream, self._last_rows[0], bool(update.loss_share.isfinite()))
         message = f"step {self.step:,}: {trouble.message}; rows: {format_rows(rows)}"
         if self.world.is_main:
-            console.print(message, markup=False)
+            console.print(message)
             incidents.record(self.config.run_dir, trouble.kind, self.step, message, rows=rows)
         if trouble.action == "stop":
             self.saver.wait()
@@ -363,7 +363,7 @@ class Trainer:
         self._skip_ranges(skipped)
         self.ledger.restore(state["bad_rows"])
         self.health.restore(state["health"])
-        self.training.gates.restore(store.read_gates(path))
+        self.training.gates.restore(store.read_gates(path, self.config.model))
         if self.world.is_main and at_start:
             saved = f"saved on {state['world_size']} ranks at ZeRO stage {state['zero_stage']}"
             message = f"resuming {self.config.run_dir} from step {self.step:,}"
