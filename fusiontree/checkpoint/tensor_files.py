@@ -4,23 +4,29 @@ A model can be larger than the memory of the machine that exports it: only the t
 """
 
 import json
+import os
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fusiontree.errors import RunError, short_cause
-from fusiontree.files import parse_json
+from fusiontree.state_files import Count, DamagedError, Stored, open_regular, parse_stored, read_stored
 from fusiontree.zero import layout
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _HEADER_ALIGNMENT = 8  # bytes; the safetensors library pads its header to the same multiple
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in a safetensors header
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
+_MAX_HEADER = 10**8  # bytes; the safetensors library has the same limit
 _BLOCK = 2**26  # bytes per write
 
 
@@ -85,38 +91,78 @@ def locate_weights(folder: Path, zero_stage: int, trust: bool = False) -> dict[s
         RunError: files of a rank are missing, or the contents are not DeepSpeed's.
     """
     read = layout.reader(values=False, trust=trust)
+    locate = _Locator()
     try:
-        return _locate_stage_3(folder, read) if zero_stage == 3 else _locate_unpartitioned(folder, read)
+        return _locate_stage_3(folder, read, locate) if zero_stage == 3 else _locate_unpartitioned(folder, read, locate)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise RunError(
             f"{folder} is not a DeepSpeed checkpoint of ZeRO stage {zero_stage} ({short_cause(error)}); use another one"
         ) from None
 
 
-def _locate_unpartitioned(folder: Path, read: layout.Reader) -> dict[str, StoredTensor]:
+def _locate_unpartitioned(folder: Path, read: layout.Reader, locate: "_Locator") -> dict[str, StoredTensor]:
     path, weights = layout.full_weights(folder, read)
     return {
-        name: StoredTensor(value.dtype, tuple(value.shape), [_extent(path, value, 0, value.numel())])
+        name: StoredTensor(value.dtype, tuple(value.shape), [locate(path, value, 0, value.numel())])
         for name, value in weights.items()
     }
 
 
-def _locate_stage_3(folder: Path, read: layout.Reader) -> dict[str, StoredTensor]:
+def _locate_stage_3(folder: Path, read: layout.Reader, locate: "_Locator") -> dict[str, StoredTensor]:
     extents: dict[str, list[Extent]] = {}
     for part in layout.parts(folder, 3, read):
-        extents.setdefault(part.name, []).append(_extent(part.path, part.flat, part.start, part.length))
+        extents.setdefault(part.name, []).append(locate(part.path, part.flat, part.start, part.length))
+        if part.flat.dtype != torch.float32:
+            raise RunError(
+                f"{part.path} has weights in {part.flat.dtype} instead of fp32; use an unmodified checkpoint"
+            )
     shapes = layout.shapes(folder, read)
+    for name, shape in shapes.items():
+        if sum(extent.values for extent in extents[name]) != prod(shape):
+            raise RunError(f"{folder} has another number of values of {name} than its shape; use another checkpoint")
     return {name: StoredTensor(torch.float32, shape, extents[name]) for name, shape in shapes.items()}
 
 
-def _extent(path: Path, value: Tensor, start: int, length: int) -> Extent:
-    """Return where `length` elements of `value`, from `start`, are in the file `path`."""
-    if not value.is_contiguous():
-        raise RunError(
-            f"{path} contains a non-contiguous tensor, which FusionTree never saves; use an unmodified checkpoint"
-        )
-    stored: Any = value.untyped_storage()._checkpoint_offset  # set by torch.load in FakeTensorMode
-    return Extent(path, stored + (int(value.storage_offset()) + start) * value.dtype.itemsize, length)
+class _Locator:
+    """Positions of tensors in files that torch.load read in FakeTensorMode, checked against the files' archives.
+
+    That mode checks no bounds: it enlarges the storage of a tensor that exceeds it, and would read a neighbor's bytes.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[Path, dict[int, int]] = {}
+
+    def __call__(self, path: Path, value: Tensor, start: int, length: int) -> Extent:
+        """Return where `length` elements of `value`, from `start`, are in the file `path`.
+
+        Raises:
+            RunError: they are not inside one storage of the file.
+        """
+        if path not in self._records:
+            self._records[path] = _storages(path)
+        stored: Any = value.untyped_storage()._checkpoint_offset
+        first, size = int(value.storage_offset()) + start, value.dtype.itemsize
+        if not value.is_contiguous() or (first + length) * size > self._records[path].get(stored, -1):
+            raise RunError(
+                f"{path} contains a tensor that is not contiguous inside its storage, as all that FusionTree saves "
+                "are; use an unmodified checkpoint"
+            )
+        return Extent(path, stored + first * size, length)
+
+
+def _storages(path: Path) -> dict[int, int]:
+    """Return the bytes of each uncompressed entry of a file of torch.save, by its offset in the file."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
+            for entry in archive.infolist():
+                stream.seek(entry.header_offset + 26)
+                name_and_extra = struct.unpack("<HH", stream.read(4))  # of the entry's own header, which may differ
+                if entry.compress_type == zipfile.ZIP_STORED:
+                    found[entry.header_offset + 30 + sum(name_and_extra)] = entry.file_size
+    except (zipfile.BadZipFile, struct.error):
+        raise RunError(f"{path} is not a file of torch.save; use an unmodified checkpoint") from None
+    return found
 
 
 def _read(name: str, stored: StoredTensor) -> Tensor:
@@ -138,6 +184,25 @@ def _read(name: str, stored: StoredTensor) -> Tensor:
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+class _Index(Stored):
+    weight_map: dict[str, str]
+
+
+class _Entry(Stored):
+    """A tensor in a safetensors header."""
+
+    dtype: Literal["F32", "BF16", "F16"]
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]  # bytes after the header
+
+
+class _Header(Stored):
+    """A safetensors header: its tensors by name, and metadata."""
+
+    __pydantic_extra__: dict[str, _Entry] = Field(init=False)
+    metadata: dict[str, str] = Field(default={}, alias="__metadata__")
 
 
 def from_safetensors(folder: Path) -> TensorFiles:
@@ -170,18 +235,41 @@ def from_safetensors(folder: Path) -> TensorFiles:
 def _indexed_files(index: Path) -> dict[str, Path]:
     """Return the file of each tensor that `index` names."""
     try:
-        names = {name: str(file) for name, file in parse_json(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = read_stored(index, _Index).weight_map
+    except DamagedError as error:
         raise RunError(f"{index} is damaged ({short_cause(error)}); export the model again") from None
     for file in sorted(set(names.values())):
-        if Path(file).name != file:
-            raise RunError(f"{index} names {file}, which is outside its folder; export the model again")
+        if Path(file).name != file or not file.isprintable():
+            raise RunError(f"{index} names {file!r}, which is outside its folder; export the model again")
     return {name: index.parent / file for name, file in names.items()}
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    """Return the shapes of the tensors in a safetensors file.
+
+    Raises:
+        RunError: it is damaged, or its tensors do not follow each other in the header's order. The library accepts
+            exchanged offsets, but every writer that we know writes tensors in the header's order.
+    """
+    try:
+        with open_regular(path) as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if not 2 <= size <= _MAX_HEADER:
+                raise DamagedError("its header has no valid size")
+            found: dict[str, _Entry] = parse_stored(stream.read(size), _Header).model_extra or {}
+            end = 0
+            for name, entry in found.items():
+                length = prod(entry.shape) * _ITEM_BYTES[entry.dtype]
+                if entry.data_offsets != (end, end + length):
+                    raise DamagedError(f"the offsets of {name!r} are not those of the next {length:,} bytes")
+                end += length
+            if stream.seek(0, os.SEEK_END) != 8 + size + end:
+                raise DamagedError("its size differs from that of its tensors")
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; export the model again") from None
+    except DamagedError as error:
+        raise RunError(f"{path} is damaged ({short_cause(error)}); export the model again") from None
+    return {name: entry.shape for name, entry in found.items()}
 
 
 def _opened(path: Path) -> Any:

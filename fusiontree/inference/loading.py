@@ -2,22 +2,30 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from tokenizers import Tokenizer
 
 from fusiontree.checkpoint.tensor_files import from_safetensors
 from fusiontree.errors import RunError, UserError, short_cause
-from fusiontree.files import parse_json
 from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.mamba import STATE_PARAMETERS
+from fusiontree.state_files import Count, DamagedError, Stored, read_stored
 
 FACTS = "fusiontree.json"  # facts about the run
-_FACTS = {"tokenizer_fingerprint": str, "eos_id": int, "seq_len": int}  # required facts and their types
 PREFIX = "model."  # of the weights' names
+
+
+class _Facts(Stored):
+    """The facts that commands need; there are more."""
+
+    tokenizer_fingerprint: str
+    eos_id: Count
+    seq_len: Annotated[int, Field(ge=1, lt=2**31)]
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -27,17 +35,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
         UserError: `folder` is not an exported model.
         RunError: the facts are damaged.
     """
-    path = folder / FACTS
-    if not path.is_file():
-        raise UserError(f"{folder} is not an exported model; create one with `fusiontree export RUN {folder}`")
     try:
-        facts = parse_json(path.read_text())
-        wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
-    except (ValueError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({short_cause(error)}); export the model again") from None
-    if wrong:
-        raise RunError(f"{path} is damaged (missing or invalid: {', '.join(wrong)}); export the model again")
-    return facts
+        return read_stored(folder / FACTS, _Facts).model_dump()
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not an exported model; create one with `fusiontree export RUN {folder}`"
+        ) from None
+    except DamagedError as error:
+        raise RunError(f"{folder / FACTS} is damaged ({short_cause(error)}); export the model again") from None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -47,9 +52,14 @@ def read_config(folder: Path) -> ModelConfig:
         RunError: it is missing or damaged.
     """
     try:
-        return ModelConfig.from_dict(parse_json((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder} is a damaged export ({short_cause(error)}); export the model again") from None
+        return ModelConfig.from_dict(read_stored(folder / "config.json", Stored).model_dump())
+    except FileNotFoundError:
+        reason = "config.json is missing"
+    except DamagedError as error:
+        reason = f"config.json: {short_cause(error)}"
+    except (ValueError, TypeError) as error:
+        reason = f"config.json: {short_cause(error)}"
+    raise RunError(f"{folder} is a damaged export ({reason}); export the model again")
 
 
 def check_positions(config: ModelConfig, tokens: int) -> None:

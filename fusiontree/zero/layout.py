@@ -190,7 +190,7 @@ def reader(values: bool, trust: bool = False) -> Reader:
             ) from None
         except FileNotFoundError:
             raise RunError(f"{path} is missing; restore the checkpoint or use another one") from None
-        except (RuntimeError, ModuleNotFoundError) as error:
+        except Exception as error:  # of damaged files: torch's parser and pickle raise almost any class
             raise RunError(
                 f"{path} cannot be read ({short_cause(error)}); restore the checkpoint or use another one"
             ) from None
