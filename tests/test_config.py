@@ -419,3 +419,12 @@ def test_section_names():
         *("distill", "precision", "activation_checkpointing", "deepspeed", "nvme_path", "checkpoint", "validation"),
         *("logging", "health", "kernels"),
     ]
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, f"seed: {'9' * 5000}", "{[1]: 2}", "? {a: b}\n: 1", "\0"])
+def test_hostile_yaml_is_one_line(text, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    message = error_of(path)
+    assert f"{path}: not valid YAML: " in message
+    assert "\n" not in message

@@ -24,7 +24,9 @@ def load_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
         raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # e.g. a number of 5,000 digits, a list as a key
         raise UserError(f"{where}: not valid YAML: {short_cause(error)}") from None
 
 
