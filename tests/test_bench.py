@@ -134,16 +134,16 @@ def test_the_profile_ranks_kinds_and_kernels(measured: tuple[dict[str, Any], str
 def test_a_peer_out_of_memory_keeps_our_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     class TooLarge:
         def __init__(self, *_: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to get 2 GiB.")
 
     monkeypatch.setattr(bench, "Peer", TooLarge)
     figures = bench._measure_peer(bench.PeerRun("hf-llama", False), micro(), bench.Workload(steps=1), CPU)
-    expected = "out of GPU memory with hf-llama, 1 x 96 tokens, recompute none: CUDA out of memory. Tried to allocate"
+    expected = "out of GPU memory with hf-llama, 1 x 96 tokens, recompute none: CUDA out of memory. Tried to get 2 GiB"
     assert figures["problem"] == expected
 
 
 def test_out_of_memory_is_one_line() -> None:
-    expected = pytest.raises(RunError, match=r"^out of GPU memory with 1 x 8 tokens: none left$")
+    expected = pytest.raises(RunError, match=r"^out of GPU memory with 1 x 8 tokens: none left stack$")
     with expected, oom_context("1 x 8 tokens"):
         raise torch.OutOfMemoryError("none left\nstack")
 
