@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from fusiontree.data import segments
 from fusiontree.data.format import Dataset
 from fusiontree.data.sources import Sources, held_out_sources
-from fusiontree.errors import UserError
+from fusiontree.errors import UserError, short_cause
 from fusiontree.evaluate.ngram import Bigram
 from fusiontree.evaluate.options import EvalOptions
 from fusiontree.inference.loading import check_ids, check_positions, encode, load_export, read_facts
@@ -77,13 +77,14 @@ class Subject:
         Raises:
             UserError: these rows have no pair of tokens. RunError: one is damaged.
         """
-        rows = min(self.train.num_rows, max(1, _COUNTED_TOKENS // self.train.manifest.row_len))
+        count = min(self.train.num_rows, max(1, _COUNTED_TOKENS // self.train.manifest.row_len))
+        rows = [self.train.row(row) for row in range(count)]
         try:
-            return Bigram.count((self.train.row(row) for row in range(rows)), self.vocab_size)
+            return Bigram.count(rows, self.vocab_size)
         except ValueError as error:
             raise UserError(
-                f"{self.train.location}: the first {rows} training rows give no n-gram baseline ({error}); build the "
-                "dataset from longer documents"
+                f"{self.train.location}: the first {count} training rows give no n-gram baseline "
+                f"({short_cause(error)}); build the dataset from longer documents"
             ) from None
 
     @cached_property
