@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from fusiontree.errors import UserError
 from fusiontree.files import parse_json
 from fusiontree.inference.decoder import Decoder
+from fusiontree.inference.detokenizer import TextStream
 from fusiontree.inference.loading import check_ids, check_positions, encode, load_export, read_facts
 from fusiontree.inference.sampling import Sampling, draw
 from fusiontree.model.lm import HybridLM
@@ -22,7 +22,7 @@ def generate_text(
     """Continue `prompt` with the model exported to `folder`.
 
     Args:
-        on_text: called with the prompt, then with each new piece of text.
+        on_text: called with the prompt, then with each new piece of text, as soon as later tokens cannot change it.
 
     Returns:
         `prompt`, the new `text`, `prompt_tokens` and `new_tokens`.
@@ -67,7 +67,7 @@ def generate_texts(
     stop = read_facts(folder)["eos_id"]
     for start in range(0, len(ids), rows):
         batch = ids[start : start + rows]
-        streams = [_TextStream(tokenizer, stop, None if on_text is None or i else on_text) for i in range(len(batch))]
+        streams = [TextStream(tokenizer, prompt, stop, None if i else on_text) for i, prompt in enumerate(batch)]
         if on_text is not None:
             on_text(texts[start])
         for tokens in stream_tokens(model, batch, max_new_tokens, sampling, stop):
@@ -79,7 +79,7 @@ def generate_texts(
                 "prompt": texts[start + i],
                 "text": text,
                 "prompt_tokens": len(batch[i]),
-                "new_tokens": len(stream.ids),
+                "new_tokens": stream.new_tokens,
             }
 
 
@@ -124,41 +124,6 @@ def _parse_prompt(location: str, line: str) -> str:
     if not isinstance(prompt, str):
         raise UserError(f"{location}: prompt is {prompt!r}; it must be a string")
     return prompt
-
-
-class _TextStream:
-    """One row's tokens up to its first `stop`, passed to `on_text` as soon as they decode to complete characters."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: int | None, on_text: Callable[[str], None] | None):
-        self.tokenizer, self.stop, self.on_text = tokenizer, stop, on_text
-        self.ids: list[int] = []
-        self.shown, self.ended = "", False
-
-    def add(self, token: int) -> None:
-        """Append the next token; tokens after the first `stop` are ignored."""
-        self.ended = self.ended or token == self.stop
-        if self.ended:
-            return
-        self.ids.append(token)
-        if self.on_text is not None:
-            text = self._text()
-            if not text.endswith("\ufffd"):  # the replacement character: bytes of the last character are still missing
-                self._show(text)
-
-    def finish(self) -> str:
-        """Show the remaining text and return the complete text."""
-        text = self._text()
-        self._show(text)
-        return text
-
-    def _text(self) -> str:
-        text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        return text
-
-    def _show(self, text: str) -> None:
-        if self.on_text is not None:
-            self.on_text(text[len(self.shown) :])
-        self.shown = text
 
 
 @torch.inference_mode()
