@@ -48,7 +48,8 @@ def build_shards(
     Returns:
         The figures: output, documents, tokens (without padding), rows, padding (fraction of all tokens), cut_documents
         (longer than a row), duplicates, too_short and too_long (documents outside the length limits), bytes of the
-        shards, encoder, seconds and tokens_per_s of this call, continued (true if it resumed a build), skipped inputs.
+        shards, encoder, omitted (tokens that the tokenizer's post-processor would add), seconds and tokens_per_s of
+        this call, continued (true if it resumed a build), skipped inputs.
 
     Raises:
         UserError: an argument or an input is wrong.
@@ -64,6 +65,12 @@ def build_shards(
         resumable_folder(output, options.overwrite, MANIFEST, _STATE_FILES) as folder,
     ):
         info = workers.encoder.info
+        if omitted := workers.encoder.omitted:
+            console.print(
+                f"the tokenizer's post-processor adds {' and '.join(omitted)} to each text; documents do not get "
+                f"{'it' if len(omitted) == 1 else 'them'}, nor do prompts in generation, evaluation and the export",
+                markup=False,
+            )
         state = _resume_or_restart(folder, _job(files, info, options), tokenizer, options.overwrite)
         held_out_files = None if options.holdout_from == "spread" else _last_files(files, options.holdout)
         assembly = Assembly(folder, info, options, held_out_files, state)
@@ -84,7 +91,12 @@ def build_shards(
         manifest.save(folder)
     seconds = time.perf_counter() - started
     encoder = workers.encoder.name + (f" ({workers.encoder.note})" if workers.encoder.note else "")
-    speed = {"encoder": encoder, "seconds": seconds, "tokens_per_s": (assembly.tokens - tokens_before) / seconds}
+    speed = {
+        "encoder": encoder,
+        "omitted": workers.encoder.omitted,
+        "seconds": seconds,
+        "tokens_per_s": (assembly.tokens - tokens_before) / seconds,
+    }
     outcome = {"continued": assembly.resumed, "skipped": manifest.skipped}
     return {"output": str(output)} | _figures(manifest, assembly) | speed | outcome
 

@@ -61,7 +61,7 @@ class BuildOptions:
     # neighboring documents in the same split
     holdout_from: Literal["spread", "end"] = "spread"
     dedup: bool = False  # drop a document whose text occurred earlier in the inputs
-    eos: str | None = None  # end-of-document token, see `load_tokenizer`
+    eos: str | None = None  # end-of-document token, see `load_text_tokenizer`
     encoder: str = "auto"  # encoding library, see `Encoder`
     input: InputOptions = field(default_factory=InputOptions)
     workers: int = 1  # tokenizing processes

@@ -33,7 +33,7 @@ def reindex(
         folder: the dataset; the shards are SPLIT/*.tar.
         tokenizer: the tokenizer of the shards, if the manifest is lost; None: DATASET/tokenizer. If that does not
             exist, `tokenizer` is copied there.
-        eos: the end-of-document token, see `load_tokenizer`.
+        eos: the end-of-document token, see `load_text_tokenizer`.
         skip_damaged: adopt the intact shards even if others are damaged; otherwise nothing is written.
         workers: processes that read shards.
 

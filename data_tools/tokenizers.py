@@ -14,14 +14,21 @@ from data_tools.readers import Rejected, extract_text, find_fault, read_records,
 from data_tools.skipped import SkipReport
 from fusiontree.console import progress_bar
 from fusiontree.data.format import TokenizerInfo, tokenizer_fingerprint
-from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, golden_samples, open_tokenizer
-from fusiontree.errors import UserError, short_cause
+from fusiontree.data.tokenizer import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    TextTokenizer,
+    golden_samples,
+    load_text_tokenizer,
+    named_token,
+    plain_config,
+    read_json,
+)
+from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, staged_folder
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1
 _MIN_VOCAB_SIZE = 256 + 2  # every byte, and the special tokens
-# end-of-document tokens of common model families, tried if no configuration file names one
-_KNOWN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|endofdocument|>", "[EOS]")
 
 
 def train_tokenizer(
@@ -84,16 +91,9 @@ def train_tokenizer(
         tokenizer.train_from_iterator(texts(), trainer)
     if not report.documents:
         raise UserError(f"no documents in {', '.join(map(str, inputs))} ({report.why_empty()})")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "model_max_length": int(1e30),  # no limit, as Hugging Face writes it: the context length belongs to the model
-        "clean_up_tokenization_spaces": False,
-    }
     with staged_folder(output, overwrite, marker=TOKENIZER_FILE) as folder:
         tokenizer.save(str(folder / TOKENIZER_FILE))
-        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_config(folder, plain_config(EOS, PAD))
         _, info = load_tokenizer(folder)
     return {
         "output": str(output),
@@ -119,86 +119,39 @@ def _texts(file: TextFile, options: InputOptions, report: SkipReport) -> Iterato
 
 
 def load_tokenizer(folder: Path, eos: str | None = None) -> tuple[Tokenizer, TokenizerInfo]:
-    """Load a Hugging Face tokenizer folder for building data, see `open_tokenizer`.
+    """Load a tokenizer folder and the facts that shards record; see `load_text_tokenizer`."""
+    text_tokenizer = load_text_tokenizer(folder, eos)
+    return text_tokenizer.tokenizer, describe_tokenizer(text_tokenizer, folder)
 
-    The end-of-document token is `eos`, else the `eos_token` of tokenizer_config.json or special_tokens_map.json, else
-    the only well-known end-of-document token in the vocabulary. It also pads if the tokenizer has no padding token.
 
-    Raises:
-        UserError: a file is missing or unreadable, or the end-of-document token is unknown or ambiguous.
-    """
-    tokenizer = open_tokenizer(folder)
-    config, special = (_read_json(folder / name) for name in (TOKENIZER_CONFIG, "special_tokens_map.json"))
-    eos_id = tokenizer.token_to_id(_eos_token(tokenizer, folder, eos, config, special))
-    pad = _content(config.get("pad_token")) or _content(special.get("pad_token"))
-    pad_id = None if pad is None else tokenizer.token_to_id(pad)
+def describe_tokenizer(text_tokenizer: TextTokenizer, folder: Path) -> TokenizerInfo:
+    """Return the facts that shards record; the end-of-document token also pads if the folder names no padding token."""
+    tokenizer = text_tokenizer.tokenizer
+    eos_id = tokenizer.token_to_id(text_tokenizer.eos)
+    pad = named_token(folder, "pad_token")
+    pad_id = None if pad is None else tokenizer.token_to_id(pad[1])
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    golden = golden_samples(tokenizer)
     pad_id = eos_id if pad_id is None else pad_id
-    return tokenizer, TokenizerInfo(tokenizer_fingerprint(folder), vocab_size, eos_id, pad_id, golden)
+    return TokenizerInfo(tokenizer_fingerprint(folder), vocab_size, eos_id, pad_id, golden_samples(tokenizer))
 
 
 def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
-    """Copy tokenizer.json and the configuration, and set the end-of-document and padding token in the configuration.
+    """Copy tokenizer.json, with a configuration that names the end-of-document and padding token.
 
-    The other files of the folder are not copied.
+    No other file of the folder is copied.
 
     Raises:
-        UserError: see `load_tokenizer`.
+        UserError: see `load_text_tokenizer`.
     """
     tokenizer, info = load_tokenizer(source, eos)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | _read_json(source / TOKENIZER_CONFIG)
+    eos_token, pad_token = (str(tokenizer.id_to_token(number)) for number in (info.eos_id, info.pad_id))
+    config = plain_config(eos_token, pad_token, read_json(source / TOKENIZER_CONFIG))
     target.mkdir(exist_ok=True)
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
-    pad = {"pad_token": info.pad_id} if info.pad_id != info.eos_id else {}
-    for name, number in ({"eos_token": info.eos_id} | pad).items():
-        if (token := tokenizer.id_to_token(number)) != _content(config.get(name)):
-            config[name] = token
+    write_config(target, config)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write tokenizer_config.json."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (target / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
-
-
-def _eos_token(
-    tokenizer: Tokenizer, folder: Path, given: str | None, config: dict[str, Any], special: dict[str, Any]
-) -> str:
-    """Return the end-of-document token; it is in the vocabulary."""
-    for where, token in (
-        ("--eos", given),
-        (folder / TOKENIZER_CONFIG, _content(config.get("eos_token"))),
-        (folder / "special_tokens_map.json", _content(special.get("eos_token"))),
-    ):
-        if token is not None:
-            if tokenizer.token_to_id(token) is None:
-                raise UserError(f"{where} names {token!r}, which is not in the vocabulary; {_eos_advice(tokenizer)}")
-            return token
-    known = [token for token in _KNOWN_EOS if tokenizer.token_to_id(token) is not None]
-    if len(known) != 1:
-        raise UserError(f"tokenizer folder {folder} names no end-of-document token; {_eos_advice(tokenizer)}")
-    return known[0]
-
-
-def _eos_advice(tokenizer: Tokenizer) -> str:
-    """Return the remedy of an error: --eos, with candidates from the vocabulary."""
-    special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
-    candidates = [token for token in _KNOWN_EOS if tokenizer.token_to_id(token) is not None]
-    candidates += [token for token in special if token not in candidates]
-    return f"give --eos TOKEN, for example {' or '.join(candidates[:8])}" if candidates else "give --eos TOKEN"
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    """Return the text of a token, which configurations give as a string or as an object with `content`."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({short_cause(error)}); train or download the tokenizer again"
-        ) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} cannot be read (not a JSON object); train or download the tokenizer again")
-    return values
+    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from data_tools.build import build_shards
 from data_tools.encoding import Encoder
 from data_tools.options import BuildOptions
 from data_tools.tokenizers import load_tokenizer
-from fusiontree.data.format import Manifest, tokenizer_fingerprint
+from fusiontree.data.format import Dataset, Manifest, tokenizer_fingerprint
 from fusiontree.data.tokenizer import GOLDEN_TEXTS
 from fusiontree.errors import RunError, UserError
 
@@ -157,6 +157,93 @@ def test_an_audit_finds_a_disagreement(folder: Path, monkeypatch: pytest.MonkeyP
     encoder._fast = lambda text: np.zeros(len(text), np.uint32)
     with pytest.raises(RunError, match="encode 'tree gate' differently; build with --encoder tokenizers"):
         encoder.audit("tree gate")
+
+
+# --- characters on which the libraries differ ------------------------------------------------------------------------
+
+NEW = "\ua7ce\ua7d2\U00010940\U00011db0\U00016ea0"  # letters of Unicode 17
+
+
+def test_characters_unknown_to_the_reference_get_its_ids(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    encoder = Encoder(folder)
+    reference, info = load_tokenizer(folder)
+    for character in NEW:
+        text = f"return{character}'s"
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert encoder._fast(text).tolist() != ids  # or the next lines show nothing
+        assert encoder.encode(text).tolist() == [*ids, info.eos_id]
+        encoder.audit(text)
+    (tmp_path / "in.txt").write_text(f"{NEW}'s first document", encoding="utf-8")
+    figures = build_shards([tmp_path / "in.txt", corpus], folder, tmp_path / "set", BuildOptions(row_len=512))
+    assert figures["encoder"] == "gigatoken"
+
+
+def test_marks_unknown_to_the_normal_form_of_the_reference_get_its_ids(tmp_path: Path) -> None:
+    folder = train("llama3", tmp_path / "tok")
+    encoder = Encoder(folder)
+    reference, info = load_tokenizer(folder)
+    # marks of Unicode 11 and 10 that are reordered, and pairs of Unicode 16 that are composed
+    pairs = ("\U000105d2\u0307", "\U000113c2\U000113c2", "\U00016d67\U00016d67")
+    for text in ("a\u0345\u07fd", "a\u0345\u1df6", *pairs):
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert encoder._fast(text).tolist() != ids
+        assert encoder.encode(text).tolist() == [*ids, info.eos_id]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["naïve café e\u0301", "東京タワー", "हिन्दी", "ไทย", "Ёжик", "🤩🫶👩\u200d👧\ufe0f", "한국어", "ﬁ①½", "\U0001d41b"],
+)
+def test_common_text_stays_with_the_fast_library(folder: Path, text: str) -> None:
+    encoder = Encoder(folder)
+    encoder._ids = None  # the reference
+    assert len(encoder.encode(text)) > 1
+
+
+def write_boundary_tokenizer(kind: str, folder: Path) -> Path:
+    """Write a tokenizer with merges across each end of a non-ASCII character: its ids show where text is split."""
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    byte = [alphabet.pre_tokenize_str(chr(code))[0][0] for code in range(128)]
+    high = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(byte))
+    merges = [pair for near in "ab12 .'\n" for end in high for pair in ((byte[ord(near)], end), (end, byte[ord(near)]))]
+    merges += [(first, second) for first in high for second in high]
+    tokens = dict.fromkeys(["</s>", *byte, *high, *(first + second for first, second in merges)])
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = SUPPORTED[kind], decoders.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC() if kind == "llama3" else None
+    tokenizer.add_special_tokens(["</s>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(SUPPORTED))
+def test_every_code_point_gets_the_ids_of_the_reference(kind: str, tmp_path: Path) -> None:
+    encoder = Encoder(write_boundary_tokenizer(kind, tmp_path / "tok"))
+    assert encoder.name == "gigatoken"
+    assert any(not encoder._agree(f"a{character}b") for character in NEW)  # the ids show the class of a character
+    codes = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    sure = [character for character in codes if not encoder._divergence.possible(character)]
+    assert len(sure) > 250_000
+    # marks on either side show a character's combining class
+    templates = ["a{0}b 1{0}2{0} ", " {0}{0}'s", ".{0}.'{0}", "\n{0}\u0334", "a\u0345{0}\u0301"]
+    for start in range(0, len(sure), 256):
+        # the planes of private use have one class and no marks
+        for template in templates if sure[start] < "\U000f0000" else templates[:1]:
+            text = "".join(template.format(character) for character in sure[start : start + 256])
+            assert encoder._agree(text), (hex(ord(sure[start])), template)
+
+
+def test_documents_do_not_get_the_tokens_of_a_post_processor(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = train("llama3", tmp_path / "tok")
+    figures = build_shards([corpus], folder, tmp_path / "set", BuildOptions(row_len=512))
+    assert figures["omitted"] == ("<s>",)
+    assert "the tokenizer's post-processor adds <s> to each text; documents do not get it" in capsys.readouterr().err
+    dataset = Dataset(tmp_path / "set", "train")
+    assert not any((dataset.row(row)[0] == 0).any() for row in range(dataset.num_rows))
 
 
 # --- tokenizer folders -----------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ ARROWS = {
         *("fusiontree.data.batch", "fusiontree.distributed", "fusiontree.model.config", "fusiontree.zero"),
     },
     "fusiontree.inference": {
-        *("fusiontree.checkpoint.tensor_files", "fusiontree.device", "fusiontree.kernels", "fusiontree.model"),
+        *("fusiontree.checkpoint.tensor_files", "fusiontree.data.tokenizer", "fusiontree.device"),
+        *("fusiontree.kernels", "fusiontree.model"),
     },
     "fusiontree.evaluate": {
         *("fusiontree.data", "fusiontree.distributed", "fusiontree.inference", "fusiontree.model"),
@@ -206,6 +207,7 @@ def test_only_the_hugging_face_wrapper_and_the_export_that_proves_it_import_tran
         "fusiontree.model.hf",
         "fusiontree.export.exporter",
         "fusiontree.export.parity",
+        "fusiontree.export.tokenizer",
     )
 
 

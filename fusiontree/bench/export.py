@@ -158,13 +158,13 @@ def _fill(place: StoredTensor, value: Tensor) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with a single token; the benchmark encodes no text."""
+    """Write a tokenizer without words; the benchmark encodes no text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
     folder.mkdir()
-    Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>")).save(str(folder / TOKENIZER_FILE))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<eos>"}
+    Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")).save(str(folder / TOKENIZER_FILE))
+    settings = {"eos_token": "<eos>"}
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from fusiontree.checkpoint.tensor_files import Spec, write_safetensors
 from fusiontree.config import RunConfig, load_config
 from fusiontree.console import console, progress_bar
 from fusiontree.data.format import tokenizer_fingerprint
-from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE
 from fusiontree.errors import RunError, UserError
 from fusiontree.export.model_card import model_card
 from fusiontree.export.options import ExportOptions
 from fusiontree.export.parity import prove
+from fusiontree.export.tokenizer import prove_tokenizer, write_tokenizer
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
 from fusiontree.inference.loading import FACTS, PREFIX
 from fusiontree.kernels import DTYPES
@@ -36,8 +35,8 @@ def export(source: Path, output: Path, options: ExportOptions | None = None) -> 
     """Export a checkpoint, or the newest one of a run, to `output`, for any ZeRO stage and number of ranks.
 
     The folder loads with ``AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)`` where this project
-    is not installed. It appears only if its logits equal the trained model's (`parity.json`). Peak memory is the
-    embedding and one tensor. Pruning is the exception: it loads the complete model to measure it.
+    is not installed. It appears only if its token ids and logits equal those of training (`parity.json`). Peak memory
+    is the embedding and one tensor. Pruning is the exception: it loads the complete model to measure it.
 
     Args:
         source: a run's folder or a checkpoint's.
@@ -91,8 +90,8 @@ def _export(
         _write_weights(partial, shape, weights, dtype, max_shard_bytes)
         facts = {**state, "val_loss": _held_out_loss(run_of(checkpoint), state["step"]), **pruned}
         _write_other_files(partial, config, shape, facts, tokenizer, dtype)
-        console.print("checking parity: logits and cached decoding against the trained model")
-        parity = prove(partial, shape, weights, dtype)
+        console.print("checking parity: token ids, logits and cached decoding against the trained model")
+        parity = {"tokenizer": prove_tokenizer(tokenizer, partial), **prove(partial, shape, weights, dtype)}
         write_atomic(partial / "parity.json", json.dumps(parity, indent=1))
         pins.close()  # raises RunError if the run has replaced the checkpoint
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
@@ -159,11 +158,7 @@ def _write_other_files(
         custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the modelling code
     settings.save_pretrained(folder)
     GenerationConfig(**ends).save_pretrained(folder)
-    for name in (
-        TOKENIZER_FILE,
-        TOKENIZER_CONFIG,
-    ):  # no other file, which could replace an exported one
-        shutil.copyfile(tokenizer / name, folder / name)
+    write_tokenizer(tokenizer, folder)
     facts = {"fusiontree_version": __version__, "seq_len": config.data.seq_len, "run": config.name, **state}
     write_atomic(folder / FACTS, json.dumps(facts, indent=1))
     write_atomic(folder / "README.md", model_card(config, shape, state))

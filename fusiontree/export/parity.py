@@ -62,7 +62,7 @@ def prove(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], dtyp
         trained = HybridLM(config, compute_dtype=DTYPES[dtype]).eval()
     with on_demand(trained, weights, DTYPES[dtype]):
         expected = {check: trained(row.ids, row.documents, keep_logits=positions).logits for check, row in rows.items()}
-    with _isolated_code(), on_demand(exported := _exported_model(folder, dtype), from_safetensors(folder)):
+    with isolated_code(), on_demand(exported := _exported_model(folder, dtype), from_safetensors(folder)):
         differences = {
             check: _relative_rms(_logits(exported, row, positions), expected[check], row.mask[:, positions])
             for check, row in rows.items()
@@ -97,7 +97,7 @@ def _rows(config: ModelConfig) -> dict[str, Row]:
 
 
 @contextlib.contextmanager
-def _isolated_code() -> Iterator[None]:
+def isolated_code() -> Iterator[None]:
     """Let transformers import an exported folder's code through a temporary module cache, and undo the import."""
     from transformers import dynamic_module_utils
 

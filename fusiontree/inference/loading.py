@@ -9,6 +9,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from fusiontree.checkpoint.tensor_files import from_safetensors
+from fusiontree.data.tokenizer import open_tokenizer
 from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
@@ -92,7 +93,7 @@ def load_export(
 ) -> tuple[HybridLM, Tokenizer]:
     """Load the model and the tokenizer of an exported folder.
 
-    As in the training data, a special token spelled out in a text is encoded as text.
+    As in the training data, a special token spelled out in a text is encoded as text, and no token is added to a text.
 
     Args:
         device: None: CUDA if available, else the CPU.
@@ -114,10 +115,16 @@ def load_export(
         with torch.device("meta"):
             model = HybridLM(shape, kernels)
         model.load_state_dict(weights, strict=True, assign=True)
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = _open_tokenizer(folder)
     except (UserError, RunError):  # an unavailable kernel is not damage; damaged files already have their message
         raise
     except Exception as error:  # `tokenizers` raises bare Exception
         raise RunError(f"{folder} is a damaged export ({short_cause(error)}); export the model again") from None
-    tokenizer.encode_special_tokens = True
     return model.eval(), tokenizer
+
+
+def _open_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return open_tokenizer(folder)
+    except UserError as error:
+        raise RunError(f"{folder} is a damaged export ({error}); export the model again") from None
