@@ -6,6 +6,7 @@ import signal
 import sys
 
 from fusiontree.cli import main
+from fusiontree.stdout import results
 
 
 def run() -> None:
@@ -15,7 +16,8 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names and keys may be undecodable
-    code = main()
+    code = main(own_stdout=True)
+    results().flush()
     sys.stdout.flush()
     sys.stderr.flush()
     if "deepspeed" in sys.modules:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
-    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console"),
+    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.stdout"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     *("fusiontree.run.folder", "fusiontree.run.incidents", "fusiontree.run.jsonlines", "fusiontree.run.lease"),
     *("fusiontree.run.records", "fusiontree.paths", "fusiontree.state_files"),
@@ -72,7 +72,7 @@ TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.model.flops", "fusiontree.data"),
     *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.paths"),
-    "fusiontree.state_files",
+    *("fusiontree.state_files", "fusiontree.stdout"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     *("fusiontree.evaluate.options", "fusiontree.export.options"),
     *("fusiontree.training.metrics", "fusiontree.training.progress", "fusiontree.doctor.memory"),

@@ -8,6 +8,7 @@ import sys
 from fusiontree.cli import bench, data, launching, machine, model, training
 from fusiontree.cli.parsing import FORMAT, Parser
 from fusiontree.errors import RunError, UserError, short_cause
+from fusiontree.stdout import reserve_stdout, results
 
 # errors of the user's disk, permissions or paths; any other OSError is a bug
 _FILE_ERRORS = {
@@ -18,12 +19,18 @@ _FILE_ERRORS = {
 _INTERRUPTED = "interrupted; no partial output is left under its final name"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, own_stdout: bool = False) -> int:
     """Run one command and return its exit code: 0, 2 for a user error, 1 for a failure of the run.
 
     Any other exception is a bug and keeps its traceback.
+
+    Args:
+        argv: the command's words; None: those of the process.
+        own_stdout: reserve the process's standard output for results.
     """
     args = _parser().parse_args(argv)
+    if own_stdout and not args.has_children:
+        reserve_stdout()
     code, message, reported = 1, None, False
     try:
         code, message = _outcome(args)
@@ -43,7 +50,7 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
     """Run the command; return its exit code and error message."""
     try:
         code: int = args.handler(args)
-        sys.stdout.flush()
+        results().flush()
         return code, None
     except KeyboardInterrupt:
         return 1, _INTERRUPTED
@@ -51,7 +58,7 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str | None]:
         return error.exit_code, str(error)
     except BrokenPipeError:
         # the reader has closed the pipe (`| head`): discard the buffer, or flushing it at exit would raise again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results().fileno())
         return 1, None
     except OSError as error:
         if error.errno not in _FILE_ERRORS:
@@ -67,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: fusiontree demo",
         formatter_class=FORMAT,
     )
-    parser.set_defaults(is_rank=False)  # whether a launch waits for this process's report
+    # is_rank: a launch waits for this process's report; has_children: they inherit standard output for their results
+    parser.set_defaults(is_rank=False, has_children=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (data, training, launching, model, machine, bench):
         module.add(commands)

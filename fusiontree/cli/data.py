@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command, local_path, local_pattern
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
+from fusiontree.stdout import print_result
 
 if TYPE_CHECKING:
     from data_tools.options import InputOptions
@@ -98,11 +99,11 @@ def _data_at(args: argparse.Namespace) -> int:
         return show(figures, as_json=True)
     for row in figures["rows"]:
         place = f"{row['shard']} row {row['row']} from token {row['first_token']}"
-        print(f"batch {row['batch']}  {row['source']} epoch {row['epoch']}  {place}")
+        print_result(f"batch {row['batch']}  {row['source']} epoch {row['epoch']}  {place}")
         for document in row["documents"]:
-            print("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
+            print_result("  {start:>6} +{length:<6} {id}".format(**document) + f" from {document['offset']}")
         if not row["documents"]:
-            print("  only padding")
+            print_result("  only padding")
     return 0
 
 

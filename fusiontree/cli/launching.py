@@ -1,7 +1,6 @@
 """``fusiontree launch``: training on this machine, on the hosts of a hostfile, or on a SLURM cluster."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from fusiontree.cli.parsing import add_config, add_resume, command, local_path
 from fusiontree.errors import UserError
 from fusiontree.paths import expand_home
 from fusiontree.run.folder import LOGS
+from fusiontree.stdout import print_result, results
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -25,7 +25,7 @@ def _launch(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     plan = plan_local(config, args.config, [*args.overrides, *_rank_options(args)], args.local, options)
     if args.dry_run:
-        print(local.command_line(plan))
+        print_result(local.command_line(plan))
         return 0
     return local.run(plan, config.run_dir / LOGS)
 
@@ -67,7 +67,7 @@ def _launch_hosts(args: argparse.Namespace, options: Any) -> int:
     plan = plan_hosts(config, hosts, _rank_options(args), options)
     launcher = args.launcher or "pdsh"
     if args.dry_run:
-        print(multihost.command_line(plan, launcher, config.run_dir.absolute()))
+        print_result(multihost.command_line(plan, launcher, config.run_dir.absolute()))
         return 0
     multihost.check_programs(launcher)
     return multihost.run(plan, prepare_run(config, args.allow_changed), launcher)
@@ -98,7 +98,7 @@ def _launch_slurm(args: argparse.Namespace, options: Any) -> int:
     folder = config.run_dir.absolute()
     text = sbatch.render(plans[0], job, [one.run_dir.absolute() for one in configs], folder / LOGS)
     if args.dry_run:
-        print(text, end="")
+        print_result(text, end="")
         return 0
     slurm.check_cluster(job.partition)
     if job.time is None and (limit := slurm.default_time_limit(job.partition)):
@@ -132,11 +132,11 @@ def _submit(script: Path, logs: Path, wait: bool) -> int:
     from launcher import slurm
 
     job = slurm.submit(script)
-    print(
+    print_result(
         f"job {job}: {script}\nfollow it with  tail -F {logs}/slurm-{job}*.log\ncancel it with  scancel {job}",
         flush=True,
     )
-    return slurm.follow(job, logs, sys.stdout) if wait else 0
+    return slurm.follow(job, logs, results()) if wait else 0
 
 
 def add(commands: Any) -> None:
@@ -148,6 +148,7 @@ def add(commands: Any) -> None:
         "Train on several ranks: on this machine, on the hosts of a hostfile, or on a SLURM cluster.",
         "launch tiny --local 2 data.path=data/books",
     )
+    launch.set_defaults(has_children=True)
     add_config(launch)
     add_resume(launch)
     target = launch.add_mutually_exclusive_group(required=True)

@@ -90,6 +90,7 @@ def add(commands: Any) -> None:
         "demo --root /tmp/fusiontree-demo",
         figures=False,
     )
+    demo.set_defaults(has_children=True)
     demo.add_argument(
         "--root", type=local_path, default=Path(), metavar="DIR", help="folder for data/ and runs/ (default .)"
     )

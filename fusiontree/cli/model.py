@@ -1,6 +1,7 @@
 """``fusiontree export``, ``prune``, ``generate`` and ``eval``."""
 
 import argparse
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from fusiontree.errors import UserError
 from fusiontree.evaluate.options import TASK_NAMES, EvalOptions
 from fusiontree.export.options import ExportOptions
 from fusiontree.files import refuse_below_file, write_atomic
+from fusiontree.stdout import deferred_warnings, print_result
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -54,18 +56,19 @@ def _generate(args: argparse.Namespace) -> int:
     if args.prompts is not None:
         given = read_prompts(args.prompts)
         for figures in generate_texts(args.folder, given, args.max_new_tokens, sampling, args.batch):
-            print(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
+            print_result(json.dumps(figures) if args.json else f"{figures['prompt']}{figures['text']}\n", flush=True)
         return 0
     on_text = None if args.json else _stream
-    figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
+    with contextlib.nullcontext() if args.json else deferred_warnings():
+        figures = generate_text(args.folder, args.prompt, args.max_new_tokens, sampling, on_text)
     if args.json:
         return show(figures, as_json=True)
-    print()
+    print_result()
     return 0
 
 
 def _stream(text: str) -> None:
-    print(text, end="", flush=True)
+    print_result(text, end="", flush=True)
 
 
 def _eval(args: argparse.Namespace) -> int:

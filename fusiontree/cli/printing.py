@@ -1,9 +1,10 @@
 """Printing of a command's figures, as text or as JSON."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from fusiontree.stdout import print_result, results
 
 _MAX_SKIPPED = 10  # skipped inputs listed without --json
 _UNITS = {"seconds": "s", "loss": "nats per token", "tokens_per_s": "tokens/s"}  # by the suffix of a figure's key
@@ -13,7 +14,7 @@ _UNLIMITED = 100_000  # columns of an output that is not a terminal: rich would 
 def show(figures: dict[str, Any], as_json: bool) -> int:
     """Print figures as JSON or as aligned lines, and return 0."""
     if as_json:
-        print(json.dumps(figures, indent=2, default=str))
+        print_result(json.dumps(figures, indent=2, default=str))
         return 0
     _print_lines(_lines(figures))
     return 0
@@ -25,19 +26,19 @@ def show_tables(figures: dict[str, dict[str, Any]], as_json: bool) -> int:
         return show(figures, as_json)
     for name, group in figures.items():
         tables = {key: rows for key, value in group.items() if (rows := _table_rows(value))}
-        print(name)
+        print_result(name)
         _print_lines(_lines({key: value for key, value in group.items() if key not in tables}, "  "))
         for key, rows in tables.items():
-            print()
+            print_result()
             _print_table(_label(key), rows)
-        print()
+        print_result()
     return 0
 
 
 def _print_lines(lines: Sequence[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in lines), default=0)
     for label, value in lines:
-        print(f"{label:<{width}}  {value}".rstrip())
+        print_result(f"{label:<{width}}  {value}".rstrip())
 
 
 def _print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -52,8 +53,8 @@ def _print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_column(_label(key) + " (s)" * key.endswith("_seconds"), justify="right")
     for name, row in rows.items():
         table.add_row(name, *(_text(key, row.get(key), unit=False) for key in keys))
-    width = None if sys.stdout.isatty() else _UNLIMITED
-    Console(width=width, markup=False, emoji=False, highlight=False).print(Padding.indent(table, 2))
+    width = None if results().isatty() else _UNLIMITED
+    Console(file=results(), width=width, markup=False, emoji=False, highlight=False).print(Padding.indent(table, 2))
 
 
 def _table_rows(value: Any) -> dict[str, dict[str, Any]]:
