@@ -121,3 +121,22 @@ def test_a_broken_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"DeepSpeed cannot be imported \(RuntimeError: libcuda.so is missing\)"):
         settings_module.find_problem({})
+
+
+@pytest.mark.parametrize("key", ["stage3_prefetch_bucket_size", "zero_hpz_partition_size", "contiguous_gradients"])
+def test_a_setting_that_block_gathers_replace_is_refused_by_name(key: str, tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 3, key: 1}}
+    assert refusal(settings, tmp_path).startswith(
+        f" sets 'zero_optimization.{key}'; remove it: without offloading, stage 3"
+    )
+    settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    path = tmp_path / "offloaded.json"
+    path.write_text(json.dumps(settings))
+    assert deepspeed_json(load_config("tiny", [f"deepspeed={path}"])) == settings
+
+
+def test_a_reduction_in_another_dtype_is_refused_at_stage_3(tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}
+    assert refusal(settings, tmp_path).startswith(
+        " sets 'communication_data_type'; remove it: without offloading, stage 3"
+    )

@@ -42,6 +42,7 @@ LOSSES = [
     *("losses.gate_entropy=0.3", "distill.weight={0: 1, 20: 0.5}", "distill.temperature=2.0", "distill.top_k=9"),
 ]
 MUON = ["optimizer.kind=muon", "optimizer.grad_clip=0", "schedule.steps=6"]
+ALL_GATHERED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 # more than 1 MiB of states per rank: DeepSpeed keeps fewer in memory
 WIDE = ["model.mlp_size=4096", "schedule.steps=6"]
 RECOMPUTED = "activation_checkpointing={policy: full, offload: true}"
@@ -51,6 +52,9 @@ JOBS = {  # by name: ranks and overrides
     "zero0 x2": (2, ["batch.micro_rows=2", "deepspeed=zero0"]),
     "zero1 x2": (2, ["batch.micro_rows=2", "deepspeed=zero1", RECOMPUTED]),
     "zero3 x2": (2, ["batch.micro_rows=2", "deepspeed=zero3", "activation_checkpointing=branch"]),
+    # no parameter stays gathered; four ranks pad most of them, and some ranks have no part of the smallest
+    "zero3 all gathered x4": (4, ["deepspeed={folder}/all_gathered.json"]),
+    "zero3 all gathered x2": (2, ["batch.micro_rows=2", "deepspeed={folder}/all_gathered.json", RECOMPUTED]),
     "muon zero3 x2": (2, ["batch.micro_rows=2", "deepspeed=zero3", *MUON]),
     "zero3_nvme x2": (2, ["batch.micro_rows=2", "deepspeed=zero3_nvme", *WIDE]),
 }
@@ -67,7 +71,8 @@ def config_of(folder: Path, overrides: list[str], shape: dict[str, Any] = SHAPE)
     batch = [f"data.seq_len={LENGTH}", f"batch.tokens={ROWS * LENGTH}", "batch.micro_rows=1", "optimizer.lr=3e-3"]
     lengths = [f"schedule.steps={STEPS}", "schedule.warmup_steps=3", f"distill.teacher={folder / 'teacher'}"]
     lengths.append(f"nvme_path={folder / 'nvme'}")
-    return load_config("tiny", [*words, *batch, *lengths, *LOSSES, "activation_checkpointing=none", *overrides])
+    chosen = [override.replace("{folder}", str(folder)) for override in overrides]
+    return load_config("tiny", [*words, *batch, *lengths, *LOSSES, "activation_checkpointing=none", *chosen])
 
 
 def rows_of(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -228,6 +233,34 @@ def initial_at_zero3(folder: Path, world: World) -> dict[str, Any]:
     return {"equal": equal, "peak": elements.peak, "total": config.model.parameter_count(), "largest": largest}
 
 
+def gathers_at_zero3(folder: Path, world: World, recompute: str) -> dict[str, Any]:
+    """Return the dtypes of the tensors that an update and a validation batch gather, call by call, in bf16."""
+    from fusiontree.training.step import TrainingStep
+    from fusiontree.zero import block_gather
+
+    overrides = ["deepspeed={folder}/all_gathered.json", "precision=bf16", f"activation_checkpointing={recompute}"]
+    config = config_of(folder, [*overrides, "batch.micro_rows=4", "model.branch_drop=0"])
+    training, calls, gather = TrainingStep(config, world), [], block_gather._coalesced
+
+    def recorded(function: Any, outputs: Any, inputs: Any, group: Any) -> Any:
+        calls.append((function is block_gather._all_gather, sorted({str(part.dtype) for part in inputs})))
+        return gather(function, outputs, inputs, group)
+
+    block_gather._coalesced = recorded
+    batches = [batch_of(rows_of(0)[world.rank :: world.size])]
+    training.update(batches, 0)
+    update, calls[:] = calls[:], []
+    training.engine.eval()
+    with torch.no_grad():
+        training.token_losses(batches[0])
+    block_gather._coalesced = gather
+    model = training.engine.module
+    left = sum(parameter.numel() for parameter in model.parameters())
+    states = {str(parameter.ds_tensor.dtype) for parameter in model.parameters()}
+    training.engine.destroy()
+    return {"update": update, "validation": calls[:], "left": left, "partitions": sorted(states)}
+
+
 def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
     from fusiontree.distributed import collectives
 
@@ -239,6 +272,8 @@ def rank_main(rank: int, size: int, port: int, folder: Path) -> None:
         if ranks == size and not skipped(name):
             results[name] = curve_of(config_of(folder, overrides), world)
     results["start"] = initial_at_zero3(folder, world)
+    if size == 2:
+        results["gathers"] = {policy: gathers_at_zero3(folder, world, policy) for policy in ("none", "full")}
     (folder / f"ranks-{size}-{rank}.json").write_text(json.dumps(results))
     collectives.leave()
 
@@ -267,6 +302,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the results of all ranks."""
     folder = tmp_path_factory.mktemp("zero")
     write_teacher(folder / "teacher")
+    (folder / "all_gathered.json").write_text(json.dumps(ALL_GATHERED))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
     code = "import sys, pathlib, test_zero; test_zero.main(pathlib.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(folder)]
@@ -306,3 +342,19 @@ def test_zero3_has_the_plain_initial_weights_and_never_the_full_model(ranks: int
         assert all(found["equal"])
         assert found["peak"] < found["total"] / ranks + 2 * found["largest"]
         assert found["peak"] < found["total"]
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_zero3_gathers_each_block_once_per_pass_in_bf16(policy: str, folder: Path) -> None:
+    found = json.loads((folder / "ranks-2-0.json").read_text())["gathers"][policy]
+    layers, mixed, full = SHAPE["num_layers"], ["torch.bfloat16", "torch.float32"], ["torch.float32"]
+    gathers = [dtypes for is_gather, dtypes in found["update"] if is_gather]
+    reductions = [dtypes for is_gather, dtypes in found["update"] if not is_gather]
+    roots = len(gathers) - gathers.count(mixed)  # parameters outside the blocks, which are gathered in fp32
+    # the last block keeps its weights for its backward pass, the others are gathered again
+    assert gathers.count(mixed) == 2 * layers - 1
+    assert gathers.count(full) == roots > 0
+    assert reductions == [full] * (layers + roots)
+    assert [dtypes for _, dtypes in found["validation"]].count(mixed) == layers
+    assert found["left"] == 0
+    assert found["partitions"] == full

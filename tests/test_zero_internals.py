@@ -42,7 +42,21 @@ DOCUMENTED = {
 }
 # types and modules whose attributes are not DeepSpeed's
 TYPES = (torch, torch.Tensor, torch.UntypedStorage, torch.nn, torch.nn.Module, torch.serialization, torch.cuda)
-TYPES += (importlib, dict, list, str, type, collections.Counter, Path, Slot, contextlib, pickle, re)
+TYPES += (
+    torch.distributed,
+    set,
+    importlib,
+    dict,
+    list,
+    str,
+    type,
+    collections.Counter,
+    Path,
+    Slot,
+    contextlib,
+    pickle,
+    re,
+)
 PROGRAM = """
 import json, sys
 from fusiontree.config import load_config
@@ -56,15 +70,17 @@ for stage in sys.argv[1].split(","):
     engine = TrainingStep(load_config("tiny", [f"deepspeed={stage}", "batch.tokens=256", *sys.argv[2:]]), world).engine
     for owner, names in list(_used_attributes(engine)):
         for name in names:
-            holder = owner if name in vars(owner) else next(k for k in type(owner).__mro__ if name in vars(k))
-            kept = vars(holder)[name]
-            delattr(holder, name)
+            holders = [holder for holder in (owner, *type(owner).__mro__) if name in vars(holder)]
+            kept = [vars(holder)[name] for holder in holders]  # an instance's method may replace that of its class
+            for holder in holders:
+                delattr(holder, name)
             try:
                 check_engine(engine)
                 line = "not noticed"
             except UserError as error:
                 line = str(error)
-            setattr(holder, name, kept)
+            for holder, value in zip(holders, kept, strict=True):
+                setattr(holder, name, value)
             lines[f"{stage} {type(owner).__name__}.{name}"] = line
     check_engine(engine)
     engine.destroy()
@@ -74,10 +90,11 @@ print(json.dumps(lines))
 USED = {  # by ZeRO stage
     "zero0": {*internals.ENGINE},
     "zero1": {*internals.ENGINE, *internals.OPTIMIZER_STAGE_1_2, *internals.PARAMETER_STAGE_1_2},
-    "zero3": {*internals.ENGINE, *internals.OPTIMIZER_STAGE_3, *internals.PARAMETER_STAGE_3},
+    "zero3": {*internals.ENGINE, *internals.OPTIMIZER_STAGE_3, *internals.PARAMETER_OFFLOAD},
 }
 USED["zero1"] |= {*internals.FRAGMENT, *internals.ADDRESS}
 USED["zero2"] = USED["zero1"]
+USED["zero3"] |= {*internals.PARAMETER_STAGE_3}
 USED["zero3_nvme"] = USED["zero3"] | {*internals.OPTIMIZER_NVME}
 
 

@@ -10,7 +10,7 @@ from fusiontree.config.keys import short
 from fusiontree.config.run_config import RunConfig
 from fusiontree.errors import UserError, short_cause
 from fusiontree.files import parse_json
-from fusiontree.zero.settings import find_problem
+from fusiontree.zero.settings import find_problem, gathers_blocks
 
 # settings that the run's configuration owns: a second value in the JSON could contradict it
 _OWNED = {
@@ -59,6 +59,14 @@ _REPLACED = {
     "cpu_offload_param": 'offload_param: {"device": "cpu"}',
     "cpu_offload_use_pin_memory": "pin_memory of offload_optimizer and offload_param",
 }
+# settings of DeepSpeed's own gathers and reductions at stage 3, which run only with offloading
+_OF_GATHERS = (
+    *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size"),
+    *("reduce_scatter", "stage3_allgather_sequential", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    *("stage3_module_granularity_threshold", "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params"),
+    *("zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights", "zeropp_loco_param"),
+)
+_OF_REDUCTIONS = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients")  # the same, top level
 _OFFLOADED = ("offload_param", "offload_optimizer")
 
 
@@ -88,6 +96,13 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
             raise UserError(f"deepspeed {config.deepspeed} sets '{key}'; remove it: {reason}")
     zero = settings.get("zero_optimization", {})
     _check_zero(f"deepspeed {config.deepspeed}: zero_optimization", zero)
+    if gathers_blocks(zero):
+        given = [key for key in _OF_REDUCTIONS if key in settings]
+        for key in given + [f"zero_optimization.{key}" for key in _OF_GATHERS if key in zero]:
+            raise UserError(
+                f"deepspeed {config.deepspeed} sets '{key}'; remove it: without offloading, stage 3 does not use it, "
+                "because FusionTree gathers weights and reduces gradients by block"
+            )
     _place_on_nvme(config, zero)
     if config.optimizer.kind == "muon":
         _check_muon(config, zero)

@@ -18,7 +18,7 @@ from fusiontree.zero.engine import base_optimizer, gradient_shards, overflowed, 
 
 def is_fused(config: OptimizerConfig, zero: Mapping[str, Any]) -> bool:
     """Return whether `FusedClipping` applies: AdamW, and ZeRO settings (`zero`) that keep gradients on the device."""
-    return config.kind == "adamw" and zero.get("stage", 0) <= 2 and "offload_optimizer" not in zero
+    return config.kind == "adamw" and "offload_optimizer" not in zero and "offload_param" not in zero
 
 
 class FusedClipping:

@@ -8,12 +8,15 @@ import torch
 from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed.collectives import World
 from fusiontree.kernels import DTYPES, choose_kernels
+from fusiontree.model.layers import Linear
 from fusiontree.model.lm import HybridLM, materialize
 from fusiontree.model.recompute import Recompute
 from fusiontree.training.clipping import EngineClipping, FusedClipping, is_fused
 from fusiontree.training.init_weights import run_initializer
 from fusiontree.training.optimizer import build_optimizer
 from fusiontree.zero import setup
+from fusiontree.zero.block_gather import BlockGather
+from fusiontree.zero.settings import gathers_blocks
 
 
 def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tuple[Any, FusedClipping | EngineClipping]:
@@ -28,6 +31,9 @@ def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tup
     optimizer = build_optimizer(model, config.optimizer)
     engine = setup.initialize(model, optimizer, settings)
     fused = is_fused(config.optimizer, settings["zero_optimization"])
+    if gathers_blocks(settings["zero_optimization"]):
+        cast = [module.weight for block in model.blocks for module in block.modules() if isinstance(module, Linear)]
+        BlockGather(engine, list(model.blocks), cast, DTYPES[config.precision], one_step=fused)
     return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
 
 
@@ -48,8 +54,10 @@ def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:
     zero.setdefault("reduce_scatter", config.optimizer.kind != "muon")  # Muon orthogonalizes full gradient matrices
     if is_fused(config.optimizer, zero):  # `FusedClipping` clips and computes the norm in DeepSpeed's place
         settings["gradient_clipping"] = 0.0
-        if zero.get("stage", 0) > 0:
+        if zero.get("stage", 0) in (1, 2):
             zero["compute_grad_norm"] = False
+    if gathers_blocks(zero):
+        zero["contiguous_gradients"] = False  # no bucket: `BlockGather` reduces without one
     return settings
 
 

@@ -24,10 +24,14 @@ OPTIMIZER_STAGE_1_2 = (
     "update_lp_params",
 )
 OPTIMIZER_STAGE_3 = (
-    *("checkpoint_event_epilogue", "checkpoint_event_prologue", "fp16_groups", "fp32_partitioned_groups_flat"),
-    *("get_param_id", "grad_position", "optimizer", "overflow", "persistent_parameters", "swap_optimizer"),
+    *("averaged_gradients", "checkpoint_event_epilogue", "checkpoint_event_prologue", "dp_process_group"),
+    *("fp16_groups", "fp32_partitioned_groups_flat", "get_param_id", "grad_partitions_flat_buffer", "grad_position"),
+    *("micro_step_id", "optimizer", "overflow", "overlapping_partition_gradients_reduce_epilogue"),
+    *("parameter_offload", "persistent_parameters", "sub_group_to_group_id", "swap_optimizer"),
+    *("_epilogue_ran_this_backward", "_grad_acc_hooks", "_leaf_module_hooks"),
     "_reassign_or_swap_out_partitioned_parameters",
 )
+PARAMETER_OFFLOAD = ("_remove_module_hooks",)  # of the optimizer's parameter_offload, which has the hooks
 OPTIMIZER_NVME = (
     *("_optimizer_states_and_gradient_swap_in", "_optimizer_states_and_gradient_swap_out"),
     "_swappable_optimizer_subgroup",
@@ -35,7 +39,9 @@ OPTIMIZER_NVME = (
 PARAMETER_STAGE_1_2 = ("_hp_mapping", "_index_in_param_group")
 FRAGMENT = ("get_lp_grad_fragment", "hp_fragment_address", "lp_fragment_address")  # of a parameter's _hp_mapping
 ADDRESS = ("numel", "start")  # of a fragment's addresses
-PARAMETER_STAGE_3 = ("convert_to_zero_parameters", "ds_shape", "partition")
+PARAMETER_STAGE_3 = (
+    *("convert_to_zero_parameters", "ds_numel", "ds_persist", "ds_shape", "ds_tensor", "partition", "partition_numel"),
+)
 # classes, by dotted path
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"
 ASYNC_IO = "deepspeed.ops.op_builder.AsyncIOBuilder"
@@ -105,6 +111,7 @@ def _used_attributes(engine: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
             yield fragment.hp_fragment_address, ADDRESS
     if stage == 3:
         yield optimizer, OPTIMIZER_STAGE_3
+        yield optimizer.parameter_offload, PARAMETER_OFFLOAD
         yield parameters[0], PARAMETER_STAGE_3
         if optimizer.swap_optimizer:
             yield optimizer, OPTIMIZER_NVME

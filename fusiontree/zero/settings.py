@@ -172,3 +172,8 @@ def _short(value: Any) -> str:
 
 def _first_sentence(error: Exception) -> str:
     return short_cause(ValueError(str(error).split(". ")[0])) if str(error) else type(error).__name__
+
+
+def gathers_blocks(zero: Mapping[str, Any]) -> bool:
+    """Return whether `block_gather.BlockGather` serves an engine with the settings `zero` (``zero_optimization``)."""
+    return zero.get("stage", 0) == 3 and "offload_param" not in zero and "offload_optimizer" not in zero
