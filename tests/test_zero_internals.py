@@ -148,7 +148,8 @@ def defined(path: Path) -> set[str]:
 
 
 def test_every_attribute_of_deepspeed_that_is_used_is_listed() -> None:
-    used = set().union(*map(attributes, FILES))
+    # settings.py has no engine: it reads settings through the standard library and pydantic
+    used = set().union(*(attributes(path) for path in FILES if path.stem != "settings"))
     ours = set().union(*map(defined, FILES))
     known = {name for kind in TYPES for name in dir(kind)} | ours | DOCUMENTED
     assert used - known - LISTED == set()
