@@ -15,7 +15,8 @@ from data_tools.options import BuildOptions
 from data_tools.readers import Record
 from data_tools.skipped import SkipReport
 from data_tools.workers import Encoded
-from fusiontree.data.format import SPLITS, ShardInfo, TokenizerInfo, has_index, index_path
+from fusiontree.data.format import ShardInfo, TokenizerInfo, has_index, index_path
+from fusiontree.data.invariants import SPLITS
 from fusiontree.data.packing import WINDOW_DOCUMENTS, PackedRow, Packer
 from fusiontree.data.writer import SHARD_ROWS, ShardWriter
 from fusiontree.errors import RunError

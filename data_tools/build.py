@@ -19,7 +19,8 @@ from data_tools.tokenizers import copy_tokenizer
 from data_tools.workers import Workers, start_workers
 from fusiontree import __version__
 from fusiontree.console import console, progress_bar
-from fusiontree.data.format import MANIFEST, SPLITS, Manifest, TokenizerInfo, token_dtype
+from fusiontree.data.format import MANIFEST, Manifest, TokenizerInfo, token_dtype
+from fusiontree.data.invariants import SPLITS
 from fusiontree.data.packing import PACKER_VERSION
 from fusiontree.data.tokenizer import require_golden
 from fusiontree.errors import RunError, UserError

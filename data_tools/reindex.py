@@ -7,7 +7,6 @@ from data_tools.tokenizers import copy_tokenizer, load_tokenizer
 from data_tools.verify import manifest_mismatches, scan_all
 from fusiontree.data.format import (
     MANIFEST,
-    SPLITS,
     Manifest,
     ShardInfo,
     TokenizerInfo,
@@ -15,6 +14,7 @@ from fusiontree.data.format import (
     index_path,
     read_index,
 )
+from fusiontree.data.invariants import SPLITS
 from fusiontree.data.shard_scan import ShardScan
 from fusiontree.data.writer import write_index
 from fusiontree.errors import UserError

@@ -24,8 +24,10 @@ from fusiontree.data.sources import Ledger, Sources, held_out_sources
 from fusiontree.data.stream import TrainStream, single_source_recipe, validation_batches
 from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError, UserError
+from fusiontree.evaluate import tasks
 from fusiontree.evaluate.held_out import HeldOutLoss
 from fusiontree.evaluate.ngram import Bigram
+from fusiontree.evaluate.options import TASK_NAMES, EvalOptions
 from fusiontree.evaluate.subject import Subject
 from fusiontree.run import incidents
 
@@ -205,6 +207,20 @@ def test_an_update_without_a_token_is_skipped_and_recorded(tokenizer_folder: Pat
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_of_the_data_ends_an_evaluation_before_its_first_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject(None, None, {}, tmp_path, write(tmp_path / "set", [packed_row(0, [-16])]), (8,), ROW, None, 1)
+    monkeypatch.setattr(Subject, "load", lambda *_, **__: subject)
+    started: list[str] = []
+    monkeypatch.setattr(tasks, "TASKS", {name: lambda _, name=name: started.append(name) for name in tasks.TASKS})
+    for name in tasks.TASKS:
+        with pytest.raises(UserError, match=r"set: (no held-out rows|the first \d training rows)"):
+            tasks.evaluate(tmp_path, [name], EvalOptions(str(tmp_path / "set")))
+    assert started == []
+    assert tasks._READS.keys() == tasks.TASKS.keys() == {*TASK_NAMES}
 
 
 @pytest.mark.slow

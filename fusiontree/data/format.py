@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -20,8 +19,11 @@ import numpy as np
 from isal import isal_zlib
 
 from fusiontree import __version__
+from fusiontree.data import segments
+from fusiontree.data.invariants import find_index_fault, find_manifest_fault, find_row_fault
 from fusiontree.data.packing import PACKER_VERSION, Span
 from fusiontree.data.remote import Cache, Store, UnreachableError
+from fusiontree.data.segments import ENDS
 from fusiontree.data.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, require_golden
 from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.files import parse_json, write_atomic
@@ -29,7 +31,6 @@ from fusiontree.paths import is_address
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SPLITS = ("train", "validation")
 INDEX = np.dtype(
     [
         ("tokens", "<u8"),  # absolute offset of the row's tokens in the tar, bytes
@@ -39,9 +40,7 @@ INDEX = np.dtype(
         ("crc", "<u4"),  # CRC32 of the token bytes followed by the bytes of the ends
     ]
 )
-ENDS = np.dtype("<i4")
 _LARGEST_HEADER = 1024  # bytes; upper bound of an .npy header (`writer.py` writes 128)
-_SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})/[0-9A-Za-z_-]+\.tar")
 _INDEX_REMEDY = "restore it, or rebuild it with `fusiontree data reindex` where the dataset is stored"
 _Record = TypeVar("_Record")
 Buffer: TypeAlias = bytes | memoryview | np.ndarray
@@ -153,7 +152,7 @@ class Manifest:
             version = values.pop("format")
             if version != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} has format {version}, but this version reads {FORMAT_VERSION}; rebuild the dataset"
+                    f"{path} has format {version!r:.60}, but this version reads {FORMAT_VERSION}; rebuild the dataset"
                 )
             del values["totals"]
             values["tokenizer"] = _record(TokenizerInfo, values["tokenizer"])
@@ -165,14 +164,8 @@ class Manifest:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a dataset's manifest ({short_cause(error)}); rebuild the dataset") from None
-        if manifest.dtype not in ("uint16", "uint32"):
-            raise UserError(f"{path}: dtype {manifest.dtype!r} is neither uint16 nor uint32; rebuild the dataset")
-        for split, shards in manifest.splits.items():
-            for shard in shards:
-                if not _SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{split}/"):
-                    raise UserError(
-                        f"{path}: {shard.name!r} is not the name of a shard in {split}/; rebuild the dataset"
-                    )
+        if fault := find_manifest_fault(manifest):
+            raise UserError(f"{path}: {fault}; rebuild the dataset")
         return manifest
 
     def save(self, folder: Path) -> None:
@@ -212,6 +205,14 @@ def row_crc(tokens: Buffer, ends: Buffer) -> int:
         ends: likewise.
     """
     return isal_zlib.crc32(ends, isal_zlib.crc32(tokens))
+
+
+class DamagedRowError(RunError):
+    """A stored row that fails its checksum or is not a row; `fault` is the reason without the place."""
+
+    def __init__(self, where: str, row: int, fault: str):
+        super().__init__(f"{where}: row {row} {fault}; restore the shard or rebuild the dataset")
+        self.fault = fault
 
 
 class Dataset:
@@ -315,6 +316,7 @@ class Shard:
         self.info, self.path = info, folder / info.name
         self.where = str(self.path)  # for messages
         self.row_len, self.dtype = manifest.row_len, np.dtype(manifest.dtype).newbyteorder("<")
+        self.vocab_size = manifest.vocab_size
 
     def _read_index(self) -> None:
         self.index = read_index(self.path)
@@ -323,19 +325,23 @@ class Shard:
                 f"{index_path(self.path)} is not the index that the manifest lists for {self.where} (sha256 differs); "
                 f"{_INDEX_REMEDY}"
             )
+        if fault := find_index_fault(self.index, self.info, self.row_len, self.dtype.itemsize):
+            raise UserError(f"{index_path(self.path)} is no index of {self.where}: {fault}; rebuild the dataset")
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a row's tokens [row_len] and segment ends, int32 [segments].
 
         Raises:
-            RunError: the bytes do not match the row's checksum.
+            DamagedRowError: the bytes do not match the row's checksum, or are not a row of this dataset.
         """
-        tokens, ends = self._read_bytes(row)
-        if row_crc(tokens, ends) != self.index["crc"][row]:
-            raise RunError(
-                f"{self.where}: row {row} is damaged (checksum differs); restore the shard or rebuild the dataset"
-            )
-        return np.frombuffer(tokens, self.dtype), np.frombuffer(ends, ENDS)
+        token_bytes, end_bytes = self._read_bytes(row)
+        entry = self.index[row]
+        if row_crc(token_bytes, end_bytes) != entry["crc"]:
+            raise DamagedRowError(self.where, row, "is damaged (checksum differs)")
+        tokens, ends = np.frombuffer(token_bytes, self.dtype), np.frombuffer(end_bytes, ENDS)
+        if fault := find_row_fault(tokens, ends, int(entry["valid"]), self.vocab_size):
+            raise DamagedRowError(self.where, row, f"is damaged ({fault})")
+        return tokens, ends
 
     def _ranges(self, row: int) -> list[tuple[int, int]]:
         """Return offset and length, in bytes, of a row's tokens and of its segment ends."""
@@ -363,9 +369,11 @@ class Shard:
             stream.seek(int(entry["ends"]))
             content = stream.read(int(entry["segments"]) * ENDS.itemsize)
         ends = np.frombuffer(content[: len(content) // ENDS.itemsize * ENDS.itemsize], ENDS)
-        if len(ends) != entry["segments"] or not len(ends) or abs(int(ends[-1])) != self.row_len:
-            return False
-        return int(np.diff(np.abs(ends), prepend=0)[ends > 0].sum()) == entry["valid"]
+        return (
+            len(ends) == entry["segments"]
+            and not segments.find_fault(ends, self.row_len)
+            and segments.count_tokens(ends) == entry["valid"]
+        )
 
     def spans(self, row: int) -> list[Span]:
         """Return the documents of a row.
@@ -386,7 +394,10 @@ class Shard:
             sample = _read_json(content[max(0, header) :])
             if sample["crc"][row - first] != self.index["crc"][row]:
                 raise ValueError("its checksum differs from the index")
-            return [_record(Span, span) for span in sample["documents"][row - first]]
+            spans = [_record(Span, span) for span in sample["documents"][row - first]]
+            if any(s.start < 0 or s.length < 1 or s.start + s.length > self.row_len or s.offset < 0 for s in spans):
+                raise ValueError("its documents are outside the row")
+            return spans
         except (OSError, LookupError, TypeError, ValueError, tarfile.TarError) as error:
             raise RunError(
                 f"{self.where}: the sample of row {row} is damaged ({short_cause(error)}); restore the shard or "
@@ -482,12 +493,16 @@ def _read_json(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError, tarfile.TarError: there is no such member.
     """
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        for member in tar:
-            if member.name.endswith(".json"):
-                stream = tar.extractfile(member)
-                found: dict[str, Any] = json.load(stream) if stream else {}
-                return found
+    at = 0
+    while at < len(content):
+        header = tarfile.TarInfo.frombuf(content[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        at += tarfile.BLOCKSIZE
+        if header.size < 0:  # the scan would return to where it was
+            raise ValueError("negative size")
+        if header.name.endswith(".json"):
+            found: dict[str, Any] = parse_json(content[at : at + header.size])
+            return found
+        at += header.size + -header.size % tarfile.BLOCKSIZE
     raise ValueError("its documents are missing")
 
 

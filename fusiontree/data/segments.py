@@ -21,14 +21,13 @@ def is_padding(ends: np.ndarray) -> np.ndarray:
     return ends < 0
 
 
-def lengths(ends: np.ndarray) -> np.ndarray:
-    """Return the tokens of each segment, padding included: int64 [segments]."""
-    return np.diff(stops(ends), prepend=0).astype(np.int64)
-
-
 def count_tokens(ends: np.ndarray) -> int:
     """Return the number of tokens that are not padding."""
-    return int(lengths(ends)[~is_padding(ends)].sum())
+    limits = stops(ends)
+    count = int(limits[-1])
+    for segment in is_padding(ends).nonzero()[0].tolist():
+        count -= int(limits[segment]) - (int(limits[segment - 1]) if segment else 0)
+    return count
 
 
 def documents(tokens: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
@@ -52,8 +51,8 @@ def without_fill(ends: np.ndarray) -> np.ndarray:
 def find_fault(ends: np.ndarray, row_len: int) -> str:
     """Return the fault of a row's ends, "" if they are valid: they ascend strictly, from above 0 to `row_len`."""
     if len(ends):
-        above = stops(ends.astype(np.int64))  # the smallest int32 has no absolute value of its own type
-        if above[-1] == row_len and above[0] > 0 and (len(above) == 1 or (above[1:] > above[:-1]).all()):
+        limits = stops(ends)  # the smallest int32 stays negative, and so never ascends
+        if limits[-1] == row_len and limits[0] > 0 and (limits[1:] > limits[:-1]).all():
             return ""
     return f"segment ends do not ascend to the row's length {row_len}"
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.data.format import ENDS, INDEX, ShardInfo, index_digest, read_array, row_crc
+from fusiontree.data import segments
+from fusiontree.data.format import INDEX, ShardInfo, index_digest, read_array, row_crc
+from fusiontree.data.segments import ENDS
 from fusiontree.errors import short_cause
 from fusiontree.files import parse_json
 
@@ -189,7 +191,7 @@ class _Sample:
         metadata = parse_json(bytes(parts["json"]))
         documents, rows = metadata["documents"], len(tokens)
         crcs, tokenizer = metadata.get("crc", [None] * rows), metadata.get("tokenizer", "")
-        types_fit = tokens.dtype in _TOKEN_TYPES and ends.dtype == ENDS
+        types_fit = tokens.dtype in _TOKEN_TYPES and ends.dtype == ENDS and tokens.shape[1] > 0
         if not types_fit or not rows == len(ends) == len(documents) == len(crcs):
             raise ValueError("its members do not match")
         tokens_at, ends_at = tokens_at + members["tok.npy"][0], ends_at + members["ends.npy"][0]
@@ -197,23 +199,19 @@ class _Sample:
 
     def row(self, i: int) -> tuple[tuple[int, int, int, int, int], str | None]:
         """Return the index entry of row i, and its fault or None."""
-        tokens, ends = self.tokens[i], self.ends[i]
-        ends = ends[: np.count_nonzero(ends)]
-        bounds = np.abs(ends)
-        lengths = bounds.copy()
-        lengths[1:] -= bounds[:-1]  # np.diff takes as long as the checksum
-        real = ends > 0
-        crc, row_len = row_crc(tokens, ends), len(tokens)
+        tokens, ends = self.tokens[i], segments.without_fill(self.ends[i])
+        crc, fault = row_crc(tokens, ends), segments.find_fault(ends, len(tokens))
         entry = (
             self.tokens_at + i * tokens.nbytes,
             self.ends_at + i * self.ends[i].nbytes,
             len(ends),
-            int(lengths[real].sum()),
+            0 if fault else segments.count_tokens(ends),
             crc,
         )
         if self.crcs[i] not in (None, crc):
             return entry, "checksum differs"
-        if not len(ends) or (lengths <= 0).any() or bounds[-1] != row_len:
-            return entry, f"segment ends do not ascend to the row's length {row_len}"
+        if fault:
+            return entry, fault
+        stops = segments.stops(ends)[~segments.is_padding(ends)]
         spans = [span["start"] + span["length"] for span in self.documents[i]]
-        return entry, None if spans == bounds[real].tolist() else "its documents do not match its segments"
+        return entry, None if spans == stops.tolist() else "its documents do not match its segments"

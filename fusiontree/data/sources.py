@@ -11,7 +11,7 @@ import numpy as np
 
 from fusiontree.data import segments
 from fusiontree.data.batch import BadRow, Batch
-from fusiontree.data.format import Dataset
+from fusiontree.data.format import DamagedRowError, Dataset
 from fusiontree.data.remote import UnreachableError
 from fusiontree.errors import RunError, UserError, short_cause
 
@@ -79,8 +79,8 @@ class Sources:
                 return *self.datasets[source].row(row), None
             except UnreachableError:
                 raise
-            except RunError:
-                reason = "is damaged (checksum differs)"
+            except DamagedRowError as error:
+                reason = error.fault
             except OSError as error:
                 reason = f"cannot be read ({short_cause(error)})"
             if delay is not None:

@@ -9,8 +9,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fusiontree.data.format import ENDS, SPLITS, ShardInfo, index_path, row_crc
+from fusiontree.data.format import ShardInfo, index_path, row_crc
+from fusiontree.data.invariants import SPLITS
 from fusiontree.data.packing import PackedRow, Span
+from fusiontree.data.segments import ENDS
 from fusiontree.data.shard_scan import scan_shard
 from fusiontree.errors import RunError
 from fusiontree.files import write_atomic

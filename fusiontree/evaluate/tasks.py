@@ -21,6 +21,14 @@ TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "throughput": throughput,
 }
 RESULTS = "results.json"
+# the properties of a `Subject` that each task reads; they are read before the first task, so that no figures are lost
+_READS = {
+    "perplexity": ("held_out", "bigram"),
+    "passkey": ("bigram",),
+    "needle": ("text", "bigram"),
+    "recall": ("bigram",),
+    "throughput": ("text",),
+}
 
 
 def evaluate(folder: Path, tasks: Sequence[str], options: EvalOptions) -> dict[str, Any]:
@@ -40,6 +48,8 @@ def evaluate(folder: Path, tasks: Sequence[str], options: EvalOptions) -> dict[s
         refuse_existing(output, overwrite, RESULTS)
         _require_matplotlib()
     subject = Subject.load(folder, options, new_tokens=TOTAL_NEW_TOKENS if "throughput" in tasks else 0)
+    for name in dict.fromkeys(name for task in tasks for name in _READS[task]):
+        getattr(subject, name)
     results = {task: TASKS[task](subject) for task in tasks}
     if output is not None:
         _write(output, overwrite, results)
