@@ -97,7 +97,7 @@ def test_an_unknown_key_in_a_file_names_the_file(write):
         ("name=12", "override 'name=12': name is 12; it must be a valid string"),
         ("optimizer.lr=.inf", "override 'optimizer.lr=.inf': optimizer.lr is inf; it must be finite"),
         ("optimizer.lr=0", "override 'optimizer.lr=0': optimizer.lr is 0; it must be greater than 0"),
-        ("precision=fp8", "override 'precision=fp8': precision is 'fp8'; it must be 'bf16' or 'fp32'"),
+        ("precision=fp16", "override 'precision=fp16': precision is 'fp16'; it must be 'bf16', 'fp32' or 'fp8'"),
         ("data.path=[1]", "override 'data.path=[1]': data.path is [1]; it must be a single value"),
         ("seed={}", "override 'seed={}': seed is {}; it must be a single value"),
         ("name=../x", "override 'name=../x': name is '../x'; use letters, digits, '_', '-' and, after the first, '.'"),
@@ -111,7 +111,7 @@ def test_an_invalid_value_names_its_key_origin_and_remedy(override, message):
 
 
 def test_several_errors_are_counted_in_one_line():
-    assert error_of("tiny", "seed=x", "precision=fp8").endswith("(1 more error)")
+    assert error_of("tiny", "seed=x", "precision=fp16").endswith("(1 more error)")
 
 
 def test_yaml_errors_name_file_and_line(write):

@@ -46,7 +46,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig
     losses: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"  # fp8: products of the blocks' linear layers; the rest bf16
     activation_checkpointing: CheckpointingConfig = CheckpointingConfig()
     deepspeed: Location = "zero1"  # a name in ds_configs/ or the path of a DeepSpeed JSON
     nvme_path: LocalPath | None = None  # folder on a local disk for the weights and moments of zero3_nvme
@@ -81,7 +81,27 @@ class RunConfig(Section):
             f"model.max_positions {self.model.max_positions} is below data.seq_len {self.data.seq_len}: srte learned "
             "has no encoding for the last tokens of a row; raise max_positions or lower seq_len",
         )
+        if self.precision == "fp8":
+            self._fits_fp8()
         return self
+
+    def _fits_fp8(self) -> None:
+        """Check that all sizes of the FP8 products are multiples of 16, as the hardware requires."""
+        model = self.model
+        widths = {
+            "model.hidden_size": model.hidden_size,
+            "model.mlp_size": model.mlp_size,
+            "the Mamba branch, model.ssm_heads x ssm_head_dim": model.ssm_size,
+            "the Mamba branch's input projection, which includes model.ssm_heads": model.ssm_projection_size,
+            "an attention head, model.head_dim": model.head_dim,
+            "a micro-batch, data.seq_len x batch.micro_rows": self.data.seq_len * self.batch.micro_rows,
+        }
+        for name, width in widths.items():
+            require(
+                width % 16 == 0,
+                f"precision fp8 needs multiples of 16, but the size of {name} is {width}; change it or set "
+                "precision=bf16",
+            )
 
     @property
     def run_dir(self) -> Path:

@@ -208,10 +208,13 @@ def _problems(*checks: Callable[[], Any]) -> list[str]:
 def _check_devices(config: RunConfig, ranks: int, gpus: list[dict[str, Any]]) -> None:
     import torch
 
+    from fusiontree.kernels import check_precision
+
     if gpus and ranks > len(gpus):
         raise UserError(f"{ranks} ranks need {ranks} GPUs, but this machine has {len(gpus)}; start fewer ranks")
     if gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"precision bf16 is not supported by {gpus[0]['name']}; set precision=fp32")
+    check_precision(config.precision, torch.device("cuda" if gpus else "cpu"))
 
 
 def _check_memory(run: dict[str, Any], ranks: int, available: int, gpu: str | None, host: str) -> None:

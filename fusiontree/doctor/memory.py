@@ -67,7 +67,7 @@ def state_bytes(parameters: int, zero: dict[str, Any], ranks: int) -> int:
 def activation_bytes(config: RunConfig) -> int:
     """Return the bytes that one forward pass saves for the backward pass, plus the largest block to recompute."""
     model, tokens = config.model, config.data.seq_len * config.batch.micro_rows
-    item = 2 if config.precision == "bf16" else 4
+    item = 4 if config.precision == "fp32" else 2
     full = [_block_width(model, layer) * item for layer in range(model.num_layers)]
     kept = [_kept_bytes(config, layer, item) for layer in range(model.num_layers)]
     # the backward pass recomputes one block at a time, and then has its saved values complete

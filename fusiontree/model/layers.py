@@ -3,6 +3,8 @@
 In training the parameters stay fp32 and are the master weights, while activations are bf16.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, std: float = 0.02):
         self.std = std  # set first: the parent's constructor calls reset_parameters
+        self.product: Callable[[Tensor, Tensor], Tensor] | None = None  # of input and weight, instead of torch's
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -23,6 +26,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project [..., inputs] to [..., outputs]."""
+        if self.product is not None:
+            return self.product(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 

@@ -1,13 +1,13 @@
 """Construction of the DeepSpeed engine from a configuration."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusiontree.config import CheckpointingConfig, RunConfig, deepspeed_json
 from fusiontree.distributed.collectives import World
-from fusiontree.kernels import DTYPES, choose_kernels
+from fusiontree.kernels import DTYPES, check_precision, choose_kernels
 from fusiontree.model.layers import Linear
 from fusiontree.model.lm import HybridLM, materialize
 from fusiontree.model.recompute import Recompute
@@ -17,6 +17,9 @@ from fusiontree.training.optimizer import build_optimizer
 from fusiontree.zero import setup
 from fusiontree.zero.block_gather import BlockGather
 from fusiontree.zero.settings import gathers_blocks
+
+if TYPE_CHECKING:
+    from fusiontree.model.triton_fp8 import Fp8Products
 
 
 def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tuple[Any, FusedClipping | EngineClipping]:
@@ -35,6 +38,20 @@ def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tup
         cast = [module.weight for block in model.blocks for module in block.modules() if isinstance(module, Linear)]
         BlockGather(engine, list(model.blocks), cast, DTYPES[config.precision], one_step=fused)
     return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
+
+
+def fp8_products(config: RunConfig, engine: Any) -> "Fp8Products | None":
+    """Let the linear layers of the blocks compute in FP8 if `precision` is fp8.
+
+    The embedding, the head and the gate stay bf16: they have a small share of the products.
+    """
+    if config.precision != "fp8":
+        return None
+    check_precision(config.precision, engine.device)
+    from fusiontree.model.triton_fp8 import Fp8Products  # needs Triton
+
+    layers = [module for module in engine.module.blocks.modules() if isinstance(module, Linear)]
+    return Fp8Products(layers, cached=engine.zero_optimization_stage() < 3)
 
 
 def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:

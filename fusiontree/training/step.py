@@ -12,7 +12,7 @@ from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
 from fusiontree.model.documents import to_device
 from fusiontree.model.lm import branch_drops
-from fusiontree.training.engine_setup import build_engine
+from fusiontree.training.engine_setup import build_engine, fp8_products
 from fusiontree.training.gates import GateStatistics
 from fusiontree.training.layer_watch import LayerWatch
 from fusiontree.training.objective import Objective, gate_penalty
@@ -40,6 +40,7 @@ class TrainingStep:
         self.config, self.world = config, world
         self.objective = Objective(config, world.device)
         self.engine, self.clipping = build_engine(config, world, resuming)
+        self.fp8 = fp8_products(config, self.engine)
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
         self.gates = GateStatistics(config.model.num_layers, config.model.hidden_size, world)
 
@@ -68,6 +69,7 @@ class TrainingStep:
         parts, slope = self._gate_penalty(step)
         gates = torch.zeros_like(self.gates.share)
         self.engine.train()
+        self._refresh_casts()
         for batch in batches:
             ids, labels, documents = to_device(batch, self.world.device)
             options = self.objective.options(ids, documents, step)
@@ -98,7 +100,13 @@ class TrainingStep:
     def token_losses(self, batch: Batch) -> Tensor:
         """Return each token's loss in nats, fp32 [B, L], 0 where there is no label; without gradient."""
         input_ids, labels, documents = to_device(batch, self.world.device)
+        self._refresh_casts()
         return self.engine(input_ids, documents, labels=labels, by_token=True).token_losses
+
+    def _refresh_casts(self) -> None:
+        """Cast the weights, which a step or a checkpoint has changed, to FP8 if the run computes in it."""
+        if self.fp8 is not None:
+            self.fp8.refresh()
 
     def _gate_penalty(self, step: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return this rank's share of the gate penalty and the penalty's slope, or ({}, None) if the run has none."""

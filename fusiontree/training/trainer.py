@@ -22,6 +22,7 @@ from fusiontree.distributed import collectives, signals
 from fusiontree.distributed.collectives import World
 from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError, short_cause
 from fusiontree.evaluate.held_out import HeldOutLoss
+from fusiontree.kernels import check_precision
 from fusiontree.model.flops import update_flops
 from fusiontree.run import incidents
 from fusiontree.run.datasets import Data, open_data, open_stream
@@ -61,6 +62,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
     data = open_data(config)
     world = collectives.start()
     try:
+        check_precision(config.precision, world.device)
         stream = open_stream(config, data.train, world.rank, world.size, config.data.workers)
         resume_from = prepare_folder(config, data.train, allow_changed, trust)
         with log_to_file(config, world), contextlib.closing(stream):
