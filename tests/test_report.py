@@ -216,3 +216,52 @@ def test_runs_with_the_same_name_are_labelled_by_folder(tmp_path: Path) -> None:
     assert write_report(runs, tmp_path / "p.html")["runs"] == [str(run) for run in runs]
     with pytest.raises(UserError, match="given twice"):
         write_report([runs[0], runs[0]])
+
+
+MARKUP = "</script></title><b id=evil>&amp;'\"`${x}$title"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """Write a run whose folder, name, values, sources, parts and incidents contain harmless markup."""
+    run = make_run(tmp_path, 20)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"name": MARKUP + "\ud800", MARKUP: MARKUP}
+    config["data"]["path"] = MARKUP
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    line = {"step": 20, "tokens": 1, "val_loss": 4.0, f"val_loss/{MARKUP}": 4.0, f"val_loss_by_length/{MARKUP}": 4.0}
+    names = ("gate_mean", "gate_std", "mamba_rms", "attention_rms", "grad_norm")
+    layers = {"step": 20, **{name: [0.5] * LAYERS for name in names}, "flop_share": {MARKUP: 1.0}}
+    for name, record in (("metrics.jsonl", line), ("layers.jsonl", layers)):
+        with open(run / name, "a") as stream:
+            stream.write(json.dumps(record) + "\n")
+    incidents.record(run, MARKUP, 7, MARKUP, rows=[{"shard": MARKUP}])
+    return run.rename(tmp_path / "[b]<b id=evil>")
+
+
+def test_markup_in_names_and_values_is_shown_as_text(hostile: Path) -> None:
+    page = Path(write_report([hostile])["report"]).read_text()
+    assert page.count("<title>") == page.count("</title>") == 1
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<b id=evil>" not in page
+    data = page.partition('id="data">')[2].partition("</script>")[0]
+    (shown,) = json.loads(data)
+    assert shown["name"] == MARKUP + "?"
+    assert MARKUP in shown["flop_share"]
+
+
+@needs_browser
+def test_markup_in_names_and_values_makes_no_element(hostile: Path, tmp_path: Path) -> None:
+    write_report([hostile])
+    count_evil = "document.documentElement.dataset.evil = document.querySelectorAll('#evil').length;"
+    hover = "for (const e of document.querySelectorAll('.event')) e.dispatchEvent(new PointerEvent('pointerenter'));"
+    dom = browse(hostile / "report.html", tmp_path, hover + count_evil)
+    assert 'data-evil="0"' in dom
+    assert count("curve", dom) == 12
+
+
+def test_a_configuration_with_aliases_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 5)
+    (run / "config.yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n")
+    with pytest.raises(UserError, match="it has aliases"):
+        collect(run)

@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> dict[str, Any
         raise UserError(f"--out {path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; name a file")
-    page = render(found).encode(errors="backslashreplace")  # names may be undecodable
+    page = render(found).encode(errors="replace")  # half a surrogate pair, as in an undecodable path, is shown as "?"
     write_atomic(path, page)
     return {"report": str(path), "runs": [run["label"] for run in found], "page_bytes": len(page)}
 
@@ -61,9 +61,8 @@ def render(runs: Sequence[Mapping[str, Any]]) -> str:
         facts=_facts(runs),
         events=_events_table(runs),
         config=_config_tables(runs),
-        data=json.dumps(shown, allow_nan=False).replace(
-            "<", "\\u003c"
-        ),  # no string of a run can close the script element
+        # no string of a run can close the script element
+        data=json.dumps(shown, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
     )
 
 
