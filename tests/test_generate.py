@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from fusiontree.cli import main
 from fusiontree.errors import RunError, UserError
 from fusiontree.export.exporter import export
 from fusiontree.export.options import ExportOptions
+from fusiontree.inference import generate
 from fusiontree.inference.decoder import PREFILL_TOKENS, Decoder
 from fusiontree.inference.generate import generate_text, generate_texts, read_prompts, stream_tokens
 from fusiontree.inference.loading import PREFIX, encode, load_export, read_facts
 from fusiontree.inference.sampling import Sampling
+from fusiontree.model.lm import HybridLM
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,24 @@ def test_a_prompt_from_a_file_is_continued_as_it_is_alone(
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == alone
     assert main([*words, *options]) == 0
     assert capsys.readouterr().out == "".join(f"{each['prompt']}{each['text']}\n\n" for each in alone)
+
+
+def test_a_large_batch_is_split_where_its_cache_exceeds_the_limit(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, sampling = {f"line {number}": "tree " * (1 + number % 3) for number in range(9)}, Sampling(temperature=0)
+    whole = list(generate_texts(exported, prompts, 4, sampling, rows=4096))
+    batches, stream = [], generate.stream_tokens
+
+    def recorded(model: HybridLM, batch: list[list[int]], *others: object) -> Iterator[list[int]]:
+        batches.append(len(batch))
+        return stream(model, batch, *others)
+
+    monkeypatch.setattr(generate, "stream_tokens", recorded)
+    row_bytes = generate._BATCH_BYTES // generate._fitting_rows(load_export(exported)[0], 16)
+    monkeypatch.setattr(generate, "_BATCH_BYTES", 4 * row_bytes)
+    assert list(generate_texts(exported, prompts, 4, sampling, rows=4096)) == whole
+    assert batches == [4, 4, 1]
 
 
 def test_only_a_newline_ends_a_prompt(tmp_path: Path) -> None:

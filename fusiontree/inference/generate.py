@@ -13,7 +13,10 @@ from fusiontree.inference.decoder import Decoder
 from fusiontree.inference.detokenizer import TextStream
 from fusiontree.inference.loading import check_ids, check_positions, encode, load_export, read_facts
 from fusiontree.inference.sampling import Sampling, draw
+from fusiontree.model.cache import Cache
 from fusiontree.model.lm import HybridLM
+
+_BATCH_BYTES = 2**28  # of a batch's cache, logits and seen tokens on a CPU
 
 
 def generate_text(
@@ -42,10 +45,11 @@ def generate_texts(
     rows: int = 8,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Continue `prompts` in batches of `rows`; a prompt's continuation does not depend on its batch.
+    """Continue `prompts` in batches; a prompt's continuation does not depend on its batch.
 
     Args:
         prompts: by their name in error messages.
+        rows: maximum number of prompts in a batch; on a CPU, fewer if their cache exceeds `_BATCH_BYTES`.
         on_text: as in `generate_text`, for the first prompt of each batch.
 
     Yields:
@@ -60,13 +64,16 @@ def generate_texts(
     for name, prompt in prompts.items():
         _check_prompt(name, prompt)
     model, tokenizer = load_export(folder)
-    texts = list(prompts.values())
-    ids = [encode(tokenizer, text) for text in texts]
-    check_ids(model.config, dict(zip(prompts, ids, strict=True)))
-    check_positions(model.config, max(map(len, ids)) + max_new_tokens)
+    texts, longest = list(prompts.values()), 0
+    for name, text in prompts.items():  # all are checked before the first is continued, and encoded again by batch
+        tokens = encode(tokenizer, text)
+        check_ids(model.config, {name: tokens})
+        longest = max(longest, len(tokens))
+    check_positions(model.config, longest + max_new_tokens)
     stop = read_facts(folder)["eos_id"]
-    for start in range(0, len(ids), rows):
-        batch = ids[start : start + rows]
+    rows = min(rows, _fitting_rows(model, longest + max_new_tokens))
+    for start in range(0, len(texts), rows):
+        batch = [encode(tokenizer, text) for text in texts[start : start + rows]]
         streams = [TextStream(tokenizer, prompt, stop, None if i else on_text) for i, prompt in enumerate(batch)]
         if on_text is not None:
             on_text(texts[start])
@@ -81,6 +88,17 @@ def generate_texts(
                 "prompt_tokens": len(batch[i]),
                 "new_tokens": stream.new_tokens,
             }
+
+
+def _fitting_rows(model: HybridLM, tokens: int) -> int:
+    """Return the largest number of rows of `tokens` tokens to decode at once; a GPU's limit is its memory."""
+    weight = model.embedding.weight
+    if weight.device.type != "cpu":
+        return 2**31
+    cache = Cache(model.config, 1, weight.dtype, "meta")
+    cache.reserve(tokens)
+    row_bytes = cache.nbytes + model.config.vocab_size * (torch.float32.itemsize + torch.bool.itemsize)
+    return max(1, _BATCH_BYTES // row_bytes)
 
 
 def _check_prompt(name: str, prompt: str) -> None:

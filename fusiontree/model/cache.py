@@ -117,6 +117,11 @@ class Cache:
         """Tokens of a row that fit without a new allocation."""
         return self.seq_idx.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(value.nbytes for layer in self.layers for value in vars(layer).values())
+
     def reserve(self, tokens: int) -> None:
         """Grow the capacity to at least `tokens` tokens; each growth at least doubles it."""
         if tokens <= self.capacity:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusiontree.errors import UserError, short_cause
 from fusiontree.files import parse_json
-from fusiontree.model.cache import Cache, LayerCache
+from fusiontree.model.cache import Cache
 from fusiontree.model.config import LayerKind, ModelConfig
 from fusiontree.model.kernel_registry import Kernels
 from fusiontree.model.lm import HybridLM
@@ -183,11 +183,7 @@ def cache_bytes(config: ModelConfig, tokens: int) -> int:
     """Return the bytes of the bf16 cache of all layers for one row of `tokens` tokens."""
     cache = Cache(config, 1, torch.bfloat16, "meta")
     cache.reserve(tokens)
-    return sum(map(_layer_bytes, cache.layers))
-
-
-def _layer_bytes(layer: LayerCache) -> int:
-    return sum(value.numel() * value.element_size() for value in vars(layer).values())
+    return cache.nbytes
 
 
 def read_plan(path: Path, config: ModelConfig) -> Pruning:
