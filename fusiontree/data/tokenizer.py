@@ -190,12 +190,12 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 
 
 def _omit_post_processor(tokenizer: Any) -> tuple[str, ...]:
-    """Remove a post-processor that adds tokens; return those that it adds to a single text."""
-    if not any(tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)):
+    """Remove a post-processor that adds tokens to a text; return those tokens."""
+    if not tokenizer.num_special_tokens_to_add(False):
         return ()
-    added = tuple(tokenizer.encode("", add_special_tokens=True).tokens)
+    encoded = tokenizer.encode("a", add_special_tokens=True)
     tokenizer.post_processor = None
-    return added
+    return tuple(token for token, added in zip(encoded.tokens, encoded.special_tokens_mask, strict=True) if added)
 
 
 def _escape(tokenizer: Any) -> tuple[str, ...]:
