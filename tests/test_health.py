@@ -195,7 +195,7 @@ def test_consecutive_bad_updates_are_rolled_back_and_their_rows_skipped(
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
     kinds = [(line["kind"], line["step"]) for line in incidents.read(run)]
     assert kinds[:3] == [("skipped_update", 6), ("skipped_update", 7), ("rollback", 7)]
-    assert store.read_state(run / "checkpoints" / "step-8")["left_out"] == [[5 * ROWS, 7 * ROWS]]
+    assert store.read_state(run / "checkpoints" / "step-8")["left_out"] == [(5 * ROWS, 7 * ROWS)]
     known = ("shard", "row", "first_token")
     bad = [{key: row[key] for key in known} for line in incidents.read(run)[:2] for row in line["rows"]]
     for step in (4, 5, 7):  # no step contains the skipped rows
