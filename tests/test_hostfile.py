@@ -194,14 +194,13 @@ def test_after_a_failure_ranks_on_other_hosts_have_less_than_ten_seconds(tmp_pat
 # --- the heartbeat ---------------------------------------------------------------------------------------------------
 
 WATCHED = """
-import sys, threading
+import signal, sys, threading
 from pathlib import Path
 from launcher import heartbeat
+if len(sys.argv) > 2:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 heartbeat.INTERVAL, heartbeat.MAX_MISSED = 0.02, 50
 threading.Thread(target=heartbeat.watch, args=(Path(sys.argv[1]), 60.0), daemon=True).start()
-if len(sys.argv) > 2:
-    import signal
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("up", flush=True)
 threading.Event().wait()
 """
