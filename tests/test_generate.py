@@ -21,7 +21,7 @@ from fusiontree.export.options import ExportOptions
 from fusiontree.inference import generate
 from fusiontree.inference.decoder import PREFILL_TOKENS, Decoder
 from fusiontree.inference.generate import generate_text, generate_texts, read_prompts, stream_tokens
-from fusiontree.inference.loading import PREFIX, encode, load_export, read_facts
+from fusiontree.inference.loading import encode, exported_name, load_export, read_facts, trained_name
 from fusiontree.inference.sampling import Sampling
 from fusiontree.model.lm import HybridLM
 
@@ -110,10 +110,10 @@ def test_weights_come_from_the_index_or_the_single_file(exported: Path, run: Pat
         {name: torch.zeros_like(value) for name, value in weights.items()}, tmp_path / "one" / "zeros.safetensors"
     )
     model, _ = load_export(tmp_path / "one")
-    assert all(torch.equal(value, weights[f"{PREFIX}{name}"]) for name, value in model.named_parameters())
+    assert all(torch.equal(value, weights[exported_name(name)]) for name, value in model.named_parameters())
     *rest, (name, _) = weights.items()
     save_file(dict(rest), tmp_path / "one" / "model.safetensors")
-    with pytest.raises(RunError, match=f'is a damaged export .*"{name.removeprefix(PREFIX)}"'):
+    with pytest.raises(RunError, match=f'is a damaged export .*"{trained_name(name)}"'):
         load_export(tmp_path / "one")
     export(run, tmp_path / "more", ExportOptions(max_shard_size="50KB"))
     index = tmp_path / "more" / "model.safetensors.index.json"

@@ -36,11 +36,11 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]):
         self.shapes, self._read = shapes, read
 
-    def misfit(self, model: nn.Module, prefix: str = "") -> str | None:
-        """Return the first parameter of `model`, with `prefix`, that is missing here or has another shape; or None."""
-        for name, parameter in model.named_parameters(prefix.rstrip(".")):
-            if self.shapes.get(name) != tuple(parameter.shape):
-                return name
+    def misfit(self, model: nn.Module, stored_name: Callable[[str], str] = str) -> str | None:
+        """Return the first parameter of `model`, by its stored name, that is missing here or has another shape."""
+        for name, parameter in model.named_parameters():
+            if self.shapes.get(stored_name(name)) != tuple(parameter.shape):
+                return stored_name(name)
         return None
 
     def __getitem__(self, name: str) -> Tensor:

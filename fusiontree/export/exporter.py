@@ -21,10 +21,11 @@ from fusiontree.export.options import ExportOptions
 from fusiontree.export.parity import prove
 from fusiontree.export.tokenizer import prove_tokenizer, write_tokenizer
 from fusiontree.files import refuse_existing, staged_folder, write_atomic
-from fusiontree.inference.loading import FACTS, PREFIX
+from fusiontree.inference.loading import FACTS, exported_name, trained_name
 from fusiontree.kernels import DTYPES
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
+from fusiontree.model.mamba import STATE_PARAMETERS
 from fusiontree.prune.plan import PrunedWeights
 from fusiontree.prune.pruner import Pruner
 from fusiontree.run.folder import CONFIG_FILE, TOKENIZER, run_of
@@ -115,14 +116,12 @@ def _held_out_loss(run: Path, step: int) -> float | None:
 
 def _specs(shape: ModelConfig, dtype: str) -> dict[str, Spec]:
     """Return the exported tensors' shapes and dtypes for a model of `shape`, by exported name."""
-    from fusiontree.model.hf import FusionTreeForCausalLM
-
     with torch.device("meta"):
         model = HybridLM(shape)
     specs = {}
     for name, parameter in model.named_parameters():
-        kept = name.endswith(FusionTreeForCausalLM.FP32_NAMES)
-        specs[PREFIX + name] = Spec(tuple(parameter.shape), torch.float32 if kept else DTYPES[dtype])
+        kept = name.endswith(STATE_PARAMETERS)
+        specs[exported_name(name)] = Spec(tuple(parameter.shape), torch.float32 if kept else DTYPES[dtype])
     return specs
 
 
@@ -133,7 +132,7 @@ def _write_weights(
     specs = _specs(shape, dtype)
 
     def read(name: str) -> Tensor:
-        return weights[name.removeprefix(PREFIX)]
+        return weights[trained_name(name)]
 
     with progress_bar() as bar:
         task = bar.add_task("export", total=len(specs), note="")
@@ -148,12 +147,13 @@ def _write_other_files(
     from transformers import GenerationConfig
     from transformers.dynamic_module_utils import custom_object_save
 
-    from fusiontree.model.hf import FusionTreeConfig, FusionTreeForCausalLM
+    from fusiontree.model.hf import AUTO_CLASSES, FusionTreeConfig, FusionTreeForCausalLM
 
     ends = {"eos_token_id": state["eos_id"], "pad_token_id": state["pad_id"], "bos_token_id": state["eos_id"]}
     settings = FusionTreeConfig(**shape.to_dict(), **ends)
     # `transformers serve` looks this name up in transformers itself; the auto class then finds our class by auto_map
     settings.architectures, settings.dtype = ["AutoModelForCausalLM"], DTYPES[dtype]
+    settings.auto_map = {name: f"hf.{model.__name__}" for name, model in AUTO_CLASSES.items()}
     with torch.device("meta"):
         custom_object_save(FusionTreeForCausalLM(settings), folder, settings)  # copies the modelling code
     settings.save_pretrained(folder)

@@ -184,9 +184,9 @@ def on_demand(model: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtyp
         if name not in shapes or name not in weights:
             raise RunError(f"the weights do not match the model: {name} is only in one of them; export again")
     handles = []
-    for path, module in model.named_modules():
-        own = {name: f"{path}.{name}" if path else name for name in module._parameters}
-        own = {name: full for name, full in own.items() if full in shapes}
+    names = {id(value): name for name, value in model.named_parameters()}  # one name for tied weights
+    for module in model.modules():
+        own = {name: names[id(value)] for name, value in module._parameters.items() if value is not None}
         if not own:
             continue
         empty = dict(module._parameters)

@@ -18,7 +18,16 @@ from fusiontree.model.mamba import STATE_PARAMETERS
 from fusiontree.state_files import Count, DamagedError, Stored, read_stored
 
 FACTS = "fusiontree.json"  # facts about the run
-PREFIX = "model."  # of the weights' names
+
+
+def exported_name(name: str) -> str:
+    """Return the name in an exported folder of the weight `name` of `HybridLM`."""
+    return f"lm_{name}" if name.startswith("head.") else f"model.{name}"
+
+
+def trained_name(name: str) -> str:
+    """Return the name in `HybridLM` of the exported weight `name`."""
+    return name.removeprefix("lm_").removeprefix("model.")
 
 
 class _Facts(Stored):
@@ -108,7 +117,7 @@ def load_export(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         files = from_safetensors(folder)
-        weights = {name.removeprefix(PREFIX): files[name].to(device) for name in files}
+        weights = {trained_name(name): files[name].to(device) for name in files}
         if dtype is not None:
             weights = {n: w if n.endswith(STATE_PARAMETERS) else w.to(dtype) for n, w in weights.items()}
         kernels = choose_kernels(device.type, config=shape, dtype=weights["embedding.weight"].dtype)

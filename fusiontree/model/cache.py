@@ -8,7 +8,7 @@ stores detached values: no gradient passes through it.
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from .config import ModelConfig
 from .documents import Documents
 
 _MIN_CAPACITY = 64  # tokens
-_BY_ROW = ("next_position", "seq_idx", "last_document", "tail_documents")  # tensors of `Cache` with one entry per row
 
 
 @dataclass
@@ -73,8 +72,17 @@ def _empty_layer(config: ModelConfig, layer: int, zeros: Callable[..., Tensor]) 
     )
 
 
+def _put_rows(whole: Tensor, rows: Tensor, part: Tensor) -> None:
+    """Copy `part` [n, ...] into `rows`, int64 [n], of `whole` [B, ...], whose second axis may be longer."""
+    if part.ndim > 1:
+        whole = whole[:, : part.shape[1]]
+    whole[rows.to(whole.device)] = part.to(whole.device)
+
+
 class Cache:
     """The caches of all layers, and the document of each cached token, which the layers share."""
+
+    BY_ROW: tuple[str, ...] = ("next_position", "seq_idx", "last_document", "tail_documents")  # tensors with axis B
 
     def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device | str):
         """Create an empty cache for `rows` rows; keys, values and convolution tails in `dtype`, states in fp32."""
@@ -101,7 +109,7 @@ class Cache:
     def _on(self, device: torch.device) -> "Cache":
         there = copy.copy(self)
         there._memo = {}
-        for name in ("position", *_BY_ROW):
+        for name in ("position", *self.BY_ROW):
             setattr(there, name, getattr(self, name).to(device))
         return there
 
@@ -158,10 +166,50 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder `rows`, int64 [new B]: beams, or unfinished rows."""
-        for name in _BY_ROW:
+        for name in self.BY_ROW:
             setattr(self, name, getattr(self, name)[rows])
         for layer in self.layers:
             layer.select(rows)
+
+    def take(self, rows: Tensor) -> Self:
+        """Return a copy of `rows`, int64 [n], as a cache of its own; `join` puts them back."""
+        part = copy.copy(self)
+        part._memo, part.position = {}, self.position.clone()
+        part.layers = [copy.copy(layer) for layer in self.layers]
+        part.select(rows)
+        return part
+
+    def pad_left(self, tokens: int) -> None:
+        """Insert `tokens` padding tokens before the first token of every row."""
+        if tokens == 0:
+            return
+        end = self.length + tokens
+        self.reserve(end)
+        self.seq_idx[:, :end] = torch.nn.functional.pad(self.seq_idx[:, : self.length], (tokens, 0), value=-1)
+        for layer in self.layers:
+            for buffer in (layer.global_k, layer.global_v):
+                buffer[:, :end] = buffer[:, :end].roll(tokens, 1)
+            layer.shift_rings(tokens)
+        self.length = end
+        self.position.fill_(end)
+        self.one_document = False
+
+    def join(self, parts: Sequence[tuple[Tensor, "Cache"]]) -> None:
+        """Replace every row of this cache by that of the continued `parts`, which all end at the same token.
+
+        Args:
+            parts: rows, int64 [n], and their cache from `take`.
+        """
+        self.length = parts[0][1].length
+        self.position.fill_(self.length)
+        self.one_document = all(part.one_document for _, part in parts)
+        self.reserve(max(part.capacity for _, part in parts))
+        for rows, part in parts:
+            for name in self.BY_ROW:
+                _put_rows(getattr(self, name), rows, getattr(part, name))
+            for layer, layer_part in zip(self.layers, part.layers, strict=True):
+                for name, value in vars(layer).items():
+                    _put_rows(value, rows, getattr(layer_part, name))
 
     def row_view(self, index: int, start: int) -> "Cache":
         """Return one row of an empty cache as a cache that writes into this one, from token `start`.

@@ -1,5 +1,6 @@
 """The model's shape: the user's fields and derived sizes. Free of torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -140,6 +141,11 @@ class ModelConfig:
     def residual_std(self) -> float:
         """Initial standard deviation of projections into the residual stream, scaled by depth as in GPT-2."""
         return 0.02 / (2 * self.num_layers) ** 0.5
+
+    @property
+    def embedding_std(self) -> float:
+        """Initial standard deviation of embedding and head: 0.5 divided by √H gives the initial logits 0.5."""
+        return 0.5 / math.sqrt(self.hidden_size)
 
     def kind_at(self, layer: int) -> LayerKind:
         """Return the branches of `layer` (from 0)."""

@@ -49,19 +49,15 @@ class Documents:
         return cls.from_seq_idx(torch.zeros(rows, length, dtype=torch.int32, device=device))
 
     @classmethod
-    def from_mask(cls, mask: Tensor, resuming: Tensor | None = None) -> "Documents":
+    def from_mask(cls, mask: Tensor) -> "Documents":
         """Return the documents of rows with padding on either side.
 
         Args:
             mask: [B, L], bool or integer; true where the token is real.
-            resuming: bool [B or 1, L - 1], whether each token after the first continues the document of the token
-                before it, read where both are real; None: all do.
         """
         mask = mask.bool()
         changed = torch.zeros_like(mask)
         changed[:, 1:] = mask[:, 1:] != mask[:, :-1]
-        if resuming is not None:
-            changed[:, 1:] |= ~resuming & mask[:, 1:] & mask[:, :-1]
         return cls.from_seq_idx(changed.cumsum(1).int())
 
     @classmethod
@@ -76,17 +72,17 @@ class Documents:
         return cls(position_ids, seq_idx, cu_seqlens.int(), int(cu_seqlens.diff().max()))
 
     @classmethod
-    def continuing(cls, document: Tensor, position: Tensor, mask: Tensor) -> "Documents":
+    def continuing(cls, document: Tensor, position: Tensor, starts: Tensor) -> "Documents":
         """Return the documents of new tokens that follow earlier tokens of the same rows.
 
         Args:
             document: int32 [B], document index of each row's last earlier token.
             position: int64 [B], the next position in that document.
-            mask: [B, 1 + L], bool or integer; true where the last earlier token and the new tokens are real.
+            starts: bool [B, L], true where a new token starts a document.
         """
-        numbers = document[:, None] + cls.from_mask(mask).seq_idx[:, 1:]
-        new = cls.from_seq_idx(numbers)
-        before = torch.where(numbers == document[:, None], position[:, None], 0)
+        seq_idx = document[:, None] + starts.cumsum(1).int()
+        new = cls.from_seq_idx(seq_idx)
+        before = torch.where(seq_idx == document[:, None], position[:, None], 0)
         return replace(new, position_ids=new.position_ids + before)
 
     def last(self, tokens: int) -> "Documents":

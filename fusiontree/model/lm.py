@@ -18,9 +18,9 @@ Notable features:
 - decoding with a constant-size state and ring buffers, except for the global heads; CUDA-graph capture
 """
 
-import math
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +49,92 @@ class Output(NamedTuple):
     distill_sum: Tensor | None = None  # (), fp32: KL divergence from the teacher, nats summed over the labelled tokens
 
 
-class HybridLM(nn.Module):
-    """A stack of hybrid blocks between an embedding and a head.
+class Backbone(nn.Module):
+    """A stack of hybrid blocks between an embedding and a norm: the model without its head.
 
-    Parameters are fp32 unless converted. Activations are in `compute_dtype`; None means the embedding's dtype.
+    Parameters are fp32 unless converted. Activations are in `compute_dtype`; None means the embedding's dtype. A
+    subclass calls `build` in its constructor.
     """
+
+    def build(
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        compute_dtype: torch.dtype | None = None,
+        recompute: Recompute = KEEP,
+    ) -> None:
+        """Create the modules."""
+        self.kernels, self.compute_dtype, self.recompute = kernels, compute_dtype, recompute
+        self.rotary = partial(rotary_embedding, head_dim=config.head_dim, base=config.rope_base)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, config.embedding_std)
+        self.srte = time_encoding(config) if config.srte_shared else None
+        self.blocks = nn.ModuleList(HybridBlock(config, i, kernels) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        return self.compute_dtype or self.embedding.weight.dtype
+
+    def replace_kernels(self, kernels: Kernels) -> None:
+        """Replace the kernels of all modules."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        documents: Documents | None = None,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        branch_drops: list[Branch | None] | None = None,
+        states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the input of the head, [B, L, H], and with labels the mean gates.
+
+        Args:
+            tokens: int64 [B, L], or their embeddings [B, L, H].
+            states: the input of each block, [B, L, H], is appended to it.
+            documents, labels, cache, branch_drops: as in `HybridLM.forward`.
+        """
+        B, L = tokens.shape[:2]
+        if cache is not None:
+            cache.reserve(cache.length + L)
+            cache.one_document = cache.one_document and documents is None
+        if documents is None:
+            documents = self._continue(B, L, tokens.device, cache)
+        if cache is not None:
+            cache.begin(documents)
+        rotary = self.rotary(documents.position_ids)
+        # no recomputation with a cache: the second run of a block would find its own tokens in the cache
+        recompute = self.recompute if cache is None else KEEP
+        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache, recompute)
+        time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
+        x = (tokens if tokens.is_floating_point() else self.embedding(tokens)).to(self.activation_dtype)
+        gates: list[Any] = []  # entries are None without labels
+        drops = branch_drops or [None] * len(self.blocks)
+        for layer, (block, dropped) in enumerate(zip(self.blocks, drops, strict=True)):
+            if states is not None:
+                states.append(x)
+            x, gate = recompute.block(layer, block, x, time, context, dropped)
+            gates.append(gate)
+        if cache is not None:
+            cache.end(documents)
+        return self.norm(x), None if labels is None else torch.stack(gates)
+
+    def _continue(self, B: int, L: int, device: torch.device, cache: Cache | None) -> Documents:
+        """Return the documents of new tokens that continue the last document of their row."""
+        if cache is None or cache.length == 0:
+            return Documents.one_per_row(B, L, device)
+        if L == 1:
+            return cache.next_token()
+        new = cache.last_document[:, None].expand(B, L)
+        return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
+
+
+class HybridLM(Backbone):
+    """The backbone and its head, with the losses of training."""
 
     def __init__(
         self,
@@ -64,31 +145,14 @@ class HybridLM(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.kernels = kernels or reference_kernels()
-        self.compute_dtype = compute_dtype
-        self.recompute = recompute
-        std = 0.5 / math.sqrt(config.hidden_size)  # initial logits have a standard deviation of 0.5
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, std)
-        self.srte = time_encoding(config) if config.srte_shared else None
-        self.blocks = nn.ModuleList(HybridBlock(config, i, self.kernels) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.build(config, kernels or reference_kernels(), compute_dtype, recompute)
+        std = config.embedding_std
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, std)
 
     @property
     def head_weight(self) -> Tensor:
         """Weight of the head, [V, H]; that of the embedding if tied."""
         return self.embedding.weight if self.head is None else self.head.weight
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """Dtype of the residual stream."""
-        return self.compute_dtype or self.embedding.weight.dtype
-
-    def use_kernels(self, kernels: Kernels) -> None:
-        """Replace the kernels of all modules."""
-        for module in self.modules():
-            if hasattr(module, "kernels"):
-                module.kernels = kernels  # type: ignore[assignment]
 
     def new_cache(self, rows: int) -> Cache:
         """Return an empty cache for `rows` rows."""
@@ -133,47 +197,6 @@ class HybridLM(nn.Module):
         loss_sum, z_sum = self.kernels.loss(*head, labels.flatten(), z_loss)
         distill_sum = None if teacher is None else linear_distillation(*head, teacher, (labels != IGNORE).flatten())
         return Output(loss_sum, None, gates, None, z_sum, distill_sum)
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        documents: Documents | None = None,
-        labels: Tensor | None = None,
-        cache: Cache | None = None,
-        branch_drops: list[Branch | None] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the input of the head, [B, L, H], and with labels the mean gates; arguments as in `forward`."""
-        if cache is not None:
-            cache.reserve(cache.length + input_ids.shape[1])
-            cache.one_document = cache.one_document and documents is None
-        if documents is None:
-            documents = self._continue(input_ids, cache)
-        if cache is not None:
-            cache.begin(documents)
-        rotary = rotary_embedding(documents.position_ids, self.config.head_dim, self.config.rope_base)
-        # no recomputation with a cache: the second run of a block would find its own tokens in the cache
-        recompute = self.recompute if cache is None else KEEP
-        context = Context(documents, rotary, None if labels is None else labels != IGNORE, cache, recompute)
-        time = None if self.srte is None else self.srte(documents.position_ids, self.activation_dtype)
-        x = self.embedding(input_ids).to(self.activation_dtype)
-        gates: list[Any] = []  # entries are None without labels
-        drops = branch_drops or [None] * len(self.blocks)
-        for layer, (block, dropped) in enumerate(zip(self.blocks, drops, strict=True)):
-            x, gate = recompute.block(layer, block, x, time, context, dropped)
-            gates.append(gate)
-        if cache is not None:
-            cache.end(documents)
-        return self.norm(x), None if labels is None else torch.stack(gates)
-
-    def _continue(self, input_ids: Tensor, cache: Cache | None) -> Documents:
-        """Return the documents of new tokens that continue the last document of their row."""
-        B, L = input_ids.shape
-        if cache is None or cache.length == 0:
-            return Documents.one_per_row(B, L, input_ids.device)
-        if L == 1:
-            return cache.next_token()
-        new = cache.last_document[:, None].expand(B, L)
-        return Documents.from_seq_idx(torch.cat([cache.seq_idx[:, : cache.length], new], 1)).last(L)
 
 
 # (module name, module) → None: replaces the module's own meta parameters, not those of its children, by real ones

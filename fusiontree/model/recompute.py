@@ -3,11 +3,15 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+# under ZeRO-3, non-reentrant recomputation would find the weights already released
+reentrant_checkpoint = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Recompute:
     every: int = 0  # recompute the first of each `every` blocks; 0: none
     branches: tuple[str, ...] = ()  # recompute these branches in every block
     offload: bool = False  # store the inputs of recomputed parts in host memory
+    checkpoint: Callable[..., Any] = reentrant_checkpoint  # runs a function so that it is recomputed
 
     def block(self, layer: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run block `layer`, recomputed if the policy includes it; see `_recomputed`."""
@@ -38,8 +43,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return function(*arguments)
         with _offloaded(arguments[0]) if self.offload else contextlib.nullcontext():
-            # under ZeRO-3, non-reentrant recomputation would find the weights already released
-            return checkpoint(function, *arguments, use_reentrant=True, preserve_rng_state=False)
+            return self.checkpoint(function, *arguments)
 
 
 KEEP = Recompute()  # no recomputation: all activations are stored

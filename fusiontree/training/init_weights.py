@@ -14,7 +14,7 @@ from fusiontree.checkpoint.tensor_files import TensorFiles, from_safetensors
 from fusiontree.config import RunConfig
 from fusiontree.data.format import Manifest
 from fusiontree.errors import RunError, UserError
-from fusiontree.inference.loading import PREFIX, read_config, read_facts
+from fusiontree.inference.loading import exported_name, read_config, read_facts
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM, Initializer, seeded_init
 
@@ -77,7 +77,7 @@ def _exported_init(folder: Path) -> Initializer:
 
     def initialize(name: str, module: nn.Module) -> None:
         for own, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, own, nn.Parameter(weights[f"{PREFIX}{name}.{own}"].to(parameter.dtype, copy=True)))
+            setattr(module, own, nn.Parameter(weights[exported_name(f"{name}.{own}")].to(parameter.dtype, copy=True)))
 
     return initialize
 
@@ -91,6 +91,6 @@ def _open_weights(folder: Path) -> TensorFiles:
     weights = from_safetensors(folder)
     with torch.device("meta"):
         model = HybridLM(read_config(folder))
-    if misfit := weights.misfit(model, PREFIX):
+    if misfit := weights.misfit(model, exported_name):
         raise RunError(f"init_from {folder}: its weights do not match its config.json ({misfit}); export it again")
     return weights
