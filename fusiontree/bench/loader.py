@@ -116,10 +116,16 @@ def _rows(sources: Sources) -> Iterator[int]:
 
 def _webdataset_samples(sources: Sources) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     import webdataset
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    urls = [str(shard.path) for shard in sources.datasets[0].shards]
+    def streams() -> Iterator[dict[str, Any]]:  # webdataset would cut a path at a '?' or '#', as it does an address
+        for shard in sources.datasets[0].shards:
+            with open(shard.path, "rb") as stream:
+                yield {"url": str(shard.path), "stream": stream}
+
+    decode, select = webdataset.decode(), webdataset.to_tuple("tok.npy", "ends.npy")
     while True:
-        yield from webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("tok.npy", "ends.npy")
+        yield from select(decode(group_by_keys(tar_file_expander(streams()))))
 
 
 def _webdataset_rows(sources: Sources) -> Iterator[int]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from fusiontree.checkpoint.tensor_files import TensorFiles, from_checkpoint
 from fusiontree.console import console
 from fusiontree.data.batch import BadRow
+from fusiontree.distributed import collectives
 from fusiontree.distributed.collectives import World
 from fusiontree.errors import RunError, UserError, short_cause
 from fusiontree.files import fsync_folder, write_atomic
@@ -42,7 +43,6 @@ from fusiontree.run.folder import (
 )
 from fusiontree.state_files import Count, DamagedError, Stored, read_stored
 from fusiontree.zero import layout, reshard
-from fusiontree.zero.engine import keeps_states_on_nvme
 
 
 class _Manifest(Stored):
@@ -178,28 +178,31 @@ def pinned(checkpoint: Path) -> Iterator[None]:
                 raise RunError(f"checkpoint {checkpoint} was replaced while it was read; run the command again")
 
 
-def load(engine: Any, world: World, checkpoint: Path, fresh: bool, trust: bool) -> None:
+def load(engine: Any, world: World, checkpoint: Path, trust: bool) -> None:
     """Load weights and optimizer states of `checkpoint` into `engine`; a collective call.
 
-    DeepSpeed's own loader serves a new engine with the checkpoint's number of ranks and ZeRO stage. In all other cases,
-    and with states on NVMe, `reshard.load` copies the parts. DeepSpeed unpickles any object: call `refuse_code` first
-    for a checkpoint that this process has not written.
+    Each rank then compares the hash of one file, its own if the ranks are as many as at the save, with the manifest of
+    the main rank. So what was loaded is what was verified, also on a host that mounts another disk at this path.
 
     Args:
         engine: DeepSpeed's.
         world: the ranks.
-        checkpoint: its folder.
-        fresh: whether the engine has made no update yet.
+        checkpoint: its folder, verified by the main rank.
         trust: unpickle arbitrary objects in the files, which can run any code.
+
+    Raises:
+        RunError: a file or a part of a parameter is missing, or a file is not the verified one.
     """
     state = read_state(checkpoint)
     same = (state["zero_stage"], state["world_size"]) == (engine.zero_optimization_stage(), world.size)
-    if not (same and fresh) or keeps_states_on_nvme(engine):
-        reshard.load(engine, checkpoint, state["zero_stage"], trust)
-        return
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise RunError(f"checkpoint {checkpoint} could not be loaded by DeepSpeed; see the run's logs")
+    reshard.load(engine, checkpoint, state["zero_stage"], world.rank if same else None, trust)
+    hashes: dict[str, str] = collectives.on_main(lambda: read_manifest(checkpoint))
+    own = layout.file_of_rank(sorted(hashes), world.rank)
+    place = None if sha256(checkpoint / own) == hashes[own] else f"rank {world.rank} on {os.uname().nodename}"
+    if others := [place for place in collectives.gather(place) if place is not None]:
+        raise RunError(
+            f"{checkpoint} is not the checkpoint that rank 0 verified: {', '.join(others)}; mount one disk on all hosts"
+        )
 
 
 def refuse_code(checkpoint: Path) -> None:
@@ -272,7 +275,7 @@ def resolve(source: Path, pins: contextlib.ExitStack) -> Path:
 def verify(checkpoint: Path) -> list[str]:
     """Return a line on each file of `checkpoint` that is missing or damaged; none if it is complete."""
     try:
-        files = read_stored(checkpoint / MANIFEST_FILE, _Manifest).sha256
+        files = read_manifest(checkpoint)
     except FileNotFoundError:
         return [f"{MANIFEST_FILE} is missing"]
     except DamagedError as error:
@@ -305,6 +308,16 @@ def _mismatch(path: Path, expected: str) -> str | None:
         return None if sha256(path) == expected else "does not match its sha256"
     except OSError as error:
         return f"cannot be read ({short_cause(error)})"
+
+
+def read_manifest(checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 of every file of `checkpoint` by name.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        DamagedError: it is unreadable.
+    """
+    return read_stored(checkpoint / MANIFEST_FILE, _Manifest).sha256
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -20,10 +20,13 @@ A `Slot` is the overlap of one parameter with one flat tensor of this rank.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from fusiontree.zero.setup import full_shape
 
 
 class Slot(NamedTuple):
@@ -34,6 +37,7 @@ class Slot(NamedTuple):
     length: int  # elements; at stage 3 they may include padding
     flat: Tensor  # fp32, as the optimizer steps it
     start: int  # index of the part's first element in `flat`
+    real: int  # elements without padding
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------
@@ -77,15 +81,17 @@ def slots(engine: Any, number: int, group: list[Tensor]) -> Iterator[Slot]:
     for parameter in group:
         name = parameter_name(engine, parameter)
         if stage == 0:
-            yield Slot(name, 0, parameter.numel(), parameter, 0)
+            yield Slot(name, 0, parameter.numel(), parameter, 0, parameter.numel())
         elif stage == 3:
             # `length` is the same on every rank: ceil(numel / ranks), padding included
             _, start, length = zero.grad_position[zero.get_param_id(parameter)]
-            yield Slot(name, engine.global_rank * length, length, zero.fp32_partitioned_groups_flat[number], start)
+            first = engine.global_rank * length
+            real = min(length, max(0, math.prod(full_shape(parameter)) - first))
+            yield Slot(name, first, length, zero.fp32_partitioned_groups_flat[number], start, real)
         elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
             # "lp" is the model's parameter, "hp" the fp32 partition; None where they do not overlap on this rank
             lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield Slot(name, lp.start, lp.numel, zero.single_partition_of_fp32_groups[number], hp.start)
+            yield Slot(name, lp.start, lp.numel, zero.single_partition_of_fp32_groups[number], hp.start, lp.numel)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,18 @@ def shapes(folder: Path, read: Reader) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for group in groups for name, shape in group.items()}
 
 
-def parts(folder: Path, stage: int, read: Reader, names: Sequence[str] = ()) -> Iterator[Part]:
+def file_of_rank(names: Sequence[str], rank: int) -> str:
+    """Return the file among `names`, those of a checkpoint, with the optimizer's states for `rank`.
+
+    On more ranks than the checkpoint was saved on, several ranks share a file.
+    """
+    optimizer = [name for name in names if name.endswith("_optim_states.pt")]
+    files = optimizer or [name for name in names if name.endswith(_MODEL_STATES)]
+    own = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return own if own in files else files[rank % len(files)]
+
+
+def parts(folder: Path, stage: int, read: Reader, names: Sequence[str] = (), rank: int | None = None) -> Iterator[Part]:
     """Yield the parts of all parameters; those of one parameter are in order.
 
     Args:
@@ -59,6 +70,7 @@ def parts(folder: Path, stage: int, read: Reader, names: Sequence[str] = ()) -> 
         stage: ZeRO stage that it was saved at.
         read: reads a file.
         names: of the parameters in the optimizer's order. Needed at stage 0, whose files lack them.
+        rank: read only the file of this rank, and count `first` from the first element in it; None: read all files.
 
     Raises:
         RunError: files of a rank are missing.
@@ -69,14 +81,15 @@ def parts(folder: Path, stage: int, read: Reader, names: Sequence[str] = ()) -> 
     sizes = {name: math.prod(shape) for name, shape in shapes(folder, read).items()} if stage == 3 else {}
     before: Counter[str] = Counter()  # elements of each parameter in the files of lower ranks
     ranks = len(list(folder.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt")))
-    for rank in range(ranks):
-        path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    for number in range(ranks) if rank is None else (rank,):
+        path = folder / f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt"
         states = read(path)["optimizer_state_dict"]
         count = states["partition_count"]
         saved_ranks = count if stage == 3 else count[0]  # below stage 3 a list with an entry per group
         if saved_ranks != ranks:
             raise RunError(f"{folder} has the files of {ranks} of {saved_ranks} ranks; restore the missing files")
-        for part in _parts_stage_3(path, states, sizes, ranks, rank) if stage == 3 else _parts_stage_1_2(path, states):
+        found = _parts_stage_3(path, states, sizes, ranks, number) if stage == 3 else _parts_stage_1_2(path, states)
+        for part in found:
             yield part._replace(first=before[part.name])
             before[part.name] += part.length
 
