@@ -23,7 +23,8 @@ from pydantic import Field
 
 from fusiontree.config import RunConfig, load_config
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
-from fusiontree.errors import RunError, UserError
+from fusiontree.distributed.signals import STOPS
+from fusiontree.errors import RunError, StoppedError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import ATTEMPTS_FILE, CONFIG_FILE, LOGS, newest_step
 from fusiontree.state_files import Count, Stored, Time, read_or_none, read_stored
@@ -129,6 +130,9 @@ def end(run: Path, code: int) -> int:
         _log(f"a newer attempt of the run has taken over ({logs.name}); this stale attempt ends")
         return code
     failure = rank_reports.first_failure(logs)
+    stop = next((number for number in STOPS if code == 128 + number), None)  # srun's code for a task that it killed
+    if stop is not None and not rank_reports.started_hosts(logs):
+        failure = rank_reports.Failure(StoppedError.exit_code, f"stopped by {stop.name} before any rank started")
     message = f"srun ended with code {code}; see {logs}" if failure is None else failure.message
     _log(message)
     if failure is not None and failure.code is not None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fusiontree.distributed.environment import number
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.files import write_atomic
 from launcher import heartbeat
@@ -18,19 +19,20 @@ _open_locks: list[Any] = []  # keeps this rank's liveness lock open until the pr
 
 
 def join_launcher() -> None:
-    """Report this rank as started, restore default signal handlers, and watch the launch; call it first on each rank.
+    """Report this rank as started, restore ignored signals, and watch the launch; call it first on each rank.
 
-    Without a launch, this does nothing.
+    Without a launch, this does nothing. A rank that handles stop requests does so before it is reported as started.
     """
     if LAUNCH_FOLDER not in os.environ:
         return
-    folder, rank = Path(os.environ[LAUNCH_FOLDER]), os.environ.get("RANK", "0")
+    folder, rank = Path(os.environ[LAUNCH_FOLDER]), number("RANK", 0)
     # lock the file before it gets its final name: the launch takes an unlocked running-N for a dead rank
     _open_locks.append(open(folder / f".running-{rank}", "w"))  # noqa: SIM115
     fcntl.flock(_open_locks[0], fcntl.LOCK_EX)
     os.replace(folder / f".running-{rank}", folder / f"running-{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     write_atomic(folder / f"rank-{rank}.started", f"{os.uname().nodename} {os.getpid()}")
     # neither file exists under SLURM, which ends the ranks of a job itself
     if (folder / LAUNCH_LOCK).exists():  # the launch is on this machine

@@ -25,7 +25,7 @@ from typing import Any
 
 from fusiontree.console import console
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
-from fusiontree.errors import UserError, from_exit_code
+from fusiontree.errors import StoppedError, UserError, from_exit_code
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import LOGS
 from launcher import heartbeat, local, quoting, rank_reports
@@ -272,6 +272,8 @@ def _exit_code(folder: Path, ranks: int, returned: int, stopped_by: int | None) 
     if stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     failure = rank_reports.first_failure(folder)
+    if failure is None and stopped_by is not None:
+        raise StoppedError(f"stopped by {signal.Signals(stopped_by).name} before any rank started; start again")
     if failure is None:
         return returned or 1  # pdsh or Open MPI printed the reason
     raise from_exit_code(failure.code, failure.message)

@@ -13,6 +13,7 @@ PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
     *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.stdout"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
+    "fusiontree.distributed.environment",
     *("fusiontree.run.folder", "fusiontree.run.incidents", "fusiontree.run.jsonlines", "fusiontree.run.lease"),
     *("fusiontree.run.records", "fusiontree.paths", "fusiontree.state_files"),
 }
@@ -74,6 +75,7 @@ TORCH_FREE = (
     *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.paths"),
     *("fusiontree.state_files", "fusiontree.stdout"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
+    "fusiontree.distributed.environment",
     *("fusiontree.evaluate.options", "fusiontree.export.options"),
     *("fusiontree.training.metrics", "fusiontree.training.progress", "fusiontree.doctor.memory"),
     *("fusiontree.cli", "fusiontree.__main__", "launcher", "data_tools"),

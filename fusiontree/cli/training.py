@@ -12,8 +12,8 @@ from launcher.join import join_launcher
 def _train(args: argparse.Namespace) -> int:
     from fusiontree.distributed import signals
 
-    join_launcher()
     signals.listen()
+    join_launcher()
     from fusiontree.config import check_deepspeed_file, load_config
 
     config = load_config(args.config, args.overrides)

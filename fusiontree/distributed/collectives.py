@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusiontree.device import accelerator
+from fusiontree.distributed.environment import number
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import RunError, UserError
 from fusiontree.zero.setup import init_distributed
@@ -34,16 +35,17 @@ def start() -> World:
     """Initialize the process group from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; without them, with a single rank.
 
     CUDA devices use NCCL, CPUs use gloo.
-    """
-    cuda = accelerator() == "cuda"
-    os.environ.setdefault("DS_ACCELERATOR", accelerator())
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
 
-    local_rank = int(os.environ["LOCAL_RANK"])
+    Raises:
+        UserError: a variable is not a number, or RANK is not below WORLD_SIZE.
+    """
+    size = number("WORLD_SIZE", 1)
+    values = {"RANK": number("RANK", 0, size), "WORLD_SIZE": size, "LOCAL_RANK": number("LOCAL_RANK", 0)}
+    port = number("MASTER_PORT", 0, 2**16) or free_port()
+    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_PORT=str(port))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())
+    cuda, local_rank = accelerator() == "cuda", values["LOCAL_RANK"]
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -5,7 +5,6 @@ import faulthandler
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -174,8 +173,7 @@ class Watchdog:
             f"step {step + 1:,} has taken more than {self.limit:.0f} s (median {median:.2f} s), so the job ends; see "
             f"the ranks' stacks: {self._stacks('*')}"
         )
-        if not outcome.report(HungError.exit_code, message):
-            print(f"fusiontree: error: rank {self.world.rank}: {message}", file=sys.stderr, flush=True)
+        outcome.announce(HungError.exit_code, message)
         time.sleep(_STACKS_SECONDS)
         self._record(step, message)
         os._exit(HungError.exit_code)  # an exception would not reach the hung training thread

@@ -56,7 +56,7 @@ def train(config: RunConfig, allow_changed: Sequence[str] = (), trust: bool = Fa
             more than tensors and `trust` is off.
         RunError: a checkpoint could not be written or read, a rank was lost, or memory ran out.
         HungError: a collective timed out.
-        StoppedError: a signal asked to stop; the run is saved.
+        StoppedError: a signal asked to stop; the run is saved. (Before the first step, a signal ends the process.)
     """
     deepspeed_json(config)
     data = open_data(config)
@@ -137,6 +137,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end of the schedule, rolling back to the newest verified checkpoint when `Health` demands it."""
+        signals.defer()  # from the first step on there is something to save
         with self.watchdog:
             while (trouble := self._train()) is not None:
                 self._roll_back(trouble)
@@ -356,7 +357,7 @@ class Trainer:
 
     def _resume(self, path: Path, at_start: bool) -> None:
         """Restore the checkpoint at `path`; `at_start`: no update has run in this process."""
-        store.load(self.training.engine, self.world, path, at_start, self.trust)
+        store.load(self.training.engine, self.world, path, self.trust)
         state = store.read_state(path)
         self.resume_from, self.wandb_id = path, state["wandb_id"]
         self.step, self.tokens = state["step"], state["tokens"]
