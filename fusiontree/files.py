@@ -57,6 +57,31 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text; name another file, or save it as UTF-8") from None
 
 
+def plain_files(folder: Path) -> list[Path]:
+    """Return the files in `folder`, at any depth.
+
+    Raises:
+        UserError: `folder` is a link or contains one, which could lead to any file of this machine.
+    """
+    found = sorted(folder.rglob("*"))
+    for path in (folder, *found):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a link or no file; replace it by the file itself")
+    return [path for path in found if path.is_file()]
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files in `source` to `target`, each atomically; other files in `target` stay.
+
+    Raises:
+        UserError: see `plain_files`.
+    """
+    for path in plain_files(source):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(copied, path.read_bytes())
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON; raise ValueError if it is invalid or nested too deeply."""
     try:

@@ -16,10 +16,10 @@ from fusiontree.console import console
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import UserError
-from fusiontree.files import read_text, refuse_existing, write_atomic
+from fusiontree.files import read_text, write_atomic
 from fusiontree.run.changes import check_changes
 from fusiontree.run.datasets import check_data
-from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LOGS
+from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, LOGS, refuse_foreign
 from launcher import quoting
 
 # rendezvous ports: below the ephemeral ports that Linux gives to clients (32,768 and up)
@@ -253,7 +253,7 @@ def prepare_run(config: RunConfig, allow_changed: Sequence[str] = ()) -> Path:
         UserError: the folder contains something else, or checkpoints of a run with other values.
     """
     run = config.run_dir.absolute()
-    refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
+    refuse_foreign(run)
     if (run / CHECKPOINTS).is_dir():
         try:
             before = load_config(str(run / CONFIG_FILE))

@@ -16,7 +16,8 @@ from conftest import cli, in_process, settings
 from data_tools.build import build_shards
 from data_tools.options import BuildOptions
 from data_tools.tokenizers import train_tokenizer
-from fusiontree.files import staged_folder
+from fusiontree.errors import UserError
+from fusiontree.files import copy_files, staged_folder
 
 
 def error_line(*arguments: object, code: int = 2, fork: bool = True) -> str:
@@ -110,6 +111,35 @@ def test_an_existing_output_is_rejected_without_overwrite(
     assert "must not contain each other" in error_line(
         "train", "tiny", *settings(shards, shards.parent, name=shards.name)
     )
+
+
+def test_links_in_a_datasets_tokenizer_are_not_followed(shards: Path, tmp_path: Path) -> None:
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    (tmp_path / "secret").write_text("precious")
+    shutil.copytree(shards, data)
+    (data / "tokenizer" / "more").symlink_to(tmp_path / "secret")
+    assert f"{data}/tokenizer/more is a link" in error_line("train", "tiny", *settings(data, runs))
+    assert not runs.exists()
+
+
+def test_files_are_copied_without_following_links(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / "file").write_text("new")
+    (target / "inner").mkdir(parents=True)
+    (target / "other").write_text("stays")
+    (tmp_path / "elsewhere").write_text("precious")
+    (target / "inner" / "file").symlink_to(tmp_path / "elsewhere")
+    copy_files(source, target)
+    assert (target / "inner" / "file").read_text() == "new"
+    assert (target / "other").exists()
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+    (tmp_path / "link").symlink_to(source)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "link"):
+        with pytest.raises(UserError, match="is a link or no file; replace it by the file itself"):
+            copy_files(path, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@
 import re
 from pathlib import Path
 
+from fusiontree.files import refuse_existing
 from fusiontree.state_files import DamagedError, read_line, read_or_none
 
 CONFIG_FILE = "config.yaml"
@@ -38,6 +39,19 @@ STATE_FILE = "state.json"
 GATES_FILE = "gates.safetensors"
 MANIFEST_FILE = "manifest.json"
 _CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+# a start that a full disk or a signal ends before config.yaml is complete leaves at most these
+_OF_A_START = re.compile(rf"{LOGS}|{re.escape(LEASE_FILE)}|\.(config\.yaml|lease\.json)\.partial-\d+")
+
+
+def refuse_foreign(run: Path) -> None:
+    """Raise UserError if `run` is neither a run's folder nor can become one, because it has other contents.
+
+    A folder that a failed start has left without a configuration is completed by the next start.
+    """
+    names = [path.name for path in run.iterdir()] if run.is_dir() else []
+    if names and all(map(_OF_A_START.fullmatch, names)):
+        return
+    refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

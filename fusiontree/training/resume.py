@@ -1,7 +1,6 @@
 """Preparation of the run's folder at a start, and checks of the checkpoint to resume from."""
 
 import contextlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from fusiontree.data.sources import Sources
 from fusiontree.data.stream import TrainStream
 from fusiontree.distributed import collectives
 from fusiontree.errors import UserError
-from fusiontree.files import refuse_existing, write_atomic
+from fusiontree.files import copy_files, plain_files, write_atomic
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.run import incidents, lease
 from fusiontree.run.changes import DATA, TOKENIZER_DATA, check_changes
-from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER, list_checkpoints, step_of
+from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER, list_checkpoints, refuse_foreign, step_of
 from fusiontree.training.init_weights import check_init_from
 
 _FIXED = ("optimizer.kind",)  # never allowed to change: the checkpoint's moments belong to this optimizer
@@ -60,7 +59,7 @@ def _prepare_folder(
             raise UserError(
                 f"run folder {run} and dataset {folder} must not contain each other; set another output or name"
             )
-    refuse_existing(run, overwrite=True, marker=CONFIG_FILE)
+    refuse_foreign(run)
     store.restore_replaced(run / CHECKPOINTS)
     found = newest_verified(run, pins)
     if found is not None:
@@ -70,13 +69,14 @@ def _prepare_folder(
     tokenizers = [dataset.folder / "tokenizer" for dataset in data.datasets]
     for dataset, tokenizer in zip(data.datasets, tokenizers, strict=True):
         dataset.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), tokenizer)
+        plain_files(tokenizer)
     if found is None:
         check_init_from(config, data.datasets[0].manifest)
     run.mkdir(parents=True, exist_ok=True)
     lease.take(run)
     store.tidy(run / CHECKPOINTS)
     write_atomic(run / CONFIG_FILE, to_yaml(config))
-    shutil.copytree(tokenizers[0], run / TOKENIZER, dirs_exist_ok=True)
+    copy_files(tokenizers[0], run / TOKENIZER)
     return found
 
 
