@@ -25,6 +25,7 @@ whether the rank is alive, and DeepSpeed's code counts only if no report explain
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shlex
@@ -39,7 +40,7 @@ from typing import Any, NamedTuple
 
 from fusiontree.distributed.outcome import LAUNCH_FOLDER
 from fusiontree.distributed.signals import REPEAT
-from fusiontree.errors import RunError, from_exit_code
+from fusiontree.errors import RunError, StoppedError, from_exit_code
 from launcher import rank_reports
 from launcher.job import Plan
 from launcher.join import GRACE, LAUNCH_LOCK
@@ -47,6 +48,8 @@ from launcher.join import GRACE, LAUNCH_LOCK
 FAILURE_GRACE = 8.0  # seconds that the other ranks have to end after one has failed
 POLL_INTERVAL = 0.2  # seconds between two polls of the ranks
 _LAST_LINES = 10  # of the log of a rank that died without an exit report
+_REAP_SECONDS = 5.0  # time for killed ranks to end; one that waits for a hung disk takes longer
+_PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_STOPS, signal.SIGUSR1)
 
@@ -100,6 +103,7 @@ class _End(NamedTuple):
 
     returned: int  # exit code of DeepSpeed's runner
     stopped_by: int | None = None  # the first signal that asked the job to stop
+    starting: bool = False  # whether some ranks had not started by then
     dead_rank: int | None = None  # the rank that ended first, if it wrote no exit report
 
 
@@ -112,13 +116,14 @@ class _SignalForwarder:
     def __init__(self, folder: Path, ranks: int):
         self.folder, self.ranks = folder, ranks
         self.signal: int | None = None  # the first one that asked the job to stop
+        self.starting = False  # whether it came before all ranks had started
         self.since = 0.0
         self.deadline = float("inf")
 
     def __call__(self, number: int, frame: object) -> None:
         now, started = time.monotonic(), rank_reports.process_ids(self.folder)
         if len(started) < self.ranks:  # training has not begun: nothing to save
-            self.signal, self.since, self.deadline = number, now, now
+            self.signal, self.starting, self.since, self.deadline = number, True, now, now
         elif number in _STOPS and self.signal is None:
             self.signal, self.since, self.deadline = number, now, now + GRACE
         elif number in _STOPS and now - self.since > REPEAT:
@@ -131,6 +136,7 @@ class _SignalForwarder:
 def _supervise(plan: Plan, folder: Path) -> _End:
     """Run `plan` in a process group of its own, with `folder` as the launch folder of its ranks."""
     environment = {**os.environ, **plan.environment, LAUNCH_FOLDER: str(folder)}
+    _adopt_orphans(True)
     process = subprocess.Popen(
         render(plan), env=environment, start_new_session=True, preexec_fn=ignore_forwarded_signals
     )
@@ -139,7 +145,8 @@ def _supervise(plan: Plan, folder: Path) -> _End:
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return _End(process.wait(timeout=POLL_INTERVAL), forwarder.signal, dead_rank)
+                    returned = process.wait(timeout=POLL_INTERVAL)
+                    return _End(returned, forwarder.signal, forwarder.starting, dead_rank)
                 if not failed:
                     failed, dead_rank = _find_failure(folder)
                     if failed:
@@ -149,6 +156,22 @@ def _supervise(plan: Plan, folder: Path) -> _End:
         finally:
             signal_group(process.pid, signal.SIGKILL)  # orphans: data workers, ranks of a killed launcher
             process.wait()
+            _reap(process.pid)
+            _adopt_orphans(False)
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    """Make this process the parent of its descendants' orphans: the first process of a container may not reap them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
+
+
+def _reap(group: int) -> None:
+    """Reap the killed children in process group `group`, so that no rank stays as a zombie."""
+    deadline = time.monotonic() + _REAP_SECONDS
+    with contextlib.suppress(ChildProcessError):  # no child is left
+        while time.monotonic() < deadline:
+            if os.waitpid(-group, os.WNOHANG) == (0, 0):
+                time.sleep(0.02)
 
 
 def _find_failure(folder: Path) -> tuple[bool, int | None]:
@@ -202,7 +225,12 @@ def signal_group(group: int, number: int) -> None:
 
 
 def _exit_code(
-    reports: list[dict[str, Any]], ranks: int, returned: int, stopped_by: int | None, dead_rank: int | None = None
+    reports: list[dict[str, Any]],
+    ranks: int,
+    returned: int,
+    stopped_by: int | None,
+    starting: bool = False,
+    dead_rank: int | None = None,
 ) -> int:
     """Return the job's exit code from the ranks' reports or, without one that explains the end, DeepSpeed's code."""
     failures = rank_reports.failures(reports)
@@ -213,6 +241,8 @@ def _exit_code(
     if failures and dead_rank is None:
         shared = len(reports) == ranks and len({report["message"] for report in reports}) == 1
         return _raise_or_return(failures[0], shared)
+    if stopped_by is not None and starting:
+        raise StoppedError(f"stopped by {signal.Signals(stopped_by).name} before the first step; start again")
     if stopped_by is not None:
         raise RunError(
             f"stopped by {signal.Signals(stopped_by).name}; start again to resume from the newest checkpoint"

@@ -1,6 +1,7 @@
 """A local launch: its checks before any process starts, its run through DeepSpeed's launcher, and its end."""
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from fusiontree.config import load_config
 from fusiontree.distributed import outcome
 from fusiontree.distributed.ports import free_port
 from fusiontree.errors import LOST_PEER, HungError, RunError, StoppedError, UserError
+from fusiontree.run import lease
 from fusiontree.run.folder import CONFIG_FILE
 from launcher import local
 from launcher.job import Plan, plan_local, visible_gpus
@@ -232,6 +234,34 @@ def test_a_changed_value_is_refused_unless_it_or_its_table_is_allowed(allowed, t
     assert load_config(str(launcher.job.prepare_run(after, [allowed]) / CONFIG_FILE)) == after
 
 
+def test_a_start_that_a_full_disk_ended_is_completed_by_the_next(dataset, tmp_path, monkeypatch):
+    """The lease fits on the last free page, the configuration does not."""
+    config = load_config("tiny", [f"data.path={dataset}", f"output={tmp_path / 'runs'}"])
+    run = config.run_dir
+
+    def full(path, content):
+        (run / f".{path.name}.partial-7").touch()  # as SIGKILL leaves it
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(launcher.job, "write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            launcher.job.prepare_run(config)
+    lease.take(run)
+    assert not (run / CONFIG_FILE).exists()
+    assert launcher.job.prepare_run(config) == run
+    assert load_config(str(run / CONFIG_FILE)) == config
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "lease.json.bak", "checkpoints"])
+def test_a_folder_with_other_contents_is_not_taken_for_a_failed_start(other, dataset, tmp_path):
+    config = load_config("tiny", [f"data.path={dataset}", f"output={tmp_path / 'runs'}"])
+    (config.run_dir / "logs").mkdir(parents=True)
+    (config.run_dir / other).touch()
+    with pytest.raises(UserError, match="has other contents"):
+        launcher.job.prepare_run(config)
+
+
 @pytest.mark.parametrize(("chosen", "gpus"), [(None, ["2", "10"]), ("10", ["10"]), ("", []), ("-1", [])])
 def test_visible_gpus_respect_cuda_visible_devices(chosen, gpus, monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/nvidia10"), Path("/dev/nvidia2")])
@@ -343,6 +373,19 @@ def test_ranks_that_outlive_a_failed_one_are_killed_and_its_last_lines_shown(job
     assert shown.endswith("line 29\n")
     assert "line 20\n" in shown
     assert "line 19\n" not in shown
+
+
+def test_no_rank_stays_as_a_zombie(started, monkeypatch):
+    """Here this process is what the first process of a container is: the parent of orphans, which reaps none."""
+    local._adopt_orphans(True)
+    try:
+        process = started("stay stubbornly", "stay stubbornly", GRACE="1")
+        process.send_signal(signal.SIGTERM)  # both are killed, with DeepSpeed's launcher
+        process.communicate(timeout=25)
+        stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+        assert not [stat for stat in stats if (stat[0], int(stat[1])) == ("Z", os.getpid())]
+    finally:
+        local._adopt_orphans(False)
 
 
 def test_after_a_failure_the_other_ranks_have_less_than_ten_seconds(job, tmp_path, monkeypatch):
@@ -465,8 +508,12 @@ def test_a_job_that_is_stopped_before_its_ranks_start_ends_at_once(tmp_path):
     (tmp_path / "rank-0.started").write_text(f"here {os.getpid()}")
     with local.handling_signals(lambda *_: None):
         stop(signal.SIGUSR1, None)
-    assert stop.signal == signal.SIGUSR1
+    assert (stop.signal, stop.starting) == (signal.SIGUSR1, True)
     assert stop.deadline <= time.monotonic()
+    with pytest.raises(StoppedError, match=r"^stopped by SIGUSR1 before the first step; start again$"):
+        local._exit_code([], 2, 256 - signal.SIGKILL, stop.signal, stop.starting, dead_rank=0)
+    with pytest.raises(KeyboardInterrupt):
+        local._exit_code([], 2, 256 - signal.SIGKILL, signal.SIGINT, True)
 
 
 def test_ranks_end_when_their_launch_is_killed(started, tmp_path):
