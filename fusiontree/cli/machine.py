@@ -7,6 +7,7 @@ from typing import Any
 from fusiontree.cli.parsing import add_config, command, local_path
 from fusiontree.cli.printing import show
 from fusiontree.errors import UserError
+from launcher import hostfile
 from launcher.join import join_launcher
 
 
@@ -22,6 +23,8 @@ def _doctor(args: argparse.Namespace) -> int:
     config = None if args.config is None else load_config(args.config, args.overrides)
     if (args.nodes is not None or args.hostfile is not None) and config is None:
         raise UserError("doctor: --nodes and --hostfile need a CONFIG; give a preset or a YAML file")
+    if args.hostfile is not None and args.nodes is None:
+        args.nodes = len(hostfile.read(args.hostfile))
     findings = diagnose(config, args.ranks, args.nodes)
     if config is not None and args.nodes is not None:
         findings = _with_cluster(findings, config, args)
@@ -47,8 +50,8 @@ def _with_cluster(findings: dict[str, Any], config: Any, args: argparse.Namespac
 def _probe(args: argparse.Namespace) -> int:
     from fusiontree.distributed import signals
 
-    join_launcher()
     signals.listen()
+    join_launcher()
     from fusiontree.doctor.probe import probe
 
     probe(args.target)
@@ -77,7 +80,9 @@ def add(commands: Any) -> None:
     doctor.add_argument(
         "--nodes", type=int, metavar="N", help="nodes that CONFIG would run on; inside a SLURM allocation, probe them"
     )
-    doctor.add_argument("--hostfile", type=local_path, metavar="FILE", help="probe the hosts of this hostfile instead")
+    doctor.add_argument(
+        "--hostfile", type=local_path, metavar="FILE", help="probe the first N hosts of this hostfile (default N: all)"
+    )
     probe = commands.add_parser("probe")  # started by doctor on each rank; hidden from the help
     probe.add_argument("target", type=local_path)
     probe.set_defaults(handler=_probe, is_rank=True)

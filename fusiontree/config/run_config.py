@@ -1,5 +1,6 @@
 """The complete configuration of a run and the checks across its sections."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ class RunConfig(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # the run's folder is output/name
     output: LocalPath = Path("runs")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     init_from: LocalPath | None = None  # folder made by `fusiontree export`, for the initial weights
     model: ModelConfig
     data: DataConfig
@@ -117,8 +118,7 @@ class RunConfig(Section):
         per_rank = self.data.seq_len * self.batch.micro_rows
         if self.batch.tokens % (per_rank * world_size) == 0:
             return self.batch.tokens // (per_rank * world_size)
-        passes = self.batch.tokens // per_rank
-        counts = [ranks for ranks in range(1, passes + 1) if passes % ranks == 0]
+        counts = _divisors(self.batch.tokens // per_rank)
         around = [max(c for c in counts if c < world_size), *[c for c in counts if c > world_size][:1]]
         raise UserError(
             f"batch.tokens {self.batch.tokens} does not divide among {world_size} ranks of batch.micro_rows "
@@ -126,6 +126,12 @@ class RunConfig(Section):
             f"{world_size} ranks: {_either(_multiples_around(self.batch.tokens, per_rank * world_size))}; nearest rank "
             f"counts for this batch: {_either(around)}"
         )
+
+
+def _divisors(value: int) -> list[int]:
+    """Return all divisors of `value`, ascending."""
+    small = [number for number in range(1, math.isqrt(value) + 1) if value % number == 0]
+    return sorted({*small, *(value // number for number in small)})
 
 
 def _multiples_around(value: int, unit: int) -> list[int]:

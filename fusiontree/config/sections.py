@@ -9,11 +9,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from fusiontree import paths
 
-Count = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=2)]  # tokens; a row of one token has nothing to predict
+# far above any useful value, and small enough for floats, C integers and loops
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e8)]
+Length = Annotated[int, Field(ge=2, le=2**30)]  # tokens; a row of one token has nothing to predict
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-Step = Annotated[int, Field(ge=0)]
+Step = Annotated[int, Field(ge=0, le=10**15)]
 Weight = Annotated[float, Field(ge=0.0)]
 
 
@@ -54,9 +56,9 @@ class DataConfig(Section):
     weights: dict[Step, dict[Name, Weight]] | None = None  # from that step on, the weights of the sources named
     seq_len: Length  # tokens per training row; with a curriculum, at its end
     curriculum: dict[Step, Length] | None = None  # from that step on, tokens per training row; the batch stays constant
-    workers: int = Field(default=2, ge=0)  # threads per rank that read ahead; 0: none
+    workers: int = Field(default=2, ge=0, le=1024)  # threads per rank that read ahead; 0: none
     cache: LocalPath | None = None  # rows of remote datasets, shared by a node's processes; null: ~/.cache/fusiontree
-    cache_gb: float = Field(default=100.0, gt=0.0)  # its limit in GB (10^9 bytes)
+    cache_gb: float = Field(default=100.0, gt=0.0, le=1e9)  # its limit in GB (10^9 bytes)
     max_bad_rows: int = Field(default=100, ge=0)  # damaged rows after which the run stops
     max_bad_share: Fraction = 0.1  # the same, as a share of a source's rows; one row is tolerated if there are others
 
@@ -127,7 +129,9 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """The size of an optimizer step."""
 
-    tokens: Count  # global batch per optimizer step, in tokens, over all ranks and accumulation steps
+    tokens: int = Field(
+        ge=1, le=2**36
+    )  # global batch per optimizer step, in tokens, over all ranks and accumulation steps
     micro_rows: Count = 1  # rows of data.seq_len tokens per rank and forward pass; affects only memory and speed
 
 
@@ -275,11 +279,11 @@ class HealthConfig(Section):
     on_bad: Literal["rollback", "stop"] = "rollback"  # rollback: to the last checkpoint, then past the bad rows
     on_spike: Literal["ignore", "rollback", "stop"] = "ignore"  # ignore: only record it
     spike_score: float = Field(default=10.0, gt=0.0)  # a spike is this many robust deviations above the median loss
-    spike_window: int = Field(default=128, ge=8)  # updates in the median
+    spike_window: int = Field(default=128, ge=8, le=10**6)  # updates in the median
     max_rollbacks: Count = 3  # to one checkpoint; then the run stops
     hang_factor: float = Field(default=10.0, gt=1.0)  # a step hangs if it exceeds this multiple of the median duration
-    hang_seconds: float = Field(default=300.0, gt=0.0)  # and this duration, which remote reads may need
-    timeout_seconds: float = Field(default=1800.0, gt=0.0)  # limit of a rank's wait for the others anywhere else
+    hang_seconds: Seconds = 300.0  # and this duration, which remote reads may need
+    timeout_seconds: Seconds = 1800.0  # limit of a rank's wait for the others anywhere else
 
 
 class KernelsConfig(Section):

@@ -5,11 +5,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
-_SIZES = (
-    *("vocab_size", "hidden_size", "num_layers", "mlp_size", "num_heads", "num_kv_heads", "head_dim", "window"),
-    *("ssm_heads", "ssm_head_dim", "ssm_state_size", "ssm_groups", "conv_kernel", "chunk_size"),
-    *("gate_rank", "srte_rank", "max_positions"),
-)  # fields that must be at least 1
+_SIZE = 2**18  # far above any useful one; a tensor of two of them has fewer than 2^63 bytes
+# greatest value of each field that must be at least 1
+_LIMITS = {"num_layers": 2**12, "vocab_size": 2**26, "window": 2**30, "max_positions": 2**30} | dict.fromkeys(
+    (
+        *("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim", "ssm_heads", "ssm_head_dim"),
+        *("ssm_state_size", "ssm_groups", "conv_kernel", "chunk_size", "gate_rank", "srte_rank"),
+    ),
+    _SIZE,
+)
 
 LayerKind = Literal["hybrid", "mamba", "attention"]  # the branches of a layer: both, or one of them
 
@@ -61,8 +65,10 @@ class ModelConfig:
     layer_global_heads: tuple[int, ...] | None = None  # remaining global heads of each layer; None: global_heads
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, limit in _LIMITS.items():
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+            _require(value <= limit, f"{name} is {value}; it must be at most {limit}")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change one of them",

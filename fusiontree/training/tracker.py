@@ -70,7 +70,7 @@ class Tracker:
     def _drop(self, reason: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
-            console.print(f"{self.sink.name}: {reason}", markup=False)
+            console.print(f"{self.sink.name}: {reason}")
 
 
 def open_trackers(config: RunConfig, step: int | None, wandb_id: str | None) -> list[Tracker]:
@@ -95,7 +95,7 @@ def open_trackers(config: RunConfig, step: int | None, wandb_id: str | None) -> 
             if isinstance(error, ModuleNotFoundError) and error.name == package:
                 reason = "is not installed"
             hint = f"pip install 'fusiontree[{package}]'"
-            console.print(f"{package} {reason}, so no metrics are sent to it; install it: {hint}", markup=False)
+            console.print(f"{package} {reason}, so no metrics are sent to it; install it: {hint}")
     return trackers
 
 
