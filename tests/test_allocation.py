@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 
@@ -175,6 +176,16 @@ def test_a_stopped_run_is_requeued_as_long_as_it_saves(run, begin, monkeypatch, 
         assert allocation.end(run, 75) == 75
     assert requeued(run) == ["requeue 12345"] * 4
     assert "stopped by SIGUSR1 at step 10, saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_is_stopped_before_its_ranks_start_is_requeued(number, run, begin, capsys):
+    save(run, 10)
+    begin()
+    (run / "logs" / "12345-0" / "rank-0.out").touch()  # srun's; the rank has not reported its start
+    assert allocation.end(run, 128 + number) == 75
+    assert requeued(run) == ["requeue 12345"]
+    assert f"stopped by {number.name} before any rank started" in capsys.readouterr().err
 
 
 def test_a_stale_attempt_leaves_the_newer_one_alone(run, begin, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from conftest import write_manifest
 
 from fusiontree import cli
 from fusiontree.config import load_config
-from fusiontree.errors import UserError
+from fusiontree.errors import StoppedError, UserError
 from launcher import heartbeat, hostfile, job, local, multihost
 from launcher.job import LaunchOptions, Plan, plan_hosts
 
@@ -189,6 +189,14 @@ def test_after_a_failure_ranks_on_other_hosts_have_less_than_ten_seconds(tmp_pat
     until_requested = ["bash", "-c", f"until test -e {tmp_path}/requested; do sleep 0.05; done"]
     assert multihost._supervise(until_requested, dict(os.environ), tmp_path, Sender()) == (0, None)
     assert local.POLL_INTERVAL + heartbeat.INTERVAL + graces[0] < 10  # notice the failure, read the request, exit
+
+
+def test_a_launch_that_is_stopped_before_any_rank_starts_can_start_again(tmp_path):
+    with pytest.raises(StoppedError, match=r"^stopped by SIGTERM before any rank started; start again$"):
+        multihost._exit_code(tmp_path, 2, 1, signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        multihost._exit_code(tmp_path, 2, 1, signal.SIGINT)
+    assert multihost._exit_code(tmp_path, 2, 3, None) == 3
 
 
 # --- the heartbeat ---------------------------------------------------------------------------------------------------
