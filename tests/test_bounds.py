@@ -43,7 +43,7 @@ def test_every_key_has_bounds(value: str, tmp_path: Path) -> None:
         (f"batch.tokens={10**18}", "batch.tokens is 1000000000000000000; it must be less than or equal to 68719476736"),
         ("model.num_layers=200000", "num_layers is 200000; it must be at most 4096"),
         (f"seed={10**30}", f"seed is {10**30}; it must be below 2^63"),
-        ("seed=" + "9" * 5000, "not valid YAML: a number has too many digits"),
+        ("seed=" + "9" * 5000, "999...': not valid YAML: "),
         ("seed=" + "[" * 5000, "not valid YAML: it is nested too deeply"),
         (
             "health.timeout_seconds=1e300",

@@ -31,7 +31,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     layers = [
         *_file_layers(expand_home(source), ()),
-        *[(f"override '{text}'", _parse_override(text)) for text in overrides],
+        *[(_name(text), _parse_override(text)) for text in overrides],
     ]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -137,8 +137,13 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"override '{text}' is not of the form key=value, e.g. optimizer.lr=3e-4")
-    return {key: load_yaml(value, f"override '{text}'")}
+        raise UserError(f"{_name(text)} is not of the form key=value, e.g. optimizer.lr=3e-4")
+    return {key: load_yaml(value, _name(text))}
+
+
+def _name(override: str) -> str:
+    """Return the name of an override in messages, in at most 200 characters of its text."""
+    return f"override '{override if len(override) <= 200 else override[:197] + '...'}'"
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

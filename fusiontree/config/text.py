@@ -28,10 +28,6 @@ def load_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # e.g. a number of 5,000 digits, a list as a key
         raise UserError(f"{where}: not valid YAML: {short_cause(error)}") from None
-    except ValueError:
-        raise UserError(f"{where[:80]}: not valid YAML: a number has too many digits") from None
-    except RecursionError:
-        raise UserError(f"{where[:80]}: not valid YAML: it is nested too deeply") from None
 
 
 def to_yaml(config: RunConfig) -> str:
