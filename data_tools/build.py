@@ -141,7 +141,7 @@ def _job(files: Sequence[TextFile], info: TokenizerInfo, options: BuildOptions) 
         "text_key": options.input.text_key,
         "separator": options.input.separator,
         "min_chars": options.input.min_chars,
-        "max_chars": options.input.max_chars,
+        "max_chars": options.input.char_limit,
         "input_files": hashlib.sha256(names.encode()).hexdigest(),
         "tokenizer": info.fingerprint,
         "end-of-document_token": info.eos_id,

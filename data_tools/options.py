@@ -30,21 +30,26 @@ class InputOptions:
     text_key: str = "text"  # key (JSON) or column (Parquet) that contains the text
     separator: str | None = None  # separates documents in plain text; None: one document per file
     min_chars: int = 0  # shorter documents are dropped, in characters
-    max_chars: int = MAX_CHARS  # longer documents are dropped, in characters
+    max_chars: int | None = None  # longer documents are dropped, in characters; None: MAX_CHARS
 
     def __post_init__(self) -> None:
         if self.separator == "":
             raise UserError("--doc-separator is empty; give the text between two documents, or omit the option")
-        if self.min_chars < 0 or self.max_chars < max(1, self.min_chars):
+        if self.min_chars < 0 or self.char_limit < max(1, self.min_chars):
             raise UserError(
-                f"--min-chars {self.min_chars} and --max-chars {self.max_chars} exclude every document; "
+                f"--min-chars {self.min_chars} and --max-chars {self.char_limit} exclude every document; "
                 "give 0 <= min <= max and 1 <= max"
             )
 
     @property
+    def char_limit(self) -> int:
+        """Characters of the longest document that is kept."""
+        return MAX_CHARS if self.max_chars is None else self.max_chars
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of a file, line or member above which it is skipped unread: UTF-8 has up to four per character."""
-        return max(4 * self.max_chars, _LEAST_RECORD_BYTES)
+        return max(4 * self.char_limit, _LEAST_RECORD_BYTES)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def extract_text(record: Record, options: InputOptions) -> str:
         raise Rejected("empty")
     if len(text) < options.min_chars:
         raise Rejected(TOO_SHORT)
-    if len(text) > options.max_chars:
+    if len(text) > options.char_limit:
         raise Rejected(TOO_LONG)
     return text
 

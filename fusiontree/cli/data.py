@@ -20,11 +20,12 @@ def _data_tokenizer(args: argparse.Namespace) -> int:
 
 
 def _input_options(args: argparse.Namespace) -> "InputOptions":
-    from data_tools.options import MAX_CHARS, InputOptions
+    from data_tools.options import InputOptions
 
     separator = args.doc_separator and args.doc_separator.replace("\\n", "\n").replace("\\t", "\t")
-    max_chars = MAX_CHARS if args.max_chars is None else args.max_chars
-    return InputOptions(tuple(args.include), tuple(args.exclude), args.text_key, separator, args.min_chars, max_chars)
+    return InputOptions(
+        tuple(args.include), tuple(args.exclude), args.text_key, separator, args.min_chars, args.max_chars
+    )
 
 
 def _data_build(args: argparse.Namespace) -> int:
