@@ -171,7 +171,7 @@ def test_data_build_passes_its_arguments(stand_in, capsys):
         dedup=True,
         eos="<e>",
         encoder="auto",
-        input=InputOptions((), (), "body", "\n--\n", 3, 2**26),
+        input=InputOptions((), (), "body", "\n--\n", 3, None),
         workers=2,
         overwrite=True,
     )

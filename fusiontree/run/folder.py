@@ -23,7 +23,6 @@ import re
 from pathlib import Path
 
 from fusiontree.files import refuse_existing
-from fusiontree.state_files import DamagedError, read_line, read_or_none
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -84,6 +83,9 @@ def newest_step(run: Path) -> int:
     If that file is missing, damaged or names no checkpoint, the newest is the one of the highest step. For status and
     requeueing, which must answer at once: nothing is verified.
     """
+    # imported here because pydantic and rich are slow to import, and `--help` imports this module
+    from fusiontree.state_files import DamagedError, read_line, read_or_none
+
     steps = {path.name: step_of(path) for path in list_checkpoints(run / CHECKPOINTS)}
     highest = max(steps.values(), default=0)
 
