@@ -301,17 +301,24 @@ def test_a_resume_is_bitwise_exact(two_ranks: Path, shards: Path, tmp_path: Path
     assert torch.equal(*(store.read_gates(run / "checkpoints" / "step-8") for run in (two_ranks, resumed)))
 
 
-def test_a_damaged_checkpoint_is_reported_and_skipped(two_ranks: Path, shards: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_and_records_are_reported_and_skipped(
+    two_ranks: Path, shards: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "two"
     shutil.copytree(two_ranks, copy)
     victim = next((copy / "checkpoints" / "step-8").glob("*optim_states.pt"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
+    records = (copy / "metrics.jsonl").read_bytes()
+    (copy / "metrics.jsonl").write_bytes(b"\xfb" + records[1:])  # one flipped bit in the first line
+    (copy / "lease.json").write_text("")
+    (copy / "checkpoints" / "latest").write_text("garbage")
     said = ranks.run(["train", "tiny", *settings(shards, tmp_path, name="two")], tmp_path, 2)
     assert "step-8 is damaged and skipped" in said
+    assert "metrics.jsonl: a damaged line is skipped (line 1: it is not JSON)" in said
     assert [(line["kind"], line["step"]) for line in incidents.read(copy)] == [("fallback", 8), ("resume", 4)]
-    assert metrics(copy) == metrics(two_ranks)
+    assert metrics(copy) == metrics(two_ranks)[1:]
 
 
 def test_a_checkpoint_that_could_run_code_is_refused_in_one_line_unless_trusted(

@@ -1,6 +1,5 @@
 """``make demo``: from text to a trained and exported hybrid model on a laptop."""
 
-import json
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from fusiontree.config import load_config
 from fusiontree.console import console
 from fusiontree.run.folder import MANIFEST_FILE, checkpoint_path
 from fusiontree.run.records import summarize
+from fusiontree.state_files import Count, Stored, read_or_none, read_stored
 
 RANKS = 2
 PROMPT = "def main("
@@ -101,9 +101,14 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         raise
 
 
+class _Facts(Stored):
+    step: Count
+
+
 def _exported_step(exported: Path) -> int | None:
-    facts = exported / "fusiontree.json"
-    return json.loads(facts.read_text())["step"] if facts.exists() else None
+    path = exported / "fusiontree.json"
+    facts = read_or_none(path, lambda path: read_stored(path, _Facts), "the run is exported again")
+    return None if facts is None else facts.step
 
 
 def _print_summary(stages: list[Stage], seconds: list[float | None], run: Path, exported: Path) -> None:
