@@ -527,7 +527,7 @@ def test_ranks_end_when_their_launch_is_killed(started, tmp_path):
 
 
 def report(rank: int, code: int, message: str | None, when: int) -> dict:
-    return {"rank": rank, "code": code, "message": message, "time": when}
+    return {"rank": rank, "host": "here", "code": code, "message": message, "time": when}
 
 
 def test_the_earliest_failure_decides():
