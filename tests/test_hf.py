@@ -345,6 +345,15 @@ def test_resized_embeddings_stay_tied_and_survive_saving(tmp_path: Path) -> None
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_trainer_finds_the_labels_and_the_cache_among_the_outputs() -> None:
+    from transformers.utils.generic import find_labels
+
+    for kind in (FusionTreeForCausalLM, FusionTreeForSequenceClassification):
+        assert find_labels(kind) == ["labels"]
+    outputs = wrapped()(tokens(1, 8), labels=tokens(1, 8))
+    assert {*outputs} - {*FusionTreeConfig.keys_to_ignore_at_inference} == {"loss", "logits"}
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -289,7 +289,6 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        shift_labels: Tensor | None = None,
         cache: FusionTreeCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
@@ -300,10 +299,11 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
                 document are not predicted.
             logits_to_keep: compute logits of the last n tokens, or of the tokens at these indices; 0: of all tokens.
             num_items_in_batch: divide the summed loss by this instead of the number of labels.
-            shift_labels: int64 [B, L], in place of `labels`: the label of each position, already shifted.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in `FusionTreeModel`.
-            output_hidden_states, cache, others: likewise.
+            output_hidden_states, cache: likewise.
+            others: as there; and `shift_labels`, int64 [B, L]: labels of each position, already shifted.
         """
+        shift_labels = others.pop("shift_labels", None)  # no parameter: Trainer would take it for required labels
         if labels is not None and shift_labels is None:
             past = given_cache(past_key_values, cache)
             shift_labels = _shifted(labels, NewTokens.read(labels, attention_mask, position_ids, past))
