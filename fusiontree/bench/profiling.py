@@ -77,6 +77,16 @@ def profile_step(device: torch.device, run: Callable[[], Any], path: Path, usual
     return {"file": str(path), **summary}
 
 
+def exposed_communication(device: torch.device, run: Callable[[], Any]) -> float | None:
+    """Profile one call of `run`; return the seconds of communication that no other kernel overlaps, None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        elapsed(device, run)
+    kernels = _device_kernels(profiler)
+    return _busy_seconds(kernels) - _busy_seconds(k for k in kernels if kind_of(k.name) != "communication")
+
+
 def kind_of(name: str) -> str:
     """Return the kind of work of a kernel by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")

@@ -33,6 +33,15 @@ def _bench_train(args: argparse.Namespace) -> Figures:
     return bench_train(args.preset, args.overrides, workload, peer, args.profile)
 
 
+def _bench_scale(args: argparse.Namespace) -> Figures:
+    from fusiontree.bench.scale import ScaleOptions, bench_scale
+    from fusiontree.bench.train import Workload
+
+    workload = Workload(args.documents, args.steps, args.warmup, args.seq_len, None, args.recompute)
+    options = ScaleOptions(tuple(args.ranks), tuple(args.zero), tuple(args.accumulate), args.peer)
+    return bench_scale(args.preset, args.overrides, workload, options)
+
+
 def _bench_decode(args: argparse.Namespace) -> Figures:
     from fusiontree.bench.decode import bench_decode
 
@@ -74,6 +83,19 @@ def _bench_overhead(args: argparse.Namespace) -> Figures:
     return figures
 
 
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: the preset's)")
+    parser.add_argument(
+        "--documents",
+        choices=("packed", "single"),
+        default="packed",
+        help="documents of random lengths, or one per row (default packed)",
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed updates (default 10)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed updates before them (default 3)")
+    parser.add_argument("--recompute", default="none", metavar="KIND", help="activation checkpointing (default none)")
+
+
 def add(commands: Any) -> None:
     """Add the subcommands."""
     summary = "Measure speed and memory on this machine. Keeps no files except those named by an option."
@@ -94,17 +116,8 @@ def add(commands: Any) -> None:
         "bench train --preset 1b --seq-len 32768 --peer hf-falcon-h1",
     )
     add_preset(train)
-    train.add_argument("--seq-len", type=int, metavar="N", help="tokens per row (default: the preset's)")
+    _add_workload(train)
     train.add_argument("--batch-tokens", type=int, metavar="N", help="tokens per update (default: one row)")
-    train.add_argument(
-        "--documents",
-        choices=("packed", "single"),
-        default="packed",
-        help="documents of random lengths, or one per row (default packed)",
-    )
-    train.add_argument("--steps", type=int, default=10, metavar="N", help="timed updates (default 10)")
-    train.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed updates before them (default 3)")
-    train.add_argument("--recompute", default="none", metavar="KIND", help="activation checkpointing (default none)")
     train.add_argument(
         "--peer", metavar="NAME", help="also measure hf-llama, hf-falcon-h1 or fla-mamba2 in the same process"
     )
@@ -115,6 +128,21 @@ def add(commands: Any) -> None:
         help="activation checkpointing of the peer (default full)",
     )
     train.add_argument("--profile", type=local_path, metavar="FILE", help="write a profile of one step as Markdown")
+
+    scale = command(
+        bench_commands,
+        "scale",
+        _shown(_bench_scale),
+        "Measure training on several numbers of ranks, which this command starts, optionally next to FSDP2.",
+        "bench scale --preset 1b --ranks 1 2 --zero 1 3 --peer fsdp2",
+    )
+    add_preset(scale)
+    _add_workload(scale)
+    numbers: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
+    scale.add_argument("--ranks", **numbers, default=[1, 2], help="numbers of ranks (default 1 2)")
+    scale.add_argument("--zero", **numbers, default=[1, 3], help="ZeRO stages (default 1 3)")
+    scale.add_argument("--accumulate", **numbers, default=[1], help="backward passes per update (default 1)")
+    scale.add_argument("--peer", metavar="NAME", help="also measure the same model under fsdp2")
 
     decode = command(
         bench_commands,
