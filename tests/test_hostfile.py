@@ -185,9 +185,9 @@ def test_after_a_failure_ranks_on_other_hosts_have_less_than_ten_seconds(tmp_pat
             graces.append(grace)
             (tmp_path / "requested").touch()
 
-    (tmp_path / "rank-0.json").write_text('{"rank": 0, "host": "a", "code": 1, "message": "wrong", "time": 1.0}')
-    until_requested = ["bash", "-c", f"until test -e {tmp_path}/requested; do sleep 0.05; done"]
-    assert multihost._supervise(until_requested, dict(os.environ), tmp_path, Sender()) == (0, None)
+    (tmp_path / "rank-0.json").write_text('{"rank": 0, "host": "a", "code": 1, "message": "wrong", "time": 1}')
+    wait = f"for _ in {{1..400}}; do test -e {tmp_path}/requested && exit; sleep 0.05; done; exit 1"
+    assert multihost._supervise(["bash", "-c", wait], dict(os.environ), tmp_path, Sender()) == (0, None)
     assert local.POLL_INTERVAL + heartbeat.INTERVAL + graces[0] < 10  # notice the failure, read the request, exit
 
 
