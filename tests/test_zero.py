@@ -104,7 +104,8 @@ def write_teacher(folder: Path) -> None:
     save_file({f"model.{name}": weight for name, weight in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(shape))
     (folder / "fusiontree.json").write_text(json.dumps({"tokenizer_fingerprint": "f", "eos_id": 0, "seq_len": 48}))
-    (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str())
+    (folder / "tokenizer.json").write_text(Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")).to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
