@@ -6,7 +6,7 @@ import signal
 import sys
 
 from fusiontree.cli import main
-from fusiontree.stdout import results
+from fusiontree.cli.stdout import results
 
 
 def run() -> None:

@@ -27,7 +27,7 @@ from fusiontree.distributed.signals import STOPS
 from fusiontree.errors import RunError, StoppedError, UserError
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import ATTEMPTS_FILE, CONFIG_FILE, LOGS, newest_step
-from fusiontree.state_files import Count, Stored, Time, read_or_none, read_stored
+from fusiontree.run.state_files import Count, Stored, Time, read_or_none, read_stored
 from launcher import rank_reports, sbatch, slurm
 from launcher.job import network_settings, rendezvous_port, world_info
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusiontree.errors import LOST_PEER
-from fusiontree.state_files import Count, DamagedError, Stored, read_line, read_stored
+from fusiontree.run.state_files import Count, DamagedError, Stored, read_line, read_stored
 
 _TAIL = 15  # lines of a rank's output to show if its report has no message
 

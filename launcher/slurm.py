@@ -11,7 +11,7 @@ from typing import TextIO
 
 from fusiontree.errors import RunError, UserError
 from fusiontree.files import write_atomic
-from fusiontree.state_files import DamagedError, read_line, read_or_none
+from fusiontree.run.state_files import DamagedError, read_line, read_or_none
 from launcher.job import Plan
 
 _JOB_ID_FILE = "job.id"  # in the folder of the script: the id that sbatch returned

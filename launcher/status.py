@@ -11,7 +11,7 @@ from fusiontree.errors import UserError
 from fusiontree.run import incidents, lease
 from fusiontree.run.folder import CONFIG_FILE, LEASE_FILE, METRICS_FILE, checkpoint_path, newest_step
 from fusiontree.run.records import iter_metrics
-from fusiontree.state_files import read_or_none
+from fusiontree.run.state_files import read_or_none
 from launcher import allocation, slurm
 
 _INCIDENTS_SHOWN = 3  # the newest

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("fusiontree", "launcher", "data_tools")
 LEAVES = {
-    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.stdout"),
+    *("fusiontree", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.cli.stdout"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     "fusiontree.distributed.environment",
     *("fusiontree.run.folder", "fusiontree.run.incidents", "fusiontree.run.jsonlines", "fusiontree.run.lease"),
-    *("fusiontree.run.records", "fusiontree.paths", "fusiontree.state_files"),
+    *("fusiontree.run.records", "fusiontree.paths", "fusiontree.run.state_files"),
 }
 
 # part of the project → the parts it may import, in addition to itself and the leaves, which are all above it
@@ -73,7 +73,7 @@ TORCH = {"torch", "deepspeed", "transformers"}
 TORCH_FREE = (
     *("fusiontree.config", "fusiontree.model.config", "fusiontree.model.flops", "fusiontree.data"),
     *("fusiontree.run", "fusiontree.errors", "fusiontree.files", "fusiontree.console", "fusiontree.paths"),
-    *("fusiontree.state_files", "fusiontree.stdout"),
+    *("fusiontree.run.state_files", "fusiontree.cli.stdout"),
     *("fusiontree.distributed.signals", "fusiontree.distributed.outcome", "fusiontree.distributed.ports"),
     "fusiontree.distributed.environment",
     *("fusiontree.evaluate.options", "fusiontree.export.options"),

@@ -9,7 +9,7 @@ import pytest
 from fusiontree.run import incidents
 from fusiontree.run.folder import INCIDENTS_FILE
 from fusiontree.run.jsonlines import JsonLines, read_lines
-from fusiontree.state_files import Stored, parse_stored
+from fusiontree.run.state_files import Stored, parse_stored
 
 
 def _write(folder: Path, rank: int) -> None:

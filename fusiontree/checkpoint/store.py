@@ -41,7 +41,7 @@ from fusiontree.run.folder import (
     run_of,
     step_of,
 )
-from fusiontree.state_files import Count, DamagedError, Stored, read_stored
+from fusiontree.run.state_files import Count, DamagedError, Stored, read_stored
 from fusiontree.zero import layout, reshard
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fusiontree.errors import RunError, short_cause
-from fusiontree.state_files import Count, DamagedError, Stored, open_regular, parse_stored, read_stored
+from fusiontree.run.state_files import Count, DamagedError, Stored, open_regular, parse_stored, read_stored
 from fusiontree.zero import layout
 
 WEIGHTS = "model.safetensors"

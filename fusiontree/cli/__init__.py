@@ -7,8 +7,8 @@ import sys
 
 from fusiontree.cli import bench, data, launching, machine, model, training
 from fusiontree.cli.parsing import FORMAT, Parser
+from fusiontree.cli.stdout import reserve_stdout, results
 from fusiontree.errors import RunError, UserError, short_cause
-from fusiontree.stdout import reserve_stdout, results
 
 # errors of the user's disk, permissions or paths; any other OSError is a bug
 _FILE_ERRORS = {

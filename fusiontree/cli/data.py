@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.parsing import FORMAT, add_config, add_overwrite, command, local_path, local_pattern
 from fusiontree.cli.printing import show
+from fusiontree.cli.stdout import print_result
 from fusiontree.errors import UserError
-from fusiontree.stdout import print_result
 
 if TYPE_CHECKING:
     from data_tools.options import InputOptions

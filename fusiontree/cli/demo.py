@@ -14,7 +14,7 @@ from fusiontree.config import load_config
 from fusiontree.console import console
 from fusiontree.run.folder import MANIFEST_FILE, checkpoint_path
 from fusiontree.run.records import summarize
-from fusiontree.state_files import Count, Stored, read_or_none, read_stored
+from fusiontree.run.state_files import Count, Stored, read_or_none, read_stored
 
 RANKS = 2
 PROMPT = "def main("

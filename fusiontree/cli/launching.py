@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.cli.parsing import add_config, add_resume, command, local_path
+from fusiontree.cli.stdout import print_result, results
 from fusiontree.errors import UserError
 from fusiontree.paths import expand_home
 from fusiontree.run.folder import LOGS
-from fusiontree.stdout import print_result, results
 
 
 def _launch(args: argparse.Namespace) -> int:

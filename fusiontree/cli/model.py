@@ -7,11 +7,11 @@ from typing import Any
 
 from fusiontree.cli.parsing import add_overwrite, add_trust, command, local_path, location
 from fusiontree.cli.printing import show, show_tables
+from fusiontree.cli.stdout import deferred_warnings, print_result
 from fusiontree.errors import UserError
 from fusiontree.evaluate.options import TASK_NAMES, EvalOptions
 from fusiontree.export.options import ExportOptions
 from fusiontree.files import refuse_below_file, write_atomic
-from fusiontree.stdout import deferred_warnings, print_result
 
 
 def _export(args: argparse.Namespace) -> int:

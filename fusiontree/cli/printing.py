@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fusiontree.stdout import print_result, results
+from fusiontree.cli.stdout import print_result, results
 
 _MAX_SKIPPED = 10  # skipped inputs listed without --json
 _UNITS = {"seconds": "s", "loss": "nats per token", "tokens_per_s": "tokens/s"}  # by the suffix of a figure's key

@@ -15,7 +15,7 @@ from fusiontree.kernels import choose_kernels
 from fusiontree.model.config import ModelConfig
 from fusiontree.model.lm import HybridLM
 from fusiontree.model.mamba import STATE_PARAMETERS
-from fusiontree.state_files import Count, DamagedError, Stored, read_stored
+from fusiontree.run.state_files import Count, DamagedError, Stored, read_stored
 
 FACTS = "fusiontree.json"  # facts about the run
 

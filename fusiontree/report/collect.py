@@ -19,7 +19,7 @@ from fusiontree.model.config import ModelConfig
 from fusiontree.run import incidents
 from fusiontree.run.folder import CHECKPOINTS, CONFIG_FILE, list_checkpoints, step_of
 from fusiontree.run.records import iter_metrics, read_layers
-from fusiontree.state_files import DamagedError, read_bytes
+from fusiontree.run.state_files import DamagedError, read_bytes
 
 NONE = "—"  # a missing value
 MAX_POINTS = 1000  # per curve

@@ -84,7 +84,7 @@ def newest_step(run: Path) -> int:
     requeueing, which must answer at once: nothing is verified.
     """
     # imported here because pydantic and rich are slow to import, and `--help` imports this module
-    from fusiontree.state_files import DamagedError, read_line, read_or_none
+    from fusiontree.run.state_files import DamagedError, read_line, read_or_none
 
     steps = {path.name: step_of(path) for path in list_checkpoints(run / CHECKPOINTS)}
     highest = max(steps.values(), default=0)

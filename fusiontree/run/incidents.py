@@ -10,7 +10,7 @@ from typing import Any
 
 from fusiontree.run.folder import INCIDENTS_FILE
 from fusiontree.run.jsonlines import JsonLines, read_lines
-from fusiontree.state_files import Count, Stored, Time, parse_stored
+from fusiontree.run.state_files import Count, Stored, Time, parse_stored
 
 
 class _Incident(Stored):

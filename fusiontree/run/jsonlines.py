@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fusiontree.console import console
 from fusiontree.errors import short_cause
-from fusiontree.state_files import DamagedError, open_regular
+from fusiontree.run.state_files import DamagedError, open_regular
 
 T = TypeVar("T")
 _MAX_LINE = 2**24  # bytes; the longest lines list the rows of a failing update

@@ -17,7 +17,7 @@ from pydantic import Field
 from fusiontree.errors import RunError, short_cause
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import LEASE_FILE
-from fusiontree.state_files import DamagedError, Stored, Time, read_stored
+from fusiontree.run.state_files import DamagedError, Stored, Time, read_stored
 
 TOKEN = uuid.uuid4().hex  # identifies this process among all processes on all hosts
 

@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from fusiontree.files import write_atomic
 from fusiontree.run.folder import LAYERS_FILE, METRICS_FILE
 from fusiontree.run.jsonlines import read_lines
-from fusiontree.state_files import Count, DamagedError, Stored, parse_stored
+from fusiontree.run.state_files import Count, DamagedError, Stored, parse_stored
 
 _MAX_STEP = 2**53
 
