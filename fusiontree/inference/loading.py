@@ -136,4 +136,5 @@ def _open_tokenizer(folder: Path) -> Tokenizer:
     try:
         return open_tokenizer(folder)
     except UserError as error:
-        raise RunError(f"{folder} is a damaged export ({error}); export the model again") from None
+        reason, *_ = str(error).split(";")  # without the remedy, which is one for a build
+        raise RunError(f"{folder} is a damaged export ({reason}); export the model again") from None
