@@ -203,7 +203,7 @@ def test_an_argument_without_effect_is_refused_and_a_redundant_one_ignored() -> 
 
     model, ids = wrapped(), tokens(1, 8)
     expected, packing = model(ids).logits, {"cu_seq_lens_q": torch.tensor([0, 8]), "max_length_q": 8}
-    redundant = {"token_type_ids": torch.zeros_like(ids), "output_attentions": False, "is_causal": True}
+    redundant = {"token_type_ids": torch.zeros_like(ids), "output_attentions": False, "is_causal": True, "tokenizer": 0}
     assert torch.equal(model(ids, **redundant, position_ids=torch.arange(8)[None], **packing).logits, expected)
     for name, value in {"output_attentions": True, "is_causal": False, "num_logits_to_keep": 1, **packing}.items():
         with pytest.raises(TypeError, match=f"this model does not support the argument {name}"):

@@ -127,9 +127,9 @@ def test_a_damaged_export_is_refused_before_the_run_folder_is_made(
     overrides = [*settings(shards, tmp_path, name="next"), *values, f"model.layer_kinds={KINDS}", f"init_from={start}"]
     intact = (start / "model.safetensors").read_bytes()
     for content, words in (
-        (intact[:-1], "model.safetensors is damaged (Error while deserializing header: incomplete metadata"),
-        (intact[:100], "model.safetensors is damaged (Error while deserializing header: invalid header length"),
-        (b"", "model.safetensors is damaged (Error while deserializing header: header too small"),
+        (intact[:-1], "model.safetensors is damaged (its size differs from that of its tensors)"),
+        (intact[:100], "model.safetensors is damaged (it is not JSON)"),
+        (b"", "model.safetensors is damaged (its header has no valid size)"),
     ):
         (start / "model.safetensors").write_bytes(content)
         said = ranks.run(["train", "tiny", *overrides], tmp_path, code=1)

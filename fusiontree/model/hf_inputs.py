@@ -176,7 +176,8 @@ def at(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-_IGNORED = ("token_type_ids", "cache_position")  # there are no segments; the cache counts its tokens itself
+# there are no segments; the cache counts its tokens itself; `generate` passes its own argument on
+_IGNORED = ("token_type_ids", "cache_position", "tokenizer")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # repeat position_ids
 
 
