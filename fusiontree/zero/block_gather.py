@@ -37,7 +37,7 @@ class _Unit:
         self.gradients = gradients  # this rank's gradient partition of each parameter, fp32
         self.gathered = [parameter for parameter in parameters if not parameter.ds_persist]
         self.shards: list[Tensor] = []  # this rank's partition of each of `gathered`, in the dtype of its gather
-        self.pending: tuple[list[Tensor], Any] | None = None  # outputs and work of a gather in flight
+        self.pending: tuple[list[Tensor], list[Any]] | None = None  # outputs and works of a gather in flight
         self.full = False  # whether the weights are gathered
         self.missing: set[int] = set()  # ids of the parameters whose gradient the backward pass has not yet computed
 
@@ -62,7 +62,7 @@ class BlockGather:
         self.group = self.zero.dp_process_group
         self.ranks = dist.get_world_size(self.group)
         self.forwarding = False  # between the start and the end of the model's forward pass
-        self.in_flight: list[tuple[_Unit, list[Tensor], list[Tensor], Any]] = []  # reductions: inputs, outputs, work
+        self.in_flight: list[tuple[_Unit, list[Tensor], list[Tensor], list[Any]]] = []  # inputs, outputs, works
         self._remove_hooks()
         self.gradients = self._gradient_partitions()
         self._build_units(engine.module, blocks, cast)
@@ -152,7 +152,7 @@ class BlockGather:
         if unit.full or unit.pending is not None or not unit.gathered:
             return
         if self.ranks == 1:
-            unit.pending = unit.shards, None
+            unit.pending = unit.shards, []
             return
         outputs = [
             torch.empty(shard.numel() * self.ranks, dtype=shard.dtype, device=shard.device) for shard in unit.shards
@@ -165,8 +165,8 @@ class BlockGather:
         self._prefetch(unit)
         if unit.pending is None:
             return
-        outputs, work = unit.pending
-        if work is not None:
+        outputs, works = unit.pending
+        for work in works:
             work.wait()
         for parameter, output in zip(unit.gathered, outputs, strict=True):
             parameter.data = output[: parameter.ds_numel].view(parameter.ds_shape)
@@ -175,8 +175,9 @@ class BlockGather:
     @torch.no_grad()
     def _release(self, unit: _Unit) -> None:
         """Free the gathered weights of a unit."""
-        if unit.pending is not None and unit.pending[1] is not None:
-            unit.pending[1].wait()  # the collective still writes
+        if unit.pending is not None:
+            for work in unit.pending[1]:
+                work.wait()  # the collective still writes
         for parameter, shard in zip(unit.gathered, unit.shards, strict=True):
             parameter.data = shard.new_empty(0)
         unit.pending, unit.full = None, False
@@ -232,8 +233,8 @@ class BlockGather:
             parameter.grad = None
         self._release(unit)
 
-    def _scatter(self, unit: _Unit) -> tuple[list[Tensor], list[Tensor], Any]:
-        """Start a reduce-scatter; return its inputs, its outputs and its work."""
+    def _scatter(self, unit: _Unit) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+        """Start a reduce-scatter; return its inputs, its outputs and its works."""
         lengths = [gradient.numel() for gradient in unit.gradients]
         flat = torch.empty(sum(lengths) * self.ranks, device=unit.gradients[0].device)
         inputs = list(flat.split([length * self.ranks for length in lengths]))
@@ -248,8 +249,9 @@ class BlockGather:
     @torch.no_grad()
     def _finish(self) -> None:
         """Wait for the oldest reduction and add its result."""
-        unit, _, outputs, work = self.in_flight.pop(0)
-        work.wait()
+        unit, _, outputs, works = self.in_flight.pop(0)
+        for work in works:
+            work.wait()
         torch._foreach_div_(outputs, self.ranks)  # DeepSpeed's convention: the mean over ranks
         self._add(unit, outputs)
 
@@ -296,9 +298,18 @@ class BlockGather:
             group["params"] = []
 
 
-def _coalesced(function: Callable[..., Any], outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: Any) -> Any:
-    """Start the collective `function` for each pair of tensors in one launch; return its work."""
-    with _coalescing_manager(group, async_ops=True) as work:
-        for output, values in zip(outputs, inputs, strict=True):
-            function(output, values, group=group)
-    return work
+def _coalesced(
+    function: Callable[..., Any], outputs: Sequence[Tensor], inputs: Sequence[Tensor], group: Any
+) -> list[Any]:
+    """Start the collective `function` for each pair of tensors, in one launch per dtype; return the works.
+
+    Gloo flattens the tensors of a launch into one, and corrupts memory if their dtypes differ.
+    """
+    works = []
+    for dtype in dict.fromkeys(values.dtype for values in inputs):
+        with _coalescing_manager(group, async_ops=True) as work:
+            for output, values in zip(outputs, inputs, strict=True):
+                if values.dtype == dtype:
+                    function(output, values, group=group)
+        works.append(work)
+    return works
