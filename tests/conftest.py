@@ -66,7 +66,8 @@ SMALL = ModelConfig(
 # The longest files by CPU time. They start first, because one that starts last leaves the other worker idle.
 LONGEST = [
     *("test_bad_input", "test_launcher", "test_training", "test_kill", "test_health", "test_zero", "test_backends"),
-    *("test_export", "test_resize", "test_bench_export", "test_init_from", "test_gpu"),
+    *("test_export", "test_endings", "test_resize", "test_encoding", "test_patterns", "test_bench_scale"),
+    *("test_bench_export", "test_init_from", "test_hf", "test_serve", "test_gpu"),
     *("test_triton_scan", "test_triton"),
 ]
 SLOW_FILES = {

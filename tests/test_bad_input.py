@@ -78,6 +78,7 @@ def test_a_file_that_is_not_utf8_is_skipped_counted_and_named(tmp_path: Path, to
     assert "bad.txt: not UTF-8 (line 1, byte 5)" in in_process(*command, "--overwrite").stdout
 
 
+@pytest.mark.slow
 def test_undecodable_names_are_printed_escaped(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +331,7 @@ sys.addaudithook(count)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_in_a_build(moment: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     """One of the build's processes sends it at that moment, independent of the machine's speed."""

@@ -291,6 +291,7 @@ def test_a_peer_with_its_kernels_is_accepted_on_a_gpu(monkeypatch: pytest.Monkey
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_operation_is_measured_and_the_reference_equals_itself() -> None:
     figures = operations.bench_kernels("tiny", SHAPE, seq_len=96, repeats=1)["kernels"]
     assert {entry["op"] for entry in figures} == set(OPERATIONS)

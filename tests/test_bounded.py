@@ -152,6 +152,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> InputOptions:
     return InputOptions(max_chars=LIMIT // 4, separator="<end>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [LIMIT - 5, LIMIT + 1, 3 << 20, 40 << 20])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "txt", "txt.gz", "tar", "tar.xz"])
 def test_a_record_above_the_limit_is_skipped_by_name_in_constant_memory(

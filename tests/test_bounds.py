@@ -37,6 +37,7 @@ def test_every_key_has_bounds(value: str, tmp_path: Path) -> None:
         assert time.thread_time() - began < 5, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -95,6 +96,7 @@ def test_a_process_with_invalid_variables_ends_with_one_line(variables, message,
     assert f"UserError: {message}" in done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_probes_all_hosts_of_a_hostfile_without_nodes(tmp_path: Path, monkeypatch, capsys) -> None:
     write_manifest(tmp_path, 8192)
     (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")

@@ -24,6 +24,7 @@ def with_cache(model: HybridLM, ids: torch.Tensor, mask: torch.Tensor, cuts: lis
     return torch.cat(pieces, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -249,6 +249,7 @@ with ExitStack() as pins:
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_another_process_reads_is_removed_later(tmp_path: Path) -> None:
     folder = run_with_checkpoints(tmp_path / "run", 1)
     command = [sys.executable, "-c", READER, str(folder)]

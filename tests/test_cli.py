@@ -318,6 +318,7 @@ def test_demo_passes_its_folder_and_exit_code(stand_in):
     assert calls == [((Path("here"),), {})]
 
 
+@pytest.mark.slow
 def test_doctor_reports_this_machine(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

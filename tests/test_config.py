@@ -421,6 +421,7 @@ def test_section_names():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[" * 20_000, f"seed: {'9' * 5000}", "{[1]: 2}", "? {a: b}\n: 1", "\0"])
 def test_hostile_yaml_is_one_line(text, tmp_path):
     path = tmp_path / "run.yaml"

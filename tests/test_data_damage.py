@@ -222,6 +222,7 @@ def flips(content: bytes, begin: int, end: int) -> Iterator[bytes]:
         yield bytes(flipped)
 
 
+@pytest.mark.slow
 def test_flipped_bit_in_index_header_is_detected(folder: Path) -> None:
     path = folder / "train/000002.idx"
     content, intact = path.read_bytes(), read_index(path)
@@ -238,6 +239,7 @@ def test_flipped_bit_in_index_header_is_detected(folder: Path) -> None:
     assert "000002.idx is not a shard index (its .npy header is damaged" in verify(folder)["problems"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["ends.npy", "tok.npy"])
 def test_flipped_bit_in_array_header_is_detected(folder: Path, member: str) -> None:
     path = folder / "train/000002.tar"

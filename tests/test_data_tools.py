@@ -192,6 +192,7 @@ def test_encoding_round_trips(tokenizer: Path) -> None:
         assert info.pad_id not in ids
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(tokenizer: Path) -> None:
     ours, info = load_tokenizer(tokenizer)
     theirs = AutoTokenizer.from_pretrained(tokenizer)

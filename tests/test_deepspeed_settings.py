@@ -108,6 +108,7 @@ def test_shipped_settings_pass_the_check_that_they_are_spared(name: str) -> None
     assert examine(settings) is None
 
 
+@pytest.mark.slow
 def test_the_check_runs_in_a_process_of_its_own(capfd: pytest.CaptureFixture) -> None:
     problem = find_problem({"zero_optimisation": {}})
     assert problem is not None

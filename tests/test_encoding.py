@@ -86,6 +86,7 @@ def test_real_text_gets_the_ids_of_the_reference(folder: Path) -> None:
         assert encoder.encode(text).tolist() == [*reference.encode(text, add_special_tokens=False).ids, info.eos_id]
 
 
+@pytest.mark.slow
 def test_adversarial_text_gets_the_ids_of_the_reference(folder: Path) -> None:
     encoder = Encoder(folder)
     reference, info = load_tokenizer(folder)

@@ -40,6 +40,7 @@ def exported(run: Path) -> Path:
     return run / "out"
 
 
+@pytest.mark.slow
 def test_a_prompt_from_a_file_is_continued_as_it_is_alone(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_spelled_out_special_token_is_text(exported: Path) -> None:
     assert tokenizer.decode(ids) == spelled
 
 
+@pytest.mark.slow
 def test_weights_come_from_the_index_or_the_single_file(exported: Path, run: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "one")
     weights = load_file(exported / "model.safetensors")
@@ -186,6 +188,7 @@ def test_ids_outside_the_vocabulary_are_refused(prompt: list[int], words: str) -
         next(stream_tokens(build(), [[1], prompt], 4, Sampling(), None))
 
 
+@pytest.mark.slow
 def test_a_token_outside_the_vocabulary_is_refused_before_any_output(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -43,6 +43,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -73,6 +74,7 @@ def test_masked_tokens_are_skipped_in_every_piece(seed: int, shares: list[float]
         torch.testing.assert_close(logits[row, known], alone[last_real[known]], **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prompts_padded_on_either_side_are_continued_as_alone() -> None:
     model, prompts = wrapped(), [tokens(1, n, n)[0] for n in (3, 40, 17)]
@@ -230,6 +232,7 @@ def test_a_cache_is_returned_by_default_except_in_training_and_with_recomputatio
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cache_is_continued_over_turns_by_copies_and_by_rows() -> None:
     model, ids = wrapped(), tokens(2, 12)
     greedy = {"max_new_tokens": 6, "do_sample": False}

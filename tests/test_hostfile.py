@@ -232,6 +232,7 @@ def watcher(tmp_path, monkeypatch):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_rank_runs_while_heartbeats_arrive_and_ends_with_the_launch(watcher, tmp_path):
     with heartbeat.sending(tmp_path, 9.0):
         process = watcher()
@@ -241,11 +242,13 @@ def test_a_rank_runs_while_heartbeats_arrive_and_ends_with_the_launch(watcher, t
     assert (tmp_path / heartbeat.FILE).read_text() == "stop 9.0"
 
 
+@pytest.mark.slow
 def test_a_rank_ends_when_its_launch_was_killed(watcher, tmp_path):
     (tmp_path / heartbeat.FILE).write_text("7")
     assert watcher().wait(timeout=10) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_exit_in_time_is_killed(watcher, tmp_path):
     (tmp_path / heartbeat.FILE).write_text("stop 0.5")
     assert watcher("stubborn").wait(timeout=10) == -signal.SIGKILL

@@ -179,6 +179,7 @@ def test_arrows_point_upwards_in_the_table():
     assert not any(later.values()), {part: to for part, to in later.items() if to}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [name for name in MODULES if within(name, "fusiontree.model")])
 def test_the_model_imports_torch_and_its_siblings_only(module):
     allowed = {*sys.stdlib_module_names, "torch", "fusiontree"}

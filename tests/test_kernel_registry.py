@@ -34,6 +34,7 @@ def test_the_configuration_has_a_key_for_each_operation() -> None:
     assert all("reference" in named for named in kernel_registry.BACKENDS.values())
 
 
+@pytest.mark.slow
 def test_kernels_are_imported_only_when_chosen_or_checked() -> None:
     code = (
         "import sys, fusiontree.model.lm; from fusiontree.model import kernel_registry as registry\n"
@@ -46,6 +47,7 @@ def test_kernels_are_imported_only_when_chosen_or_checked() -> None:
     assert (result.stdout, result.returncode) == ("[] []\n", 0), result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "name", "package"),
     [

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusiontree.model.loss import IGNORE, Teacher, linear_cross_entropy, linear_distillation, token_losses
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -122,6 +123,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_neither_all_logits_nor_tokens_by_tokens_are_materialized() -> None:
     L, V = 4096, 1024
     model = build(vocab_size=V, num_layers=1, max_positions=L)

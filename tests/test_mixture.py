@@ -62,6 +62,7 @@ def test_share_of_used_up_source_goes_to_the_others() -> None:
     assert first.weights == (Fraction(1, 2), Fraction(1, 4), Fraction(1, 4))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any),

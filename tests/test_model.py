@@ -47,6 +47,7 @@ def test_every_field_that_affects_the_output_is_covered() -> None:
     assert changed | elsewhere == {f.name for f in dataclasses.fields(ModelConfig)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(map(str, *change.items())))
 def test_a_changed_field_changes_the_logits(change: dict) -> None:
     ids = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(0))

@@ -46,6 +46,7 @@ def test_muon_updates_exactly_the_matrices_of_the_blocks(changes: dict) -> None:
         assert group["use_muon"] or group["lr"] == 1e-3
 
 
+@pytest.mark.slow
 def test_muon_updates_and_decays_by_as_much_as_adamw() -> None:
     config = OptimizerConfig(kind="muon", lr=1e-2, weight_decay=0.0, grad_clip=0.0)
     model = build()

@@ -100,6 +100,7 @@ def test_window_contains_few_packed_rows() -> None:
     assert len({row for row, _ in found[:4096]}) == 512
 
 
+@pytest.mark.slow
 def test_images_are_uniformly_distributed() -> None:
     counts = [0] * 6
     for key in range(6000):

@@ -119,6 +119,7 @@ def through_pdsh(command: str) -> str:
     return re.sub(r"%([nhu%])", lambda match: expansions[match[1]], command)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(here=PRINTABLE, output=PRINTABLE, argument=PRINTABLE, value=TEXT)
 @example(here=f"a $(touch {MARKER})", output=f"b 'c' $(touch {MARKER})", argument="x", value=f"$(touch {MARKER})\n`id`")
@@ -148,6 +149,7 @@ def test_values_arrive_at_the_hosts_of_a_hostfile(place, here, output, argument,
         assert {name: seen.environment.get(name) for name in expected} == expected
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(here=PRINTABLE, output=PRINTABLE, value=TEXT)
 @example(here="a 'b'", output='c "d"', value="END\nEND_")
@@ -181,6 +183,7 @@ def sbatch_words(line: str) -> str:
     return found
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(here=PRINTABLE, output=PRINTABLE, value=TEXT, account=PRINTABLE, tasks=st.sampled_from(["rank", "node"]))
 @example(
@@ -206,6 +209,7 @@ def test_values_arrive_at_the_ranks_of_slurm(place, here, output, value, account
     assert (seen.folder, seen.environment["VALUE"]) == (os.getcwd(), value)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(here=PRINTABLE, output=PRINTABLE, argument=PRINTABLE)
 @example(here="a b", output=f"$(touch {MARKER})", argument=f"'$(touch {MARKER})'")

@@ -43,6 +43,7 @@ def taken(ahead: ReadAhead) -> Iterator[tuple[int, list[int]]]:
         yield step.rows_consumed, step.batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("step_batches", [1, 5, 40])
 def test_steps_are_complete_and_in_order_and_few_start_ahead(workers: int, step_batches: int) -> None:

@@ -75,6 +75,7 @@ def test_only_the_chosen_parts_run_twice(policy: Recompute, twice: list[str]) ->
     assert runs(policy) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_an_offloaded_input_is_freed_on_the_device(offload: bool) -> None:
     model, inputs = build(), []

@@ -74,6 +74,7 @@ def count(kind: str, dom: str) -> int:
     return len(re.findall(rf'class="{kind}"', dom))
 
 
+@pytest.mark.slow
 @needs_browser
 def test_one_runs_page_draws_every_curve_and_cell(tmp_path: Path) -> None:
     run = make_run(tmp_path, 40)
@@ -100,6 +101,7 @@ def test_one_runs_page_draws_every_curve_and_cell(tmp_path: Path) -> None:
     assert re.search(r'data-done="[^"]+"', dom)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, 20, "one"), make_run(tmp_path, 30, "two", optimizer__lr=1e-4)]
@@ -113,6 +115,7 @@ def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     assert "<td>0.003</td><td>0.0001</td>" in differences
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("kind", ["empty", "first validation only", "diverged"])
 def test_a_run_with_few_or_invalid_figures_has_a_page(kind: str, tmp_path: Path) -> None:
@@ -250,6 +253,7 @@ def test_markup_in_names_and_values_is_shown_as_text(hostile: Path) -> None:
     assert MARKUP in shown["flop_share"]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_markup_in_names_and_values_makes_no_element(hostile: Path, tmp_path: Path) -> None:
     write_report([hostile])

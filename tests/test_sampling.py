@@ -17,6 +17,7 @@ def drawn(logits: torch.Tensor, sampling: Sampling, times: int = 400) -> set[int
     return {int(draw(logits, torch.zeros_like(logits, dtype=torch.bool), sampling, generator)) for _ in range(times)}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 10**6), p=st.floats(0.05, 0.999), tokens=st.integers(1, 40), temperature=st.floats(0.2, 5.0))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, tokens: int, temperature: float) -> None:

@@ -27,6 +27,7 @@ def cut_anywhere(seed: int, B: int, L: int, often: float) -> torch.Tensor:
     return (torch.rand(B, L, generator=torch.Generator().manual_seed(seed)) < often).cumsum(1).int()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -47,6 +48,7 @@ def test_chunks_equal_the_recurrence(
     torch.testing.assert_close(state, state_ref, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -88,6 +88,7 @@ def test_sequence_does_not_depend_on_ranks_workers_stops_and_resumes(
     assert state == len(found) * 16
 
 
+@pytest.mark.slow
 def test_sequence_is_the_same_from_8_to_16_to_1_ranks(sources: Sources, undisturbed: list) -> None:
     found, state = [], 0
     for world, steps in ((8, 6), (16, 7), (1, 7)):

@@ -147,6 +147,7 @@ def defined(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_attribute_of_deepspeed_that_is_used_is_listed() -> None:
     # settings.py has no engine: it reads settings through the standard library and pydantic
     used = set().union(*(attributes(path) for path in FILES if path.stem != "settings"))
@@ -160,6 +161,7 @@ def test_every_attribute_that_is_listed_is_used() -> None:
     assert LISTED - set().union(*map(attributes, others)) == set()
 
 
+@pytest.mark.slow
 def test_only_the_package_zero_imports_deepspeed() -> None:
     for package in ("fusiontree", "launcher", "data_tools"):
         for path in (path for path in (ROOT / package).rglob("*.py") if path not in FILES):
@@ -169,6 +171,7 @@ def test_only_the_package_zero_imports_deepspeed() -> None:
             assert not [name for name in names if name.split(".")[0] == "deepspeed"], path
 
 
+@pytest.mark.slow
 def test_no_attribute_that_is_listed_is_used_elsewhere() -> None:
     private = LISTED - {"numel", "optimizer", "partition", "start"}  # common words with other meanings elsewhere
     for package in ("fusiontree", "launcher", "data_tools"):
