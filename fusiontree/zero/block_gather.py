@@ -32,7 +32,7 @@ _REDUCTIONS = 2  # that may be in flight; each holds the fp32 gradient of a unit
 class _Unit:
     """Parameters that are gathered and reduced together."""
 
-    def __init__(self, parameters: Sequence[Any], gradients: Sequence[Tensor]):
+    def __init__(self, parameters: list[Any], gradients: list[Tensor]):
         self.parameters = parameters  # with DeepSpeed's attributes
         self.gradients = gradients  # this rank's gradient partition of each parameter, fp32
         self.gathered = [parameter for parameter in parameters if not parameter.ds_persist]
@@ -58,14 +58,14 @@ class BlockGather:
             one_step: step all partitions at once, by the optimizer as it is. Else DeepSpeed's step computes the norm,
                 clips and steps one sub-group after the other.
         """
-        self.zero, self.dtype = engine.optimizer, dtype
+        self.zero = engine.optimizer
         self.group = self.zero.dp_process_group
         self.ranks = dist.get_world_size(self.group)
         self.forwarding = False  # between the start and the end of the model's forward pass
         self.in_flight: list[tuple[_Unit, list[Tensor], list[Tensor], list[Any]]] = []  # inputs, outputs, works
         self._remove_hooks()
         self.gradients = self._gradient_partitions()
-        self._build_units(engine.module, blocks, cast)
+        self._build_units(engine.module, blocks, cast if dtype != torch.float32 else (), dtype)
         self._add_hooks(engine.module, blocks)
         self._replace_methods(one_step)
         self.zero.checkpoint_event_epilogue()
@@ -78,36 +78,38 @@ class BlockGather:
         for handle in (*self.zero._grad_acc_hooks, *self.zero._leaf_module_hooks):
             handle.remove()
 
-    def _gradient_partitions(self) -> dict[int, Tensor]:
-        """Return views of DeepSpeed's flat gradient partition, fp32, by the parameter's id."""
-        views: dict[int, Tensor] = {}
-        start = 0
-        for group in self.zero.fp16_groups:
-            for parameter in group:
-                length = parameter.partition_numel()
-                views[id(parameter)] = self.zero.grad_partitions_flat_buffer.narrow(0, start, length)
-                start += length
-        return views
+    def _gradient_partitions(self) -> list[list[Tensor]]:
+        """Return views of DeepSpeed's flat gradient partition, fp32, one per parameter of each sub-group."""
+        sizes = [parameter.partition_numel() for group in self.zero.fp16_groups for parameter in group]
+        views = iter(self.zero.grad_partitions_flat_buffer.split(sizes))
+        return [[next(views) for _ in group] for group in self.zero.fp16_groups]
 
-    def _build_units(self, module: nn.Module, blocks: Sequence[nn.Module], cast: Collection[Tensor]) -> None:
+    def _build_units(
+        self, module: nn.Module, blocks: Sequence[nn.Module], cast: Collection[Tensor], dtype: torch.dtype
+    ) -> None:
+        gradient_of = {
+            id(parameter): gradient
+            for group, gradients in zip(self.zero.fp16_groups, self.gradients, strict=True)
+            for parameter, gradient in zip(group, gradients, strict=True)
+        }
         in_blocks = [list(block.parameters()) for block in blocks]
         inside = {id(parameter) for parameters in in_blocks for parameter in parameters}
         outside = [[parameter] for parameter in module.parameters() if id(parameter) not in inside]
-        units = [_Unit(unit, [self.gradients[id(one)] for one in unit]) for unit in (*in_blocks, *outside)]
-        self.units, self.roots = units[: len(blocks)], units[len(blocks) :]
-        low = {id(parameter) for parameter in cast} if self.dtype != torch.float32 else set()
-        kept = [parameter for unit in units for parameter in unit.gathered if id(parameter) in low]
+        self.units = [_Unit(unit, [gradient_of[id(one)] for one in unit]) for unit in (*in_blocks, *outside)]
+        self.blocks, self.roots = self.units[: len(blocks)], self.units[len(blocks) :]
+        low = {id(parameter) for parameter in cast}
+        kept = [parameter for unit in self.units for parameter in unit.gathered if id(parameter) in low]
         self.masters = [parameter.ds_tensor for parameter in kept]
-        self.casts = [torch.empty_like(master, dtype=self.dtype) for master in self.masters]
+        self.casts = [torch.empty_like(master, dtype=dtype) for master in self.masters]
         shard_of = dict(zip(map(id, kept), self.casts, strict=True))
-        for unit in units:
+        for unit in self.units:
             unit.shards = [shard_of.get(id(one), one.ds_tensor) for one in unit.gathered]
-        self.persistent = _Unit([one for unit in units for one in unit.parameters if one.ds_persist], [])
-        self.persistent.gathered = list(self.persistent.parameters)
+        self.persistent = _Unit([one for unit in self.units for one in unit.parameters if one.ds_persist], [])
+        self.persistent.gathered = self.persistent.parameters
         self.persistent.shards = [one.ds_tensor for one in self.persistent.gathered]
 
     def _add_hooks(self, module: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        for unit in (*self.units, *self.roots):
+        for unit in self.units:
             self._release(unit)  # with the dtype of the gather, before autograd notes the dtype for the gradient
             for parameter in unit.parameters:
                 parameter.register_post_accumulate_grad_hook(partial(self._accumulated, unit))
@@ -142,7 +144,7 @@ class BlockGather:
         """Refresh the shards and the persistent parameters from the master weights; drop older gathered weights."""
         if self.casts:
             torch._foreach_copy_(self.casts, self.masters)
-        for unit in (*self.units, *self.roots):
+        for unit in self.units:
             self._release(unit)
         self.persistent.full = False
         self._gather(self.persistent)
@@ -186,30 +188,30 @@ class BlockGather:
 
     def _start_forward(self, *_: Any) -> None:
         self.forwarding = True
-        for unit in (*self.roots, *self.units[:1]):
+        for unit in (*self.roots, *self.blocks[:1]):
             self._prefetch(unit)
         for unit in self.roots:
             self._gather(unit)
-        for unit in (*self.roots, *self.units):
+        for unit in self.units:
             unit.missing = {id(parameter) for parameter in unit.parameters}
 
     def _end_forward(self, *_: Any) -> None:
         self.forwarding = False
         if not torch.is_grad_enabled():
-            for unit in (*self.roots, *self.units):
+            for unit in self.units:
                 self._release(unit)
 
     def _before(self, number: int, *_: Any) -> None:
         """Gather the weights of block `number`, and start to gather those of the block that runs after it."""
-        self._gather(self.units[number])
+        self._gather(self.blocks[number])
         following = number + 1 if self.forwarding else number - 1
-        if 0 <= following < len(self.units):
-            self._prefetch(self.units[following])
+        if 0 <= following < len(self.blocks):
+            self._prefetch(self.blocks[following])
 
     def _after(self, number: int, *_: Any) -> None:
         """Free the weights of block `number`, unless its backward pass is next."""
-        if self.forwarding and number + 1 < len(self.units):
-            self._release(self.units[number])
+        if self.forwarding and number + 1 < len(self.blocks):
+            self._release(self.blocks[number])
 
     def _accumulated(self, unit: _Unit, parameter: Tensor) -> None:
         """Note that the gradient of `parameter` is complete; reduce the unit's gradients if it is the last one."""
@@ -223,8 +225,7 @@ class BlockGather:
     def _reduce(self, unit: _Unit) -> None:
         """Start to sum the gradients of a unit over the ranks; free its weights and full gradients."""
         if self.ranks == 1:
-            outputs = [parameter.grad.flatten() for parameter in unit.parameters]
-            self._add(unit, outputs)
+            self._add(unit, [parameter.grad.flatten() for parameter in unit.parameters])
         else:
             while len(self.in_flight) >= _REDUCTIONS:
                 self._finish()
@@ -255,19 +256,19 @@ class BlockGather:
         torch._foreach_div_(outputs, self.ranks)  # DeepSpeed's convention: the mean over ranks
         self._add(unit, outputs)
 
-    def _add(self, unit: _Unit, gradients: Sequence[Tensor]) -> None:
+    def _add(self, unit: _Unit, gradients: list[Tensor]) -> None:
         """Add gradients to this rank's partitions; those of an update's first backward pass replace the old values."""
         if self.zero.micro_step_id == 0:
-            torch._foreach_copy_(list(unit.gradients), list(gradients))
+            torch._foreach_copy_(unit.gradients, gradients)
         else:
-            torch._foreach_add_(list(unit.gradients), list(gradients))
+            torch._foreach_add_(unit.gradients, gradients)
 
     def _end_backward(self) -> None:
         """Complete the reductions of a backward pass, and hand the gradients to DeepSpeed.
 
         A parameter that the loss does not depend on has no gradient. Its unit is reduced here, with zeros for it.
         """
-        for unit in (*self.units, *self.roots):
+        for unit in self.units:
             if unit.missing:
                 for parameter in unit.parameters:
                     if parameter.grad is None:
@@ -276,8 +277,7 @@ class BlockGather:
                 self._reduce(unit)
         while self.in_flight:
             self._finish()
-        for number, group in enumerate(self.zero.fp16_groups):
-            self.zero.averaged_gradients[number] = [self.gradients[id(parameter)] for parameter in group]
+        self.zero.averaged_gradients.update(enumerate(map(list, self.gradients)))  # DeepSpeed drops the lists
         self.zero._epilogue_ran_this_backward = True  # the next forward pass counts a micro-step
 
     # --- the update ---
