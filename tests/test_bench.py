@@ -102,7 +102,7 @@ def test_model_flops_count_the_timed_rows(measured: tuple[dict[str, Any], str]) 
     workload = bench.Workload(steps=2, warmup=1)
     totals = []
     for step in (0, 1, 2):
-        batches = bench._batches(config, workload, step)
+        batches = bench.synthetic_batches(config, workload, step)
         assert not np.array_equal(batches[0].input_ids, batches[1].input_ids)
         lengths = [length for batch in batches for length in batch.lengths]
         totals.append(sum(flops.update_flops(config.model, lengths).values()))

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.utils import get_total_norm
 
 from fusiontree.config import RunConfig
 from fusiontree.data.batch import Batch
@@ -21,9 +20,10 @@ from fusiontree.kernels import DTYPES
 from fusiontree.model.documents import to_device
 from fusiontree.model.mamba import STATE_PARAMETERS
 from fusiontree.training.engine_setup import build_model
+from fusiontree.training.norms import total_norm
 from fusiontree.training.objective import Objective
 from fusiontree.training.optimizer import parameter_groups
-from fusiontree.training.schedule import learning_rate
+from fusiontree.training.schedule import set_learning_rates
 
 
 class FsdpStep:
@@ -55,8 +55,7 @@ class FsdpStep:
         tokens = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=device)
         collectives.sum_over_ranks(tokens)
         loss = torch.zeros((), device=device)
-        for group, peak in zip(self.adam.param_groups, self.peaks, strict=True):
-            group["lr"] = learning_rate(self.config.schedule, peak, step)
+        set_learning_rates(self.adam.param_groups, self.peaks, self.config.schedule, step)
         for number, batch in enumerate(batches):
             # the fastest way to accumulate: full gradients stay on each rank until the last backward pass reduces them
             self.model.set_requires_gradient_sync(number == len(batches) - 1)
@@ -78,7 +77,7 @@ class FsdpStep:
             gradient /= self.world.size
         parameters = self.model.parameters()
         shards = [p.grad.to_local() for p in parameters if p not in self.replicated and p.grad is not None]
-        squares = collectives.sum_over_ranks(get_total_norm(shards).square())
-        norm = (squares + get_total_norm(copies).square()).sqrt()
+        squares = collectives.sum_over_ranks(total_norm(shards).square())
+        norm = (squares + total_norm(copies).square()).sqrt()
         if self.config.optimizer.grad_clip:
             torch._foreach_div_([*shards, *copies], (norm / self.config.optimizer.grad_clip).clamp(min=1.0))

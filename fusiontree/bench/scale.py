@@ -4,7 +4,6 @@ Each case has processes of its own, so no case sees the memory of another. All c
 machine, on the same synthetic rows per rank.
 """
 
-import gc
 import json
 import os
 import statistics
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusiontree.bench import rows
 from fusiontree.bench.profiling import exposed_communication
-from fusiontree.bench.train import Workload, bench_config
+from fusiontree.bench.train import Workload, bench_config, synthetic_batches
 from fusiontree.config import RunConfig
 from fusiontree.console import console, progress_bar
 from fusiontree.data.batch import Batch
@@ -186,9 +184,10 @@ def _rank_figures(case: Case, preset: str, overrides: list[str], workload: Workl
     with oom_context(f"{config.name}, {case.engine}, {config.batch.micro_rows} x {config.data.seq_len} tokens"):
         reset_memory(world.device)
         update = _update_of(case.engine, config, world)
-        seconds, losses = [], []
+        seconds: list[float] = []
+        losses: list[float] = []
         for step in range(workload.warmup + workload.steps):
-            batches = _batches(config, workload, step, case.accumulate, world)
+            batches = synthetic_batches(config, workload, step, (world.rank,), world.size)
             collectives.barrier()
             seconds.append(elapsed(world.device, lambda: losses.append(update(batches, step))))  # noqa: B023
         memory = memory_figures(world.device)
@@ -207,7 +206,6 @@ def _rank_figures(case: Case, preset: str, overrides: list[str], workload: Workl
 
 def _update_of(engine: str, config: RunConfig, world: World) -> Callable[[list[Batch], int], float]:
     """Build the model under `engine` and return the function that runs an update and returns its loss."""
-    gc.collect()
     if engine in PEERS:
         from fusiontree.bench.fsdp import FsdpStep
 
@@ -216,12 +214,3 @@ def _update_of(engine: str, config: RunConfig, world: World) -> Callable[[list[B
 
     training = TrainingStep(config, world)
     return lambda batches, step: training.update(batches, step).loss
-
-
-def _batches(config: RunConfig, workload: Workload, step: int, accumulate: int, world: World) -> list[Batch]:
-    """Return this rank's batches of an update: those of rank 0 are the same at any number of ranks."""
-    shape = config.batch.micro_rows, config.data.seq_len, config.model.vocab_size
-    return [
-        rows.synthetic_batch(workload.documents, *shape, (config.seed, step, part, world.rank))
-        for part in range(accumulate)
-    ]

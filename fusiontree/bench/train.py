@@ -146,7 +146,7 @@ def _measure_own(config: RunConfig, workload: Workload, world: World, profile: P
         }
         if profile is not None:
             last = workload.warmup + workload.steps
-            batches = _batches(config, workload, last)
+            batches = synthetic_batches(config, workload, last)
             usual = statistics.median(seconds)
             figures["profile"] = profile_step(device, partial(update, batches, last), profile, usual)
     training.engine.destroy()
@@ -190,12 +190,14 @@ def _utilization(
     }
 
 
-def _batches(config: RunConfig, workload: Workload, step: int) -> list[Batch]:
-    """Return the batches of one update, one per accumulation step."""
-    micro_rows, seq_len = config.batch.micro_rows, config.data.seq_len
+def synthetic_batches(
+    config: RunConfig, workload: Workload, step: int, rank: tuple[int, ...] = (), ranks: int = 1
+) -> list[Batch]:
+    """Return one rank's batches of an update, one per accumulation step; `rank` is a part of their seed."""
+    shape = config.batch.micro_rows, config.data.seq_len, config.model.vocab_size
     return [
-        rows.synthetic_batch(workload.documents, micro_rows, seq_len, config.model.vocab_size, (config.seed, step, i))
-        for i in range(config.accumulation_steps(1))
+        rows.synthetic_batch(workload.documents, *shape, (config.seed, step, part, *rank))
+        for part in range(config.accumulation_steps(ranks))
     ]
 
 
@@ -214,7 +216,7 @@ def _timed_updates(
     with progress_bar() as bar:
         task = bar.add_task(title, total=workload.warmup + workload.steps, note="warming up")
         for step in range(workload.warmup + workload.steps):
-            batches = _batches(config, workload, step)
+            batches = synthetic_batches(config, workload, step)
             taken = elapsed(device, partial(update, batches, step))
             bar.update(task, advance=1, note=f"{config.batch.tokens / taken:,.0f} tokens/s")
             if step >= workload.warmup:

@@ -35,7 +35,7 @@ def build_engine(config: RunConfig, world: World, resuming: bool = False) -> tup
     engine = setup.initialize(model, optimizer, settings)
     fused = is_fused(config.optimizer, settings["zero_optimization"])
     if gathers_blocks(settings["zero_optimization"]):
-        cast = [module.weight for block in model.blocks for module in block.modules() if isinstance(module, Linear)]
+        cast = [layer.weight for layer in _linear_layers(model)]
         BlockGather(engine, list(model.blocks), cast, DTYPES[config.precision], one_step=fused)
     return engine, FusedClipping(engine, config.optimizer.grad_clip) if fused else EngineClipping(engine)
 
@@ -50,8 +50,12 @@ def fp8_products(config: RunConfig, engine: Any) -> "Fp8Products | None":
     check_precision(config.precision, engine.device)
     from fusiontree.model.triton_fp8 import Fp8Products  # needs Triton
 
-    layers = [module for module in engine.module.blocks.modules() if isinstance(module, Linear)]
-    return Fp8Products(layers, cached=engine.zero_optimization_stage() < 3)
+    return Fp8Products(_linear_layers(engine.module), cached=engine.zero_optimization_stage() < 3)
+
+
+def _linear_layers(model: HybridLM) -> list[Linear]:
+    """Return the linear layers of the blocks; they cast their weights to the dtype of their input."""
+    return [module for module in model.blocks.modules() if isinstance(module, Linear)]
 
 
 def engine_settings(config: RunConfig, world: World) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Schedules as pure functions of the step: a resumed run continues with the same values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from fusiontree.config import ScheduleConfig
 
@@ -25,6 +26,14 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
         done = (step - schedule.warmup_steps) / max(1, schedule.steps - 1 - schedule.warmup_steps)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)
+
+
+def set_learning_rates(
+    groups: Sequence[dict[str, Any]], peaks: Sequence[float], schedule: ScheduleConfig, step: int
+) -> None:
+    """Set the learning rate of each of an optimizer's `groups` for update `step`; `peaks` are in their order."""
+    for group, peak in zip(groups, peaks, strict=True):
+        group["lr"] = learning_rate(schedule, peak, step)
 
 
 def value_at(points: Mapping[int, float], step: int) -> float:

@@ -16,7 +16,7 @@ from fusiontree.training.engine_setup import build_engine, fp8_products
 from fusiontree.training.gates import GateStatistics
 from fusiontree.training.layer_watch import LayerWatch
 from fusiontree.training.objective import Objective, gate_penalty
-from fusiontree.training.schedule import learning_rate
+from fusiontree.training.schedule import set_learning_rates
 
 
 class Update(NamedTuple):
@@ -62,7 +62,7 @@ class TrainingStep:
             stop: whether this rank received a stop signal; shared with all ranks.
             watch: an entered `LayerWatch` that records this update.
         """
-        self._set_learning_rate(step)
+        set_learning_rates(self.engine.optimizer.param_groups, self.peaks, self.config.schedule, step)
         drops = branch_drops(self.config.model, self.config.seed, step)
         own_tokens = torch.tensor(float(sum(batch.real_tokens for batch in batches)), device=self.world.device)
         tokens = collectives.sum_over_ranks(own_tokens.clone())
@@ -127,7 +127,3 @@ class TrainingStep:
         ``x + inf``, still yields a non-finite gradient norm, by which every rank skips the update.
         """
         self.engine.backward(objective * (self.world.size + 0 * objective.detach()), scale_wrt_gas=False)
-
-    def _set_learning_rate(self, step: int) -> None:
-        for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = learning_rate(self.config.schedule, peak, step)
