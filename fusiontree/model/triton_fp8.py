@@ -1,14 +1,16 @@
 """FP8 products of linear layers in training. Axes: M tokens, K inputs, N outputs.
 
-A layer computes y = x·Wᵀ, and its backward pass dx = dy·W and dW = dyᵀ·x. All three run in E4M3 (arXiv 2209.05433) with
-fp32 accumulation and a bf16 result:
+A layer computes y = x·Wᵀ, and its backward pass dx = dy·W and dW = dyᵀ·x. All three run in E4M3 (arXiv 2209.05433)
+with a bf16 result:
 
 - y and dx: x and dy have one scale per token, so an outlier costs the precision of its own token only. W has one scale.
-- dW: it sums over tokens, so their scales cannot be factored out; x and dy have one scale each.
+  The sums are those of the tensor cores' fast accumulation, which does not keep all bits.
+- dW: it sums over tokens, so their scales cannot be factored out; x and dy have one scale each. Accumulated in fp32.
 
 Scales follow from the current values: the greatest magnitude becomes 448, the greatest finite E4M3 value. A value that
-is not finite becomes NaN, so the run's check for such gradients still works. The fp32 master weights are cast once per
-update, in both layouts that the products need. Triton and a GPU of compute capability 8.9 or later are required.
+is not finite becomes NaN, so the run's check for such gradients still works. Below ZeRO-3 the fp32 master weights are
+cast once per update, in both layouts that the products need; at ZeRO-3 the gathered weights are cast in each pass.
+Triton and a GPU of compute capability 8.9 or later are required.
 """
 
 import itertools
@@ -174,7 +176,7 @@ def token_product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: 
         right: E4M3 [K, M].
         right_scale: fp32 ().
     """
-    # sums over tens of thousands of tokens: accumulated in fp32 throughout
+    # the sums are over tens of thousands of tokens
     return torch._scaled_mm(
         left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=torch.bfloat16, use_fast_accum=False
     )
