@@ -229,6 +229,13 @@ def test_a_cache_is_returned_by_default_except_in_training_and_with_recomputatio
     assert len(model(ids).to_tuple()) == 1
 
 
+def test_a_kernel_of_the_gpu_is_chosen_by_the_environment_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONTREE_SCAN", "mamba_ssm")
+    model = wrapped()
+    with pytest.raises(ValueError, match="kernels.scan 'mamba_ssm' cannot run here: needs a CUDA device"):
+        model(tokens(1, 8))
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 

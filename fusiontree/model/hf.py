@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 from .config import ModelConfig
 from .documents import Documents
 from .hf_inputs import FusionTreeCache, NewTokens, at, check_arguments, given_cache, right_align
-from .kernel_registry import OPERATIONS, Kernels, select
+from .kernel_registry import OPERATIONS, Kernels, reference_kernels, select
 from .layers import Linear
 from .lm import Backbone
 from .loss import IGNORE
@@ -105,7 +105,7 @@ class FusionTreeModel(FusionTreePreTrainedModel, Backbone):
         super().__init__(config)
         self._shape = config.model_config()
         self._kernels_for: tuple[str, torch.dtype, bool] | None = None  # choice of the current kernels
-        self.build(self._shape, select(device_type="cpu"))
+        self.build(self._shape, reference_kernels())  # the first call chooses, when the device is known
         for module in self.modules():
             if type(module) is Linear:
                 module.__class__ = nn.Linear  # type: ignore[assignment] # quantizers replace no subclass
