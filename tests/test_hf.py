@@ -220,7 +220,8 @@ def test_an_argument_without_effect_is_refused_and_a_redundant_one_ignored() -> 
 
 def test_a_cache_is_returned_by_default_except_in_training_and_with_recomputation() -> None:
     model, ids = wrapped(), tokens(1, 8)
-    assert model(ids).to_tuple()[1].get_seq_length() == 8
+    for equal in (model, copy.deepcopy(model)):
+        assert equal(ids).to_tuple()[1].get_seq_length() == 8
     assert len(model(ids, use_cache=False).to_tuple()) == len(model.train()(ids).to_tuple()) == 1
     model.eval().gradient_checkpointing_enable()
     assert len(model(ids).to_tuple()) == 1

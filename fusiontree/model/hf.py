@@ -156,7 +156,7 @@ class FusionTreeModel(FusionTreePreTrainedModel, Backbone):
         self._prepare(tokens.device.type)
         cache = given_cache(past_key_values, cache)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and self.recompute is KEEP
+            use_cache = self.config.use_cache and not self.training and self.recompute.every == 0
         if cache is None and use_cache:
             cache = self.new_cache(len(tokens), tokens.device)
         new = NewTokens.read(tokens, attention_mask, position_ids, cache)
