@@ -260,6 +260,12 @@ def test_a_tokenizer_that_cannot_keep_text_and_end_apart_is_refused(
     refused(json.loads(tokenizer.to_str()), tmp_path, message, eos)
 
 
+def test_a_tokenizer_that_encodes_few_words_is_refused_with_a_post_processor_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "x": 1}))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    refused(json.loads(tokenizer.to_str()), tmp_path, r"cannot encode every text \(WordLevel error: .*\)")
+
+
 def test_the_tokens_of_a_post_processor_are_reported(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.post_processor = processors.Sequence(

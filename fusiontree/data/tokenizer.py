@@ -85,8 +85,8 @@ def load_text_tokenizer(folder: Path, eos: str | None = None) -> TextTokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     changed |= _mark_special(tokenizer, eos)
-    omitted = _omit_post_processor(tokenizer)
     try:
+        omitted = _omit_post_processor(tokenizer)
         escaped = _escape(tokenizer)
         _require_text(tokenizer, eos, folder)
     except UserError:
