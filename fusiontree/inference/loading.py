@@ -65,9 +65,7 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_dict(read_stored(folder / "config.json", Stored).model_dump())
     except FileNotFoundError:
         reason = "config.json is missing"
-    except DamagedError as error:
-        reason = f"config.json: {short_cause(error)}"
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # a DamagedError is a ValueError
         reason = f"config.json: {short_cause(error)}"
     raise RunError(f"{folder} is a damaged export ({reason}); export the model again")
 
@@ -127,7 +125,7 @@ def load_export(
         tokenizer = _open_tokenizer(folder)
     except (UserError, RunError):  # an unavailable kernel is not damage; damaged files already have their message
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception
+    except Exception as error:  # of torch: names or shapes of weights that do not fit
         raise RunError(f"{folder} is a damaged export ({short_cause(error)}); export the model again") from None
     return model.eval(), tokenizer
 
