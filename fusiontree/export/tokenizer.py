@@ -64,7 +64,7 @@ _PIECE = 4096  # characters of a real text that are encoded at once
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """Write the tokenizer of a run to an export, as training used it: without what its post-processor would add.
+    """Write the tokenizer of a run to an export, as training used it: its post-processor adds no token.
 
     Raises:
         UserError: see `load_text_tokenizer`.

@@ -11,9 +11,9 @@ _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of byte fallback
 class TextStream:
     """The text that new tokens add to a prompt, passed to `on_text` as soon as later tokens cannot change it.
 
-    The text, and the sum of its pieces, is what decoding prompt and new tokens together adds to the decoded prompt.
-    Decoding the new tokens alone would differ: many decoders remove a space at the start. Each piece is decoded behind
-    the tokens of the piece before it, so the time per token does not grow with the text.
+    Prompt and new tokens are decoded together; the pieces add up to the part after the decoded prompt. The new tokens
+    decoded alone would differ: many decoders remove a space at the start. Each piece is decoded after the tokens of the
+    previous piece only, so the time per token does not grow with the text.
 
     Args:
         tokenizer: decodes the tokens.

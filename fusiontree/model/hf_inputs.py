@@ -44,7 +44,7 @@ class FusionTreeCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Whether each layer's cache is a state alone; false, because attention caches keys too."""
+        """Return false for each layer: its cache is not a state alone, because attention caches keys too."""
         return [False] * len(self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -86,7 +86,7 @@ def given_cache(past_key_values: Any, cache: Any) -> FusionTreeCache | None:
 
 
 class NewTokens(NamedTuple):
-    """Which of a call's new tokens are real, and which of these start a document."""
+    """Masks of a call's new tokens: the real ones, and those that start a document."""
 
     real: Tensor | None  # bool [B, L]; None: all
     starts: Tensor | None  # bool [B, L]; None: the first of an empty row starts one, the others continue theirs
@@ -185,7 +185,7 @@ def check_arguments(arguments: Mapping[str, Any], packed: bool) -> None:
     """Check the arguments that some models take and this one does not use.
 
     Args:
-        arguments: by name; None and False request nothing.
+        arguments: by name; None and False request nothing, except `is_causal=False`.
         packed: whether position_ids are given, so that other descriptions of the documents are redundant.
 
     Raises:
@@ -194,7 +194,7 @@ def check_arguments(arguments: Mapping[str, Any], packed: bool) -> None:
     for name, value in arguments.items():
         if value is None or name in _IGNORED or (packed and name in _PACKING):
             continue
-        if value is (name == "is_causal"):
+        if value is (name == "is_causal"):  # False requests nothing; attention is causal anyway
             continue
         remedy = "; give position_ids that restart at 0 in each document" if name in _PACKING else ""
         raise TypeError(f"this model does not support the argument {name}{remedy}")

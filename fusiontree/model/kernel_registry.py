@@ -101,7 +101,7 @@ class Kernels:
     )
     attention: Callable[..., Any] = field(
         metadata={
-            # measured right only here: at other head sizes flash-attn-4 4.0.0b36 can return wrong gradients in silence
+            # sizes measured to be correct; at others flash-attn-4 4.0.0b36 can return wrong gradients without an error
             "flash4": Backend(attention_flash4, "flash-attn-4", dtypes=_HALF, limits=_head_limits(128, 32, also=256)),
             "flash2": Backend(attention_flash2, "flash-attn>=2.8,<3", dtypes=_HALF, limits=_head_limits(256)),
             "flex": Backend(attention_flex, "triton", limits=_head_limits(256, power=True)),
