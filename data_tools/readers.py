@@ -6,12 +6,22 @@ tar or Parquet file cannot be trusted anywhere: such containers are read to thei
 
 import contextlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
-from data_tools.bounded import BLOCK_BYTES, DAMAGED, open_compressed, read_all, read_lines, read_parts, read_tar
+from data_tools.bounded import (
+    BLOCK_BYTES,
+    DAMAGED,
+    Member,
+    open_compressed,
+    read_all,
+    read_lines,
+    read_parts,
+    read_tar,
+)
 from data_tools.inputs import TextFile
 from data_tools.options import InputOptions
 from fusiontree.errors import RunError, UserError, short_cause
@@ -65,10 +75,12 @@ def find_fault(file: TextFile, options: InputOptions) -> str:
             _check_parquet(file, options)
         else:
             with _open(file) as (_, stream):
-                for _ in read_tar(stream) if file.kind == "tar" else ():
-                    pass
-                while is_container(file) and stream.read(BLOCK_BYTES):
-                    pass
+                if file.kind == "tar":
+                    for _ in read_tar(stream):
+                        pass
+                elif is_container(file):
+                    while stream.read(BLOCK_BYTES):
+                        pass
     except PermissionError:
         return "permission denied"
     except DAMAGED as error:
@@ -239,30 +251,23 @@ def _is_text(kind: Any) -> bool:
 def _read_tar(file: TextFile, options: InputOptions) -> Iterator[Record]:
     """Yield one document per WebDataset sample: its `.txt`, else the text in its `.json`."""
     with _open(file) as (raw, stream):
-        key, ending, content = None, "", None  # of the current sample, its best member so far and that member's content
-
-        def sample() -> Record:
-            if not ending:
-                return Record(file.name, f"/{key}", f"sample {key}", fault="neither .txt nor .json")
-            place, is_json = f"member {key}{ending}", ending == ".json"
-            return _record(file, f"/{key}", place, content, options, is_json, bytes_read=raw.tell())
-
-        for member in read_tar(stream):
-            if (new_key := _sample_key(member.name)) != key:
-                if key is not None:
-                    yield sample()
-                key, ending, content = new_key, "", None
-            found = member.name[len(new_key) :]
-            if found == ".txt" != ending or (found == ".json" and not ending):
-                ending, content = found, member.read(options.record_bytes)
-        if key is not None:
-            yield sample()
+        for key, members in itertools.groupby(read_tar(stream), _sample_key):
+            ending, content = "", None  # of the best member so far
+            for member in members:
+                found = member.name[len(key) :]
+                if found == ".txt" != ending or (found == ".json" and not ending):
+                    ending, content = found, member.read(options.record_bytes)
+            if ending:
+                place, is_json = f"member {key}{ending}", ending == ".json"
+                yield _record(file, f"/{key}", place, content, options, is_json, bytes_read=raw.tell())
+            else:
+                yield Record(file.name, f"/{key}", f"sample {key}", fault="neither .txt nor .json")
 
 
-def _sample_key(name: str) -> str:
+def _sample_key(member: Member) -> str:
     """Return the key that WebDataset groups members by: the name up to the first dot after the last slash."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 _READERS: dict[str, Callable[[TextFile, InputOptions], Iterator[Record]]] = {
