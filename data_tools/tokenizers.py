@@ -1,6 +1,5 @@
 """Tokenizer folders: training of byte-level BPE, and loading of any tokenizer with the facts that shards record."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from fusiontree.data.tokenizer import (
     named_token,
     plain_config,
     read_json,
+    write_config,
 )
 from fusiontree.errors import UserError
 from fusiontree.files import refuse_existing, staged_folder
@@ -149,9 +149,3 @@ def copy_tokenizer(source: Path, target: Path, eos: str | None) -> None:
     target.mkdir(exist_ok=True)
     (target / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
     write_config(target, config)
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write tokenizer_config.json."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import UserError, short_cause
+from fusiontree.files import write_atomic
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # the tokenizer files of a dataset
 # end-of-document tokens of common model families, tried if no configuration file names one
@@ -132,6 +133,11 @@ def plain_config(eos: str, pad: str, source: Mapping[str, Any] | None = None) ->
         "clean_up_tokenization_spaces": False,
         **template,
     }
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write tokenizer_config.json."""
+    write_atomic(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

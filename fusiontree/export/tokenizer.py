@@ -1,6 +1,5 @@
 """The exported tokenizer, proven to give the ids of training through transformers."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fusiontree.data.tokenizer import (
     named_token,
     plain_config,
     read_json,
+    write_config,
 )
 from fusiontree.errors import RunError, typed_cause
 from fusiontree.export.parity import isolated_code
@@ -74,7 +74,7 @@ def write_tokenizer(source: Path, folder: Path) -> None:
     pad = named[1] if named is not None and named[1] in tokenizer.special_tokens else tokenizer.eos
     config = plain_config(tokenizer.eos, pad, read_json(source / TOKENIZER_CONFIG))
     write_atomic(folder / TOKENIZER_FILE, tokenizer.definition)
-    write_atomic(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_config(folder, config)
 
 
 def prove_tokenizer(source: Path, folder: Path) -> dict[str, int]:
