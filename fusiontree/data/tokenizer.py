@@ -43,9 +43,9 @@ class TextTokenizer:
         return _special_tokens(self.tokenizer)
 
 
-def open_tokenizer(folder: Path, eos: str | None = None) -> Any:
+def open_tokenizer(folder: Path) -> Any:
     """Return the `tokenizers.Tokenizer` of a folder, the reference for all ids; see `load_text_tokenizer`."""
-    return load_text_tokenizer(folder, eos).tokenizer
+    return load_text_tokenizer(folder).tokenizer
 
 
 def load_text_tokenizer(folder: Path, eos: str | None = None) -> TextTokenizer:
