@@ -100,7 +100,7 @@ def _plain(value: Any, key: str, where: str) -> Any:
     if isinstance(value, str) and has_control_characters(value):
         raise UserError(f"{key} is {short(value)}, which contains a control character; remove it")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{where[:80]}: {key} is {short(value)}; it must be below 2^63")
+        raise UserError(f"{where}: {key} is {short(value)}; it must be below 2^63")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if key in _LISTS and isinstance(value, list):
