@@ -129,9 +129,7 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """The size of an optimizer step."""
 
-    tokens: int = Field(
-        ge=1, le=2**36
-    )  # global batch per optimizer step, in tokens, over all ranks and accumulation steps
+    tokens: int = Field(ge=1, le=2**36)  # tokens per optimizer step, over all ranks and accumulation steps
     micro_rows: Count = 1  # rows of data.seq_len tokens per rank and forward pass; affects only memory and speed
 
 
