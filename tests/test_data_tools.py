@@ -219,6 +219,7 @@ def test_the_fingerprint_ignores_json_formatting(tokenizer: Path, tmp_path: Path
         ("tokenizer.json", None, "has no tokenizer.json"),
         ("tokenizer.json", "{}", "cannot be read"),
         ("tokenizer_config.json", "[", "cannot be read"),
+        ("tokenizer_config.json", "[" * 100_000, "it is nested too deeply"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "'<end>', which is not in the vocabulary; give --eos"),
     ],
 )

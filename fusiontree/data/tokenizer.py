@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import UserError, short_cause
-from fusiontree.files import write_atomic
+from fusiontree.files import parse_json, write_atomic
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # the tokenizer files of a dataset
 # end-of-document tokens of common model families, tried if no configuration file names one
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({short_cause(error)}); train or download the tokenizer again"
