@@ -24,7 +24,7 @@ from fusiontree.data.invariants import SPLITS
 from fusiontree.data.packing import PACKER_VERSION
 from fusiontree.data.tokenizer import require_golden
 from fusiontree.errors import RunError, UserError
-from fusiontree.files import refuse_existing, resumable_folder, write_atomic
+from fusiontree.files import parse_json, refuse_existing, resumable_folder, write_atomic
 
 SAVE_SECONDS = 10.0  # minimum time between two saves of the state
 SAVE_SHARE = 0.05  # maximum fraction of the time spent saving
@@ -177,13 +177,13 @@ def _resume_or_restart(folder: Path, job: dict[str, Any], tokenizer: Path, overw
 def _require_same_job(path: Path, job: dict[str, Any], tokenizer: Path) -> None:
     """Raise an error, as `_resume_or_restart` does, unless the job file of the interrupted build equals `job`."""
     try:
-        interrupted = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        interrupted = parse_json(path.read_text(encoding="utf-8"))
+        golden = interrupted.get("golden_samples", {})
+        "".join(golden.keys()).encode()  # damage can leave half of an escaped character
+    except (AttributeError, OSError, ValueError):
         raise state_mismatch(path) from None
-    if not isinstance(interrupted, dict):
-        raise state_mismatch(path)
     if differing := [name.replace("_", " ") for name in job if interrupted.get(name) != job[name]]:
-        require_golden(interrupted.get("golden_samples", {}), tokenizer)
+        require_golden(golden, tokenizer)
         raise UserError(
             f"{path.parent} contains an interrupted build with different {', '.join(differing)}; "
             "pass the same arguments to resume it, or --overwrite to restart"

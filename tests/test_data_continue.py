@@ -217,6 +217,15 @@ def test_golden_samples_are_checked_before_a_build_resumes(
         build_shards([documents], tokenizer_folder, interrupted.parent / "set", OPTIONS)
 
 
+def test_a_golden_sample_that_is_not_valid_unicode_is_damage_of_the_job(
+    interrupted: Path, documents: Path, tokenizer_folder: Path
+) -> None:
+    path = interrupted / "job.json"
+    path.write_bytes(path.read_bytes().replace(b"\\ud835\\udfd8", b"\\ud035\\udfd8"))
+    with pytest.raises(RunError, match=r"job\.json is missing, damaged or changed since the interruption"):
+        build_shards([documents], tokenizer_folder, interrupted.parent / "set", OPTIONS)
+
+
 def flip_middle(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
