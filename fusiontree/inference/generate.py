@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusiontree.errors import UserError
-from fusiontree.files import parse_json
+from fusiontree.files import parse_json, read_text
 from fusiontree.inference.decoder import Decoder
 from fusiontree.inference.detokenizer import TextStream
 from fusiontree.inference.loading import check_ids, check_positions, encode, load_export, read_facts
@@ -118,11 +118,9 @@ def read_prompts(path: Path) -> dict[str, str]:
         UserError: the file cannot be read or has no prompts, or a line is empty or not such an object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"no prompts file at {path}; give a text file or a .jsonl file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     lines = text.removesuffix("\n").split("\n")  # `splitlines` would also split at \f, \x85 and \u2028
     prompts = {f"{path} line {number}": line for number, line in enumerate(lines, 1)}
     if lines == [""]:
