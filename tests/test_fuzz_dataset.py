@@ -64,7 +64,7 @@ def use(folder: Path) -> tuple[set[bytes], int]:
     if manifest.vocab_size > MODEL_VOCABULARY:
         return set(), 0  # `check_data` refuses it
     seen: set[bytes] = set()
-    damaged = {}
+    damaged = set()
     for sources in (Sources({"": Dataset(folder)}), held_out_sources({"": Dataset(folder, "validation")})):
         ledger = Ledger(100, 1.0, [sources])
         recipe = single_source_recipe(0, 4 * sources.row_len, sources.row_len)
@@ -73,7 +73,7 @@ def use(folder: Path) -> tuple[set[bytes], int]:
         steps = [next(stream) for _ in range(3)]
         batches = [*(batch for step in steps for batch in step), *validation_batches(sources, sources.row_len, 2, 0, 1)]
         ledger.record(batches)
-        damaged |= ledger.merge([ledger.unshared]) and ledger.rows
+        damaged.update(ledger.merge([ledger.unshared]))
         for batch in batches:
             assert 0 <= batch.input_ids.min() <= batch.input_ids.max() < MODEL_VOCABULARY
             assert batch.cu_seqlens[-1] == batch.input_ids.size
@@ -199,8 +199,7 @@ def test_mutations_of_rows_that_every_checksum_confirms(target: Target) -> None:
         content, row = bytearray(shard.read_bytes()), draw.randrange(SHARD_ROWS)
         tokens = np.frombuffer(content, "<u2", ROW, int(index["tokens"][row])).copy()
         ends = np.frombuffer(content, "<i4", int(index["segments"][row]), int(index["ends"][row])).copy()
-        overshoots = draw.random() < 0.7
-        if overshoots:
+        if draw.random() < 0.7:
             values = [0, 1, -1, 20, -20, 60, 64, -64, 65, 128, 2**31 - 1, -(2**31), draw.randint(-70, 70)]
             ends[draw.randrange(len(ends))] = draw.choice(values)
         else:
