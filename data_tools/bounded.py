@@ -178,8 +178,8 @@ def read_tar(stream: IO[bytes]) -> Iterator[Member]:
     """Yield the regular files of a tar (USTAR, GNU or PAX) in one sequential pass to its end mark.
 
     `tarfile` takes a damaged header, or a cut between two members, for the end of the archive. It reads extended
-    headers of any size, and a negative size sets it back. Here each of these is an error, and everything after the end
-    mark must be zero.
+    headers of any size, and goes back in the file by a negative size. Here each of these is an error, and everything
+    after the end mark must be zero.
 
     Raises:
         ValueError, EOFError: the archive is damaged.

@@ -48,7 +48,7 @@ class InputOptions:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a file, line or member above which it is skipped unread: UTF-8 has up to four per character."""
+        """Bytes of a file, line, part or member above which it is skipped: UTF-8 has up to four per character."""
         return max(4 * self.char_limit, _LEAST_RECORD_BYTES)
 
 

@@ -40,7 +40,7 @@ def local_path(text: str) -> Path:
 
 
 def local_pattern(text: str) -> str:
-    """Return a path or glob pattern for files on this machine, otherwise as it was given; errors as `local_path`."""
+    """Return a path or glob pattern for files on this machine, its home folder expanded; errors as in `local_path`."""
     if not text:
         raise UserError("the path is empty; name a file or a folder")
     if is_address(text):
