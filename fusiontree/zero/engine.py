@@ -112,13 +112,9 @@ def copy_group_to_model(engine: Any, number: int) -> None:
 
 
 def copy_to_model(engine: Any) -> None:
-    """Copy the optimizer's fp32 weights to the model's parameters, as DeepSpeed does after a step or a load."""
-    zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage in (1, 2):
-        zero.update_lp_params()
-    # small parameters stay gathered on every rank; dropping those copies makes the next gather fetch the new values
-    if stage == 3 and zero.persistent_parameters:
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+    """Copy the fp32 partitions of stages 1 and 2 to the model's parameters; other stages: do nothing."""
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.update_lp_params()
 
 
 # --- states on NVMe --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ OPTIMIZER_STAGE_3 = (
     *("averaged_gradients", "checkpoint_event_epilogue", "checkpoint_event_prologue", "dp_process_group"),
     *("fp16_groups", "fp32_partitioned_groups_flat", "get_param_id", "grad_partitions_flat_buffer", "grad_position"),
     *("micro_step_id", "optimizer", "overflow", "overlapping_partition_gradients_reduce_epilogue"),
-    *("parameter_offload", "persistent_parameters", "sub_group_to_group_id", "swap_optimizer"),
+    *("parameter_offload", "sub_group_to_group_id", "swap_optimizer"),
     *("_epilogue_ran_this_backward", "_grad_acc_hooks", "_leaf_module_hooks"),
     "_reassign_or_swap_out_partitioned_parameters",
 )
@@ -40,7 +40,7 @@ PARAMETER_STAGE_1_2 = ("_hp_mapping", "_index_in_param_group")
 FRAGMENT = ("get_lp_grad_fragment", "hp_fragment_address", "lp_fragment_address")  # of a parameter's _hp_mapping
 ADDRESS = ("numel", "start")  # of a fragment's addresses
 PARAMETER_STAGE_3 = (
-    *("convert_to_zero_parameters", "ds_numel", "ds_persist", "ds_shape", "ds_tensor", "partition", "partition_numel"),
+    *("convert_to_zero_parameters", "ds_numel", "ds_persist", "ds_shape", "ds_tensor", "partition_numel"),
 )
 # classes, by dotted path
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"
