@@ -34,10 +34,9 @@ class Slot(NamedTuple):
 
     name: str  # of the parameter
     first: int  # index of the part's first element in the parameter
-    length: int  # elements; at stage 3 they may include padding
+    length: int  # elements, without padding
     flat: Tensor  # fp32, as the optimizer steps it
     start: int  # index of the part's first element in `flat`
-    real: int  # elements without padding
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------
@@ -81,17 +80,17 @@ def slots(engine: Any, number: int, group: list[Tensor]) -> Iterator[Slot]:
     for parameter in group:
         name = parameter_name(engine, parameter)
         if stage == 0:
-            yield Slot(name, 0, parameter.numel(), parameter, 0, parameter.numel())
+            yield Slot(name, 0, parameter.numel(), parameter, 0)
         elif stage == 3:
-            # `length` is the same on every rank: ceil(numel / ranks), padding included
-            _, start, length = zero.grad_position[zero.get_param_id(parameter)]
-            first = engine.global_rank * length
-            real = min(length, max(0, math.prod(full_shape(parameter)) - first))
-            yield Slot(name, first, length, zero.fp32_partitioned_groups_flat[number], start, real)
+            # `share` is the same on every rank: ceil(numel / ranks), padding included
+            _, start, share = zero.grad_position[zero.get_param_id(parameter)]
+            first = engine.global_rank * share
+            length = min(share, max(0, math.prod(full_shape(parameter)) - first))
+            yield Slot(name, first, length, zero.fp32_partitioned_groups_flat[number], start)
         elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
             # "lp" is the model's parameter, "hp" the fp32 partition; None where they do not overlap on this rank
             lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield Slot(name, lp.start, lp.numel, zero.single_partition_of_fp32_groups[number], hp.start, lp.numel)
+            yield Slot(name, lp.start, lp.numel, zero.single_partition_of_fp32_groups[number], hp.start)
 
 
 @contextlib.contextmanager

@@ -59,9 +59,9 @@ def load(engine: Any, checkpoint: Path, stage: int, own: int | None, trust: bool
                     if own is not None:
                         found = [part._replace(first=slot.first + part.first) for part in found]
                     filled = sum(_fill(slot, part, optimizer.state[slot.flat], fused) for part in found)
-                    if filled < slot.real:
+                    if filled < slot.length:
                         raise RunError(
-                            f"{checkpoint} has {filled} of {slot.real} elements of {slot.name} that this rank "
+                            f"{checkpoint} has {filled} of {slot.length} elements of {slot.name} that this rank "
                             "needs; use another checkpoint"
                         )
                 copy_group_to_model(engine, number)
