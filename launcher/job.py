@@ -234,8 +234,8 @@ def _deepspeed_environment() -> dict[str, str]:
     """Return the variables of the user's DeepSpeed environment files, as DeepSpeed's own launcher would set them."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     files = [folder / name for folder in (Path.home(), Path()) if (folder / name).is_file()]
-    lines = ((str(file), line) for file in files for line in read_text(file).splitlines())
-    return {key: value.strip() for where, line in lines for key, value in _assignments(where, [line])}
+    assignments = [pair for file in files for pair in _assignments(str(file), read_text(file).splitlines())]
+    return {key: value.strip() for key, value in assignments}
 
 
 def world_info(hosts: Mapping[str, Sequence[int]]) -> str:
