@@ -37,6 +37,7 @@ from fusiontree.run.folder import (
     LATEST,
     MANIFEST_FILE,
     STATE_FILE,
+    is_checkpoint,
     list_checkpoints,
     run_of,
     step_of,
@@ -255,7 +256,7 @@ def resolve(source: Path, pins: contextlib.ExitStack) -> Path:
         RunError: it does not verify.
     """
     source = source.resolve()
-    if (source / STATE_FILE).exists() or source in list_checkpoints(source.parent):
+    if (source / STATE_FILE).exists() or is_checkpoint(source):
         pins.enter_context(pinned(source))
         if problems := verify(source):
             raise RunError(f"checkpoint {source} is damaged: {problems[0]}; restore it or use another one")
@@ -338,7 +339,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _parse_state(checkpoint: Path) -> dict[str, Any]:
     """Return the state of `checkpoint`; raise DamagedError unless it is of the step that the folder's name states."""
     state = read_stored(checkpoint / STATE_FILE, _State).model_dump()
-    if checkpoint in list_checkpoints(checkpoint.parent) and state["step"] != step_of(checkpoint):
+    if is_checkpoint(checkpoint) and state["step"] != step_of(checkpoint):
         raise DamagedError(f"it is of step {state['step']}")
     return state
 

@@ -68,8 +68,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     Resume verifies them from the newest down, so it does not depend on `newest_step`.
     """
-    found = [path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    return sorted(filter(is_checkpoint, folder.glob("step-*")), key=step_of)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether `path` is a folder with the name of a checkpoint; a partial checkpoint has another name."""
+    return _CHECKPOINT.fullmatch(path.name) is not None and path.is_dir()
 
 
 def step_of(checkpoint: Path) -> int:
