@@ -146,11 +146,11 @@ def seek_before(step: int, config: RunConfig, stream: TrainStream) -> int:
 
 def _check_resume(config: RunConfig, data: Sources, path: Path, allow_changed: Sequence[str]) -> None:
     """Raise UserError unless `config` can resume from the checkpoint at `path`; print and record allowed changes."""
-    before = load_config(str(path / CONFIG_FILE))
-    differing = check_changes(before, config, allow_changed, _data_changes(store.read_state(path), data))
-    if (step := store.read_state(path)["step"]) > config.schedule.steps:
+    before, state = load_config(str(path / CONFIG_FILE)), store.read_state(path)
+    differing = check_changes(before, config, allow_changed, _data_changes(state, data))
+    if state["step"] > config.schedule.steps:
         raise UserError(
-            f"{path} was saved after step {step:,}, beyond schedule.steps {config.schedule.steps:,}; raise "
+            f"{path} was saved after step {state['step']:,}, beyond schedule.steps {config.schedule.steps:,}; raise "
             "schedule.steps, or set another name"
         )
     impossible = [key for key in differing if key in _FIXED]
