@@ -251,7 +251,7 @@ def gathers_at_zero3(folder: Path, world: World, recompute: str) -> dict[str, An
     batches = [batch_of(rows_of(0)[world.rank :: world.size])]
     training.update(batches, 0)
     update, calls[:] = calls[:], []
-    training.engine.eval()
+    training.eval()
     with torch.no_grad():
         training.token_losses(batches[0])
     block_gather._coalesced = gather

@@ -97,10 +97,14 @@ class TrainingStep:
             self.gates.update(gates)
         return Update(loss, not real_tokens, parts.pop("loss"), norm, gates, parts, skipped, stop_votes > 0)
 
-    def token_losses(self, batch: Batch) -> Tensor:
-        """Return each token's loss in nats, fp32 [B, L], 0 where there is no label; without gradient."""
-        input_ids, labels, documents = to_device(batch, self.world.device)
+    def eval(self) -> None:
+        """Prepare for `token_losses` of the present weights; the next `update` returns to training."""
+        self.engine.eval()
         self._refresh_casts()
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Return each token's loss in nats, fp32 [B, L], 0 without a label; without gradient. Call `eval` first."""
+        input_ids, labels, documents = to_device(batch, self.world.device)
         return self.engine(input_ids, documents, labels=labels, by_token=True).token_losses
 
     def _refresh_casts(self) -> None:

@@ -305,7 +305,7 @@ class Trainer:
         """Record the mean loss of the held-out tokens, in total and by subset; the same for any number of ranks."""
         if self.data.validation is None:
             return
-        self.training.engine.eval()
+        self.training.eval()
         held_out = HeldOutLoss(self.data.validation, self.world)
         micro_rows, limit = self.config.batch.micro_rows, self.config.validation.rows
         for batch in validation_batches(
