@@ -147,7 +147,7 @@ def flat_states(engine: Any) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
 
 
 def gradient_shards(engine: Any) -> Iterator[Tensor]:
-    """Yield this rank's shard of the mean gradient at stages 1 and 2, the full gradient without ZeRO.
+    """Yield this rank's shards of the mean gradient, at any stage without offloading; without ZeRO, all of it.
 
     Valid from the last backward pass of an update to its step.
     """

@@ -1,4 +1,4 @@
-"""Check of DeepSpeed's JSON settings by the installed DeepSpeed itself.
+"""DeepSpeed's JSON settings: their check by the installed DeepSpeed itself, and the rule for `BlockGather`.
 
 DeepSpeed ignores unknown top-level keys, and keys of sections without a pydantic model. `find_problem` lets it read the
 settings from mappings that record every key it asks for, so that the valid keys are those of the installed release.
