@@ -10,7 +10,7 @@ from fusiontree.config.keys import short
 from fusiontree.config.run_config import RunConfig
 from fusiontree.errors import UserError, short_cause
 from fusiontree.files import parse_json
-from fusiontree.zero.settings import find_problem, gathers_blocks
+from fusiontree.zero.settings import OFFLOADED, find_problem, gathers_blocks
 
 # settings that the run's configuration owns: a second value in the JSON could contradict it
 _OWNED = {
@@ -67,7 +67,6 @@ _OF_GATHERS = (
     *("zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights", "zeropp_loco_param"),
 )
 _OF_REDUCTIONS = ("communication_data_type", "gradient_predivide_factor", "prescale_gradients")  # the same, top level
-_OFFLOADED = ("offload_param", "offload_optimizer")
 
 
 def deepspeed_json(config: RunConfig) -> dict[str, Any]:
@@ -146,14 +145,14 @@ def _check_zero(where: str, zero: Any) -> None:
     for old, new in _REPLACED.items():
         if old in zero:
             raise UserError(f"{where}.{old} is deprecated in DeepSpeed; use {new} instead")
-    for part in _OFFLOADED:
+    for part in OFFLOADED:
         if not isinstance(zero.get(part, {}), dict):
             raise UserError(f'{where}.{part} is {short(zero[part])}; it must be an object, e.g. {{"device": "cpu"}}')
 
 
 def _place_on_nvme(config: RunConfig, zero: dict[str, Any]) -> None:
     """Set the configuration's nvme_path on each part that is offloaded to NVMe."""
-    for part in (zero[key] for key in _OFFLOADED if key in zero):
+    for part in (zero[key] for key in OFFLOADED if key in zero):
         if "nvme_path" in part:
             raise UserError(f"deepspeed {config.deepspeed} sets 'nvme_path'; remove it and set the run's nvme_path")
         if part.get("device") == "nvme":

@@ -14,11 +14,12 @@ from fusiontree.config import OptimizerConfig
 from fusiontree.distributed import collectives
 from fusiontree.training.norms import total_norm
 from fusiontree.zero.engine import base_optimizer, gradient_shards, overflowed, skip_step
+from fusiontree.zero.settings import offloads
 
 
 def is_fused(config: OptimizerConfig, zero: Mapping[str, Any]) -> bool:
     """Return whether `FusedClipping` applies: AdamW, and ZeRO settings (`zero`) that keep gradients on the device."""
-    return config.kind == "adamw" and "offload_optimizer" not in zero and "offload_param" not in zero
+    return config.kind == "adamw" and not offloads(zero)
 
 
 class FusedClipping:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 from fusiontree.errors import UserError, short_cause
 
+OFFLOADED = ("offload_param", "offload_optimizer")  # sections of zero_optimization
 # batch sizes, which the run's configuration owns and DeepSpeed requires
 _BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
@@ -174,6 +175,11 @@ def _first_sentence(error: Exception) -> str:
     return short_cause(ValueError(str(error).split(". ")[0])) if str(error) else type(error).__name__
 
 
+def offloads(zero: Mapping[str, Any]) -> bool:
+    """Return whether the settings `zero` (``zero_optimization``) move weights or optimizer states off the device."""
+    return any(part in zero for part in OFFLOADED)
+
+
 def gathers_blocks(zero: Mapping[str, Any]) -> bool:
     """Return whether `block_gather.BlockGather` serves an engine with the settings `zero` (``zero_optimization``)."""
-    return zero.get("stage", 0) == 3 and "offload_param" not in zero and "offload_optimizer" not in zero
+    return zero.get("stage", 0) == 3 and not offloads(zero)
