@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fusiontree.errors import UserError
 from fusiontree.zero import internals
+from fusiontree.zero.settings import OFFLOADED
 
 
 def init_distributed(backend: str) -> None:
@@ -73,7 +74,7 @@ def require_async_io(zero: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot.
     """
-    offloads = (zero.get(key) or {} for key in ("offload_param", "offload_optimizer"))
+    offloads = (zero.get(key) or {} for key in OFFLOADED)
     on_nvme = any(offload.get("device") == "nvme" for offload in offloads)
     if on_nvme and not internals.require_class(internals.ASYNC_IO)().is_compatible(verbose=False):
         raise UserError(
